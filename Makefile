@@ -1,0 +1,39 @@
+# make pretrain | test | check | accept [ONLY=name] | accept-gpu: each prepares .venv first, from nothing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+ONLY ?=
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: pretrain test check accept accept-gpu benchmark
+
+pretrain: $(VENV)/.ready
+	$(BIN)/python jobs/pretrain.py
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rs
+
+check: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+accept: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -s $(if $(ONLY),tests/acceptance/test_$(ONLY).py,tests/acceptance)
+
+# runs wherever torch and transformers are: PYTHON=... names the interpreter that has them
+accept-gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu_step
+
+benchmark: $(VENV)/.ready-test
+	$(BIN)/python -m tests.benchmarks
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu]'
+	$(BIN)/python -m cmcgns.train.build_ops
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@

@@ -1,0 +1,166 @@
+"""From a command line to settings: `--config FILE.yaml`, `--section.key=value`, `--help`, `--print-config`."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from cmcgns.config import Config, Section
+from cmcgns.errors import UserError
+
+STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
+
+
+def run_job(main: Callable[[Config], int], default_config: Path, argv: Sequence[str] | None = None) -> int:
+    """Exit status of ``main`` under the settings that ``argv`` asks for; wrong input gives 2 and one message."""
+    try:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if "--help" in arguments or "-h" in arguments:
+            print(help_text(default_config))
+            return 0
+        print_only = "--print-config" in arguments
+        config = load_config([word for word in arguments if word != "--print-config"], default_config)
+        if print_only:
+            print(to_yaml(config), end="")
+            return 0
+        return main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STATUS_WRONG_INPUT
+
+
+def load_config(arguments: Sequence[str], default_config: Path) -> Config:
+    """Settings from the YAML file named by ``--config`` (else ``default_config``) with the command line on top."""
+    path, overrides = default_config, {}
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise UserError(f"'{word}' is no setting; write --section.key=value (see --help)")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise UserError(f"--{key} has no value; write --{key}=value (see --help)")
+            value = following
+        if key == "config":
+            path = Path(value)
+        else:
+            overrides[key] = _parse_value(key, value)
+    return resolve(read_yaml(path), overrides)
+
+
+def resolve(settings: dict[str, Any], overrides: dict[str, Any]) -> Config:
+    """Checked settings: those of a file, with ``section.key`` overrides on top."""
+    for key, value in overrides.items():
+        section, dot, name = key.partition(".")
+        _known(section, Config)
+        if not dot:
+            raise UserError(f"--{key} names a whole section; write --{key}.<key>=value (see --help)")
+        _known(name, _section_type(section), section)
+        settings.setdefault(section, {})[name] = value
+        twin = _twin(name)
+        if twin and f"{section}.{twin}" not in overrides:
+            settings[section].pop(twin, None)
+    return validate(settings)
+
+
+def validate(settings: dict[str, Any]) -> Config:
+    """``settings`` as a ``Config``, or one ``UserError`` that names the first wrong key and its value."""
+    for section, values in settings.items():
+        _known(section, Config)
+        if not isinstance(values, dict):
+            raise UserError(f"section '{section}' must hold keys, not {values!r}")
+        for name in values:
+            _known(name, _section_type(section), section)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:2])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{key} = {first['input']!r}: {reason}" if key else reason) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; the ones we ship lie in jobs/configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(settings or {}, dict):
+        raise UserError(f"--config {path} holds no sections; see --print-config for the layout")
+    return settings or {}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML, enough to run them again."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
+
+
+def help_text(default_config: Path) -> str:
+    """Every key with type, default and meaning."""
+    lines = [
+        f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config] [--section.key=value ...]",
+        f"Without --config the settings of {default_config.name} apply; defaults below are those of an empty file.",
+    ]
+    for section in Config.model_fields:
+        lines.append("")
+        for name, info in _section_type(section).model_fields.items():
+            meaning = " ".join((info.description or "").split())
+            lines.append(f"  --{section}.{name} ({_type_name(info)}, default {info.default!r})\n      {meaning}")
+    return "\n".join(lines)
+
+
+def _type_name(info: FieldInfo) -> str:
+    annotation = info.annotation
+    choices = get_args(annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return " | ".join(choices)
+    return getattr(annotation, "__name__", None) if not choices else str(annotation).replace("typing.", "")  # type: ignore[return-value]
+
+
+def _section_type(section: str) -> type[Section]:
+    annotation = Config.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, Section)
+    return annotation
+
+
+def _known(key: str, section: type[Section], prefix: str = "") -> None:
+    if key in section.model_fields:
+        return
+    near = difflib.get_close_matches(key, section.model_fields, n=1)
+    dotted = f"{prefix}.{key}" if prefix else key
+    hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else "--help lists every key"
+    raise UserError(f"there is no setting '{dotted}'; {hint}")
+
+
+def _parse_value(key: str, text: str) -> Any:
+    if key in ("run.name", "run.resume", "run.storage", "data.uri"):
+        return text  # names like 2024-01-01 or 007 stay words
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    # YAML 1.1 reads 1e-4 as a word
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _twin(name: str) -> str | None:
+    """The other way to give the same length: the command line's choice replaces the file's."""
+    for ours, theirs in (("_steps", "_epochs"), ("_epochs", "_steps")):
+        if name.endswith(ours) and name.split("_")[0] in ("stage1", "stage2", "warmup"):
+            return name.removesuffix(ours) + theirs
+    return None

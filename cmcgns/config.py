@@ -1,0 +1,251 @@
+"""Typed settings of every job: one model per part, each key with its unit, refused when they cannot work together.
+
+Sizes are in studies (one image-report pair) and named for their owner; lengths in pixels, tokens or steps.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class DataConfig(Section):
+    uri: str = "phantom"
+    """Where the corpus lies: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
+    format: Literal["auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i"] = "auto"
+    """Layout of the corpus; `auto` looks at the files."""
+    views: tuple[str, ...] = ("PA", "AP")
+    """Views to keep; 'AP Supine' and 'AP Erect' count as AP. Unknown views of own pairs are kept."""
+    image_size: PositiveInt = 224
+    """Side in pixels of the square that the image encoder sees."""
+    resize: PositiveInt = 256
+    """Side in pixels of the padded square that films are stored at; training crops image_size out of it."""
+    max_tokens: int = Field(256, ge=8)
+    """Longest report in tokens, [CLS] and [SEP] included; sentences that do not fit whole are dropped."""
+    max_sentences: PositiveInt = 32
+    """Most sentences kept of a report."""
+    max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
+    """Share of the studies read so far that may be unusable before the run stops."""
+    window_size: PositiveInt = 64
+    """Studies fetched and decoded by one Ray Data task."""
+    cpus_per_task: float = Field(0.5, gt=0.0)
+    """CPUs that Ray reserves for one fetch-and-decode task."""
+    validation_studies: PositiveInt | None = None
+    """Validate on that many studies of the validation split, the first by index; by default on all."""
+    seed: int = 0
+    """Decides the order of the studies, which film of a study is shown, crops, masks and drawn splits."""
+    phantom_studies: PositiveInt = 4000
+    """Studies of the generated corpus, all splits together."""
+    phantom_size: PositiveInt = 256
+    """Side in pixels at which phantom films are rendered."""
+
+
+class ModelConfig(Section):
+    image_encoder: str = "resnet-50"
+    """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50, vit-tiny, vit-small, vit-base), a local
+    folder, or a Hugging Face name (microsoft/resnet-50, facebook/deit-base-patch16-224).
+    Batch normalisation of ResNets uses each rank's own microbatch; `train.sync_batchnorm` shares it on GPUs."""
+    text_encoder: str = "bert-base"
+    """A preset trained from scratch (bert-tiny, bert-mini, bert-base), a local folder, or a Hugging Face name
+    (emilyalsentzer/Bio_ClinicalBERT)."""
+    tokenizer: str = "auto"
+    """`auto`: a WordPiece vocabulary trained on the corpus for presets, else the text encoder's own. Or a folder or name."""
+    vocabulary_size: int = Field(8192, ge=64)
+    """Entries of a vocabulary trained on the corpus."""
+    vocabulary_reports: PositiveInt = 20_000
+    """Training reports read to train that vocabulary."""
+    embed_dim: int = Field(768, ge=8, multiple_of=8)
+    """Dimension D of the space that films, patches, reports and sentences share."""
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    """Dropout of the preset encoders."""
+    fixed_batch_statistics: bool = False
+    """Keep batch normalisation on its running statistics while training (for pretrained ResNets and small microbatches)."""
+
+
+class ObjectiveConfig(Section):
+    num_clusters: int = Field(128, ge=2)
+    """Centroids K of the sentence clustering."""
+    mask_ratio: float = Field(0.5, gt=0.0, lt=1.0)
+    """Share of the patches hidden from the reconstruction in stage 2."""
+    temperature: float = Field(0.1, ge=0.01, le=1.0)
+    """Temperature of the global InfoNCE, or its start when learnt."""
+    learn_temperature: bool = True
+    """Learn the global temperature; a sweep over `temperature` sets false."""
+    sentence_temperature: float = Field(0.1, gt=0.0)
+    """Temperature of the sentence loss, never learnt (published: 1.0)."""
+    hard_negative_logit: float = 3.0
+    """Added to the logit of a sentence's own hard negative."""
+    false_negatives: Literal["margin", "exclude", "both"] = "both"
+    """Sentences of the same cluster: pulled by the margin loss (published), left out of the denominator, or both."""
+    margin_alpha: float = 0.2
+    """Margin loss: false negatives may come as near as the positive minus this."""
+    margin_beta: float = 0.5
+    """Margin loss: false negatives may stay as far as the positive minus this."""
+    margin_weight: float = Field(1e-4, ge=0.0)
+    """Weight of the margin loss inside the local report loss."""
+    reconstruct: Literal["masked", "all"] = "masked"
+    """Pixels whose error counts: those of masked cells, or all (published)."""
+    reconstruction_weight: float = Field(10.0, ge=0.0)
+    """Weight of the L1 reconstruction error."""
+    global_weight: float = Field(1.0, ge=0.0)
+    """Weight of the global image-report loss."""
+    local_image_weight: float = Field(1.0, ge=0.0)
+    """Weight of the patch alignment loss."""
+    local_report_weight: float = Field(1.0, ge=0.0)
+    """Weight of the sentence loss."""
+
+
+class ClusteringConfig(Section):
+    actors: PositiveInt = 2
+    """Ray actors that hold the bank and run the FAISS passes."""
+    cpus_per_actor: float = Field(1.0, ge=0.0)
+    """CPUs that Ray reserves for one actor."""
+    gpus_per_actor: float = Field(0.0, ge=0.0)
+    """GPUs that Ray reserves for one actor (with `device: gpu`)."""
+    bank_size: PositiveInt = 65_536
+    """Recent sentence features kept over the whole pool."""
+    start_step: int = Field(0, ge=0)
+    """First step at which clustering may start."""
+    start_cosine: float = 0.4
+    """Clustering starts once the mean cosine between all sentences and all attended features is at most this."""
+    refresh_every: PositiveInt = 100
+    """Steps between global re-clusterings; new centroids are adopted one interval after they are asked for."""
+    iterations: PositiveInt = 20
+    """Most k-means iterations of one re-clustering."""
+    tolerance: float = Field(1e-4, ge=0.0)
+    """Relative change of the objective under which k-means stops."""
+    momentum: float = Field(0.001, ge=0.0, le=1.0)
+    """Share of its members' mean that a centroid takes up each step."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where FAISS runs; gpu needs the extra `gpu`."""
+
+
+class TrainConfig(Section):
+    num_workers: PositiveInt = 2
+    """Ray Train workers (ranks)."""
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    """CPUs that Ray reserves for one worker."""
+    threads_per_worker: PositiveInt | None = None
+    """Torch threads of one worker; by default the machine's cores divided by its workers."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """DeepSpeed ZeRO, or plain torch with the same losses (ZeRO stage 0 only)."""
+    zero_stage: int = Field(1, ge=0, le=3)
+    """What DeepSpeed partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of encoders and heads; losses are always fp32. fp16 needs a GPU."""
+    microbatch_size: PositiveInt = 16
+    """Studies of one forward on one rank."""
+    global_batch_size: PositiveInt = 128
+    """Studies per optimizer step, over all ranks and accumulation."""
+    stage1_steps: PositiveInt | None = None
+    """Optimizer steps of stage 1 (alignment)."""
+    stage1_epochs: float | None = Field(None, gt=0.0)
+    """The same in epochs; exactly one of the two."""
+    stage2_steps: int | None = Field(None, ge=0)
+    """Optimizer steps of stage 2 (alignment and reconstruction); 0 leaves it out."""
+    stage2_epochs: float | None = Field(None, ge=0.0)
+    """The same in epochs; exactly one of the two."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Linear warm-up at the start of each stage, in steps."""
+    warmup_epochs: float | None = Field(None, ge=0.0)
+    """The same in epochs; exactly one of the two."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """Adam with decay in the gradient (published) or decoupled. Norms and biases are never decayed."""
+    learning_rate: float = Field(1e-4, gt=0.0)
+    """Peak learning rate; it falls to 0 by a half cosine over each stage."""
+    warmup_learning_rate: float = Field(1e-7, ge=0.0)
+    """Learning rate at the first step of the warm-up."""
+    weight_decay: float = Field(1e-6, ge=0.0)
+    """Weight decay of matrices and convolutions."""
+    gradient_clip: float = Field(1.0, ge=0.0)
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute encoder activations in the backward pass instead of keeping them."""
+    sync_batchnorm: bool = False
+    """Share batch-normalisation statistics over ranks (GPUs only). Without it each rank normalises with its own
+    microbatch, so that results depend on microbatch_size."""
+    log_every: PositiveInt = 10
+    """Steps between rows reaching metrics.jsonl; values wait on the device until then."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations; each stage ends with one in any case."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between checkpoints; each stage ends with one in any case."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept; older ones are deleted."""
+    max_failures: int = Field(3, ge=-1)
+    """Times that lost workers are replaced before the run fails; -1 without end."""
+    seed: int = 0
+    """Decides initial weights and dropout."""
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches that each rank adds up into one optimizer step."""
+        return self.global_batch_size // (self.microbatch_size * self.num_workers)
+
+
+class RunConfig(Section):
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's folder under `storage`; must be new. By default pretrain-<date>-<time>."""
+    storage: str = "runs"
+    """Where run folders lie: a local folder or `s3://bucket/prefix`."""
+    resume: str | None = None
+    """Name of a run under `storage` to go on with from its last checkpoint."""
+
+
+class Config(Section):
+    """All settings of a pretraining run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def parts_work_together(self) -> Self:
+        for complaint in self._complaints():
+            raise ValueError(complaint)
+        return self
+
+    def _complaints(self) -> Iterable[str]:
+        data, train, clustering = self.data, self.train, self.clustering
+        block = train.microbatch_size * train.num_workers
+        if train.global_batch_size % block:
+            below = train.global_batch_size // block * block
+            near = [str(size) for size in (below, below + block) if size]
+            yield (
+                f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x num_workers "
+                f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
+            )
+        if data.image_size > data.resize:
+            yield f"data.image_size {data.image_size} is larger than data.resize {data.resize}; crops come out of it"
+        if 4 * self.objective.num_clusters > clustering.bank_size:
+            yield (
+                f"objective.num_clusters {self.objective.num_clusters} needs clustering.bank_size of at least "
+                f"4 x {self.objective.num_clusters} = {4 * self.objective.num_clusters}, not {clustering.bank_size}"
+            )
+        for pair in ("stage1", "stage2", "warmup"):
+            steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")
+            if (steps is None) == (epochs is None):
+                given = "neither" if steps is None else f"{steps} and {epochs}"
+                yield f"give exactly one of train.{pair}_steps and train.{pair}_epochs, not {given}"
+        if train.precision == "fp16" and not train.use_gpu:
+            yield "train.precision fp16 needs train.use_gpu=true; on a CPU use fp32 or bf16"
+        if train.sync_batchnorm and not train.use_gpu:
+            yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
+        if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
+            yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
+        if (clustering.device == "gpu") != (clustering.gpus_per_actor > 0):
+            yield (
+                f"clustering.device {clustering.device} does not go with clustering.gpus_per_actor "
+                f"{clustering.gpus_per_actor}; gpu needs a share above 0, cpu needs 0"
+            )
+        if self.run.resume and self.run.name and self.run.resume != self.run.name:
+            yield f"run.resume {self.run.resume} goes on under its own name; leave run.name {self.run.name} out"

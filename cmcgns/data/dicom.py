@@ -1,0 +1,290 @@
+"""The one door to pydicom: a DICOM file's bytes become a grey film that is dark where there is air."""
+
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import (
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    MediaStorageDirectoryStorage,
+)
+
+from cmcgns.data.expendable import ExpendableDecoder
+from cmcgns.errors import BadRow
+
+MAX_PIXELS = 100_000_000
+LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+
+# pydicom's warnings quote the values it stumbles over, and those may be a patient's: none leave this module.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="pydicom")
+
+
+@dataclass(frozen=True)
+class DicomHeader:
+    """What a corpus's index may need of a file, and nothing that says who the patient is."""
+
+    view: str
+    """ViewPosition as written; empty where absent."""
+    modality: str
+    height: int
+    width: int
+
+
+def dicom_header(data: bytes) -> DicomHeader:
+    """View, modality and size of the film in ``data``; the pixels need not be there."""
+    with _refusing_what_breaks():
+        film = _read(data, stop_before_pixels=True)
+        return DicomHeader(
+            view=str(film.get("ViewPosition") or "").strip(),
+            modality=str(film.get("Modality") or "").strip(),
+            height=_integer(film, "Rows"),
+            width=_integer(film, "Columns"),
+        )
+
+
+def dicom_to_grey(data: bytes) -> NDArray[np.uint8]:
+    """The film as uint8 (H, W), dark where there is air; ``BadRow`` with the reason where there is none."""
+    with _refusing_what_breaks():
+        film = _read(data)
+        _refuse_what_is_no_film(film)
+        if film.file_meta.TransferSyntaxUID.is_encapsulated:
+            return _decode_elsewhere(data)
+        return _grey(film)
+
+
+def decode_here(data: bytes) -> NDArray[np.uint8]:
+    """``dicom_to_grey`` of a compressed film, in this process: the C++ decoders may take it down."""
+    with _refusing_what_breaks():
+        return _grey(_read(data))
+
+
+_decode_elsewhere = ExpendableDecoder(__name__, "decode_here")
+
+
+def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
+    pixels = _decode(film)
+    photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
+    if photometric.startswith("MONOCHROME"):
+        grey = _tone(pixels, film)
+        # DX demands INVERSE for MONOCHROME1: they say the same thing twice, so either inverts once
+        if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
+            grey = 255 - grey
+    else:
+        grey = _luminance(pixels, film, photometric)
+    return np.ascontiguousarray(grey)
+
+
+@contextmanager
+def _refusing_what_breaks() -> Iterator[None]:
+    """Elements are parsed when they are first looked at, so any line that reads one can fail."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except Exception as error:  # the parser's own message may quote patient data
+        raise BadRow(f"DICOM file is truncated or broken ({type(error).__name__})") from None
+
+
+def _read(data: bytes, stop_before_pixels: bool = False) -> pydicom.Dataset:
+    film = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=stop_before_pixels)
+    if not hasattr(film, "file_meta"):
+        film.file_meta = pydicom.dataset.FileMetaDataset()
+    if "TransferSyntaxUID" not in film.file_meta:
+        film.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    if not film.file_meta.TransferSyntaxUID.is_transfer_syntax:
+        raise BadRow("DICOM file has an unknown transfer syntax")
+    if not len(film) and "MediaStorageSOPClassUID" not in film.file_meta:
+        raise BadRow("no DICOM file: no element could be read")
+    return film
+
+
+def _integer(film: pydicom.Dataset, name: str) -> int:
+    try:
+        return int(film.get(name) or 0)
+    except (TypeError, ValueError):
+        return 0
+
+
+def _refuse_what_is_no_film(film: pydicom.Dataset) -> None:
+    storage = film.file_meta.get("MediaStorageSOPClassUID")
+    if storage == MediaStorageDirectoryStorage or "DirectoryRecordSequence" in film:
+        raise BadRow("DICOMDIR: a directory of films, not a film")
+    if "PixelData" not in film:
+        report = film.get("Modality") == "SR" or "ContentSequence" in film
+        raise BadRow("DICOM structured report, no film" if report else "DICOM file has no PixelData, or ends within it")
+    if not film.PixelData:
+        raise BadRow("DICOM PixelData is empty")
+    frames = _integer(film, "NumberOfFrames")
+    if frames > 1:
+        raise BadRow(f"DICOM file has {frames} frames, not one film")
+    height, width = _integer(film, "Rows"), _integer(film, "Columns")
+    if height < 1 or width < 1:
+        raise BadRow(f"DICOM file gives its size as {height} x {width} pixels")
+    if height * width > MAX_PIXELS:
+        raise BadRow(f"DICOM film of {height} x {width} pixels is over the limit of {MAX_PIXELS}")
+
+
+def _decode(film: pydicom.Dataset) -> NDArray[Any]:
+    """Stored values (H, W), or RGB (H, W, 3) for every colour space but the palette's indices."""
+    try:
+        if film.file_meta.TransferSyntaxUID == JPEGExtended12Bit and _integer(film, "BitsAllocated") == 16:
+            return _decode_jpeg_extended(film)
+        pixels: NDArray[Any] = pixel_array(film)
+    except Exception as error:  # each plug-in raises its own; the message may quote values of the file
+        syntax = film.file_meta.TransferSyntaxUID
+        name = syntax.name if syntax.is_transfer_syntax else "an unknown transfer syntax"
+        raise BadRow(f"DICOM pixels ({name}) are truncated or cannot be decoded ({type(error).__name__})") from None
+    height, width = _integer(film, "Rows"), _integer(film, "Columns")
+    if pixels.shape[:2] != (height, width) or pixels.ndim > 3:
+        raise BadRow(f"DICOM pixels decode to {pixels.shape}, the header says {height} x {width}")
+    return pixels
+
+
+def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
+    """12-bit lossy JPEG by GDCM's own reader: pydicom declines it with every plug-in."""
+    import gdcm
+
+    stored = _integer(film, "BitsStored")
+    copy = pydicom.Dataset()
+    for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PixelData"):
+        setattr(copy, name, film[name].value)
+    copy.PhotometricInterpretation = "MONOCHROME2"
+    # GDCM masks to BitsStored, so lossy overshoot would wrap from white to black: ask for all 12, then clip
+    copy.BitsStored, copy.HighBit = 12, 11
+    copy["PixelData"].VR = "OB"
+    copy["PixelData"].is_undefined_length = True
+    copy.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    copy.SOPInstanceUID = pydicom.uid.generate_uid()
+    copy.file_meta = pydicom.dataset.FileMetaDataset()
+    copy.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
+        copy.save_as(file, enforce_file_format=True)
+        file.flush()
+        reader = gdcm.ImageReader()
+        reader.SetFileName(file.name)
+        if not reader.Read():
+            raise ValueError("GDCM cannot read it either")
+        buffer = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
+    pixels = np.frombuffer(buffer, dtype=np.uint16).reshape(copy.Rows, copy.Columns)
+    return np.minimum(pixels, np.uint16(2**stored - 1))
+
+
+def _tone(pixels_HW: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.uint8]:
+    """Grey levels of monochrome pixels: their tone curve is worked out once for each stored value."""
+    if pixels_HW.ndim != 2:
+        raise BadRow(f"DICOM file calls itself monochrome and decodes to {pixels_HW.shape}")
+    low, high = int(pixels_HW.min()), int(pixels_HW.max())
+    if high - low > 0xFFFF:
+        raise BadRow(f"DICOM pixels span {low} to {high}, more than 16 bits")
+    stored = np.arange(low, high + 1, dtype=np.int32)
+    used = np.bincount((pixels_HW.ravel().astype(np.int32) - low), minlength=stored.size) > 0
+    curve = _curve(stored, used & (stored != film.get("PixelPaddingValue", low - 1)), film)
+    grey_HW: NDArray[np.uint8] = curve[pixels_HW.astype(np.int32) - low]
+    return grey_HW
+
+
+def _curve(stored: NDArray[np.int32], used: NDArray[np.bool_], film: pydicom.Dataset) -> NDArray[np.uint8]:
+    """uint8 grey of each stored value: VOI LUT, else the first window that shows something, else min to max."""
+    try:
+        with np.errstate(all="ignore"):
+            values = np.asarray(apply_modality_lut(stored, film), dtype=np.float64)
+    except Exception as error:
+        raise BadRow(f"DICOM rescale or modality LUT is broken ({type(error).__name__})") from None
+    if not np.isfinite(values).all():
+        raise BadRow("DICOM rescale gives values that are not finite")
+    shown = used if used.any() else np.ones_like(used)
+    for unit in _voi_curves(values, film):
+        grey = _to_uint8(unit)
+        if np.ptp(grey[shown]) > 0 or np.ptp(values[shown]) == 0:
+            return grey
+    low, high = values[shown].min(), values[shown].max()
+    return _to_uint8((values - low) / max(high - low, 1e-9))
+
+
+def _to_uint8(unit: NDArray[Any]) -> NDArray[np.uint8]:
+    """0 to 1 as 0 to 255; what lies outside is clipped."""
+    grey: NDArray[np.uint8] = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
+    return grey
+
+
+def _voi_curves(values: NDArray[np.float64], film: pydicom.Dataset) -> Iterator[NDArray[np.float64]]:
+    """What the header offers to show ``values`` as 0 to 1, best first; unusable entries are passed over."""
+    for item in film.get("VOILUTSequence") or []:
+        unit = _voi_lut(values, item)
+        if unit is not None:
+            yield unit
+    centres, widths = _numbers(film.get("WindowCenter")), _numbers(film.get("WindowWidth"))
+    function = str(film.get("VOILUTFunction") or "LINEAR").strip().upper()
+    for centre, width in zip(centres, widths, strict=False):
+        if width > 0:
+            yield _window(values, centre, width, function)
+
+
+def _voi_lut(values: NDArray[np.float64], item: pydicom.Dataset) -> NDArray[np.float64] | None:
+    try:
+        entries, first, bits = (int(number) for number in item.LUTDescriptor)
+        table = item["LUTData"].value
+        if isinstance(table, bytes):
+            table = np.frombuffer(table, dtype="<u2" if len(table) >= 2 * (entries or 2**16) else "u1")
+        table = np.asarray(table, dtype=np.float64)[: entries or 2**16]
+    except Exception:  # an unreadable table is passed over, as a width of 0 is
+        return None
+    if first > 0x7FFF and values.min() < 0:
+        first -= 0x10000
+    if table.size < 2 or not 1 <= bits <= 16:
+        return None
+    # the range of the table itself: 8-bit tables that declare 16 bits are common
+    low, high = table.min(), table.max()
+    shown = table[np.clip(np.rint(values) - first, 0, table.size - 1).astype(np.int64)]
+    return np.asarray((shown - low) / max(high - low, 1e-9))
+
+
+def _window(values: NDArray[np.float64], centre: float, width: float, function: str) -> NDArray[np.float64]:
+    """DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, with an output of 0 to 1."""
+    if function == "SIGMOID":
+        return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -50, 50))))
+    if function == "LINEAR_EXACT" or width <= 1:
+        return (values - centre) / width + 0.5
+    return (values - (centre - 0.5)) / (width - 1) + 0.5
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a possibly multi-valued, possibly malformed element."""
+    if value is None:
+        return []
+    try:
+        items = [value] if isinstance(value, str | int | float) else list(value)
+        numbers = [float(item) for item in items]
+    except (TypeError, ValueError):
+        return []
+    return [number for number in numbers if np.isfinite(number)]
+
+
+def _luminance(pixels: NDArray[Any], film: pydicom.Dataset, photometric: str) -> NDArray[np.uint8]:
+    """uint8 brightness of RGB pixels or of palette indices."""
+    try:
+        if photometric == "PALETTE COLOR":
+            pixels, bits = (
+                apply_color_lut(pixels, film),
+                int(film.RedPaletteColorLookupTableDescriptor[2]),
+            )
+        else:
+            bits = _integer(film, "BitsStored") or 8
+    except Exception as error:
+        raise BadRow(f"DICOM palette is broken ({type(error).__name__})") from None
+    if pixels.ndim != 3 or pixels.shape[2] < 3:
+        raise BadRow(f"DICOM colour film decodes to {pixels.shape}")
+    return _to_uint8(pixels[..., :3].astype(np.float32) @ LUMINANCE / (2**bits - 1))

@@ -1,0 +1,311 @@
+"""From a report as it lies in the file to the normalised sentences that a model reads."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cmcgns.errors import BadRow
+
+MIN_SENTENCE_WORDS = 2
+MIN_REPORT_WORDS = 3
+NEARBY = 48
+"""Characters looked at around a possible end of a sentence."""
+
+
+def _words(line: str) -> frozenset[str]:
+    return frozenset(line.split())
+
+
+# Names that open a section in any case of letters, and what we call the section.
+SECTION_NAMES = {
+    "addendum": "addendum",
+    "clinical history": "history",
+    "clinical indication": "indication",
+    "clinical information": "history",
+    "comparison": "comparison",
+    "comparisons": "comparison",
+    "conclusion": "impression",
+    "conclusions": "impression",
+    "description": "findings",
+    "exam": "examination",
+    "examination": "examination",
+    "final impression": "impression",
+    "finding": "findings",
+    "findings": "findings",
+    "findings and impression": "findings and impression",
+    "findings impression": "findings and impression",
+    "history": "history",
+    "impression": "impression",
+    "impression and findings": "findings and impression",
+    "impression and recommendation": "impression",
+    "impression and recommendations": "impression",
+    "impressions": "impression",
+    "indication": "indication",
+    "indications": "indication",
+    "interpretation": "impression",
+    "medical condition": "history",
+    "notification": "notification",
+    "notifications": "notification",
+    "observations": "findings",
+    "opinion": "impression",
+    "procedure": "examination",
+    "reason for exam": "indication",
+    "reason for examination": "indication",
+    "reason for study": "indication",
+    "reason for this examination": "indication",
+    "recommendation": "recommendation",
+    "recommendations": "recommendation",
+    "study": "examination",
+    "summary": "impression",
+    "technique": "technique",
+    "type of examination": "examination",
+    "wet read": "wet read",
+}
+# Substrings that settle an unlisted capital header, first match first.
+NAME_PARTS = (
+    ("impression", "impression"),
+    ("conclusion", "impression"),
+    ("finding", "findings"),
+    ("history", "history"),
+    ("comparison", "comparison"),
+    ("addendum", "addendum"),
+    ("indication", "indication"),
+    ("technique", "technique"),
+)
+# A header made of these words alone ("PA AND LATERAL CHEST") heads a description of what the views show.
+VIEW_WORDS = _words(
+    "a ap an and chest cxr erect film films for frontal image images lateral of one pa portable radiograph "
+    "radiographs ray semi semierect semiupright single supine the three two upright view views x xray"
+)
+# Sub-headers inside a description ("LUNGS: clear"): their words belong to the text.
+ANATOMY_WORDS = _words(
+    "abdomen airways and aorta bone bones cardiac cardiomediastinal diaphragm heart hila hilum left line lines lung "
+    "lungs mediastinal mediastinum osseous other pleura pleural pulmonary right silhouette size skeleton soft spaces "
+    "structures support tissue tissues tubes upper vessels"
+)
+
+_DIVIDER = re.compile(r"^[ \t]*_{8,}[ \t]*$", re.MULTILINE)
+_CAPITAL_HEADER = r"(?:^|(?<=\n))[ \t]*(?P<capital>[A-Z][A-Z0-9 ()/,&#'-]{2,78}?)[ \t]*:(?!\d)"
+_KNOWN = "|".join(
+    re.escape(name).replace(r"\ and\ ", r"[ \t]*(?:and|&|/)[ \t]*").replace(r"\ ", "[ \t]+")
+    for name in sorted(SECTION_NAMES, key=len, reverse=True)
+)
+_KNOWN_HEADER = rf"(?:^|(?<=\n))[ \t]*(?P<known>(?i:{_KNOWN}))[ \t]*:"
+# Mid-line (a report whose line ends were lost): the name in capitals, or with one capital after a sentence's end.
+_INLINE_NAMES = (
+    "Findings and impression", "Findings", "Impression", "Conclusion",
+    "Comparison", "Indication", "Technique", "History",
+)  # fmt: skip
+_INLINE_CAPITALS = "|".join(name.upper() for name in _INLINE_NAMES)
+_INLINE_TITLE = "|".join(_INLINE_NAMES)
+_INLINE_HEADER = rf"(?<=\s)(?P<inline>{_INLINE_CAPITALS})[ \t]*:|(?<=[.!?:]\s)(?P<title>{_INLINE_TITLE})[ \t]*:"
+_HEADER = re.compile(f"{_KNOWN_HEADER}|{_CAPITAL_HEADER}|{_INLINE_HEADER}")
+
+_DEIDENTIFIED = re.compile(r"_{2,}|X{4,}|\[\*\*.*?\*\*\]", re.DOTALL)
+_LIST_ITEM = re.compile(r"(?<!\S)\(?(?P<number>\d{1,2})[.)](?=\s+[^\s\d]|[A-Z])")
+_BREAK = re.compile(r"\n\s*\n|(?:^|\n)\s*[-*•·]\s+")
+_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])")
+_LAST_TOKEN = re.compile(r"[A-Za-z.]+$")
+_INITIALISM = re.compile(r"\b(?:[A-Za-z]\.){2,}(?:[A-Za-z]\b)?")
+_WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:'[^\W_]+)*")
+
+ABBREVIATIONS = _words("al approx ca cf dept dr drs e.g eg fig figs hosp i.e ie mr mrs ms pt resp st vs")
+
+
+@dataclass(frozen=True)
+class ParsedReport:
+    """A report as the model sees it."""
+
+    sentences: list[str]
+    """Normalised words joined by one blank, impression first."""
+    sentence_hashes: list[int]
+    report_hash: int
+    """Of all words of all sentences: equal means "same text"."""
+
+
+def parse_report(text: str) -> ParsedReport:
+    """Normalised sentences and their hashes; a report too short to learn from is a ``BadRow``."""
+    words = [normalised_words(sentence) for sentence in sentences(report_text(text))]
+    words = [sentence for sentence in words if len(sentence) >= MIN_SENTENCE_WORDS]
+    everything = [word for sentence in words for word in sentence]
+    if len(everything) < MIN_REPORT_WORDS:
+        raise BadRow(
+            f"report has {len(everything)} words in sentences of {MIN_SENTENCE_WORDS} or more, "
+            f"fewer than {MIN_REPORT_WORDS}"
+        )
+    return ParsedReport(
+        sentences=[" ".join(sentence) for sentence in words],
+        sentence_hashes=[text_hash(sentence) for sentence in words],
+        report_hash=text_hash(everything),
+    )
+
+
+def report_text(text: str) -> str:
+    """Impression then findings; else the last paragraph, other sections, the comparison, or the whole note."""
+    found = sections(text)
+    parts = [found[name] for name in ("impression", "findings") if name in found]
+    if parts:
+        return "\n\n".join(parts)
+    for name in ("last_paragraph", "full report", "wet read"):
+        if name in found:
+            return found[name]
+    known = set(SECTION_NAMES.values()) | {name for _, name in NAME_PARTS} | {"preamble"}
+    others = [content for name, content in found.items() if name not in known]
+    return "\n\n".join(others) or found.get("comparison") or found.get("addendum") or found.get("preamble", "")
+
+
+def sections(text: str) -> dict[str, str]:
+    """The report's sections by normalised name; ``full report`` where it has no header at all."""
+    text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    found: dict[str, str] = {}
+    for block in _DIVIDER.split(text):
+        pieces = list(_split_at_headers(block))
+        # a later block is the report itself, an earlier one an addendum to it: the later wins
+        found = {**found, **_collect(pieces)}
+    if "impression" in found or "findings" in found:
+        return found
+    # a note on one line that says "History: ..." on its way is a note all the same
+    if "\n" not in text.strip() or not set(found) - {"preamble"}:
+        whole = "\n".join(_DIVIDER.split(text)).strip()
+        return {"full report": whole} if whole else {}
+    return {**found, **_last_paragraph(found)}
+
+
+def _split_at_headers(block: str) -> Iterator[tuple[str, str]]:
+    """(normalised name, content) in order; what precedes the first header comes first, as ``preamble``."""
+    name, start = "preamble", 0
+    for header in _HEADER.finditer(block):
+        following = _section_name(header.group(header.lastgroup or 0))
+        if following == "anatomy" and name in ("findings", "impression", "findings and impression"):
+            continue
+        yield name, block[start : header.start()].strip()
+        if following == "anatomy":
+            name, start = "findings", header.start()
+        else:
+            name, start = following, header.end()
+    yield name, block[start:].strip()
+
+
+def _section_name(header: str) -> str:
+    name = " ".join(re.sub(r"[^a-z0-9]+", " ", header.lower().replace("&", " and ").replace("/", " and ")).split())
+    if name in SECTION_NAMES:
+        return SECTION_NAMES[name]
+    if "finding" in name and "impression" in name:
+        return "findings and impression"
+    for part, normalised in NAME_PARTS:
+        if part in name:
+            return normalised
+    if name and all(word in VIEW_WORDS or word.isdigit() for word in name.split()):
+        return "findings"
+    if name and all(word in ANATOMY_WORDS for word in name.split()):
+        return "anatomy"
+    return name
+
+
+def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
+    """One content for each name of a block: repeated ones are joined, but the last impression stands alone."""
+    found: dict[str, str] = {}
+    for name, content in pieces:
+        if not content:
+            continue
+        if name in found and name != "impression":
+            content = f"{found[name]}\n\n{content}"
+        found.pop(name, None)
+        found[name] = content
+    both = found.pop("findings and impression", None)
+    if both is not None:
+        # an impression of its own makes the joint section the findings
+        name = "findings" if "impression" in found else "impression"
+        found[name] = "\n\n".join(part for part in (both, found.get(name)) if part)
+    return found
+
+
+def _last_paragraph(found: dict[str, str]) -> dict[str, str]:
+    """The last section split at its first blank line: what follows it is the unheaded description."""
+    name = list(found)[-1]
+    head, blank, rest = _first_break(found[name])
+    if not blank or not rest.strip():
+        return {}
+    return {name: head.strip(), "last_paragraph": rest.strip()}
+
+
+def _first_break(content: str) -> tuple[str, str, str]:
+    match = re.search(r"\n[ \t]*\n", content)
+    if match is None:
+        return content, "", ""
+    return content[: match.start()], match.group(), content[match.end() :]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text``, on one line each, without list numbers and de-identification tokens."""
+    found: list[str] = []
+    for paragraph in _BREAK.split(text.replace("\r\n", "\n")):
+        for item in _split_list(paragraph):
+            found += _split_sentences(" ".join(_DEIDENTIFIED.sub(" ", item).split()))
+    return [sentence for sentence in found if _WORD.search(sentence)]
+
+
+def _split_list(paragraph: str) -> Iterator[str]:
+    """The items of a numbered list: "1." opens one, and then each number that follows in turn."""
+    start, expected = 0, 1
+    for marker in _LIST_ITEM.finditer(paragraph):
+        nearby = paragraph[max(0, marker.start() - NEARBY) : marker.start()]
+        before = nearby.rstrip()
+        opens = not before or before[-1] in ".!?:;" or "\n" in nearby[len(before) :]
+        if _is_numbering(before) or not (opens or (expected > 1 and int(marker["number"]) == expected)):
+            continue
+        yield paragraph[start : marker.start()]
+        start, expected = marker.end(), int(marker["number"]) + 1
+    yield paragraph[start:]
+
+
+def _is_numbering(before: str) -> bool:
+    """Whether the number belongs to the word before it, as in "No. 3"."""
+    return re.search(r"(?i)\bno\.$", before) is not None
+
+
+def _split_sentences(line: str) -> Iterator[str]:
+    start = 0
+    for end in _SENTENCE_END.finditer(line):
+        before = line[max(start, end.start() - NEARBY) : end.start()]
+        if _is_abbreviation(before, line[end.end() : end.end() + NEARBY].lstrip(), end.group()):
+            continue
+        yield line[start : end.end()].strip()
+        start = end.end()
+    if line[start:].strip():
+        yield line[start:].strip()
+
+
+def _is_abbreviation(before: str, after: str, stop: str) -> bool:
+    """Whether the full stop between ``before`` and ``after`` belongs to a word and ends no sentence."""
+    token = _LAST_TOKEN.search(before)
+    if stop != "." or token is None or not after:
+        return False
+    word = token.group().lower()
+    if word in ABBREVIATIONS:
+        return True
+    if word == "no":
+        return after[0].isdigit()
+    if "." in word and all(len(letter) <= 1 for letter in word.split(".")):  # a.m., T.I.P.S.
+        return not after[0].isupper()
+    return len(word) == 1 and _is_initial(before[: token.start()], after)
+
+
+def _is_initial(before: str, after: str) -> bool:
+    """Whether a lone letter is a person's initial ("Dr. J. Smith") rather than a name's end ("hepatitis C.")."""
+    return (
+        not after[0].isupper() or re.search(r"(?i)(?:^|\b(?:drs?\.|mr\.|mrs\.|ms\.|by|with)\s)\s*$", before) is not None
+    )
+
+
+def normalised_words(sentence: str) -> list[str]:
+    """The lower-cased words and numbers of ``sentence``, punctuation gone ("a.m." is "am", "2.5" stays)."""
+    joined = _INITIALISM.sub(lambda match: match.group().replace(".", ""), sentence.replace("’", "'"))
+    return _WORD.findall(joined.lower())
+
+
+def text_hash(words: Sequence[str]) -> int:
+    """Signed 64-bit BLAKE2b of the words joined by one blank."""
+    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,75 @@
+"""The generated corpus as a source: nothing to fetch, every film is drawn when it is read."""
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmcgns.data.index import StudyIndex, index_table
+from cmcgns.errors import UserError
+
+if TYPE_CHECKING:
+    from cmcgns.data.phantom import PhantomCorpus
+
+MAX_STUDIES = 10**7
+
+
+@dataclass(frozen=True)
+class PhantomSource:
+    """``studies`` generated studies, films of ``height`` x ``width`` pixels."""
+
+    studies: int
+    seed: int
+    height: int
+    width: int
+    uri: str = "phantom"
+    format: str = "phantom"
+
+    def index(self) -> StudyIndex:
+        corpus = _corpus(self)
+        return StudyIndex(table=index_table([_row(corpus, number) for number in range(self.studies)]))
+
+    def read_film(self, path: str) -> NDArray[np.uint8]:
+        study, film = path.split("/")
+        return np.asarray(_corpus(self).render(int(study), int(film)), dtype=np.uint8)
+
+    def read_report(self, study: dict[str, Any]) -> str:
+        return str(study["report"])
+
+
+@functools.lru_cache(maxsize=4)
+def _corpus(source: PhantomSource) -> "PhantomCorpus":
+    from cmcgns.data.phantom import PhantomCorpus  # draws with OpenCV: not needed by other corpora
+
+    return PhantomCorpus(studies=source.studies, seed=source.seed, height=source.height, width=source.width)
+
+
+def _row(corpus: "PhantomCorpus", number: int) -> dict[str, Any]:
+    study = corpus.study(number)
+    films = [
+        {"image_id": film.image_id, "path": f"{number}/{place}", "view": film.view}
+        for place, film in enumerate(study.films)
+    ]
+    return {
+        "study_id": study.study_id,
+        "patient_id": study.patient_id,
+        "group": study.patient_id,
+        "split": study.split,
+        "films": films,
+        "report": study.report,
+        "report_path": None,
+        "labels": list(study.labels.items()),
+    }
+
+
+def parse_phantom_uri(uri: str, studies: int, seed: int) -> tuple[int, int]:
+    """Studies and seed of ``phantom``, ``phantom:STUDIES`` or ``phantom:STUDIES:SEED``."""
+    given = [part for part in uri.split(":")[1:] if part]
+    if uri.split(":")[0] != "phantom" or len(given) > 2 or not all(part.isdigit() for part in given):
+        raise UserError(f"data.uri {uri}: the generated corpus is phantom, phantom:STUDIES or phantom:STUDIES:SEED")
+    numbers = [int(part) for part in given] + [studies, seed][len(given) :]
+    if not 1 <= numbers[0] <= MAX_STUDIES:
+        raise UserError(f"data.uri {uri}: phantom:STUDIES takes 1 to {MAX_STUDIES} studies, not {numbers[0]}")
+    return numbers[0], numbers[1]

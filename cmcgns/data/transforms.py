@@ -1,0 +1,129 @@
+"""From a file's bytes to a grey square, and the keys that say which draw a study gets."""
+
+import hashlib
+import io
+import warnings
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from cmcgns.data.dicom import MAX_PIXELS, dicom_to_grey
+from cmcgns.errors import BadRow
+
+PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+_MAGIC = (
+    (b"\xff\xd8\xff", "picture"),
+    (b"\x89PNG\r\n\x1a\n", "picture"),
+    (b"BM", "picture"),
+    (b"II*\x00", "picture"),
+    (b"MM\x00*", "picture"),
+    (b"RIFF", "picture"),
+    # no preamble: the first element is of group 0002 or 0008, little or big endian
+    (b"\x02\x00\x00\x00", "dicom"),
+    (b"\x02\x00\x01\x00", "dicom"),
+    (b"\x02\x00\x10\x00", "dicom"),
+    (b"\x08\x00", "dicom"),
+    (b"\x00\x08\x00", "dicom"),
+)
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses sooner
+cv2.setNumThreads(1)  # many decoding tasks share the machine: each takes the one CPU it was given
+
+
+def decode_film(data: bytes, name: str, at_least: int | None = None) -> NDArray[np.uint8]:
+    """The film as uint8 (H, W), whatever its file is called; ``BadRow`` with the reason where it cannot be read.
+
+    ``at_least``: a JPEG may be decoded at a reduced scale that keeps the longer side at twice this or more.
+    """
+    kind = _kind(data, name)
+    if kind == "dicom":
+        return dicom_to_grey(data)
+    if kind == "picture":
+        return _decode_picture(data, at_least)
+    if not data:
+        raise BadRow("film file is empty (0 bytes)")
+    raise BadRow("film file is neither JPEG, PNG, TIFF, BMP, WebP nor DICOM")
+
+
+def _kind(data: bytes, name: str) -> str:
+    """``picture``, ``dicom`` or ``unknown`` by the first bytes; the name counts where they tell nothing."""
+    if data[128:132] == b"DICM":
+        return "dicom"
+    named = "dicom" if data and name.lower().endswith((".dcm", ".dicom")) else "unknown"
+    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), named)
+
+
+def _decode_picture(data: bytes, at_least: int | None) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
+            # before any pixel is decoded: a small file can declare a huge picture
+            if picture.width * picture.height > MAX_PIXELS:
+                raise BadRow(f"film of {picture.height} x {picture.width} pixels is over the limit of {MAX_PIXELS}")
+            if getattr(picture, "n_frames", 1) > 1:
+                raise BadRow(f"film file holds {getattr(picture, 'n_frames', 1)} pictures, not one film")
+            if at_least is not None and max(picture.size) >= 4 * at_least:
+                # DCT scaling to the smallest of 1/2, 1/4, 1/8 that still leaves twice what is wanted
+                factor = 2 * at_least / max(picture.size)
+                picture.draft(None, (round(picture.width * factor), round(picture.height * factor)))
+            picture.load()
+            return _grey(ImageOps.exif_transpose(picture))
+    except BadRow:
+        raise
+    except Image.DecompressionBombError:
+        raise BadRow(f"film is over the limit of {MAX_PIXELS} pixels") from None
+    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+        raise BadRow(f"film file is truncated or broken ({type(error).__name__})") from None
+
+
+def _grey(picture: Image.Image) -> NDArray[np.uint8]:
+    """uint8 (H, W) of a picture in any of Pillow's modes."""
+    if picture.mode.startswith(("I", "F")):
+        return _stretch(np.asarray(picture))
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        opaque = Image.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = Image.alpha_composite(opaque, picture).convert("RGB")
+    elif picture.mode not in ("L", "RGB"):
+        picture = picture.convert("RGB")
+    return np.array(picture.convert("L"), dtype=np.uint8)
+
+
+def _stretch(pixels_HW: NDArray[Any]) -> NDArray[np.uint8]:
+    """More than 8 bits without a window: least to greatest value become 0 to 255."""
+    values = pixels_HW.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadRow("film holds values that are not finite")
+    low, high = values.min(), values.max()
+    grey: NDArray[np.uint8] = np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+    return grey
+
+
+def resize_film(grey_HW: NDArray[np.uint8], resize: int) -> NDArray[np.uint8]:
+    """uint8 (resize, resize): the longer side becomes ``resize``, the rest is padded with 0 on both sides."""
+    height, width = grey_HW.shape
+    scale = resize / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    square = np.zeros((resize, resize), dtype=np.uint8)
+    top, left = (resize - new_height) // 2, (resize - new_width) // 2
+    scaled = cv2.resize(grey_HW, (new_width, new_height), interpolation=filter_)
+    square[top : top + new_height, left : left + new_width] = scaled
+    return square
+
+
+def draw_key(seed: int, epoch: int, image_id: str) -> int:
+    """Signed 64-bit key of every draw about one film in one epoch, the same on any rank."""
+    return _hash64(f"{seed}|{epoch}|{image_id}")
+
+
+def drawn_film(seed: int, epoch: int, study_id: str, films: int) -> int:
+    """Which of a study's ``films`` this epoch shows."""
+    return _hash64(f"film|{seed}|{epoch}|{study_id}") % films
+
+
+def _hash64(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

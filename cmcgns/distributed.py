@@ -1,0 +1,109 @@
+"""Collectives with gradients, for tensors of equal and of ragged length; each is the identity in one process.
+
+W ranks; n rows on this rank, N rows on all ranks. Every function here is collective: every rank enters.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's global rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks in rank order; a row's gradient is the sum of what every rank's loss asks of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, without gradient; every rank brings the same number."""
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+def all_gather_with_grad(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order; gradients flow back to the rank that brought them."""
+    return rows if world_size() == 1 else _AllGather.apply(rows)
+
+
+def ragged_all_gather(rows_n: Tensor, counts: Sequence[int], with_grad: bool = False) -> Tensor:
+    """Rows of all ranks in rank order, where rank r brings ``counts[r]``; the counts are known on the host."""
+    if world_size() == 1:
+        return rows_n
+    gather = all_gather_with_grad if with_grad else all_gather
+    longest = max(counts)
+    padded = torch.cat([rows_n, rows_n.new_zeros((longest - rows_n.shape[0], *rows_n.shape[1:]))])
+    chunks = gather(padded).split(longest)
+    return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts, strict=True)])
+
+
+def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """``tensor`` summed (or ``op``) over all ranks, without gradient; the argument stays as it is."""
+    if world_size() == 1:
+        return tensor.detach()
+    reduced = tensor.detach().clone()
+    dist.all_reduce(reduced, op)
+    return reduced
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's ``tensor`` on every rank; the others bring one of the same shape and type."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's picklable ``value`` on every rank, through host memory."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=host_group())
+    return box[0]
+
+
+def exchange(values: Sequence[int]) -> list[list[int]]:
+    """The same few integers of every rank, by rank, through host memory: never waits for the device."""
+    if world_size() == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.int64)
+    gathered = torch.empty(world_size() * len(values), dtype=torch.int64)
+    dist.all_gather_into_tensor(gathered, own, group=host_group())
+    rows: list[list[int]] = gathered.view(world_size(), len(values)).tolist()
+    return rows
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A group that moves host memory: the default group on gloo, else a gloo group beside NCCL."""
+    if dist.get_backend() == "gloo":
+        return None
+    return _gloo_group(dist.group.WORLD)
+
+
+@cache
+def _gloo_group(world: Any) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")

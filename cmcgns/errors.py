@@ -1,0 +1,12 @@
+"""The two kinds of error that are about the user's input and not about our code."""
+
+
+class UserError(ValueError):
+    """A setting, path or file that cannot work: names the thing, what was given and the way out.
+
+    A job that meets one prints the message without a traceback and ends with status 2.
+    """
+
+
+class BadRow(ValueError):
+    """One study that cannot be used, with the reason; the run records it and goes on."""

@@ -1,0 +1,99 @@
+"""Attention between the two modalities, and the pooling that turns parts into a whole.
+
+B studies, P patches, S sentences (padded), L parts, D embedding, H heads.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, computed in float32 at least and returned in the type they came in."""
+    wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    return F.normalize(wide, dim=-1).to(rows.dtype)
+
+
+def linear(dim_in: int, dim_out: int) -> nn.Linear:
+    """A linear map that keeps the size of its input and starts without bias.
+
+    torch's own start puts biases several times the signal of unit rows: all studies would begin at one point.
+    """
+    layer = nn.Linear(dim_in, dim_out)
+    nn.init.normal_(layer.weight, std=dim_in**-0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class CrossModalAttention(nn.Module):
+    """One head, a sigmoid in place of the softmax: a patch may attend to no sentence at all (PRIOR, ICCV 2023)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.image = nn.ModuleDict({role: linear(dim, dim) for role in ("query", "key", "value")})
+        self.text = nn.ModuleDict({role: linear(dim, dim) for role in ("query", "key", "value")})
+
+    def forward(
+        self, patches_BPD: Tensor, sentences_BSD: Tensor, sentence_mask_BS: Tensor, mask_token_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``image_to_text_BSD``, ``text_to_image_BPD`` and, with a mask token, what a hidden patch attends to (B1D)."""
+        text_key_BSD, text_value_BSD = self.text["key"](sentences_BSD), self.text["value"](sentences_BSD)
+        image_to_text_BSD = sigmoid_attention(
+            self.text["query"](sentences_BSD), self.image["key"](patches_BPD), self.image["value"](patches_BPD)
+        )
+        text_to_image_BPD = sigmoid_attention(
+            self.image["query"](patches_BPD), text_key_BSD, text_value_BSD, sentence_mask_BS
+        )
+        if mask_token_D is None:
+            return image_to_text_BSD, text_to_image_BPD, None
+        query_B1D = self.image["query"](mask_token_D).expand(patches_BPD.shape[0], 1, -1)
+        return (
+            image_to_text_BSD,
+            text_to_image_BPD,
+            sigmoid_attention(query_B1D, text_key_BSD, text_value_BSD, sentence_mask_BS),
+        )
+
+
+def sigmoid_attention(query_BLD: Tensor, key_BMD: Tensor, value_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+    """sigmoid(q k^T / sqrt(D)) v; masked keys take no part."""
+    weight_BLM = torch.sigmoid(query_BLD @ key_BMD.mT / math.sqrt(query_BLD.shape[-1]))
+    if mask_BM is not None:
+        weight_BLM = weight_BLM * mask_BM.unsqueeze(1)
+    return weight_BLM @ value_BMD
+
+
+class AttentionPool(nn.Module):
+    """Multi-head attention from the mean of the parts to the mean and the parts."""
+
+    def __init__(self, dim: int, heads: int = 8, positions: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (linear(dim, dim) for _ in range(4))
+        self.position_LD = None if positions is None else nn.Parameter(torch.randn(positions + 1, dim) / math.sqrt(dim))
+
+    def forward(self, parts_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """(B, D): one vector for each study."""
+        tokens_BLD = torch.cat([masked_mean(parts_BLD, mask_BL).unsqueeze(1), parts_BLD], dim=1)
+        if self.position_LD is not None:
+            tokens_BLD = tokens_BLD + self.position_LD.to(tokens_BLD.dtype)
+        keep_B11L = None if mask_BL is None else F.pad(mask_BL, (1, 0), value=True)[:, None, None]
+        pooled_BH1d = F.scaled_dot_product_attention(
+            self._split(self.q_proj(tokens_BLD[:, :1])),
+            self._split(self.k_proj(tokens_BLD)),
+            self._split(self.v_proj(tokens_BLD)),
+            attn_mask=keep_B11L,
+        )
+        return self.c_proj(pooled_BH1d.transpose(1, 2).flatten(1))
+
+    def _split(self, tokens_BLD: Tensor) -> Tensor:
+        return tokens_BLD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def masked_mean(parts_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """Mean over the real parts, (B, D)."""
+    if mask_BL is None:
+        return parts_BLD.mean(dim=1)
+    weight_B1L = mask_BL.to(parts_BLD.dtype).unsqueeze(1)
+    return (weight_B1L @ parts_BLD).squeeze(1) / weight_B1L.sum(-1)

@@ -1,0 +1,36 @@
+"""Reports to sentence embeddings and one report embedding, from any BERT-like encoder that transformers knows.
+
+B studies, T tokens, S sentences (padded), C channels of the backbone, D embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cmcgns.models.cross_attention import AttentionPool, linear, unit
+
+
+class TextEncoder(nn.Module):
+    """Token states projected to D and normalised; a sentence is the mean of its tokens, a report pools its sentences."""
+
+    def __init__(self, backbone: PreTrainedModel, dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection = linear(backbone.config.hidden_size, dim)
+        self.pool = AttentionPool(dim)
+
+    def forward(
+        self, token_BT: Tensor, token_mask_BT: Tensor, sentence_of_token_BT: Tensor, sentence_mask_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``sentences_BSD`` (zero where padded) and normalised ``report_BD``."""
+        hidden_BTC = self.backbone(input_ids=token_BT, attention_mask=token_mask_BT.long()).last_hidden_state
+        token_BTD = unit(self.projection(hidden_BTC))
+        sentences_BSD = sentence_means(token_BTD, sentence_of_token_BT, sentence_mask_BS.shape[1])
+        return sentences_BSD, unit(self.pool(sentences_BSD, sentence_mask_BS))
+
+
+def sentence_means(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:
+    """Mean of each sentence's tokens, (B, S, D); zero for sentences without tokens."""
+    sentence_S1 = torch.arange(size_S, device=token_BTD.device).unsqueeze(1)
+    member_BST = (sentence_of_token_BT.unsqueeze(1) == sentence_S1).to(token_BTD.dtype)
+    return member_BST @ token_BTD / member_BST.sum(-1, keepdim=True).clamp(min=1)

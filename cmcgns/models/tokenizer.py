@@ -1,0 +1,100 @@
+"""Reports to token ids, with the sentence that each token belongs to."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from cmcgns.errors import BadRow, UserError
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+@dataclass(frozen=True)
+class EncodedReport:
+    """One report as [CLS] sentence ... sentence [SEP]."""
+
+    tokens_T: np.ndarray
+    """Token ids, int32."""
+    sentence_of_token_T: np.ndarray
+    """Sentence of each token, -1 for [CLS] and [SEP], int16."""
+    sentences: int
+    """Sentences that fit whole."""
+
+
+class ReportTokenizer:
+    """A word-piece tokenizer that keeps sentences whole. It travels into Ray tasks, so it holds no transformers object."""
+
+    def __init__(self, pieces: Tokenizer, max_tokens: int, max_sentences: int, names: dict[str, str] | None = None) -> None:
+        self.pieces = pieces
+        self.max_tokens, self.max_sentences = max_tokens, max_sentences
+        self.names = names or SPECIAL_TOKENS
+        cls, sep, pad = (pieces.token_to_id(self.names[name]) for name in ("cls_token", "sep_token", "pad_token"))
+        if cls is None or sep is None or pad is None:
+            raise UserError(f"the tokenizer lacks one of {', '.join(self.names.values())}; a BERT-like one is needed")
+        self.cls_id, self.sep_id, self.pad_id = int(cls), int(sep), int(pad)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Entries, special tokens included."""
+        return int(self.pieces.get_vocab_size())
+
+    def encode(self, sentences: Sequence[str]) -> EncodedReport:
+        """``sentences`` in order until one would not fit whole; ``BadRow`` where none does."""
+        tokens, owners, kept = [self.cls_id], [-1], 0
+        for piece in self.pieces.encode_batch(list(sentences[: self.max_sentences]), add_special_tokens=False):
+            if not piece.ids or len(tokens) + len(piece.ids) + 1 > self.max_tokens:
+                break
+            tokens += piece.ids
+            owners += [kept] * len(piece.ids)
+            kept += 1
+        if not kept:
+            raise BadRow(f"report has no sentence that fits into {self.max_tokens} tokens")
+        return EncodedReport(np.array([*tokens, self.sep_id], np.int32), np.array([*owners, -1], np.int16), kept)
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face tokenizer folder."""
+        from transformers import PreTrainedTokenizerFast
+
+        fast = PreTrainedTokenizerFast(tokenizer_object=self.pieces, model_max_length=self.max_tokens, **self.names)
+        fast.save_pretrained(folder)
+
+
+def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sentences: int) -> ReportTokenizer:
+    """The tokenizer of a local folder or hub name; `auto` takes the text encoder's."""
+    from transformers import AutoTokenizer
+
+    name = text_encoder if tokenizer == "auto" else tokenizer
+    try:
+        fast = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.tokenizer '{name}' is no tokenizer folder and not to be had from the hub: {reason}") from None
+    names = {key: str(getattr(fast, key)) for key in SPECIAL_TOKENS}
+    pieces = fast.backend_tokenizer
+    pieces.no_truncation()
+    pieces.no_padding()
+    return ReportTokenizer(pieces, max_tokens, max_sentences, names)
+
+
+def train_tokenizer(sentences: Iterable[str], size: int, max_tokens: int, max_sentences: int) -> ReportTokenizer:
+    """A lower-cased WordPiece tokenizer whose vocabulary of at most ``size`` entries comes from ``sentences``."""
+    pieces = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    pieces.train_from_iterator(sentences, trainer)
+    pieces.decoder = decoders.WordPiece()
+    trained = ReportTokenizer(pieces, max_tokens, max_sentences)
+    pieces.post_processor = processors.BertProcessing(("[SEP]", trained.sep_id), ("[CLS]", trained.cls_id))
+    return trained

@@ -1,0 +1,102 @@
+"""The board: one small actor through which workers, data tasks, clustering actors and the driver tell each other things."""
+
+import contextlib
+import logging
+from typing import Any
+
+import ray
+
+from cmcgns.errors import UserError
+
+FIRST_REASONS = 5
+
+
+class Board:
+    """Bad rows, the last metrics, log lines and the wish to stop. Lives on the driver's node, takes no CPU."""
+
+    def __init__(self, studies: int, max_bad_fraction: float, indexed_bad: list[dict[str, str]]) -> None:
+        self.studies = studies + len(indexed_bad)
+        self.max_bad_fraction = max_bad_fraction
+        self.bad: dict[str, str] = {}
+        self.row: dict[str, Any] = {}
+        self.lines: list[tuple[int, str]] = []
+        self.stop = False
+        self.failed: str | None = None
+        self.outcome: dict[str, Any] | None = None
+        with contextlib.suppress(UserError):
+            self.add_bad_rows(indexed_bad)
+
+    def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
+        """Remember each unusable study once; too many of them end the run."""
+        self.bad |= {row["source"]: row["reason"] for row in rows}
+        if len(self.bad) > self.max_bad_fraction * self.studies:
+            first = "; ".join(f"{source}: {reason}" for source, reason in list(self.bad.items())[:FIRST_REASONS])
+            self.fail(
+                f"{len(self.bad)} of {self.studies} studies cannot be used, more than data.max_bad_fraction "
+                f"{self.max_bad_fraction} allows. First reasons: {first}"
+            )
+            raise UserError(str(self.failed))
+
+    def fail(self, reason: str) -> None:
+        """Say why the run cannot go on; restarting would not help."""
+        self.failed = self.failed or reason
+
+    def failure(self) -> str | None:
+        """What ``fail`` was told first."""
+        return self.failed
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Remember the latest row of metrics."""
+        self.row = row
+
+    def log(self, level: int, line: str) -> None:
+        """Keep a line for the driver's terminal."""
+        self.lines.append((level, line))
+
+    def request_stop(self) -> None:
+        """Ask the ranks to save and stop after their current step."""
+        self.stop = True
+
+    def stop_requested(self) -> bool:
+        """True once the driver has asked."""
+        return self.stop
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        """Rank 0's account of a run that has come to its end, or was stopped."""
+        self.outcome = outcome
+
+    def news(self) -> dict[str, Any]:
+        """The latest row, and the log lines since the last call."""
+        lines, self.lines = self.lines, []
+        return {"row": self.row, "lines": lines, "bad_rows": len(self.bad)}
+
+    def account(self) -> dict[str, Any]:
+        """Outcome, failure and bad rows."""
+        return {"outcome": self.outcome, "failure": self.failed, "bad_rows": dict(self.bad)}
+
+
+class BoardHandler(logging.Handler):
+    """Sends this package's log lines to the board, which shows them on the driver's terminal."""
+
+    def __init__(self, board: Any) -> None:
+        super().__init__(logging.INFO)
+        self.board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Exception):  # logging must never end a run
+            self.board.log.remote(record.levelno, record.getMessage())
+
+
+def log_to_board(board: Any) -> None:
+    """Route log lines of ``cmcgns`` in this process to ``board``."""
+    logger = logging.getLogger("cmcgns")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [BoardHandler(board)]
+
+
+def start_board(studies: int, max_bad_fraction: float, indexed_bad: list[dict[str, str]]) -> Any:
+    """The board's handle."""
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    make = ray.remote(Board).options(num_cpus=0, label_selector=here)
+    return make.remote(studies, max_bad_fraction, indexed_bad)

@@ -1,0 +1,99 @@
+"""What a checkpoint holds, and the export that plain transformers can load. Safetensors and JSON, no pickles."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cmcgns import distributed
+from cmcgns.train.engine import State
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything that is not a tensor."""
+
+    step: int = 0
+    """Optimizer steps done, over both stages."""
+    stage: int = 1
+    epoch: int = 0
+    position: int = 0
+    """Studies of ``epoch``'s order that have been used, bad ones included."""
+    studies_seen: int = 0
+    ranks: int = 1
+    best: dict[str, float] = field(default_factory=dict)
+    """Step and metrics of stage 1's best validation."""
+    collapsed_steps: int = 0
+    """Consecutive steps with collapsed features."""
+    format: int = CHECKPOINT_FORMAT
+
+
+def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -> None:
+    """Write one rank's share: rank 0 the whole state in ``parts``, every rank its random state."""
+    save_file(random_state(), folder / f"random_{distributed.rank()}.safetensors")
+    if distributed.rank() == 0:
+        for name, tensors in parts.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+        (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
+
+
+def load_progress(folder: Path) -> Progress:
+    """Where the checkpoint in ``folder`` stands."""
+    return Progress(**json.loads((folder / "progress.json").read_text()))
+
+
+def load_part(folder: Path, name: str) -> State:
+    """One of the parts of ``save_checkpoint``, on the CPU; empty where the checkpoint has none."""
+    path = folder / f"{name}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
+def random_state() -> State:
+    """This rank's generators, which drive dropout."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random_state(folder: Path, progress: Progress, seed: int) -> bool:
+    """Put this rank's generators back; with another number of ranks seed them anew and return False."""
+    state = load_part(folder, f"random_{distributed.rank()}")
+    if progress.ranks != distributed.world_size() or not state:
+        seed_everything(seed + progress.step)
+        return False
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    return True
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch for dropout, each rank differently."""
+    torch.manual_seed(seed * 100_003 + distributed.rank())
+
+
+def heads(weights: State) -> dict[str, Tensor]:
+    """All weights outside the two backbones: projections, pools, attention, predictor, decoder, temperature."""
+    backbones = ("image_encoder.backbone.", "text_encoder.backbone.")
+    return {name: value.contiguous() for name, value in weights.items() if not name.startswith(backbones)}
+
+
+def export_model(
+    folder: Path, model: Any, weights: State, tokenizer: Any, preprocess: dict[str, Any], centroids: State
+) -> None:
+    """Write encoders and tokenizer as Hugging Face folders, and beside them what only this package reads.
+
+    ``model`` is a fresh, whole model of the run's settings; it receives ``weights``.
+    """
+    model.load_state_dict(weights)
+    model.image_encoder.backbone.save_pretrained(folder / "image_encoder")
+    model.text_encoder.backbone.save_pretrained(folder / "text_encoder")
+    tokenizer.save(folder / "tokenizer")
+    save_file(heads(weights), folder / "heads.safetensors")
+    save_file({key: value.contiguous() for key, value in centroids.items()}, folder / "centroids.safetensors")
+    (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n")

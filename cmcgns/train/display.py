@@ -1,0 +1,96 @@
+"""What the user sees on the driver's terminal: the plan, one line of progress, and where everything is."""
+
+import contextlib
+import logging
+import sys
+import threading
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cmcgns.train.schedule import Schedule
+
+POLL_S = 0.5
+
+
+def print_plan(console: Console, facts: dict[str, str]) -> None:
+    """A table of what is about to run, where, and on how much."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    console.print(table)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line for a row of metrics."""
+    if not row:
+        return "starting workers"
+    if row["split"] == "val":
+        both = f"i2t {row['i2t_recall_at_1']:.1%} t2i {row['t2i_recall_at_1']:.1%}"
+        return f"stage {row['stage']} validation: recall@1 {both} (chance {row['chance_recall_at_1']:.2%})"
+    losses = " ".join(
+        f"{name} {row[key]:.3f}"
+        for name, key in (
+            ("loss", "loss"),
+            ("global", "loss_global"),
+            ("image", "loss_local_image"),
+            ("report", "loss_local_report"),
+            ("rebuild", "loss_reconstruction"),
+        )
+        if key in row
+    )
+    waits = f"data {row['data_wait_s'] / row['step_s']:.0%} pool {row['pool_wait_s'] / row['step_s']:.0%}"
+    speed = f"{row['studies_per_s']:.0f} studies/s, waiting {waits}"
+    return f"stage {row['stage']}: {losses} | centroids v{row['centroids_version']} | {speed}"
+
+
+class Display:
+    """Follows the board until closed: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, board: Any, schedule: Schedule, console: Console) -> None:
+        self.board, self.schedule, self.console = board, schedule, console
+        self._done = threading.Event()
+        self._shown: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Show what has not been shown yet, and stop."""
+        self._done.set()
+        self._thread.join(timeout=10)
+
+    def _follow(self) -> None:
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(20),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("starting workers", total=self.schedule.total)
+            while not self._done.wait(POLL_S):
+                self._show(bar, task)
+            self._show(bar, task)
+
+    def _show(self, bar: Progress, task: Any) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            news = ray.get(self.board.news.remote())
+            for level, line in news["lines"]:
+                style = "yellow" if level >= logging.WARNING else ""
+                self.console.print(line, style=style, highlight=False)
+            row = news["row"]
+            if row == self._shown:
+                return
+            self._shown = row
+            bar.update(task, completed=row.get("step", 0), description=describe(row))
+            if not self.console.is_terminal or row.get("split") == "val":
+                self.console.print(f"step {row.get('step', 0)}/{self.schedule.total} {describe(row)}", highlight=False)
+
+
+def console() -> Console:
+    """The driver's terminal; wide enough for one line of progress where the output is a file."""
+    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)

@@ -1,0 +1,297 @@
+"""The only door to DeepSpeed, and its plain-torch twin: forward, backward, one optimizer step, whole state.
+
+Both take and give the whole state by parameter name, so a checkpoint fits any number of ranks, any ZeRO stage and
+either engine. Parameters stay float32; bf16 and fp16 are autocast.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cmcgns import distributed
+from cmcgns.config import TrainConfig
+from cmcgns.data.batch import ImageReportBatch
+from cmcgns.models.outputs import Outputs
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's two running averages, by the name that torch and DeepSpeed share."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+State = dict[str, Tensor]
+"""Tensors by name on the CPU: weights by their own name, averages as MOMENT.NAME, and ``optimizer_steps``."""
+
+
+class Engine(Protocol):
+    """One model and its optimizer through one stage."""
+
+    module: nn.Module
+
+    def __call__(self, batch: ImageReportBatch, reconstruct: bool) -> Outputs:
+        """Forward of one microbatch. Collective under ZeRO-3."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of one microbatch; ``last`` marks the step's last one."""
+
+    def step(self, learning_rate: float) -> None:
+        """Clip the mean gradient over microbatches and ranks, and apply it. Collective."""
+
+    def weights(self) -> State:
+        """Whole float32 weights and buffers. Collective; only rank 0 need keep them."""
+
+    def optimizer_state(self) -> State:
+        """Whole optimizer state. Collective; only rank 0 need keep it."""
+
+    def load_optimizer_state(self, state: State) -> None:
+        """Go on from a whole optimizer state, which every rank holds. Collective."""
+
+
+def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, frozen: tuple[str, ...] = ()) -> Engine:
+    """A fresh engine around ``model``; parameters whose name starts with one of ``frozen`` are not trained."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(frozen or ("\0",)):
+            parameter.requires_grad_(False)
+    if config.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    accumulation = config.global_batch_size // (config.microbatch_size * distributed.world_size())
+    kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
+    return kind(model.to(device), config, accumulation, device)
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW; matrices and convolutions with weight decay, norms, biases and scalars without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.learning_rate)
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO 0-3."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, accumulation: int, device: torch.device) -> None:
+        deepspeed = import_deepspeed(device)
+        self.module = model
+        self.zero_stage = config.zero_stage
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config),
+            config=deepspeed_settings(config, accumulation),
+            dist_init_required=False,
+        )
+
+    def __call__(self, batch: ImageReportBatch, reconstruct: bool) -> Outputs:
+        return self.engine(batch, reconstruct)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.backward(loss)
+        if not last:
+            self.engine.step()  # counts the microbatch; applies nothing
+
+    def step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+
+    def weights(self) -> State:
+        kept = (
+            self.module.state_dict()
+        )  # names only: buffers like position ids are not kept, and ZeRO-3's weights are empty
+        whole = {name: to_cpu(buffer) for name, buffer in self.module.named_buffers() if name in kept}
+        for name, parameter in self.module.named_parameters():
+            with self._gathered(parameter):
+                whole[name] = to_cpu(parameter)
+        return whole
+
+    def optimizer_state(self) -> State:
+        self._link_averages()
+        state: State = {}
+        for name, parameter in self._trained():
+            for moment in MOMENTS:
+                average = self._average(parameter, moment)
+                if average is not None:
+                    state[f"{moment}.{name}"] = to_cpu(average)
+        state["optimizer_steps"] = torch.tensor(int(self.engine.global_steps - self.engine.skipped_steps))
+        return state
+
+    def load_optimizer_state(self, state: State) -> None:
+        steps = state["optimizer_steps"]
+        if not self.zero_stage:
+            restore_adam(self.optimizer, self._trained(), state)
+        else:
+            self._link_averages()
+            for name, parameter in self._trained():
+                for moment in MOMENTS:
+                    self._set_average(parameter, moment, state[f"{moment}.{name}"].to(parameter.device))
+            for slot in self.optimizer.optimizer.state.values():
+                slot["step"] = torch.as_tensor(slot["step"]).clone().fill_(float(steps))
+        self.engine.global_steps, self.engine.skipped_steps = int(steps), 0
+
+    def _link_averages(self) -> None:
+        """Make each parameter's share of the flat averages known to DeepSpeed, also before the first step.
+
+        ZeRO-1/2 of DeepSpeed 0.19 links them after the first parameter group has stepped: the second group never is.
+        """
+        if not self.zero_stage:
+            return
+        partitions = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
+        for flat in getattr(self.optimizer, partitions):
+            slot = self.optimizer.optimizer.state[flat]
+            slot.setdefault("step", torch.zeros(()))
+            for moment in MOMENTS:
+                slot.setdefault(moment, torch.zeros_like(flat))
+        if self.zero_stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _average(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
+        if not self.zero_stage:
+            return self.optimizer.state.get(parameter, {}).get(moment)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        # collective: every rank enters for every parameter
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    def _set_average(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, moment)
+            return
+        # DeepSpeed's own way to set a whole average fails where ranks do not divide the parameter
+        share: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        flat = nn.functional.pad(whole.flatten(), (0, share * distributed.world_size() - whole.numel()))
+        safe_set_local_optimizer_state(parameter, flat.narrow(0, share * distributed.rank(), share), moment)
+
+    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        if self.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter])
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, told which device it is to use before it looks for itself, and quiet.
+
+    What it compiles goes into this Python's own folder, once for all runs, with the ninja that lies there.
+    """
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    own_programs = str(Path(sys.executable).parent)
+    if own_programs not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = own_programs + os.pathsep + os.environ["PATH"]
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # its own logger announces each import and every setting
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for ``config``."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.microbatch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.gradient_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if config.precision != "fp32":
+        dtype = str(AUTOCAST[config.precision]).removeprefix("torch.")
+        settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return settings
+
+
+class TorchEngine:
+    """Plain torch: autocast, and one all-reduce of the whole gradient each step."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, accumulation: int, device: torch.device) -> None:
+        self.module = model
+        self.accumulation, self.gradient_clip = accumulation, config.gradient_clip
+        self.optimizer = build_optimizer(model, config)
+        self.steps = 0
+        dtype = AUTOCAST.get(config.precision)
+        self.autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+    def __call__(self, batch: ImageReportBatch, reconstruct: bool) -> Outputs:
+        with self.autocast:
+            return self.module(batch, reconstruct)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss / self.accumulation).backward()
+
+    def step(self, learning_rate: float) -> None:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        average_over_ranks(gradients)
+        if self.gradient_clip:
+            trained = [p for p in self.module.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(trained, self.gradient_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+
+    def weights(self) -> State:
+        return {name: to_cpu(value) for name, value in self.module.state_dict().items()}
+
+    def optimizer_state(self) -> State:
+        state = {
+            f"{moment}.{name}": to_cpu(self.optimizer.state[parameter][moment])
+            for name, parameter in self.module.named_parameters()
+            for moment in MOMENTS
+            if parameter in self.optimizer.state
+        }
+        return state | {"optimizer_steps": torch.tensor(self.steps)}
+
+    def load_optimizer_state(self, state: State) -> None:
+        trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+        restore_adam(self.optimizer, trained, state)
+        self.steps = int(state["optimizer_steps"])
+
+
+def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, nn.Parameter]], state: State) -> None:
+    """Put averages and step count back into a torch optimizer."""
+    for name, parameter in trained:
+        if f"{MOMENTS[0]}.{name}" in state:
+            averages = {moment: state[f"{moment}.{name}"].to(parameter.device).clone() for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": state["optimizer_steps"].float().clone(), **averages}
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks, in one collective."""
+    if distributed.world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= distributed.world_size()
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Make running statistics equal on all ranks: their mean, before anything reads them. Collective."""
+    average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, float32 where it was a half."""
+    copied = tensor.detach().to("cpu", copy=True)
+    return copied.float() if copied.dtype in AUTOCAST.values() else copied

@@ -1,0 +1,137 @@
+"""What a run writes down: one row a step in metrics.jsonl, TensorBoard scalars and pictures, recall.
+
+Values stay on the device until they are written; N studies, D embedding.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from cmcgns import distributed
+from cmcgns.data import storage
+from cmcgns.objectives.objective import LOSS_TERMS, STATISTICS, Losses
+
+COLUMNS = (*LOSS_TERMS, *STATISTICS)
+
+
+class StepMetrics:
+    """Collects each step's values on the device and turns them into rows when they are due."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._facts: list[dict[str, Any]] = []
+
+    def record(self, facts: dict[str, Any], microbatches: list[Losses]) -> None:
+        """Keep one step: what the host knows of it, and the mean of its microbatches."""
+        columns = [torch.cat([losses.terms, losses.statistics]) for losses in microbatches]
+        self._values.append(torch.stack(columns).mean(0))
+        self._facts.append(facts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All steps since the last call as rows with global values. Collective; the one place that waits."""
+        if not self._values:
+            return []
+        values = (distributed.all_reduce(torch.stack(self._values)) / distributed.world_size()).tolist()
+        rows = [finished(facts, row) for facts, row in zip(self._facts, values, strict=True)]
+        self._values, self._facts = [], []
+        return rows
+
+
+def finished(facts: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
+    """One row as it is written, from ``COLUMNS``; stage 1 has no reconstruction."""
+    named = dict(zip(COLUMNS, values, strict=True))
+    if facts["stage"] == 1:
+        named.pop("loss_reconstruction")
+    return facts | named
+
+
+class RunLog:
+    """metrics.jsonl and tensorboard/ of a run folder (rank 0). On object storage both are sent at checkpoints."""
+
+    def __init__(self, folder: str, scratch: Path, step: int) -> None:
+        """Go on after ``step``: rows beyond it go."""
+        self.folder, self.remote = folder, storage.is_s3(folder)
+        self.local = scratch if self.remote else Path(folder)
+        self.path = self.local / "metrics.jsonl"
+        self._keep_until(step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=step + 1)
+
+    def _keep_until(self, step: int) -> None:
+        uri = storage.join(self.folder, "metrics.jsonl")
+        text = storage.read_bytes(uri).decode() if step and storage.exists(uri) else ""
+        rows = [line for line in text.splitlines() if json.loads(line)["step"] <= step]
+        self.local.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows, and draw their numbers in TensorBoard."""
+        for row in rows:
+            self._file.write(json.dumps(row) + "\n")
+            for key, value in row.items():
+                if isinstance(value, int | float) and key not in ("step", "stage", "epoch"):
+                    self.board.add_scalar(f"{row['split']}/{key}", value, row["step"])
+        self._file.flush()
+
+    def picture(self, name: str, image_CHW: Tensor, step: int) -> None:
+        """Add a picture in [0, 1] to TensorBoard, and write it beside it as PNG."""
+        from PIL import Image
+
+        self.board.add_image(name, image_CHW, step)
+        pixels_HW = (image_CHW[0] * 255).round().to(torch.uint8).cpu().numpy()
+        Image.fromarray(pixels_HW).save(self.local / f"{name}.png")
+
+    def sync(self) -> None:
+        """Send everything to object storage; nothing to do for a local folder."""
+        self._file.flush()
+        self.board.flush()
+        if self.remote:
+            storage.upload_folder(self.local, self.folder)
+
+    def close(self) -> None:
+        """Send what is left and close."""
+        self.sync()
+        self._file.close()
+        self.board.close()
+
+
+class Stopwatch:
+    """Seconds between calls."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+def recall(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk: int = 1024) -> dict[str, float]:
+    """Recall at 1 and 5 both ways, chance at 1, and the number of distinct reports.
+
+    A hit is any item whose report has the same text, so chance counts duplicates too.
+    """
+    found = {"i2t_recall_at_1": 0.0, "i2t_recall_at_5": 0.0, "t2i_recall_at_1": 0.0, "t2i_recall_at_5": 0.0}
+    chance, number = 0.0, len(report_hash_N)
+    for start in range(0, number, chunk):
+        rows = slice(start, start + chunk)
+        same_cN = report_hash_N[rows].unsqueeze(1) == report_hash_N
+        chance += float(same_cN.sum()) / number
+        for way, query_ND, item_ND in (("i2t", image_ND, report_ND), ("t2i", report_ND, image_ND)):
+            top_c5 = (query_ND[rows] @ item_ND.T).topk(min(5, number), dim=1).indices
+            hit_c5 = same_cN.gather(1, top_c5)
+            found[f"{way}_recall_at_1"] += float(hit_c5[:, 0].sum())
+            found[f"{way}_recall_at_5"] += float(hit_c5.any(1).sum())
+    scores = {name: hits / max(number, 1) for name, hits in found.items()}
+    return scores | {
+        "chance_recall_at_1": chance / max(number, 1),
+        "studies": number,
+        "distinct_reports": len(report_hash_N.unique()),
+    }

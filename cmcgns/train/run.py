@@ -1,0 +1,321 @@
+"""The driver of a pretraining run: checks, plan, workers and pool, and the run's last word."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+
+from cmcgns.clustering.kmeans import check_faiss
+from cmcgns.clustering.pool import PoolHandles, start_pool
+from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns.config import Config
+from cmcgns.data import storage
+from cmcgns.data.dataset import Stream
+from cmcgns.errors import UserError
+from cmcgns.models.tokenizer import ReportTokenizer
+from cmcgns.models.vision_language import build_model
+from cmcgns.train.board import log_to_board, start_board
+from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
+from cmcgns.train.display import Display, console, print_plan
+from cmcgns.train.folder import RunFolder, open_folder, write_bad_rows, write_start
+from cmcgns.train.schedule import Schedule, build_schedule
+from cmcgns.train.worker import Assignment, work
+
+GROUP_TIMEOUT_S = 1800
+"""Longest time that ranks wait for one another: an export or a slow bucket on rank 0."""
+LOCAL_CLUSTER = {
+    # data tasks come in bursts: keep their processes, and what they have imported, between epochs
+    "idle_worker_killing_time_threshold_ms": 600_000,
+    "num_workers_soft_limit": 16,
+}
+"""Settings of a Ray made for one run on this machine."""
+PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
+
+
+def pretrain(config: Config) -> int:
+    """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved."""
+    terminal = console()
+    check_faiss(config.clustering.device)
+    folder = open_folder(config)
+    corpus = open_corpus(config)
+    schedule = build_schedule(config.train, len(corpus.train))
+    sample = sample_reports(corpus, config.model.vocabulary_reports)
+    check_sizes(config, corpus, sample)
+    tokenizer = folder.read_tokenizer(config) if folder.resumed else make_tokenizer(config, sample)
+    parameters = count_parameters(config, tokenizer)
+    with ray_session(config) as cpus:
+        check_cpus(config, cpus)
+        print_plan(terminal, plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus))
+        write_start(folder, config, corpus.digest)
+        if not folder.resumed:
+            folder.write_tokenizer(tokenizer)
+        board = start_board(len(corpus.train) + len(corpus.valid), config.data.max_bad_fraction, corpus.index.bad_rows)
+        log_to_board(board)
+        pool = start_pool(config.clustering, config.train.num_workers, board)
+        display = Display(board, schedule, terminal)
+        try:
+            checkpoint, error = fit(
+                config, folder, assign(config, folder, corpus, schedule, tokenizer, pool, board), board
+            )
+        finally:
+            display.close()
+            pool.stop()
+        account = ray.get(board.account.remote())
+        return conclude(terminal, folder, account, checkpoint, error)
+
+
+def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
+    """Learnable numbers of the model; building it without memory also proves that the settings fit together."""
+    with torch.device("meta"):
+        model = build_model(config, tokenizer.vocabulary_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[float]:
+    """CPUs of the Ray cluster that the environment names, or of one made on this machine for the run."""
+    environment = worker_environment(config)
+    os.environ.update(environment)
+    ours = not ray.is_initialized()
+    if ours:
+        settings: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
+        if not os.environ.get("RAY_ADDRESS"):
+            settings = {"_system_config": LOCAL_CLUSTER}
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield float(ray.cluster_resources().get("CPU", 0))
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment of every process of the run."""
+    own = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not config.train.use_gpu:
+        own["DS_ACCELERATOR"] = "cpu"
+    chosen = {name: os.environ.get(name, value) for name, value in own.items()}
+    return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+def check_cpus(config: Config, cpus: float) -> None:
+    """Refuse what would leave Ray Data without a CPU, with the numbers."""
+    train, clustering = config.train, config.clustering
+    taken = taken_cpus(config)
+    if taken > cpus - 1:
+        raise UserError(
+            f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
+            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
+            "Lower train.cpus_per_worker or clustering.cpus_per_actor"
+        )
+    gpus = float(ray.cluster_resources().get("GPU", 0))
+    wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
+    if wanted > gpus:
+        raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
+
+
+def taken_cpus(config: Config) -> float:
+    """CPUs that workers and pool hold for the whole run."""
+    train, clustering = config.train, config.clustering
+    return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
+
+
+def threads_per_worker(config: Config) -> int:
+    """Torch threads of each worker."""
+    if config.train.threads_per_worker is not None:
+        return config.train.threads_per_worker
+    on_one_machine = min(config.train.num_workers, max(os.cpu_count() or 1, 1))
+    return max((os.cpu_count() or 1) // on_one_machine, 1)
+
+
+def plan(
+    config: Config,
+    folder: RunFolder,
+    corpus: Corpus,
+    schedule: Schedule,
+    sentences: int,
+    tokenizer: ReportTokenizer,
+    parameters: int,
+    cpus: float,
+) -> dict[str, str]:
+    """What is about to happen, for the user to read before it does."""
+    train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
+    left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
+    return {
+        "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
+        "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
+        f"validation studies, about {sentences} training sentences; films left out: {left_out}; "
+        f"unusable at first sight: {len(corpus.index.bad_rows)}",
+        "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
+        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocabulary_size} word pieces",
+        "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"
+        f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
+        f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "
+        f"{train.global_batch_size} studies a step = {train.num_workers} x {train.microbatch_size} x {train.accumulation}",
+        "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
+        "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
+        f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
+        "cluster": f"{cpus:g} CPUs, {cpus - taken_cpus(config):g} of them left for data",
+    }
+
+
+def assign(
+    config: Config,
+    folder: RunFolder,
+    corpus: Corpus,
+    schedule: Schedule,
+    tokenizer: ReportTokenizer,
+    pool: PoolHandles,
+    board: Any,
+) -> Assignment:
+    """What every worker is told."""
+
+    def stream(table: Any) -> Stream:
+        shared = ray.put(table.combine_chunks())
+        return Stream(corpus.source, shared, len(table), tokenizer, config.data, board, taken_cpus(config))
+
+    threads = threads_per_worker(config)
+    return Assignment(config, folder.uri, schedule, stream(corpus.train), stream(corpus.valid), pool, board, threads)
+
+
+def fit(config: Config, folder: RunFolder, assignment: Assignment, board: Any) -> tuple[str | None, Exception | None]:
+    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run.
+
+    The first Ctrl-C asks the ranks to save and stop, the second gives up at once.
+    """
+    filesystem, path = storage.filesystem(folder.storage)
+    trainer = TorchTrainer(
+        lambda loop: work(loop["assignment"]),
+        train_loop_config={"assignment": assignment},
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=config.train.use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
+    )
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except Exception as error:
+            outcome.append(error)
+
+    # in a thread of its own: in the main one Ray Train would answer Ctrl-C by aborting, without a checkpoint
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    with stop_on_interrupt(board):
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+    found = outcome[0]
+    if isinstance(found, Exception):
+        return None, found
+    return (found.checkpoint.path if found.checkpoint else None), found.error
+
+
+@contextmanager
+def stop_on_interrupt(board: Any) -> Iterator[None]:
+    """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
+
+    def ask(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        board.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
+        board.request_stop.remote()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def conclude(
+    terminal: Console, folder: RunFolder, account: dict[str, Any], checkpoint: str | None, error: Exception | None
+) -> int:
+    """Write result.json and bad_rows.jsonl, say where everything is; the exit status."""
+    outcome = account["outcome"] or {}
+    failure = (
+        account["failure"] or (str(error).strip().splitlines() or [repr(error)])[-1]
+        if error or account["failure"]
+        else None
+    )
+    status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"
+    scheme = "s3://" if storage.is_s3(folder.uri) else ""
+    result = {
+        "status": status,
+        "steps": outcome.get("steps"),
+        "studies_seen": outcome.get("studies_seen"),
+        "bad_rows": len(account["bad_rows"]),
+        "metrics": outcome.get("metrics", {}),
+        "clustering_started_at": outcome.get("clustering_started_at"),
+        "centroids_version": outcome.get("centroids_version"),
+        "best_stage1": outcome.get("best_stage1"),
+        "checkpoint": checkpoint and scheme + checkpoint,
+        "export": outcome.get("export"),
+        "failure": failure,
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    folder.write_json("result.json", result)
+    write_bad_rows(folder, account["bad_rows"])
+    report(terminal, folder, result)
+    return {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(status, STATUS_FAILED)
+
+
+def report(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> None:
+    """The run's last lines."""
+    again = f"python jobs/pretrain.py --run.storage={folder.storage} --run.resume={folder.name}"
+    if result["status"] == "failed":
+        terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
+        terminal.print(f"go on from the last checkpoint with: {again}", highlight=False)
+        return
+    if result["clustering_started_at"] is None:
+        terminal.print(
+            "[yellow]clustering never started[/yellow]: the losses are plain InfoNCE. See clustering.start_cosine, "
+            "refresh_every and objective.num_clusters",
+            highlight=False,
+        )
+    if result["status"] == "stopped":
+        terminal.print(f"stopped after step {result['steps']}; go on with: {again}", highlight=False)
+        return
+    scores = result["metrics"]
+    print_plan(
+        terminal,
+        {
+            "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
+            f"{result['centroids_version']} centroid versions",
+            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film "
+            f"of {scores['studies']} unseen studies (chance {scores['chance_recall_at_1']:.2%})",
+            "export": str(result["export"]),
+            "checkpoint": str(result["checkpoint"]),
+            "metrics": folder.file("metrics.jsonl"),
+            "pictures": f"tensorboard --logdir {folder.file('tensorboard')}",
+        },
+    )

@@ -1,0 +1,61 @@
+"""Lengths of the stages in steps, and the learning rate at each of them."""
+
+import math
+from dataclasses import dataclass
+
+from cmcgns.config import TrainConfig
+from cmcgns.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of both stages, resolved from steps or epochs."""
+
+    stage1: int
+    stage2: int
+    warmup: int
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.stage1 + self.stage2
+
+    def stage(self, step: int) -> int:
+        """The stage that ``step`` (from 1) belongs to."""
+        return 1 if step <= self.stage1 else 2
+
+    def warmed_up(self, step: int) -> bool:
+        """True once ``step`` lies behind its stage's warm-up."""
+        return self._within(step)[0] > self.warmup
+
+    def learning_rate(self, step: int, peak: float, start: float) -> float:
+        """Linear warm-up from ``start`` to ``peak``, then a half cosine to 0, over the stage that ``step`` is in."""
+        done, length = self._within(step)
+        if done <= self.warmup:
+            return start + (peak - start) * (done - 1) / max(self.warmup, 1)
+        share = (done - 1 - self.warmup) / max(length - self.warmup, 1)
+        return peak * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _within(self, step: int) -> tuple[int, int]:
+        return (step, self.stage1) if step <= self.stage1 else (step - self.stage1, self.stage2)
+
+
+def build_schedule(config: TrainConfig, studies: int) -> Schedule:
+    """The schedule of a corpus with ``studies`` training studies; an epoch is that many whole global batches."""
+    per_epoch = studies // config.global_batch_size
+    if per_epoch == 0:
+        raise UserError(
+            f"train.global_batch_size {config.global_batch_size} is larger than the corpus's {studies} training studies"
+        )
+    steps = {
+        name: given if given is not None else round(epochs * per_epoch)
+        for name, given, epochs in (
+            ("stage1", config.stage1_steps, config.stage1_epochs or 0),
+            ("stage2", config.stage2_steps, config.stage2_epochs or 0),
+            ("warmup", config.warmup_steps, config.warmup_epochs or 0),
+        )
+    }
+    shortest = min(length for length in (steps["stage1"], steps["stage2"]) if length)
+    if steps["warmup"] >= shortest:
+        raise UserError(f"a warm-up of {steps['warmup']} steps does not fit into a stage of {shortest} steps")
+    return Schedule(**steps)

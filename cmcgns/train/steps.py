@@ -1,0 +1,158 @@
+"""The microbatches of each optimizer step on this rank: agreed between ranks on the host, moved to the device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cmcgns import distributed
+from cmcgns.config import Config
+from cmcgns.data.augment import crop, mask_positions, normalise
+from cmcgns.data.batch import ImageReportBatch, pad_reports
+from cmcgns.data.dataset import Block, blank_block
+
+STEPS_AHEAD = 20
+"""Steps before an epoch's end at which the next one begins to be read."""
+
+
+class BlockSource(Protocol):
+    """Where blocks come from; every rank opens the same epoch at the same place. Collective."""
+
+    @property
+    def studies(self) -> int:
+        """Studies of an epoch's order."""
+
+    def open(self, epoch: int, position: int) -> Iterator[Block]:
+        """This rank's blocks of ``epoch``, from ``position`` of its order on."""
+
+    def prepare(self, epoch: int) -> None:
+        """Begin to read ``epoch``, which will be opened soon from its start."""
+
+    def open_validation(self) -> Iterator[Block]:
+        """This rank's blocks of the validation split."""
+
+
+@dataclass
+class Place:
+    """Where the stream stands: all studies before ``position`` of ``epoch``'s order have been used."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one optimizer step trains on."""
+
+    microbatches: list[ImageReportBatch]
+    place: Place
+    """Where the stream stands after this step."""
+    studies_digest: str
+    """Order-free hash of the films that all ranks see at this step."""
+    stop_requested: bool
+
+
+class Batcher:
+    """Turns blocks into batches on the device: crop, normalise, mask, pad."""
+
+    def __init__(self, config: Config, patches: int, pad_id: int, device: torch.device) -> None:
+        self.config, self.patches, self.pad_id, self.device = config, patches, pad_id, device
+
+    def __call__(self, block: Block, rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
+        """The batch of one block; ``rank_sentences`` come from ``distributed.exchange``."""
+        data = self.config.data
+        reports = pad_reports(block.tokens, block.sentence_of_token, block.sentence_counts, self.pad_id)
+        key_B = self._to_device(torch.from_numpy(block.draw_keys.copy()))
+        stored_B1RR = self._to_device(torch.from_numpy(block.images_BRR.copy()).unsqueeze(1))
+        return ImageReportBatch(
+            image_B1HW=normalise(crop(stored_B1RR, data.image_size, key_B if training else None)),
+            **{name: self._to_device(part) for name, part in reports._asdict().items()},
+            sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
+            report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
+            masked_BP=mask_positions(key_B, self.patches, self.config.objective.mask_ratio),
+            rank_sentences=rank_sentences,
+        )
+
+    def _to_device(self, part: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return part
+        return part.pin_memory().to(self.device, non_blocking=True)
+
+
+class StepReader:
+    """Gathers each step's blocks over epochs; an epoch's last incomplete global batch is left out."""
+
+    def __init__(
+        self, source: BlockSource, batcher: Batcher, place: Place, accumulation: int, stop: Callable[[], bool]
+    ) -> None:
+        self.source, self.batcher, self.place = source, batcher, place
+        self.accumulation, self.stop = accumulation, stop
+        self._blocks = source.open(place.epoch, place.position)
+
+    def next_step(self) -> StepData:
+        """The next step's batches. Collective; goes on to the next epoch where this one has no full step left."""
+        found, empty_epochs = self._gather(), 0
+        while found is None:
+            empty_epochs += 1
+            if empty_epochs == 2:
+                raise RuntimeError("an epoch holds less than one global batch of usable studies")
+            self.place = Place(self.place.epoch + 1, 0)
+            self._blocks = self.source.open(self.place.epoch, 0)
+            found = self._gather()
+        return found
+
+    def _gather(self) -> StepData | None:
+        """One step's batches, or None where the ranks together have too few blocks left in this epoch."""
+        held = [block for _, block in zip(range(self.accumulation), self._blocks, strict=False)]
+        facts = np.zeros((self.accumulation, 4), np.int64)
+        for row, block in zip(facts, held, strict=False):
+            row[:] = block.sentence_counts.sum(), block.positions[0], block.positions[-1], digest(block)
+        size = self.batcher.config.train.microbatch_size
+        short = len(held) < self.accumulation or any(len(block) != size for block in held)
+        ranks = np.array(distributed.exchange([int(short), int(self.stop()), *facts.ravel().tolist()]))
+        if ranks[:, 0].any():
+            return None
+        facts_WA4 = ranks[:, 2:].reshape(len(ranks), self.accumulation, 4)
+        check_order(facts_WA4)
+        self.place = Place(self.place.epoch, int(facts_WA4[:, :, 2].max()) + 1)
+        if self.source.studies - self.place.position <= STEPS_AHEAD * self.batcher.config.train.global_batch_size:
+            self.source.prepare(self.place.epoch + 1)
+        microbatches = [
+            self.batcher(block, tuple(int(count) for count in facts_WA4[:, i, 0]), training=True)
+            for i, block in enumerate(held)
+        ]
+        whole = int(facts_WA4[:, :, 3].astype(np.uint64).sum(dtype=np.uint64))
+        return StepData(microbatches, self.place, f"{whole:016x}", bool(ranks[:, 1].any()))
+
+
+def digest(block: Block) -> int:
+    """Sum of the films' keys, which does not depend on their order."""
+    return int(block.draw_keys.sum(dtype=np.int64))
+
+
+def check_order(facts_WA4: np.ndarray) -> None:
+    """Assert that blocks went round the ranks in the order of the index: block b to rank b mod world."""
+    bounds = facts_WA4[:, :, 1:3].transpose(1, 0, 2).ravel()
+    if not (np.diff(bounds) >= 0).all():
+        raise RuntimeError(f"the stream left its order: blocks end at positions {bounds[1::2].tolist()}")
+
+
+def validation_batches(
+    source: BlockSource, batcher: Batcher, size: int
+) -> Iterator[tuple[ImageReportBatch, int, bool]]:
+    """Batches of ``size`` rows, how many rows of this rank's are real, and whether all ranks' are. Collective.
+
+    Ranks that run out go on with blank rows until the last one is done, since every forward is collective.
+    """
+    own = source.open_validation()
+    while True:
+        block = next(own, None)
+        real = 0 if block is None else len(block)
+        held = blank_block(size, batcher.config.data.resize) if block is None else block.padded(size)
+        ranks = distributed.exchange([real, int(held.sentence_counts.sum())])
+        if not any(count for count, _ in ranks):
+            return
+        batch = batcher(held, tuple(count for _, count in ranks), training=False)
+        yield batch, real, all(count == size for count, _ in ranks)

@@ -1,0 +1,247 @@
+"""One Ray Train worker: builds the parts around the trainer, runs it, exports what came out."""
+
+import logging
+import queue
+import secrets
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray import cloudpickle
+
+from cmcgns import distributed
+from cmcgns.clustering.centroids import Centroids
+from cmcgns.clustering.guide import Guide, Pool
+from cmcgns.clustering.pool import PoolHandles, RayPool
+from cmcgns.config import Config
+from cmcgns.data import storage
+from cmcgns.data.dataset import VALIDATION_EPOCH, Block, Stream, blocks
+from cmcgns.models.vision_language import VisionLanguageModel, build_model
+from cmcgns.train.board import log_to_board
+from cmcgns.train.checkpoint import export_model, load_progress
+from cmcgns.train.metrics import RunLog
+from cmcgns.train.schedule import Schedule
+from cmcgns.train.steps import Batcher
+from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
+
+logger = logging.getLogger(__name__)
+
+STOP_POLL_S = 1.0
+BLOCKS_AHEAD = 4
+"""Decoded microbatches that wait on the host of each rank."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver sends to every worker; no torch objects, only settings, handles and small tables."""
+
+    config: Config
+    folder: str
+    """URI of the run folder."""
+    schedule: Schedule
+    train: Stream
+    valid: Stream
+    pool: PoolHandles
+    board: Any
+    threads: int
+
+
+class RayBlocks:
+    """Blocks out of Ray Data: rank 0 makes each epoch's dataset and hands every rank its iterator."""
+
+    def __init__(self, train: Stream, valid: Stream, block_size: int) -> None:
+        self.train, self.valid, self.block_size = train, valid, block_size
+        self.studies = train.studies
+        self._prepared: dict[tuple[int, int], Iterator[Block]] = {}
+
+    def prepare(self, epoch: int) -> None:
+        if (epoch, 0) not in self._prepared:
+            self._prepared[epoch, 0] = self._open(self.train, epoch, 0)
+
+    def open(self, epoch: int, position: int) -> Iterator[Block]:
+        ready = self._prepared.pop((epoch, position), None)
+        return self._open(self.train, epoch, position) if ready is None else ready
+
+    def open_validation(self) -> Iterator[Block]:
+        return self._open(self.valid, VALIDATION_EPOCH, 0)
+
+    def _open(self, stream: Stream, epoch: int, position: int) -> Iterator[Block]:
+        if position >= stream.studies:
+            return iter(())
+        split: list[Any] = []
+        if distributed.rank() == 0:
+            split = stream.split(epoch, position, self.block_size, distributed.world_size())
+        # Ray's pickler, since plain pickle knows no actor handles
+        own = cloudpickle.loads(distributed.broadcast_object(cloudpickle.dumps(split)))[distributed.rank()]
+        # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
+        return Ahead(blocks(own, stream.config.resize), keep_alive=split)
+
+
+class Ahead:
+    """Reads a few blocks ahead in a thread, from the moment it is made: an epoch takes seconds to start."""
+
+    def __init__(self, source: Iterator[Block], keep_alive: Any) -> None:
+        self._ready: queue.Queue[Block | Exception | None] = queue.Queue(maxsize=BLOCKS_AHEAD)
+        self._keep_alive = keep_alive
+        threading.Thread(target=self._read, args=(source,), name="blocks-ahead", daemon=True).start()
+
+    def _read(self, source: Iterator[Block]) -> None:
+        try:
+            for block in source:
+                self._ready.put(block)
+            self._ready.put(None)
+        except Exception as error:  # belongs to whoever waits for the block
+            self._ready.put(error)
+
+    def __iter__(self) -> Iterator[Block]:
+        return self
+
+    def __next__(self) -> Block:
+        block = self._ready.get()
+        if block is None:
+            self._ready.put(None)
+            raise StopIteration
+        if isinstance(block, Exception):
+            raise block
+        return block
+
+
+def work(assignment: Assignment) -> None:
+    """The train loop of one rank. What a restart could mend is raised; what it could not goes to the board."""
+    log_to_board(assignment.board)
+    try:
+        _train(assignment)
+    except Exception as error:
+        if isinstance(error, TrainingStoppedError):
+            ray.get(assignment.board.fail.remote(str(error)))
+        if ray.get(assignment.board.failure.remote()) is None:
+            raise
+        dist.destroy_process_group()  # so that no other rank waits for this one
+
+
+def _train(assignment: Assignment) -> None:
+    config, device = assignment.config, ray.train.torch.get_device()
+    torch.set_num_threads(assignment.threads)
+    checkpoint = ray.train.get_checkpoint()
+    with ExitStack() as stack:
+        folder = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmcgns-run-")))
+        step = 0 if folder is None else load_progress(folder).step
+        log = RunLog(assignment.folder, scratch, step) if distributed.rank() == 0 else None
+        parts = build_parts(assignment, RayPool(assignment.pool), device, log)
+        trainer = Trainer(config, parts, folder)
+        if folder is None:
+            parts.guide.empty_bank(0)  # the pool may still hold what replaced workers have pushed
+        elif distributed.rank() == 0:
+            logger.info("goes on after step %d of %d", step, assignment.schedule.total)
+        finished = trainer.train()
+        outcome = conclude(assignment, trainer, finished)
+        if log is not None:
+            log.close()
+            ray.get(assignment.board.finish.remote(outcome))
+
+
+def build_parts(assignment: Assignment, pool: Pool, device: torch.device, log: RunLog | None) -> Parts:
+    """Everything around the loop, from what the driver sent."""
+    config, stream = assignment.config, assignment.train
+
+    def model() -> VisionLanguageModel:
+        torch.manual_seed(config.train.seed)
+        return build_model(config, stream.tokenizer.vocabulary_size)
+
+    centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, device, config.clustering.momentum)
+    with torch.device("meta"):
+        patches = build_model(config, stream.tokenizer.vocabulary_size).image_encoder.patches
+    return Parts(
+        build_model=model,
+        blocks=RayBlocks(stream, assignment.valid, config.train.microbatch_size),
+        batcher=Batcher(config, patches, stream.tokenizer.pad_id, device),
+        guide=Guide(config.clustering, centroids, pool),
+        schedule=assignment.schedule,
+        device=device,
+        log=log,
+        display=BoardDisplay(assignment.board),
+        keep=report_checkpoint,
+        stop_requested=StopPoll(assignment.board),
+    )
+
+
+class BoardDisplay:
+    """Rank 0's last metrics, on the board for the driver to show."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+
+    def update(self, row: dict[str, Any]) -> None:
+        if distributed.rank() == 0:
+            self.board.update.remote(row)
+
+
+class StopPoll:
+    """Asks the board in the background whether the user wants to stop (rank 0; the others hear it from rank 0)."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+        self._wanted = threading.Event()
+        if distributed.rank() == 0:
+            threading.Thread(target=self._poll, name="stop-poll", daemon=True).start()
+
+    def __call__(self) -> bool:
+        return self._wanted.is_set()
+
+    def _poll(self) -> None:
+        waiting = threading.Event()
+        while not self._wanted.is_set():
+            if ray.get(self.board.stop_requested.remote()):
+                self._wanted.set()
+            waiting.wait(STOP_POLL_S)
+
+
+def report_checkpoint(folder: Path, step: int) -> None:
+    """Hand a filled folder to Ray Train, which merges all ranks' into one checkpoint of the run folder."""
+    # unique: a run that goes on after a loss may come by the same step again
+    unique = distributed.broadcast_object(secrets.token_hex(3))
+    name = f"checkpoint_{step:08d}_of_{distributed.world_size()}_{unique}"
+    checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+    ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=name)
+
+
+def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[str, Any]:
+    """Rank 0's account of the run, after the export of a finished one. Collective."""
+    guide, config = trainer.parts.guide, assignment.config
+    weights = trainer.engine.weights()
+    outcome: dict[str, Any] = {
+        "finished": finished,
+        "steps": trainer.progress.step,
+        "studies_seen": trainer.progress.studies_seen,
+        "clustering_started_at": guide.centroids.started_at,
+        "centroids_version": guide.centroids.version,
+        "metrics": trainer.last_validation.scores if trainer.last_validation else {},
+        "best_stage1": trainer.progress.best,
+    }
+    if finished and distributed.rank() == 0:
+        outcome["export"] = storage.join(assignment.folder, "export")
+        with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
+            local = Path(scratch)
+            model = build_model(config, assignment.train.tokenizer.vocabulary_size)
+            preprocess = {
+                "resize": config.data.resize,
+                "crop": config.data.image_size,
+                "channels": 3,
+                "range": [-1.0, 1.0],
+                "max_tokens": config.data.max_tokens,
+                "lower_case": True,
+                "report": ["impression", "findings"],
+            }
+            export_model(local, model, weights, assignment.train.tokenizer, preprocess, guide.centroids.state_dict())
+            storage.upload_folder(local, outcome["export"])
+    return outcome

@@ -1,0 +1,20 @@
+"""Pretrain CM-CGNS: `python jobs/pretrain.py [--config FILE.yaml] [--section.key=value ...]`; see --help."""
+
+import sys
+from pathlib import Path
+
+from cmcgns.command_line import run_job
+from cmcgns.config import Config
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
+
+
+def main(config: Config) -> int:
+    """Exit status of a pretraining run."""
+    from cmcgns.train.run import pretrain  # heavy: --help and --print-config need none of it
+
+    return pretrain(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, DEFAULT_CONFIG))

@@ -1,0 +1,29 @@
+"""Fixtures that more than one folder of tests needs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.s3 import S3Server, running_server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The one S3 server of this session; its endpoint and keys are in the environment."""
+    with running_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """Real films and reports for local tests, outside the repository; skips where they are not at hand."""
+    folder = Path(os.environ.get("CMCGNS_REALDATA") or Path(__file__).parents[2] / "shared" / "realdata")
+    if not folder.is_dir():
+        pytest.skip("no real data: set CMCGNS_REALDATA, or put them at ../shared/realdata")
+    return folder

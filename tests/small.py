@@ -1,0 +1,72 @@
+"""Small models and random batches for tests, built from the same settings as real ones."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cmcgns.config import Config
+from cmcgns.data.augment import mask_positions
+from cmcgns.data.batch import ImageReportBatch, pad_reports
+from cmcgns.models.vision_language import VisionLanguageModel, build_model
+
+VOCABULARY = 120
+
+
+def small_config(**train: object) -> Config:
+    """Settings of a model that runs in milliseconds; ``train`` and other ``section__key`` values on top."""
+    settings: dict[str, dict[str, object]] = {
+        "data": {"image_size": 32, "resize": 40, "max_tokens": 64, "phantom_size": 48, "phantom_studies": 100},
+        "model": {"image_encoder": "vit-tiny", "text_encoder": "bert-tiny", "embed_dim": 32, "dropout": 0.0},
+        "objective": {"num_clusters": 6},
+        "clustering": {"bank_size": 1024, "actors": 2, "cpus_per_actor": 0.1, "start_cosine": 1.0, "refresh_every": 4},
+        "train": {
+            "microbatch_size": 4, "global_batch_size": 8, "stage1_steps": 10, "stage2_steps": 4, "warmup_steps": 0,
+            "learning_rate": 1e-4,
+        },
+    }  # fmt: skip
+    for key, value in train.items():
+        section, _, name = key.rpartition("__")
+        settings[section or "train"][name] = value
+    return Config.model_validate(settings)
+
+
+def small_model(config: Config, seed: int = 0) -> VisionLanguageModel:
+    """The model of ``config`` with weights from ``seed``."""
+    torch.manual_seed(seed)
+    return build_model(config, VOCABULARY)
+
+
+def random_batch(
+    config: Config, patches: int, rows: slice, seed: int = 0, ranks: Sequence[slice] | None = None
+) -> ImageReportBatch:
+    """Rows ``rows`` of an endless random batch; the other ranks hold ``ranks``."""
+    studies = [_study(index, seed, config.data.image_size) for index in range(rows.start, rows.stop)]
+    counts = np.array([len(study[3]) for study in studies])
+    reports = pad_reports([s[1] for s in studies], [s[2] for s in studies], counts, 0)
+    rank_sentences = tuple(
+        sum(_sentences(index, seed) for index in range(each.start, each.stop)) for each in (ranks or [rows])
+    )
+    key_B = torch.arange(rows.start, rows.stop)
+    return ImageReportBatch(
+        image_B1HW=torch.from_numpy(np.stack([s[0] for s in studies])).unsqueeze(1),
+        **reports._asdict(),
+        sentence_hash_n=torch.from_numpy(np.concatenate([s[3] for s in studies])),
+        report_hash_B=torch.tensor([s[4] for s in studies]),
+        masked_BP=mask_positions(key_B, patches, config.objective.mask_ratio),
+        rank_sentences=rank_sentences,
+    )
+
+
+def _sentences(index: int, seed: int) -> int:
+    return int(np.random.default_rng([seed, index]).integers(1, 6))
+
+
+def _study(index: int, seed: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    random = np.random.default_rng([seed, index])
+    sentences = int(random.integers(1, 6))
+    lengths = random.integers(2, 7, sentences)
+    owners = np.concatenate([[-1], np.repeat(np.arange(sentences), lengths), [-1]])
+    tokens = np.concatenate([[2], random.integers(5, VOCABULARY, lengths.sum()), [3]])
+    hashes = random.integers(0, 40, sentences)  # few texts: some sentences are the same
+    return random.uniform(-1, 1, (size, size)).astype(np.float32), tokens, owners, hashes, int(random.integers(0, 30))
