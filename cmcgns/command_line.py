@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cmcgns.config import Config, Section
+from cmcgns.config import Config, RunConfig, Section
 from cmcgns.errors import UserError
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
@@ -32,11 +32,17 @@ def run_job(main: Callable[[Config], int], default_config: Path, argv: Sequence[
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return STATUS_WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was saved", file=sys.stderr)
+        return STATUS_INTERRUPTED
 
 
 def load_config(arguments: Sequence[str], default_config: Path) -> Config:
-    """Settings from the YAML file named by ``--config`` (else ``default_config``) with the command line on top."""
-    path, overrides = default_config, {}
+    """Settings from the YAML file named by ``--config`` (else ``default_config``) with the command line on top.
+
+    ``--run.resume=NAME`` without ``--config`` begins from the settings that the run was started with.
+    """
+    path, overrides = None, {}
     words = iter(arguments)
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
@@ -51,7 +57,11 @@ def load_config(arguments: Sequence[str], default_config: Path) -> Config:
             path = Path(value)
         else:
             overrides[key] = _parse_value(key, value)
-    return resolve(read_yaml(path), overrides)
+    settings = read_yaml(path or default_config)
+    if path is None and "run.resume" in overrides:
+        storage = overrides.get("run.storage") or settings.get("run", {}).get("storage") or RunConfig().storage
+        settings = read_run(str(storage), str(overrides["run.resume"]))
+    return resolve(settings, overrides)
 
 
 def resolve(settings: dict[str, Any], overrides: dict[str, Any]) -> Config:
@@ -81,9 +91,15 @@ def validate(settings: dict[str, Any]) -> Config:
         return Config.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:2])
         reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{key} = {first['input']!r}: {reason}" if key else reason) from None
+        if not first["loc"]:
+            raise UserError(reason) from None
+        section, name = (str(part) for part in first["loc"][:2])
+        info = _section_type(section).model_fields[name]
+        out_of_range = first["type"].startswith(("greater_than", "less_than"))
+        wanted = (_range(info) if out_of_range else "") or reason.replace("Input should be", "must be")
+        meaning = (info.description or "").split("\n\n")[0].split(". ")[0].rstrip(".")
+        raise UserError(f"{section}.{name} = {first['input']!r} {wanted} ({' '.join(meaning.split())})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -97,6 +113,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings or {}, dict):
         raise UserError(f"--config {path} holds no sections; see --print-config for the layout")
     return settings or {}
+
+
+def read_run(storage: str, name: str) -> dict[str, Any]:
+    """The settings that a run under ``storage`` was started with, unchecked."""
+    from cmcgns.data.storage import MissingFileError, join, read_bytes  # Arrow: --help needs none of it
+
+    try:
+        settings: dict[str, Any] = yaml.safe_load(read_bytes(join(storage, f"{name}/config.yaml")))
+    except MissingFileError:
+        raise UserError(f"run.resume {name}: there is no run of that name in {storage}; look at run.storage") from None
+    return settings
 
 
 def to_yaml(config: Config) -> str:
@@ -124,6 +151,18 @@ def _type_name(info: FieldInfo) -> str:
     if choices and all(isinstance(choice, str) for choice in choices):
         return " | ".join(choices)
     return getattr(annotation, "__name__", None) if not choices else str(annotation).replace("typing.", "")  # type: ignore[return-value]
+
+
+def _range(info: FieldInfo) -> str:
+    """The numbers that a key takes, in words; '' where its type does not bound them."""
+    words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+    bounds = [
+        f"{word} {getattr(bound, sign):g}"
+        for bound in info.metadata
+        for sign, word in words.items()
+        if getattr(bound, sign, None) is not None
+    ]
+    return f"must be {' and '.join(bounds)}" if bounds else ""
 
 
 def _section_type(section: str) -> type[Section]:

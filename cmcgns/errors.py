@@ -10,3 +10,8 @@ class UserError(ValueError):
 
 class BadRow(ValueError):
     """One study that cannot be used, with the reason; the run records it and goes on."""
+
+
+def starting_with(value: str, message: str) -> str:
+    """``message``, with ``value`` before it where it does not begin with it by itself."""
+    return message if message.startswith(value) else f"{value}: {message}"

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# before torch: on a shared machine its threads spend more time waiting for each other than computing
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.ray_head import RayHead, running_head
 from tests.s3 import S3Server, running_server
 
 
@@ -27,3 +31,10 @@ def realdata() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data: set CMCGNS_REALDATA, or put them at ../shared/realdata")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """The one Ray cluster of this session that jobs are sent to."""
+    with running_head() as head:
+        yield head

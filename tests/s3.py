@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -52,17 +54,24 @@ class S3Server:
         """Put every file under ``folder`` below ``uri``; the number of files."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         client, files = self.client(), sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
+
+        def put(path: Path) -> None:
             key = "/".join(part for part in (prefix.rstrip("/"), path.relative_to(folder).as_posix()) if part)
-            client.upload_file(str(path), bucket, key)
+            client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(put, files))
         return len(files)
 
-    def gets(self, prefix: str) -> int:
-        """How many times an object under ``BUCKET[/KEY...]`` was read, by the server's own log."""
+    def gets(self, prefix: str, until: float | None = None) -> int:
+        """How many times an object under ``BUCKET[/KEY...]`` was read (``until`` a time), by the server's own log."""
+        # the log's lines begin with their time, so that lines compare as times do
+        last = "9" if until is None else datetime.fromtimestamp(until, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
         # an object's address has a key; a listing has the bucket alone and a query
         wanted = re.compile(rf'"GET /{re.escape(quote(prefix.strip("/")))}[^ ?"]* HTTP/[0-9.]+" (?:200|206) ')
         listing = re.compile(r'"GET /[^/ ]*/? ')
-        return sum(1 for line in self._settled_log().splitlines() if wanted.search(line) and not listing.search(line))
+        lines = (line for line in self._settled_log().splitlines() if line < last)
+        return sum(1 for line in lines if wanted.search(line) and not listing.search(line))
 
     def _settled_log(self) -> str:
         """The request log once nothing has been added for a moment: it is written behind the requests."""

@@ -64,9 +64,7 @@ def negative_masks(
     return NegativeMasks(kept_nN & (~false_nN | restored_n.unsqueeze(1)), false_nN, restored_n)
 
 
-def hard_negative_counts(
-    own: SentenceClusters, everyone: SentenceClusters, num_clusters: int, exclude: bool
-) -> Tensor:
+def hard_negative_counts(own: SentenceClusters, everyone: SentenceClusters, num_clusters: int, exclude: bool) -> Tensor:
     """How many OTHER sentences put each centroid into a row's denominator, (n, K).
 
     The N hard-negative columns of a row are only K different vectors, so counting them replaces writing them out.

@@ -50,6 +50,7 @@ class ShardActor:
             self.attempt, self.base_step = attempt, base_step
             if len(ordinals_N):
                 self.bank.push(base_step, 0, int(ordinals_N[0]), rows_ND)
+            self.changed.notify_all()  # nobody waits any longer for workers that have been replaced
 
     def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
         """Keep what ``rank`` saw at ``step``; rows of workers that have been replaced are dropped."""
@@ -67,7 +68,10 @@ class ShardActor:
             if self.lost:
                 self.lost, self.base_step = False, step
                 logger.warning("clustering actor %d lost its rows; it refills from step %d on", self.index, step)
-            self.changed.wait_for(lambda: self._expected(step) <= self.delivered)
+            attempt = self.attempt
+            self.changed.wait_for(lambda: attempt != self.attempt or self._expected(step) <= self.delivered)
+            if attempt != self.attempt:
+                raise RuntimeError(f"the workers that asked for the rows of step {step} have been replaced")
             self.base_step = max(self.base_step, step)
             self.delivered = {(each, rank) for each, rank in self.delivered if each > self.base_step}
             rows_ND, ordinals_N = self.bank.rows_between(first, stop)

@@ -64,4 +64,3 @@ class ImageEncoder(nn.Module):
 def sync_batch_norm(model: nn.Module) -> nn.Module:
     """``model`` with batch statistics shared by all ranks."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-

@@ -23,10 +23,22 @@ class TextEncoder(nn.Module):
         self, token_BT: Tensor, token_mask_BT: Tensor, sentence_of_token_BT: Tensor, sentence_mask_BS: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``sentences_BSD`` (zero where padded) and normalised ``report_BD``."""
-        hidden_BTC = self.backbone(input_ids=token_BT, attention_mask=token_mask_BT.long()).last_hidden_state
+        hidden_BTC = self.backbone(
+            input_ids=token_BT, attention_mask=self._attention_mask(token_mask_BT)
+        ).last_hidden_state
         token_BTD = unit(self.projection(hidden_BTC))
         sentences_BSD = sentence_means(token_BTD, sentence_of_token_BT, sentence_mask_BS.shape[1])
         return sentences_BSD, unit(self.pool(sentences_BSD, sentence_mask_BS))
+
+    def _attention_mask(self, token_mask_BT: Tensor) -> Tensor:
+        """The mask in the shape that BERT's attention uses it in.
+
+        Of a plain (B, T) mask transformers asks on the host whether anything is padded: that stalls each microbatch.
+        """
+        config = self.backbone.config
+        if (config.model_type, config._attn_implementation) != ("bert", "sdpa"):
+            return token_mask_BT.long()
+        return token_mask_BT[:, None, None, :].expand(-1, 1, token_mask_BT.shape[1], -1)
 
 
 def sentence_means(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:

@@ -1,11 +1,12 @@
 """Reports to token ids, with the sentence that each token belongs to."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from cmcgns.errors import BadRow, UserError
 
@@ -33,7 +34,9 @@ class EncodedReport:
 class ReportTokenizer:
     """A word-piece tokenizer that keeps sentences whole. It travels into Ray tasks, so it holds no transformers object."""
 
-    def __init__(self, pieces: Tokenizer, max_tokens: int, max_sentences: int, names: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, pieces: Tokenizer, max_tokens: int, max_sentences: int, names: dict[str, str] | None = None
+    ) -> None:
         self.pieces = pieces
         self.max_tokens, self.max_sentences = max_tokens, max_sentences
         self.names = names or SPECIAL_TOKENS
@@ -77,7 +80,9 @@ def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sente
         fast = AutoTokenizer.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model.tokenizer '{name}' is no tokenizer folder and not to be had from the hub: {reason}") from None
+        raise UserError(
+            f"model.tokenizer '{name}' is no tokenizer folder and not to be had from the hub: {reason}"
+        ) from None
     names = {key: str(getattr(fast, key)) for key in SPECIAL_TOKENS}
     pieces = fast.backend_tokenizer
     pieces.no_truncation()
@@ -86,15 +91,23 @@ def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sente
 
 
 def train_tokenizer(sentences: Iterable[str], size: int, max_tokens: int, max_sentences: int) -> ReportTokenizer:
-    """A lower-cased WordPiece tokenizer whose vocabulary of at most ``size`` entries comes from ``sentences``."""
-    pieces = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk_token"]))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    """A lower-cased WordPiece tokenizer of at most ``size`` entries: all letters, then the commonest words.
+
+    The library's own trainer breaks ties by hash order, so that two runs of one seed would read different tokens.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(
+        word for sentence in sentences for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))
     )
-    pieces.train_from_iterator(sentences, trainer)
-    pieces.decoder = decoders.WordPiece()
+    letters = sorted({letter for word in counts for letter in word})
+    entries = [*SPECIAL_TOKENS.values(), *letters, *(f"##{letter}" for letter in letters)]
+    words = sorted(
+        (word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word)
+    )
+    entries += words[: max(size - len(entries), 0)]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    pieces = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    pieces.normalizer, pieces.pre_tokenizer, pieces.decoder = normalizer, splitter, decoders.WordPiece()
     trained = ReportTokenizer(pieces, max_tokens, max_sentences)
     pieces.post_processor = processors.BertProcessing(("[SEP]", trained.sep_id), ("[CLS]", trained.cls_id))
     return trained

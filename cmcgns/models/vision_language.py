@@ -27,7 +27,12 @@ class VisionLanguageModel(nn.Module):
     """Image and text encoder, cross-modal attention, SimSiam predictor, decoder and temperature."""
 
     def __init__(
-        self, image_encoder: ImageEncoder, text_encoder: TextEncoder, dim: int, temperature: float, learn_temperature: bool
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        dim: int,
+        temperature: float,
+        learn_temperature: bool,
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder

@@ -21,7 +21,9 @@ from cmcgns.config import ObjectiveConfig
 from cmcgns.distributed import all_reduce, ragged_all_gather
 
 
-def patch_alignment_loss(patches_BPD: Tensor, attended_BPD: Tensor, predicted_patches_BPD: Tensor, predicted_attended_BPD: Tensor) -> Tensor:
+def patch_alignment_loss(
+    patches_BPD: Tensor, attended_BPD: Tensor, predicted_patches_BPD: Tensor, predicted_attended_BPD: Tensor
+) -> Tensor:
     """SimSiam over patches: -(1/2)[cos(p(x), sg(y)) + cos(p(y), sg(x))], mean over patches, then studies."""
     forward_BP = F.cosine_similarity(predicted_patches_BPD, attended_BPD.detach(), dim=-1)
     backward_BP = F.cosine_similarity(predicted_attended_BPD, patches_BPD.detach(), dim=-1)

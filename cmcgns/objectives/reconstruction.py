@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def reconstruction_loss(reconstruction_B1HW: Tensor, image_B1HW: Tensor, masked_BP: Tensor, only_masked: bool) -> Tensor:
+def reconstruction_loss(
+    reconstruction_B1HW: Tensor, image_B1HW: Tensor, masked_BP: Tensor, only_masked: bool
+) -> Tensor:
     """Mean absolute error in units of the [-1, 1] range, over the pixels of masked patches or over all."""
     error_B1HW = (reconstruction_B1HW - image_B1HW).abs()
     if not only_masked:

@@ -13,7 +13,7 @@ from cmcgns.config import Config
 from cmcgns.data.index import StudyIndex
 from cmcgns.data.reports import ParsedReport, parse_report
 from cmcgns.data.sources import Source, open_source
-from cmcgns.errors import BadRow, UserError
+from cmcgns.errors import BadRow, UserError, starting_with
 from cmcgns.models.presets import TEXT_PRESETS
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer, train_tokenizer
 
@@ -39,10 +39,14 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of ``config.data``, with the splits that training reads."""
     data = config.data
-    source = open_source(
-        data.uri, data.format, data.views, data.seed, data.resize, data.phantom_studies, data.phantom_size
-    )
-    index = source.index()
+    try:
+        source = open_source(
+            data.uri, data.format, data.views, data.seed, data.resize, data.phantom_studies, data.phantom_size
+        )
+        index = source.index()
+    except UserError as error:
+        reason = str(error).removeprefix("data.uri ")
+        raise UserError(f"data.uri {starting_with(data.uri, reason)}") from None
     corpus = Corpus(source, index, index.split("train"), index.split("valid").slice(0, data.validation_studies))
     if not len(corpus.train) or not len(corpus.valid):
         raise UserError(

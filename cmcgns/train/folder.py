@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from cmcgns.command_line import to_yaml
 from cmcgns.config import Config
 from cmcgns.data import storage
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, starting_with
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer
 
 FREE_TO_CHANGE = {
@@ -71,7 +72,14 @@ def open_folder(config: Config) -> RunFolder:
     root = run.storage if storage.is_s3(run.storage) else str(Path(run.storage).expanduser().resolve())
     name = run.resume or run.name or time.strftime("pretrain-%Y%m%d-%H%M%S")
     folder = RunFolder(root.rstrip("/"), name, resumed=run.resume is not None)
-    there = storage.exists(folder.file("config.yaml"))
+    try:
+        there = storage.exists(folder.file("config.yaml"))
+        if storage.is_s3(root) and not there:
+            # a missing bucket is no error to those who ask for one file in it
+            with suppress(storage.MissingFileError):
+                storage.list_folders(root)
+    except UserError as error:
+        raise UserError(f"run.storage {starting_with(run.storage, str(error))}") from None
     if folder.resumed and not there:
         raise UserError(f"run.resume {name}: there is no run of that name in {root}; look at run.storage")
     if not folder.resumed and there:

@@ -29,6 +29,7 @@ from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
 from cmcgns.train.display import Display, console, print_plan
 from cmcgns.train.folder import RunFolder, open_folder, write_bad_rows, write_start
+from cmcgns.train.quiet import quiet_terminal
 from cmcgns.train.schedule import Schedule, build_schedule
 from cmcgns.train.worker import Assignment, work
 
@@ -54,7 +55,7 @@ def pretrain(config: Config) -> int:
     check_sizes(config, corpus, sample)
     tokenizer = folder.read_tokenizer(config) if folder.resumed else make_tokenizer(config, sample)
     parameters = count_parameters(config, tokenizer)
-    with ray_session(config) as cpus:
+    with quiet_terminal(), ray_session(config) as cpus:
         check_cpus(config, cpus)
         print_plan(terminal, plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus))
         write_start(folder, config, corpus.digest)
@@ -91,7 +92,7 @@ def ray_session(config: Config) -> Iterator[float]:
     if ours:
         settings: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
         if not os.environ.get("RAY_ADDRESS"):
-            settings = {"_system_config": LOCAL_CLUSTER}
+            settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -55,6 +55,10 @@ def build_schedule(config: TrainConfig, studies: int) -> Schedule:
             ("warmup", config.warmup_steps, config.warmup_epochs or 0),
         )
     }
+    for name in ("stage1", "stage2"):
+        epochs = getattr(config, f"{name}_epochs")
+        if epochs and not steps[name]:
+            raise UserError(f"train.{name}_epochs {epochs} of {per_epoch} steps each is less than one step")
     shortest = min(length for length in (steps["stage1"], steps["stage2"]) if length)
     if steps["warmup"] >= shortest:
         raise UserError(f"a warm-up of {steps['warmup']} steps does not fit into a stage of {shortest} steps")

@@ -13,7 +13,7 @@ from cmcgns.data.augment import crop, mask_positions, normalise
 from cmcgns.data.batch import ImageReportBatch, pad_reports
 from cmcgns.data.dataset import Block, blank_block
 
-STEPS_AHEAD = 20
+STEPS_AHEAD = 40
 """Steps before an epoch's end at which the next one begins to be read."""
 
 

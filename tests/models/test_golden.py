@@ -15,7 +15,9 @@ def fixture_numbers() -> dict[str, Tensor]:
 
 def weights(numbers: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
     """A state dict: our layer names from the published ones."""
-    return {f"{ours}.{part}": numbers[f"{theirs}.{part}"] for ours, theirs in names.items() for part in ("weight", "bias")}
+    return {
+        f"{ours}.{part}": numbers[f"{theirs}.{part}"] for ours, theirs in names.items() for part in ("weight", "bias")
+    }
 
 
 def published_attention(numbers: dict[str, Tensor]) -> CrossModalAttention:

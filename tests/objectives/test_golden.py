@@ -41,7 +41,7 @@ def test_sentence_loss_without_centroids_is_the_published_infonce(numbers: dict[
 
 
 def test_clusters_hard_and_false_negatives_are_the_published_ones(numbers: dict[str, Tensor]) -> None:
-    z1_nD, _, hash_n = features(numbers)
+    z1_nD, _, _ = features(numbers)
     own = nearest_two(z1_nD @ numbers["in.centroids"].T)
     assert torch.equal(own.nearest, numbers["out.cluster_index"])
     assert torch.equal(own.second, numbers["out.hard_negative_index"])

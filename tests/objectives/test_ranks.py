@@ -16,7 +16,10 @@ GLOBAL_BATCH = 6
 CONFIGS = {
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
-    "resnet": {"model__image_encoder": "resnet-tiny", "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72},
+    "resnet": {
+        "model__image_encoder": "resnet-tiny", "model__fixed_batch_statistics": True,
+        "data__image_size": 64, "data__resize": 72,
+    },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
 
@@ -69,7 +72,7 @@ def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
                     assert ours == pytest.approx(theirs, rel=1e-5), (name, part)  # float32 on the way to the log
             for key, gradient in gradients.items():
                 # float64: sums in another order differ by about 1e-15 of the largest
-                torch.testing.assert_close(gradient, expected[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{name} {key}: {text}")
+                assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-10), (name, key)
 
 
 def test_every_parameter_takes_part_in_stage_2(single: dict[str, tuple[float, list[float], dict[str, Tensor]]]) -> None:

@@ -26,7 +26,9 @@ def objective(false_negatives: str, **more: float) -> ObjectiveConfig:
     )
 
 
-def random_sentences(number: int, clusters: int, seed: int = 0, texts: int = 10**6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_sentences(
+    number: int, clusters: int, seed: int = 0, texts: int = 10**6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z1, z2, hashes and centroids; with few ``texts`` some sentences are the same."""
     source = torch.Generator().manual_seed(seed)
     z1_nD, z2_nD, centroids_KD = (
@@ -68,13 +70,17 @@ def slow_loss(
     return torch.stack(losses).mean() + config.margin_weight * margin, restored, negatives / number
 
 
-def fast_loss(z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor | None, config: ObjectiveConfig) -> SentenceLoss:
+def fast_loss(
+    z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor | None, config: ObjectiveConfig
+) -> SentenceLoss:
     return sentence_alignment_loss(z1, z2, hashes, (len(z1),), centroids, config)
 
 
 @pytest.mark.parametrize("false_negatives", ["margin", "exclude", "both"])
 @pytest.mark.parametrize(("number", "texts"), [(30, 10**6), (30, 12), (11, 4)])  # 11: rows must be restored
-def test_the_vectorised_loss_and_its_gradients_are_those_of_a_loop(false_negatives: str, number: int, texts: int) -> None:
+def test_the_vectorised_loss_and_its_gradients_are_those_of_a_loop(
+    false_negatives: str, number: int, texts: int
+) -> None:
     z1_nD, z2_nD, hash_n, centroids_KD = random_sentences(number, 4, texts=texts)
     config = objective(false_negatives)
     both = [[part.clone().requires_grad_() for part in (z1_nD, z2_nD)] for _ in range(2)]
@@ -95,7 +101,9 @@ def test_without_centroids_only_other_texts_are_negatives() -> None:
     losses, negatives = [], 0
     for i in range(20):
         columns = [j for j in range(20) if j == i or hash_n[j] != hash_n[i]]
-        losses.append(F.cross_entropy((z2_nD[columns] @ z1_nD[i] / TEMPERATURE)[None], torch.tensor([columns.index(i)])))
+        losses.append(
+            F.cross_entropy((z2_nD[columns] @ z1_nD[i] / TEMPERATURE)[None], torch.tensor([columns.index(i)]))
+        )
         negatives += len(columns) - 1
     torch.testing.assert_close(found.loss, torch.stack(losses).mean(), **EXACT)
     assert float(found.negatives_per_sentence) == pytest.approx(negatives / 20)
@@ -137,7 +145,10 @@ def test_both_is_exclusion_plus_the_margin() -> None:
     sentences = random_sentences(30, 4, texts=12)
     whole = fast_loss(*sentences, objective("both")).loss
     excluded = fast_loss(*sentences, objective("exclude")).loss
-    pulled = fast_loss(*sentences, objective("margin")).loss - fast_loss(*sentences, objective("margin", margin_weight=0)).loss
+    pulled = (
+        fast_loss(*sentences, objective("margin")).loss
+        - fast_loss(*sentences, objective("margin", margin_weight=0)).loss
+    )
     torch.testing.assert_close(whole, excluded + pulled, **EXACT)
 
 
@@ -148,4 +159,3 @@ def test_no_false_negative_means_no_margin() -> None:
         for kind in ("both", "exclude")
     )
     assert torch.equal(with_margin, without)
-

@@ -1,0 +1,34 @@
+"""`make pretrain` on a fresh clone: installs, trains both stages, learns; in under ten minutes on two cores."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from tests.jobs import REPOSITORY, check_learned, result
+
+LIMIT_S = 600
+
+
+def test_make_pretrain_on_a_fresh_clone_ends_in_ten_minutes(tmp_path: Path) -> None:
+    clone, home = tmp_path / "clone", tmp_path / "home"
+    home.mkdir()
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
+    kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_", "SSL_", "LANG"))}
+    path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if ".venv" not in part)
+    started = time.monotonic()
+    with (tmp_path / "output").open("w") as output:
+        subprocess.run(
+            ["make", "pretrain"], cwd=clone, env=kept | {"PATH": path, "HOME": str(home)}, stdout=output, stderr=output,
+            check=False, timeout=3 * LIMIT_S,
+        )  # fmt: skip
+    taken_s = time.monotonic() - started
+    text = (tmp_path / "output").read_text()
+    runs = list((clone / "runs").glob("pretrain-*"))
+    assert runs, text[-3000:]
+    assert result(runs[0])["status"] == "finished", text[-3000:]
+    print(f"\nmake pretrain, installation included: {taken_s:.0f} s")
+    check_learned(runs[0])
+    shutil.rmtree(clone)
+    assert taken_s < LIMIT_S

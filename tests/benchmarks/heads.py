@@ -1,0 +1,189 @@
+"""Stage-1 heads and losses 1-3, forward and backward, against the bare matrix products that they are made of.
+
+No encoders and no decoder: their place is taken by ready features. B studies, P patches, S sentences, D embedding,
+K centroids.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmcgns.config import ObjectiveConfig
+from cmcgns.data.batch import ImageReportBatch
+from cmcgns.models.cross_attention import AttentionPool, unit
+from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.objectives.objective import Objective
+from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
+
+B, P, S, D, K = 64, 49, 6, 768, 128
+ROUNDS = 15
+MOST_RATIO, MOST_MIB = 1.5, 800
+
+
+class ReadyFilms(nn.Module):
+    """Stands for an image encoder: its features are ready, and receive gradients."""
+
+    dim, grid, stride, is_convolutional = D, 7, 32, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features_BPC = nn.Parameter(torch.randn(B, P, D))
+        self.pooled_BC = nn.Parameter(torch.randn(B, D))
+
+    def forward(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features_BPC, self.pooled_BC
+
+
+class ReadyReports(nn.Module):
+    """Stands for a text encoder: sentences are ready, the report is pooled from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sentences_BSD = nn.Parameter(torch.randn(B, S, D) / D**0.5)
+        self.pool = AttentionPool(D)
+
+    def forward(self, token_BT: Tensor, token_mask_BT: Tensor, owner_BT: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sentences_BSD, unit(self.pool(self.sentences_BSD, mask_BS))
+
+
+def build_step() -> Callable[[], None]:
+    """Forward and backward of heads and losses."""
+    torch.manual_seed(0)
+    model = VisionLanguageModel(ReadyFilms(), ReadyReports(), D, 0.1, True)  # type: ignore[arg-type]
+    model.decoder = nn.Identity()
+    objective, batch = Objective(ObjectiveConfig()), ready_batch()
+    centroids_KD = F.normalize(torch.randn(K, D), dim=1)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        objective(model(batch), batch, centroids_KD).total.backward()
+
+    return step
+
+
+def ready_batch() -> ImageReportBatch:
+    """A batch of which only sentences and hashes are looked at."""
+    nothing = torch.zeros(B, 1)
+    return ImageReportBatch(
+        image_B1HW=nothing,
+        token_BT=nothing.long(),
+        token_mask_BT=nothing.bool(),
+        sentence_of_token_BT=nothing.long(),
+        sentence_mask_BS=torch.ones(B, S, dtype=torch.bool),
+        sentence_row_n=torch.arange(B * S),
+        sentence_hash_n=torch.arange(B * S),
+        report_hash_B=torch.arange(B),
+        masked_BP=torch.zeros(B, P, dtype=torch.bool),
+        rank_sentences=(B * S,),
+    )
+
+
+class Product(NamedTuple):
+    """A matrix product of the forward: ``times`` x (batch, rows, inner) @ (batch, inner, columns)."""
+
+    what: str
+    times: int
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+    constant_right: bool = False
+    """The right side takes no gradient."""
+
+    @property
+    def products(self) -> int:
+        """Products of the same size in forward and backward: one, and one for each side's gradient."""
+        return self.times * (2 if self.constant_right else 3)
+
+    @property
+    def gflop(self) -> float:
+        return self.products * 2 * self.batch * self.rows * self.inner * self.columns / 1e9
+
+
+HEADS = 8
+PRODUCTS = (
+    Product("patch projection", 1, 1, B * P, D, D),
+    Product("image projection", 1, 1, B, D, D),
+    Product("patches to query, key, value", 3, 1, B * P, D, D),
+    Product("sentences to query, key, value", 3, 1, B * S, D, D),
+    Product("sentences on patches: weights", 1, B, S, D, P),
+    Product("sentences on patches: sums", 1, B, S, P, D),
+    Product("patches on sentences: weights", 1, B, P, D, S),
+    Product("patches on sentences: sums", 1, B, P, S, D),
+    Product("report pool: keys and values", 2, 1, B * (S + 1), D, D),
+    Product("report pool: query and output", 2, 1, B, D, D),
+    Product("report pool: weights", 1, B * HEADS, 1, D // HEADS, S + 1),
+    Product("report pool: sums", 1, B * HEADS, 1, S + 1, D // HEADS),
+    Product("predictor, first layer", 2, 1, B * P, D, D // 2),
+    Product("predictor, second layer", 2, 1, B * P, D // 2, D),
+    Product("films on reports and back", 2, 1, B, D, B),
+    Product("sentences on attended", 1, 1, B * S, D, B * S),
+    Product("sentences on centroids", 1, 1, B * S, D, K, constant_right=True),
+)
+
+
+def build_products() -> Callable[[], None]:
+    """The bare products of ``PRODUCTS``, forward and backward, nothing else."""
+    operands = [
+        (product, *(torch.randn(product.batch, *shape) for shape in _shapes(product))) for product in PRODUCTS
+    ]
+
+    def run() -> None:
+        for product, left, right, gradient in operands:
+            for _ in range(product.times):
+                torch.matmul(left, right)
+                torch.matmul(gradient, right.mT)
+                if not product.constant_right:
+                    torch.matmul(left.mT, gradient)
+
+    return run
+
+
+def _shapes(product: Product) -> tuple[tuple[int, int], ...]:
+    rows, inner, columns = product.rows, product.inner, product.columns
+    return (rows, inner), (inner, columns), (rows, columns)
+
+
+def peak_in_child() -> float:
+    """Peak MiB of weights, features, activations and gradients, in a process that has done nothing else."""
+    code = (
+        "import json; from tests.benchmarks.heads import build_step; from tests.benchmarks.measure import peak_mib; "
+        "import torch; torch.ones(64, 64) @ torch.ones(64, 64); "
+        "print(json.dumps(peak_mib(lambda: [step() for step in [build_step()] for _ in range(3)])))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return float(json.loads(output.splitlines()[-1]))
+
+
+def lines() -> list[Line]:
+    """The lines of the table."""
+    seconds = interleaved({"heads": build_step(), "products": build_products()}, ROUNDS)
+    ratio, mib = ratio_of_medians(seconds, "heads", "products"), peak_in_child()
+    return [
+        Line(f"heads and losses 1-3, B {B} P {P} S {S} D {D} K {K}", f"{median(seconds['heads']):.3f} s"),
+        Line("  the bare matrix products", f"{median(seconds['products']):.3f} s"),
+        Line("  ratio of medians", f"{ratio:.2f}", f"<= {MOST_RATIO}", ratio <= MOST_RATIO),
+        Line("  peak memory", f"{mib:.0f} MiB", f"<= {MOST_MIB}", mib <= MOST_MIB),
+    ]
+
+
+def shapes() -> list[str]:
+    """The products by shape."""
+    return [
+        f"{p.products:3} x ({p.batch} x {p.rows} x {p.inner}) @ ({p.batch} x {p.inner} x {p.columns})"
+        f"  {p.gflop:6.2f} GFLOP  {p.what}"
+        for p in PRODUCTS
+    ]
+
+
+if __name__ == "__main__":
+    print(where())
+    print(*shapes(), sep="\n")
+    print(*lines(), sep="\n")

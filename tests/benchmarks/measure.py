@@ -1,0 +1,72 @@
+"""Times and memory, measured so that they can be compared: interleaved in one run, medians, a process of its own."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    what: str
+    measured: str
+    wanted: str = ""
+    good: bool | None = None
+
+    def __str__(self) -> str:
+        verdict = {None: "", True: "yes", False: "NO"}[self.good]
+        return f"{self.what:58} {self.measured:>34}  {self.wanted:>10}  {verdict}".rstrip()
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each run by name, taken in turn so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warm_up + rounds):
+        for name, run in runs.items():
+            before = time.perf_counter()
+            run()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - before)
+    return seconds
+
+
+def ratio_of_medians(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """How many times as long ``name`` takes as ``base``."""
+    return median(seconds[name]) / median(seconds[base])
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """How far the memory of this process rises above where it stands while ``run`` runs, MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def where() -> str:
+    """Machine, versions, commit and date, without which a number means nothing."""
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return (
+        f"{os.cpu_count()} x {model}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
+    )

@@ -1,0 +1,133 @@
+"""A short training through Ray Train on random studies, once with the Ray pool and once with its in-process twin."""
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cmcgns import distributed
+from cmcgns.clustering.centroids import Centroids
+from cmcgns.clustering.guide import Guide, LocalPool
+from cmcgns.clustering.kmeans import Array, AssignmentPass
+from cmcgns.clustering.pool import PoolHandles, RayPool, ShardActor, start_pool
+from cmcgns.config import Config
+from cmcgns.train.schedule import Schedule
+from cmcgns.train.steps import Batcher
+from cmcgns.train.trainer import Parts, Trainer
+from tests.small import small_config, small_model
+from tests.train.memory import MemoryBlocks
+
+STUDIES = 160
+
+
+class DelayedShard(ShardActor):
+    """One actor (the last) takes its time over every pass."""
+
+    longest_s = 3.0
+
+    def assign(self, centroids_KD: Array) -> AssignmentPass:
+        if self.index == self.actors - 1:
+            time.sleep(random.uniform(0, self.longest_s))
+        return super().assign(centroids_KD)
+
+
+def settings(steps: int) -> Config:
+    """Two ranks with accumulation, clustering live from the start."""
+    return small_config(
+        num_workers=2, cpus_per_worker=0.25, microbatch_size=8, global_batch_size=32, stage1_steps=steps, stage2_steps=0,
+        zero_stage=2, clustering__actors=3, clustering__iterations=4, clustering__refresh_every=8,
+        objective__num_clusters=16,
+    )  # fmt: skip
+
+
+class Watched(Trainer):
+    """Writes down which centroids this rank holds after each step."""
+
+    def train_step(self, step: int, data: Any) -> None:
+        super().train_step(step, data)
+        centroids = self.parts.guide.centroids
+        self.seen.append((step, centroids.version, centroids.digest()))
+
+    seen: list[tuple[int, int, str]]
+
+
+class Rows:
+    """Keeps the rows of metrics in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += [row for row in rows if row["split"] == "train"]
+
+    def update(self, row: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+def train_loop(loop: dict[str, Any]) -> None:
+    config = Config.model_validate(loop["config"])
+    torch.set_num_threads(1)
+    device, rows = torch.device("cpu"), Rows()
+    model = small_model(config)
+    pool = LocalPool(config.clustering) if loop["pool"] is None else RayPool(loop["pool"])
+    centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, device, config.clustering.momentum)
+    parts = Parts(
+        build_model=lambda: small_model(config),
+        blocks=MemoryBlocks(config, STUDIES),
+        batcher=Batcher(config, model.image_encoder.patches, 0, device),
+        guide=Guide(config.clustering, centroids, pool),
+        schedule=Schedule(config.train.stage1_steps or 0, 0, 0),
+        device=device,
+        log=rows,  # type: ignore[arg-type]
+        display=rows,
+        keep=lambda folder, step: None,
+        stop_requested=lambda: False,
+    )
+    trainer = Watched(config, parts)
+    trainer.seen = []
+    parts.guide.empty_bank(0)
+    trainer.train()
+    found = {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.guide.waited_s}
+    (Path(loop["folder"]) / f"rank_{distributed.rank()}.json").write_text(json.dumps(found))
+    ray.train.report({})
+
+
+def run(folder: Path, steps: int, longest_s: float | None) -> list[dict[str, Any]]:
+    """What each rank saw: with the Ray pool, its last actor delayed by up to ``longest_s``, or (None) with the twin."""
+    config, handles = settings(steps), None
+    if longest_s is not None:
+        DelayedShard.longest_s = longest_s
+        handles = start_pool(config.clustering, 2, shard_type=DelayedShard)
+        check_processes(handles)
+    folder.mkdir()
+    TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config.model_dump(), "pool": handles, "folder": str(folder)},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.25}),
+        run_config=RunConfig(name="pool", storage_path=str(folder)),
+        torch_config=TorchConfig(backend="gloo"),
+    ).fit()
+    if handles is not None:
+        handles.stop()
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+def check_processes(handles: PoolHandles) -> None:
+    """Each actor has a process of its own."""
+
+    def pid(actor: Any) -> int:
+        import os
+
+        return os.getpid()
+
+    pids = ray.get([shard.__ray_call__.remote(pid) for shard in handles.shards])
+    assert len(set(pids)) == len(handles.shards)

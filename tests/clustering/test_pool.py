@@ -1,0 +1,34 @@
+"""The Ray pool in training: the same centroids on all ranks at all steps, however slow an actor is."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.clustering.pool_run import run
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def check(tmp_path: Path, steps: int, longest_s: float) -> None:
+    """Ranks agree with each other, and with the in-process twin."""
+    pooled, twin = run(tmp_path / "pool", steps, longest_s), run(tmp_path / "twin", steps, None)
+    assert pooled[0]["seen"] == pooled[1]["seen"]
+    versions = [version for _, version, _ in pooled[0]["seen"]]
+    assert versions == [version for _, version, _ in twin[0]["seen"]]
+    assert max(versions) >= 2
+    assert len({digest for _, version, digest in pooled[0]["seen"] if version}) > 2  # momentum moves them each step
+    assert pooled[0]["loss"] == pytest.approx(twin[0]["loss"], rel=1e-5)
+    print(f"{steps} steps, {max(versions)} versions, waited {pooled[0]['waited_s']:.1f} s for the delayed actor")
+
+
+def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray: None, tmp_path: Path) -> None:
+    check(tmp_path, steps=40, longest_s=0.3)

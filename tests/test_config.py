@@ -1,0 +1,77 @@
+"""Settings: what goes together, and what is said when it does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from cmcgns.command_line import read_yaml, validate
+from cmcgns.config import Config
+from tests.small import small_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    config = validate(read_yaml(path))
+    train = config.train
+    assert train.accumulation * train.microbatch_size * train.num_workers == train.global_batch_size
+    assert config.clustering.bank_size >= max(4 * config.objective.num_clusters, 1024)
+
+
+def test_the_published_settings_are_those_of_the_paper() -> None:
+    config = validate(read_yaml(CONFIGS[0].parent / "published.yaml"))
+    objective, train, clustering = config.objective, config.train, config.clustering
+    assert (objective.num_clusters, clustering.start_cosine, clustering.momentum) == (128, 0.4, 1e-3)
+    assert (objective.sentence_temperature, objective.temperature, objective.learn_temperature) == (1.0, 0.1, True)
+    assert (train.optimizer, train.learning_rate, train.weight_decay) == ("adam", 1e-5, 1e-6)
+    assert (train.warmup_epochs, train.warmup_learning_rate) == (1, 1e-7)
+    assert (train.stage1_epochs, train.stage2_epochs, train.seed) == (10, 20, 42)
+    assert (train.microbatch_size, train.num_workers, train.precision) == (64, 2, "fp16")
+    assert (config.data.resize, config.data.image_size, config.data.max_tokens) == (256, 224, 256)
+    assert (objective.false_negatives, objective.reconstruct, objective.margin_weight) == ("margin", "all", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"global_batch_size": 10, "microbatch_size": 4},
+            r"train.global_batch_size 10 is not a multiple of microbatch_size x num_workers \(4 x 2 = 8\); nearest: 8 and 16",
+        ),
+        ({"global_batch_size": 4}, r"nearest: 8"),
+        ({"data__image_size": 64}, r"data.image_size 64 is larger than data.resize 40"),
+        (
+            {"objective__num_clusters": 300},
+            r"objective.num_clusters 300 needs clustering.bank_size of at least 4 x 300 = 1200, not 1024",
+        ),
+        ({"stage1_epochs": 3}, r"exactly one of train.stage1_steps and train.stage1_epochs, not 10 and 3"),
+        ({"stage2_steps": None}, r"exactly one of train.stage2_steps and train.stage2_epochs, not neither"),
+        ({"precision": "fp16"}, r"fp16 needs train.use_gpu=true"),
+        ({"sync_batchnorm": True}, r"train.sync_batchnorm needs train.use_gpu=true"),
+        ({"engine": "torch"}, r"train.engine torch partitions nothing.*train.zero_stage=0"),
+        ({"clustering__device": "gpu"}, r"clustering.device gpu does not go with clustering.gpus_per_actor 0.0"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_together_are_refused_with_numbers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        small_config(**values)
+
+
+def test_a_run_goes_on_under_its_own_name() -> None:
+    settings = small_config().model_dump()
+    with pytest.raises(ValidationError, match=r"run.resume a goes on under its own name; leave run.name b out"):
+        Config.model_validate(settings | {"run": {"name": "b", "resume": "a"}})
+
+
+def test_accumulation_follows_from_the_sizes() -> None:
+    assert small_config(global_batch_size=24, microbatch_size=4, num_workers=3).train.accumulation == 2
+
+
+def test_every_key_says_what_it_means() -> None:
+    for section, info in Config.model_fields.items():
+        assert info.annotation is not None
+        for name, key in info.annotation.model_fields.items():
+            assert len(key.description or "") > 15, f"{section}.{name}"

@@ -1,0 +1,61 @@
+"""A corpus in memory: blocks as Ray Data would deliver them, for tests of the loop without Ray."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from cmcgns import distributed
+from cmcgns.config import Config
+from cmcgns.data.dataset import VALIDATION_EPOCH, Block, epoch_order
+from tests.small import VOCABULARY
+
+
+class MemoryBlocks:
+    """``studies`` random studies; those in ``bad`` cannot be used. Block b goes to rank b mod world."""
+
+    def __init__(self, config: Config, studies: int, validation: int = 8, bad: tuple[int, ...] = ()) -> None:
+        self.config, self.studies, self.validation, self.bad = config, studies, validation, bad
+        self.prepared: list[int] = []
+
+    def open(self, epoch: int, position: int) -> Iterator[Block]:
+        order = epoch_order(self.config.data.seed, epoch, self.studies)
+        return self._blocks([(place, int(order[place])) for place in range(position, self.studies)], epoch)
+
+    def prepare(self, epoch: int) -> None:
+        self.prepared.append(epoch)
+
+    def open_validation(self) -> Iterator[Block]:
+        return self._blocks([(place, 10_000 + place) for place in range(self.validation)], VALIDATION_EPOCH)
+
+    def _blocks(self, places: list[tuple[int, int]], epoch: int) -> Iterator[Block]:
+        good = [(place, study) for place, study in places if study not in self.bad]
+        size = self.config.train.microbatch_size
+        cut = [good[start : start + size] for start in range(0, len(good), size)]
+        for rows in cut[distributed.rank() :: distributed.world_size()]:
+            yield self._block(rows, epoch)
+
+    def _block(self, rows: list[tuple[int, int]], epoch: int) -> Block:
+        studies = [self._study(study) for _, study in rows]
+        return Block(
+            positions=np.array([place for place, _ in rows]),
+            draw_keys=np.array([study * 1_000_003 + epoch for _, study in rows]),
+            images_BRR=np.stack([study[0] for study in studies]),
+            tokens=[study[1] for study in studies],
+            sentence_of_token=[study[2] for study in studies],
+            sentence_hashes=[study[3] for study in studies],
+            report_hashes=np.array([study[4] for study in studies]),
+        )
+
+    def _study(self, study: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+        random = np.random.default_rng([7, study])
+        sentences, side = int(random.integers(1, 6)), self.config.data.resize
+        lengths = random.integers(2, 7, sentences)
+        owners = np.concatenate([[-1], np.repeat(np.arange(sentences), lengths), [-1]]).astype(np.int16)
+        tokens = np.concatenate([[2], random.integers(5, VOCABULARY, lengths.sum()), [3]]).astype(np.int32)
+        image = random.integers(0, 256, (side, side)).astype(np.uint8)
+        return image, tokens, owners, random.integers(0, 2**40, sentences), int(random.integers(0, 2**40))
+
+
+def studies_of(block_or_keys: np.ndarray, epoch: int) -> list[int]:
+    """The studies behind ``draw_keys`` of ``epoch``."""
+    return [(int(key) - epoch) // 1_000_003 for key in block_or_keys]

@@ -1,0 +1,61 @@
+"""Lengths of the stages and the learning rate at each step."""
+
+import math
+
+import pytest
+
+from cmcgns.config import TrainConfig
+from cmcgns.errors import UserError
+from cmcgns.train.schedule import Schedule, build_schedule
+
+
+def train_config(**values: object) -> TrainConfig:
+    lengths = {"stage1_steps": 10, "stage2_steps": 20, "warmup_steps": 2}
+    return TrainConfig.model_validate({"global_batch_size": 8, **lengths, **values})
+
+
+def test_each_stage_warms_up_to_the_peak_and_falls_by_a_half_cosine_towards_zero() -> None:
+    schedule = Schedule(stage1=10, stage2=20, warmup=4)
+    rates = [schedule.learning_rate(step, 1.0, 0.2) for step in range(1, 31)]
+    for stage in (rates[:10], rates[10:]):
+        assert stage[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        falling = [0.5 * (1 + math.cos(math.pi * i / (len(stage) - 4))) for i in range(len(stage) - 4)]
+        assert stage[4:] == pytest.approx(falling)
+        assert 0 < stage[-1] < 0.1  # 0 would be a step that does nothing
+
+
+def test_without_a_warm_up_a_stage_begins_at_the_peak() -> None:
+    schedule = Schedule(stage1=10, stage2=0, warmup=0)
+    assert schedule.learning_rate(1, 0.5, 1e-7) == 0.5
+    assert schedule.warmed_up(1)
+
+
+def test_the_warm_up_ends_in_each_stage_anew() -> None:
+    schedule = Schedule(stage1=10, stage2=20, warmup=4)
+    assert [step for step in range(1, 31) if not schedule.warmed_up(step)] == [1, 2, 3, 4, 11, 12, 13, 14]
+    assert [schedule.stage(step) for step in (1, 10, 11, 30)] == [1, 1, 2, 2]
+    assert schedule.total == 30
+
+
+def test_epochs_are_whole_global_batches() -> None:
+    epochs = {"stage1_steps": None, "stage1_epochs": 2.5, "warmup_steps": None, "warmup_epochs": 1}
+    schedule = build_schedule(train_config(**epochs), studies=39)  # 4 steps of 8; the last 7 studies are left out
+    assert schedule == Schedule(stage1=10, stage2=20, warmup=4)
+
+
+def test_stage_2_can_be_left_out() -> None:
+    assert build_schedule(train_config(stage2_steps=0), studies=8).total == 10
+
+
+@pytest.mark.parametrize(
+    ("values", "studies", "message"),
+    [
+        ({}, 7, "train.global_batch_size 8 is larger than the corpus's 7 training studies"),
+        ({"warmup_steps": 10}, 80, "a warm-up of 10 steps does not fit into a stage of 10 steps"),
+        ({"stage1_steps": None, "stage1_epochs": 0.04}, 80, "train.stage1_epochs 0.04 of 10 steps each is less than one step"),
+        ({"stage2_steps": None, "stage2_epochs": 0.01}, 80, "train.stage2_epochs 0.01 of 10 steps each is less than one step"),
+    ],
+)  # fmt: skip
+def test_lengths_that_cannot_be_are_refused_with_numbers(values: dict[str, object], studies: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_schedule(train_config(**values), studies)

@@ -1,0 +1,156 @@
+"""Which studies each step sees: the same on any number of ranks, and after a restart in the middle."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cmcgns import distributed
+from cmcgns.config import Config
+from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.dataset import Block, epoch_order
+from cmcgns.train.steps import Batcher, Place, StepReader, validation_batches
+from tests.ranks import run_on_ranks
+from tests.small import small_config
+from tests.train.memory import MemoryBlocks, studies_of
+
+STUDIES, GLOBAL_BATCH, BAD = 64, 12, (5, 11, 40)
+CPU = torch.device("cpu")
+
+
+def config_of(ranks: int, accumulation: int = 1) -> Config:
+    size = GLOBAL_BATCH // ranks // accumulation
+    return small_config(num_workers=ranks, microbatch_size=size, global_batch_size=GLOBAL_BATCH)
+
+
+class RecordingBatcher(Batcher):
+    """Remembers the studies of every block that became a batch."""
+
+    seen: list[list[int]]
+
+    def __call__(self, block: Block, rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
+        batch = super().__call__(block, rank_sentences, training)
+        assert rank_sentences[distributed.rank()] == len(batch.sentence_row_n)
+        self.seen[-1] += studies_of(block.draw_keys, epoch=0)
+        return batch
+
+
+def read(ranks: int, accumulation: int, steps: int, place: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    config = config_of(ranks, accumulation)
+    batcher = RecordingBatcher(config, 4, 0, CPU)
+    source = MemoryBlocks(config, STUDIES, bad=BAD)
+    reader = StepReader(source, batcher, Place(*place), accumulation, lambda: False)
+    batcher.seen, places, digests = [], [], []
+    for _ in range(steps):
+        batcher.seen.append([])
+        step = reader.next_step()
+        assert len(step.microbatches) == accumulation
+        places.append((step.place.epoch, step.place.position))
+        digests.append(step.studies_digest)
+    return {"seen": batcher.seen, "places": places, "digests": digests}
+
+
+def expected_sets(epoch: int) -> list[set[int]]:
+    """The global batches of an epoch: its order without bad studies, cut, the incomplete end left out."""
+    good = [int(study) for study in epoch_order(0, epoch, STUDIES) if study not in BAD]
+    return [set(good[start : start + GLOBAL_BATCH]) for start in range(0, len(good) - GLOBAL_BATCH + 1, GLOBAL_BATCH)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (2, 3), (3, 2)])
+def test_every_step_sees_the_same_studies_on_any_number_of_ranks(ranks: int, accumulation: int) -> None:
+    alone, together = read(1, 1, 8), run_on_ranks(ranks, read, ranks, accumulation, 8)
+    for step, studies in enumerate(alone["seen"]):
+        pieces = [rank["seen"][step] for rank in together]
+        assert sorted(study for piece in pieces for study in piece) == sorted(studies)
+        assert all(len(piece) == GLOBAL_BATCH // ranks for piece in pieces)
+    for rank in together:
+        assert rank["digests"] == alone["digests"]
+        assert rank["places"] == alone["places"]
+
+
+def test_an_epoch_shows_each_good_study_once_and_drops_its_incomplete_end() -> None:
+    found = read(1, 1, 10)
+    assert [set(studies) for studies in found["seen"][:5]] == expected_sets(0)
+    assert [set(studies) for studies in found["seen"][5:]] == expected_sets(1)
+    assert all(len(studies) == GLOBAL_BATCH for studies in found["seen"])
+    assert not set(BAD) & {study for studies in found["seen"] for study in studies}
+    assert [place[0] for place in found["places"]] == [0] * 5 + [1] * 5
+
+
+@pytest.mark.distributed
+def test_a_restart_from_any_place_gives_the_rest_also_on_other_ranks() -> None:
+    whole = read(1, 1, 8)
+    for done in (1, 4, 5, 6):
+        rest = read(1, 1, 8 - done, whole["places"][done - 1])
+        assert rest == {key: values[done:] for key, values in whole.items()}
+    for rank in run_on_ranks(2, read, 2, 1, 5, whole["places"][2]):
+        assert rank["digests"] == whole["digests"][3:]
+
+
+def test_the_next_epoch_is_prepared_before_this_one_ends() -> None:
+    config = config_of(1)
+    source = MemoryBlocks(config, STUDIES)
+    reader = StepReader(source, Batcher(config, 4, 0, CPU), Place(), 1, lambda: False)
+    reader.next_step()
+    assert set(source.prepared) == {1}
+
+
+def test_a_corpus_smaller_than_a_global_batch_is_an_error_and_not_an_endless_loop() -> None:
+    config = config_of(1)
+    reader = StepReader(MemoryBlocks(config, 11), Batcher(config, 4, 0, CPU), Place(), 1, lambda: False)
+    with pytest.raises(RuntimeError, match="less than one global batch"):
+        reader.next_step()
+
+
+def test_a_wish_to_stop_reaches_every_step() -> None:
+    config = config_of(1)
+    reader = StepReader(MemoryBlocks(config, STUDIES), Batcher(config, 4, 0, CPU), Place(), 1, lambda: True)
+    assert reader.next_step().stop_requested
+
+
+def crops(ranks: int) -> dict[int, tuple[float, list[bool]]]:
+    """Each study's pixels and mask, by study."""
+    config = config_of(ranks)
+    source = MemoryBlocks(config, STUDIES)
+    step = StepReader(source, Batcher(config, 4, 0, CPU), Place(), 1, lambda: False).next_step()
+    keys = next(MemoryBlocks(config, STUDIES).open(0, 0)).draw_keys
+    [batch] = step.microbatches
+    return {
+        int(key): (float(image.double().sum()), mask.tolist())
+        for key, image, mask in zip(keys, batch.image_B1HW, batch.masked_BP, strict=True)
+    }
+
+
+@pytest.mark.distributed
+def test_a_studys_crop_and_mask_do_not_depend_on_its_rank() -> None:
+    first, second = run_on_ranks(2, crops, 2)
+    assert first | second == crops(1)
+
+
+def validation_rows() -> list[tuple[int, bool, int]]:
+    config = small_config(num_workers=2, microbatch_size=4, global_batch_size=8)
+    source = MemoryBlocks(config, 0, validation=14)  # blocks of 4, 4, 4, 2 on two ranks; 10 on three
+    batches = validation_batches(source, Batcher(config, 4, 0, CPU), 4)
+    return [(real, whole, len(batch.token_BT)) for batch, real, whole in batches]
+
+
+@pytest.mark.distributed
+def test_validation_shows_every_study_once_and_fills_up_with_rows_that_do_not_count() -> None:
+    for ranks in (2, 3):
+        found = run_on_ranks(ranks, validation_rows)
+        assert sum(real for rank in found for real, _, _ in rank) == 14
+        assert len({len(rank) for rank in found}) == 1  # forwards are collective
+        assert all(size == 4 for rank in found for _, _, size in rank)
+        assert [whole for _, whole, _ in found[0]] == [True, False]
+
+
+def test_validation_crops_the_middle() -> None:
+    config = small_config(num_workers=1, microbatch_size=4, global_batch_size=8)
+    source = MemoryBlocks(config, 0, validation=4)
+    [(batch, real, whole)] = validation_batches(source, Batcher(config, 4, 0, CPU), 4)
+    stored_BRR = next(source.open_validation()).images_BRR
+    expected = torch.from_numpy(stored_BRR[:, 4:36, 4:36].astype(np.float32)) / 127.5 - 1
+    assert (real, whole) == (4, True)
+    torch.testing.assert_close(batch.image_B1HW[:, 0], expected, rtol=0, atol=1e-6)

@@ -1,0 +1,72 @@
+"""A run that loses a worker, or its driver, ends as if nothing had happened."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import Job, checkpoints, result, rows
+
+pytestmark = pytest.mark.ray
+
+STEPS = ("--train.stage1_steps=14", "--train.stage2_steps=6", "--train.log_every=1", "--train.checkpoint_every=4",
+         "--clustering.refresh_every=5", "--train.warmup_steps=2")  # fmt: skip
+LENGTH = 20
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("undisturbed")
+    job = Job(storage, *STEPS, "--run.name=run")
+    assert "finished" in job.wait()
+    return storage / "run"
+
+
+def compare(folder: Path, undisturbed: Path, same_ranks: bool) -> None:
+    """The same studies at each step, every step once, and on the same ranks the same losses."""
+    found, expected = rows(folder), rows(undisturbed)
+    assert [row["step"] for row in found] == list(range(1, LENGTH + 1))
+    assert [row["studies_digest"] for row in found] == [row["studies_digest"] for row in expected]
+    if same_ranks:
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+        assert [row["centroids_version"] for row in found] == [row["centroids_version"] for row in expected]
+    assert result(folder)["status"] == "finished"
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_losses(tmp_path: Path, undisturbed: Path) -> None:
+    job = Job(tmp_path, *STEPS, "--run.name=run")
+    job.wait_for(lambda: len(rows(tmp_path / "run")) >= 6)
+    job.workers()[0].kill()
+    assert "goes on after step" in job.wait()
+    assert job.process.returncode == 0
+    compare(tmp_path / "run", undisturbed, same_ranks=True)
+
+
+def test_a_run_killed_twice_and_resumed_on_another_number_of_workers_sees_the_same_studies(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    job = Job(tmp_path, *STEPS, "--run.name=run")
+    job.wait_for(lambda: len(rows(tmp_path / "run")) >= 6)
+    job.kill()
+    job = Job(tmp_path, "--run.resume=run", config=None)
+    job.wait_for(lambda: len(rows(tmp_path / "run")) >= 10)
+    job.kill()
+    job = Job(tmp_path, "--run.resume=run", "--train.num_workers=1", "--train.zero_stage=3", config=None)
+    job.wait()
+    assert job.process.returncode == 0, job.text()
+    compare(tmp_path / "run", undisturbed, same_ranks=False)
+
+
+def test_ctrl_c_saves_stops_and_names_the_command_that_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    job = Job(tmp_path, *STEPS, "--run.name=run")
+    job.wait_for(lambda: len(rows(tmp_path / "run")) >= 2)
+    job.interrupt()
+    text = job.wait()
+    assert job.process.returncode == 130, text
+    assert "--run.resume=run" in text
+    assert "Traceback" not in text
+    stopped = result(tmp_path / "run")
+    assert stopped["status"] == "stopped"
+    assert checkpoints(tmp_path / "run")[-1].name.startswith(f"checkpoint_{stopped['steps']:08d}_")
+    job = Job(tmp_path, "--run.resume=run", config=None)
+    job.wait()
+    compare(tmp_path / "run", undisturbed, same_ranks=True)
