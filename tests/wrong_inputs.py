@@ -36,7 +36,9 @@ def wrong_inputs(folder: Path) -> list[WrongInput]:
         WrongInput("zero clusters", ("--objective.num_clusters=0",), ("objective.num_clusters", "0", "at least 2")),
         WrongInput("ZeRO 7", ("--train.zero_stage=7",), ("train.zero_stage", "7", "at most 3")),
         WrongInput("missing folder", (f"--data.uri={missing}",), ("data.uri", missing, "does not exist")),
-        WrongInput("missing config file", ("--config", f"{folder}/none.yaml"), ("--config", "none.yaml", "jobs/configs")),
+        WrongInput(
+            "missing config file", ("--config", f"{folder}/none.yaml"), ("--config", "none.yaml", "jobs/configs")
+        ),
         WrongInput(
             "batch sizes that do not divide",
             ("--train.global_batch_size=1000",),

@@ -78,8 +78,9 @@ class KMeansResult:
 
 def kmeans(rows: Rows, start_KD: Array, iterations: int, tolerance: float) -> KMeansResult:
     """Spherical k-means from ``start_KD`` until the objective changes by at most ``tolerance`` of itself."""
-    centroids_KD, previous, reseeded, iteration = start_KD.astype(np.float32), -np.inf, 0, 0
-    for iteration in range(1, iterations + 1):
+    centroids_KD, previous, reseeded, done = start_KD.astype(np.float32), -np.inf, 0, 0
+    while done < iterations:
+        done += 1
         found = rows.assign(centroids_KD)
         empty_k = np.flatnonzero(found.counts_K == 0)
         centroids_KD = normalised(np.where(found.counts_K[:, None] > 0, found.sums_KD, centroids_KD))
@@ -90,7 +91,7 @@ def kmeans(rows: Rows, start_KD: Array, iterations: int, tolerance: float) -> KM
         if not len(empty_k) and found.objective - previous <= tolerance * abs(found.objective):
             break
         previous = found.objective
-    return KMeansResult(centroids_KD, found.objective / max(rows.count(), 1), iteration, reseeded)
+    return KMeansResult(centroids_KD, found.objective / max(rows.count(), 1), done, reseeded)
 
 
 def farthest_point_seeds(rows: Rows, num_clusters: int) -> Array:

@@ -49,7 +49,9 @@ class ReadyReports(nn.Module):
         self.sentences_BSD = nn.Parameter(torch.randn(B, S, D) / D**0.5)
         self.pool = AttentionPool(D)
 
-    def forward(self, token_BT: Tensor, token_mask_BT: Tensor, owner_BT: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, token_BT: Tensor, token_mask_BT: Tensor, owner_BT: Tensor, mask_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return self.sentences_BSD, unit(self.pool(self.sentences_BSD, mask_BS))
 
 
@@ -131,9 +133,7 @@ PRODUCTS = (
 
 def build_products() -> Callable[[], None]:
     """The bare products of ``PRODUCTS``, forward and backward, nothing else."""
-    operands = [
-        (product, *(torch.randn(product.batch, *shape) for shape in _shapes(product))) for product in PRODUCTS
-    ]
+    operands = [(product, *(torch.randn(product.batch, *shape) for shape in _shapes(product))) for product in PRODUCTS]
 
     def run() -> None:
         for product, left, right, gradient in operands:

@@ -159,3 +159,17 @@ def test_no_false_negative_means_no_margin() -> None:
         for kind in ("both", "exclude")
     )
     assert torch.equal(with_margin, without)
+
+
+@pytest.mark.parametrize(("others", "restored"), [(8, 8), (7, 10)])
+def test_a_row_keeps_its_false_negatives_only_where_fewer_than_8_others_would_stay(others: int, restored: int) -> None:
+    """Three sentences of one cluster and 8 (or 7) of the other, whose own rows have too few others in any case."""
+    centroids_KD = torch.eye(2, dtype=torch.float64)
+    source = torch.Generator().manual_seed(0)
+    lean_n2 = 0.1 * torch.randn(3 + others, 2, generator=source, dtype=torch.float64)
+    z1_nD = F.normalize(centroids_KD[[0] * 3 + [1] * others] + lean_n2, dim=1)
+    sentences = (z1_nD, z1_nD.flip(0), torch.arange(3 + others), centroids_KD)
+    found = fast_loss(*sentences, objective("exclude"))
+    expected, slowly_restored, _ = slow_loss(*sentences, objective("exclude"))
+    assert int(found.rows_restored) == slowly_restored == restored
+    torch.testing.assert_close(found.loss, expected, **EXACT)

@@ -23,5 +23,7 @@ def watched(ray_head: RayHead, s3_server: S3Server, tmp_path_factory: pytest.Tem
 
 
 def test_the_first_step_comes_before_all_films_have_been_asked_for(watched: Watched) -> None:
-    print(f"\n{watched.films_before_first_step} of {watched.films} films before the first step; {watched.steady_mib:.0f} MiB")
+    print(
+        f"\n{watched.films_before_first_step} of {watched.films} films before the first step; {watched.steady_mib:.0f} MiB"
+    )
     assert 0 < watched.share_before_first_step < 1

@@ -270,11 +270,8 @@ def test_frozen_parts_stay_out_of_the_optimizer() -> None:
     train(engine, config, range(2))
     after = engine.weights()
     for name, value in before.items():
-        assert (
-            torch.equal(value, after[name]) == name.startswith(RECONSTRUCTION_PARTS)
-            or "k_proj.bias" in name
-            or "key.bias" in name
-        )
+        if not name.endswith(("key.bias", "k_proj.bias")):  # attention ignores what is added to all keys alike
+            assert torch.equal(value, after[name]) == name.startswith(RECONSTRUCTION_PARTS), name
     assert not any(name.removeprefix("exp_avg.").startswith(RECONSTRUCTION_PARTS) for name in engine.optimizer_state())
 
 
