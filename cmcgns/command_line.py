@@ -4,7 +4,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -72,7 +72,9 @@ def resolve(settings: dict[str, Any], overrides: dict[str, Any]) -> Config:
         if not dot:
             raise UserError(f"--{key} names a whole section; write --{key}.<key>=value (see --help)")
         _known(name, _section_type(section), section)
-        settings.setdefault(section, {})[name] = value
+        if not isinstance(settings.setdefault(section, {}), dict):
+            break  # refused by name below
+        settings[section][name] = value
         twin = _twin(name)
         if twin and f"{section}.{twin}" not in overrides:
             settings[section].pop(twin, None)
@@ -147,10 +149,16 @@ def help_text(default_config: Path) -> str:
 
 def _type_name(info: FieldInfo) -> str:
     annotation = info.annotation
-    choices = get_args(annotation)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return " | ".join(choices)
-    return getattr(annotation, "__name__", None) if not choices else str(annotation).replace("typing.", "")  # type: ignore[return-value]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(part) for part in parts)
+    if get_origin(annotation) is tuple:
+        return "list"
+    if parts:  # optional
+        return " or ".join(_type_name(FieldInfo(annotation=part)) for part in parts)
+    return "nothing" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
 def _range(info: FieldInfo) -> str:

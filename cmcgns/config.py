@@ -8,9 +8,12 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+MIN_BANK = 1024
+"""Sentence features that must have been seen before clustering may start, however few the clusters."""
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -226,10 +229,11 @@ class Config(Section):
             )
         if data.image_size > data.resize:
             yield f"data.image_size {data.image_size} is larger than data.resize {data.resize}; crops come out of it"
-        if 4 * self.objective.num_clusters > clustering.bank_size:
+        clusters, rows = self.objective.num_clusters, max(4 * self.objective.num_clusters, MIN_BANK)
+        if rows > clustering.bank_size:
             yield (
-                f"objective.num_clusters {self.objective.num_clusters} needs clustering.bank_size of at least "
-                f"4 x {self.objective.num_clusters} = {4 * self.objective.num_clusters}, not {clustering.bank_size}"
+                f"objective.num_clusters {clusters} needs clustering.bank_size of at least "
+                f"max(4 x {clusters}, {MIN_BANK}) = {rows}, not {clustering.bank_size}"
             )
         for pair in ("stage1", "stage2", "warmup"):
             steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ENTRY = "import sys; from tests.ranks import _enter; _enter(*sys.argv[1:])"
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 def run_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -23,12 +23,14 @@ class Submission:
     """Ray's name for it."""
 
 
+JOB = ("python", "jobs/pretrain.py")
+
+
 def submit(head: RayHead, *arguments: str, timeout_s: float = 900) -> Submission:
     """``ray job submit --working-dir . -- python jobs/pretrain.py ARGUMENTS``, followed to its end."""
     ray = str(Path(sys.executable).with_name("ray"))
     done = subprocess.run(
-        [ray, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--"]
-        + ["python", "jobs/pretrain.py", *arguments],
+        [ray, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *JOB, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, **head.environment},
         stdout=subprocess.PIPE,

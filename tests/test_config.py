@@ -45,7 +45,7 @@ def test_the_published_settings_are_those_of_the_paper() -> None:
         ({"data__image_size": 64}, r"data.image_size 64 is larger than data.resize 40"),
         (
             {"objective__num_clusters": 300},
-            r"objective.num_clusters 300 needs clustering.bank_size of at least 4 x 300 = 1200, not 1024",
+            r"objective.num_clusters 300 needs clustering.bank_size of at least max\(4 x 300, 1024\) = 1200, not 1024",
         ),
         ({"stage1_epochs": 3}, r"exactly one of train.stage1_steps and train.stage1_epochs, not 10 and 3"),
         ({"stage2_steps": None}, r"exactly one of train.stage2_steps and train.stage2_epochs, not neither"),

@@ -32,6 +32,10 @@ class BankShard:
         ordinals_n = np.arange(first_ordinal, first_ordinal + len(rows_nD))
         self.chunks[step, rank] = (rows_nD.astype(np.float16), ordinals_n)
 
+    def restore(self, step: int, rows_ND: Array, ordinals_N: Array) -> None:
+        """Keep rows out of a checkpoint, as of ``step``; a lost actor may have left gaps between their ordinals."""
+        self.chunks[step, 0] = (rows_ND.astype(np.float16), ordinals_N.copy())
+
     def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
         """Float16 rows and ordinals in [first, stop), in the order of their ordinals."""
         held = sorted(self.chunks.values(), key=lambda chunk: int(chunk[1][0]) if len(chunk[1]) else 0)

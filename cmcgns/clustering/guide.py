@@ -16,7 +16,7 @@ from cmcgns import distributed
 from cmcgns.clustering.bank import BankShard
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.kmeans import Array, RowArray, Rows, farthest_point_seeds, kmeans, numpy_assign
-from cmcgns.config import ClusteringConfig
+from cmcgns.config import MIN_BANK, ClusteringConfig
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Guide:
             return
         self._adopt(step)
         num_clusters = len(self.centroids.rows_KD)
-        if min(self.pushed, self.config.bank_size) < max(4 * num_clusters, 1024):
+        if min(self.pushed, self.config.bank_size) < max(4 * num_clusters, MIN_BANK):
             return
         if self.centroids.started or self._starts(step, may_start, mean_cosine):
             start_KD = self.centroids.rows_KD.cpu().numpy() if self.centroids.started else None
@@ -201,8 +201,8 @@ class LocalPool:
 
     def reset(self, step: int, state: BankState | None) -> None:
         self.bank = BankShard()
-        if state is not None and len(state.ordinals_N):
-            self.bank.push(step, 0, int(state.ordinals_N[0]), state.rows_ND)
+        if state is not None:
+            self.bank.restore(step, state.rows_ND, state.ordinals_N)
 
 
 def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> RefreshResult:

@@ -48,8 +48,7 @@ class ShardActor:
         with self.changed:
             self.bank, self.delivered, self.lost = BankShard(), set(), False
             self.attempt, self.base_step = attempt, base_step
-            if len(ordinals_N):
-                self.bank.push(base_step, 0, int(ordinals_N[0]), rows_ND)
+            self.bank.restore(base_step, rows_ND, ordinals_N)
             self.changed.notify_all()  # nobody waits any longer for workers that have been replaced
 
     def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:

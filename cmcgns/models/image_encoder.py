@@ -59,8 +59,3 @@ class ImageEncoder(nn.Module):
 
     def _batch_norms(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-
-
-def sync_batch_norm(model: nn.Module) -> nn.Module:
-    """``model`` with batch statistics shared by all ranks."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -220,7 +220,8 @@ class Trainer:
             logger.info("stage 2 starts from the weights of step %d", self.progress.best["step"])
 
     def _build_engine(self, weights: State | None) -> None:
-        model = self.parts.build_model()
+        with torch.random.fork_rng():  # the same weights on every rank, and dropout none the wiser
+            model = self.parts.build_model()
         if weights is not None:
             model.load_state_dict(weights)
         frozen = RECONSTRUCTION_PARTS if self.progress.stage == 1 else ()

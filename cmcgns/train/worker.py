@@ -155,9 +155,8 @@ def build_parts(assignment: Assignment, pool: Pool, device: torch.device, log: R
     config, stream = assignment.config, assignment.train
 
     def model() -> VisionLanguageModel:
-        with torch.random.fork_rng():  # the same weights on every rank, and dropout none the wiser
-            torch.manual_seed(config.train.seed)
-            return build_model(config, stream.tokenizer.vocabulary_size)
+        torch.manual_seed(config.train.seed)
+        return build_model(config, stream.tokenizer.vocabulary_size)
 
     centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, device, config.clustering.momentum)
     with torch.device("meta"):

@@ -4,8 +4,6 @@ Shown on a bucket of the real S3 server and a Ray cluster with an object store o
 20,000 studies is within 10 % of that on 2,000, and the first step comes before 5 % of the films have been asked for.
 """
 
-from pathlib import Path
-
 import pytest
 
 from tests.ray_head import running_head

@@ -1,11 +1,7 @@
 """A run that lives in a bucket: it reads its corpus as a stream and writes everything there."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from cmcgns.data import storage
 from tests.ray_head import RayHead
 from tests.s3 import S3Server
 from tests.streaming import Watched, fill_bucket, watch_run

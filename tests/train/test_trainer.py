@@ -38,7 +38,7 @@ def config_of(**train: object) -> Config:
         **{
             "num_workers": 1, "microbatch_size": 16, "global_batch_size": 32, "engine": "torch", "zero_stage": 0,
             "stage1_steps": 24, "stage2_steps": 6, "warmup_steps": 2, "learning_rate": 1e-3, "log_every": 5,
-            "model__dropout": 0.1, "clustering__momentum": 0.01, "validate_every": 8, "checkpoint_every": 7, **train,
+            "model__dropout": 0.1, "clustering__momentum": 0.01, "validate_every": 20, "checkpoint_every": 7, **train,
         }
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_both_stages_run_and_every_step_is_written_once(finished: Run) -> None:
 
 def test_validation_comes_when_due_and_at_the_end_of_each_stage(finished: Run) -> None:
     rows = finished.rows("val")
-    assert [(row["step"], row["stage"]) for row in rows] == [(8, 1), (16, 1), (24, 1), (30, 2)]
+    assert [(row["step"], row["stage"]) for row in rows] == [(20, 1), (24, 1), (30, 2)]
     assert all(row["studies"] == row["distinct_reports"] == 40 for row in rows)
     assert "loss_reconstruction" in rows[-1]
     assert (finished.folder / "reconstruction.png").exists()
@@ -294,9 +294,6 @@ def test_a_steady_step_reads_nothing_back_from_the_device(finished: Run, tmp_pat
     assert reads.found == ["aten::_local_scalar_dense"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the trainer builds models outside torch.random.fork_rng: each build re-seeds dropout"
-)
 def test_building_a_model_does_not_touch_the_ranks_own_dropout(finished: Run, tmp_path: Path) -> None:
     fresh = start(config_of(), tmp_path / "fresh")
     random = torch.get_rng_state()
