@@ -105,6 +105,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("checkpoint_*/progress.json"))
 
 
+def registered(folder: Path) -> bool:
+    """True once Ray Train would go on from a checkpoint of the run."""
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    return snapshot.exists() and "checkpoint_0" in snapshot.read_text()
+
+
 def check_learned(folder: Path) -> None:
     """What the default run must have reached: recall, centroid versions, features that have not collapsed."""
     outcome = result(folder)

@@ -22,13 +22,13 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.data.dataset import Stream
-from cmcgns.errors import UserError
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import build_model
 from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
 from cmcgns.train.display import Display, console, print_plan
 from cmcgns.train.folder import RunFolder, open_folder, write_bad_rows, write_start
+from cmcgns.train.plan import check_cpus, describe_plan, taken_cpus, threads_per_worker
 from cmcgns.train.quiet import quiet_terminal
 from cmcgns.train.schedule import Schedule, build_schedule
 from cmcgns.train.worker import Assignment, work
@@ -57,7 +57,9 @@ def pretrain(config: Config) -> int:
     parameters = count_parameters(config, tokenizer)
     with quiet_terminal(), ray_session(config) as cpus:
         check_cpus(config, cpus)
-        print_plan(terminal, plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus))
+        print_plan(
+            terminal, describe_plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus)
+        )
         write_start(folder, config, corpus.digest)
         if not folder.resumed:
             folder.write_tokenizer(tokenizer)
@@ -117,67 +119,6 @@ def worker_environment(config: Config) -> dict[str, str]:
         own["DS_ACCELERATOR"] = "cpu"
     chosen = {name: os.environ.get(name, value) for name, value in own.items()}
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-
-
-def check_cpus(config: Config, cpus: float) -> None:
-    """Refuse what would leave Ray Data without a CPU, with the numbers."""
-    train, clustering = config.train, config.clustering
-    taken = taken_cpus(config)
-    if taken > cpus - 1:
-        raise UserError(
-            f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
-            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
-            "Lower train.cpus_per_worker or clustering.cpus_per_actor"
-        )
-    gpus = float(ray.cluster_resources().get("GPU", 0))
-    wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
-    if wanted > gpus:
-        raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
-
-
-def taken_cpus(config: Config) -> float:
-    """CPUs that workers and pool hold for the whole run."""
-    train, clustering = config.train, config.clustering
-    return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
-
-
-def threads_per_worker(config: Config) -> int:
-    """Torch threads of each worker."""
-    if config.train.threads_per_worker is not None:
-        return config.train.threads_per_worker
-    on_one_machine = min(config.train.num_workers, max(os.cpu_count() or 1, 1))
-    return max((os.cpu_count() or 1) // on_one_machine, 1)
-
-
-def plan(
-    config: Config,
-    folder: RunFolder,
-    corpus: Corpus,
-    schedule: Schedule,
-    sentences: int,
-    tokenizer: ReportTokenizer,
-    parameters: int,
-    cpus: float,
-) -> dict[str, str]:
-    """What is about to happen, for the user to read before it does."""
-    train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
-    left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
-    return {
-        "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
-        "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
-        f"validation studies, about {sentences} training sentences; films left out: {left_out}; "
-        f"unusable at first sight: {len(corpus.index.bad_rows)}",
-        "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
-        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocabulary_size} word pieces",
-        "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"
-        f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
-        f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "
-        f"{train.global_batch_size} studies a step = {train.num_workers} x {train.microbatch_size} x {train.accumulation}",
-        "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
-        "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
-        f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
-        "cluster": f"{cpus:g} CPUs, {cpus - taken_cpus(config):g} of them left for data",
-    }
 
 
 def assign(

@@ -1,0 +1,73 @@
+"""The plan of a run: what goes where, on how much, and whether the cluster can carry it."""
+
+import os
+
+import ray
+
+from cmcgns.config import Config
+from cmcgns.errors import UserError
+from cmcgns.models.tokenizer import ReportTokenizer
+from cmcgns.train.corpus import Corpus
+from cmcgns.train.folder import RunFolder
+from cmcgns.train.schedule import Schedule
+
+
+def check_cpus(config: Config, cpus: float) -> None:
+    """Refuse what would leave Ray Data without a CPU, with the numbers."""
+    train, clustering = config.train, config.clustering
+    taken = taken_cpus(config)
+    if taken > cpus - 1:
+        raise UserError(
+            f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
+            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
+            "Lower train.cpus_per_worker or clustering.cpus_per_actor"
+        )
+    gpus = float(ray.cluster_resources().get("GPU", 0))
+    wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
+    if wanted > gpus:
+        raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
+
+
+def taken_cpus(config: Config) -> float:
+    """CPUs that workers and pool hold for the whole run."""
+    train, clustering = config.train, config.clustering
+    return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
+
+
+def threads_per_worker(config: Config) -> int:
+    """Torch threads of each worker."""
+    if config.train.threads_per_worker is not None:
+        return config.train.threads_per_worker
+    on_one_machine = min(config.train.num_workers, max(os.cpu_count() or 1, 1))
+    return max((os.cpu_count() or 1) // on_one_machine, 1)
+
+
+def describe_plan(
+    config: Config,
+    folder: RunFolder,
+    corpus: Corpus,
+    schedule: Schedule,
+    sentences: int,
+    tokenizer: ReportTokenizer,
+    parameters: int,
+    cpus: float,
+) -> dict[str, str]:
+    """What is about to happen, for the user to read before it does."""
+    train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
+    left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
+    return {
+        "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
+        "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
+        f"validation studies, about {sentences} training sentences; films left out: {left_out}; "
+        f"unusable at first sight: {len(corpus.index.bad_rows)}",
+        "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
+        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocabulary_size} word pieces",
+        "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"
+        f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
+        f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "
+        f"{train.global_batch_size} studies a step = {train.num_workers} x {train.microbatch_size} x {train.accumulation}",
+        "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
+        "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
+        f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
+        "cluster": f"{cpus:g} CPUs, {cpus - taken_cpus(config):g} of them left for data",
+    }
