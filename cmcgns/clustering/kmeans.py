@@ -1,9 +1,12 @@
 """Spherical k-means, written once against a small protocol: one array and a pool of actors both hold rows.
 
 The only door to FAISS. N rows, K centroids, D dimensions; all rows have length 1 and similarity is their cosine.
+
+How the rows are cut into parts changes no bit of the result: entries lie on a grid on which float64 sums are exact, and
+what float32 cannot tell apart is compared again in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, NamedTuple, Protocol
@@ -17,10 +20,16 @@ SAME_ROW = 1 - 1e-6
 """Rows at least this similar count as one."""
 CHUNK_ROWS = 16_384
 """Rows that one assignment turns into float64 at a time."""
+GRID = 2.0**24
+"""Entries of rows are multiples of 1 / GRID: half a billion of them add up without rounding."""
+NEAR_TIE = 1e-5
+"""Similarities in float32 that differ by less may be in the wrong order."""
+DECIMALS = 12
+"""Of similarities in float64, whose last digits depend on how BLAS cuts the product."""
 
 Array = np.ndarray[Any, Any]
-Assign = Callable[[Array, Array], tuple[Array, Array]]
-"""From rows (N, D) and centroids (K, D): best similarity (N,) and its centroid's index (N,)."""
+Assign = Callable[[Array, Array], Array]
+"""From rows (N, D) and centroids (K, D) to the index of each row's most similar centroid, of equals the first."""
 
 
 class Row(NamedTuple):
@@ -112,11 +121,11 @@ class RowArray:
     """Rows in one array: the holder inside each actor, and alone the oracle of a pool."""
 
     def __init__(self, rows_ND: Array, ordinals_N: Array | None = None, assign: Assign | None = None) -> None:
-        self.rows_ND = normalised(rows_ND)
+        self.rows_ND = np.rint(normalised(rows_ND) * np.float32(GRID)) / np.float32(GRID)
         self.ordinals_N = np.arange(len(rows_ND)) if ordinals_N is None else ordinals_N
         self._assign = assign or faiss_assign("cpu")
-        self._seeded_N = np.empty(0, np.float32)
-        self._served_N = np.empty(0, np.float32)
+        self._seeded_N = np.empty(0)
+        self._served_by: tuple[Array, Array] | None = None  # centroids of the last pass, and each row's
 
     def count(self) -> int:
         return len(self.rows_ND)
@@ -126,39 +135,50 @@ class RowArray:
 
     def total(self) -> Array:
         """Float64 sum of all rows, (D,)."""
-        chunks = (self.rows_ND[i : i + CHUNK_ROWS].astype(np.float64) for i in range(0, self.count(), CHUNK_ROWS))
-        return np.sum([chunk.sum(0) for chunk in chunks] or [np.zeros(self.rows_ND.shape[1])], axis=0)
+        return np.sum([rows_MD.sum(0) for _, rows_MD in self._chunks()] or [np.zeros(self.rows_ND.shape[1])], axis=0)
 
     def nearest(self, direction_D: Array) -> Row:
-        return self._row(int(np.argmax(self.rows_ND @ direction_D)), self.rows_ND @ direction_D)
+        similarity_N = self._similarity(direction_D)
+        return self._row(int(np.argmax(similarity_N)), similarity_N)
 
     def farthest(self, seed_D: Array, first: bool) -> Row:
-        similarity_N = self.rows_ND @ seed_D
+        similarity_N = self._similarity(seed_D)
         self._seeded_N = similarity_N if first else np.maximum(self._seeded_N, similarity_N)
         return self._row(int(np.argmin(self._seeded_N)), self._seeded_N)
 
     def assign(self, centroids_KD: Array) -> AssignmentPass:
         sums_KD, counts_K = np.zeros(centroids_KD.shape), np.zeros(len(centroids_KD), np.int64)
-        served, objective = [], 0.0
-        for start in range(0, self.count(), CHUNK_ROWS):
-            rows_MD = self.rows_ND[start : start + CHUNK_ROWS]
-            similarity_M, nearest_M = self._assign(rows_MD, centroids_KD)
+        nearest_N = np.empty(self.count(), np.int64)
+        for chunk, rows_MD in self._chunks():
+            nearest_M = nearest_N[chunk] = self._assign(self.rows_ND[chunk], centroids_KD)
             shape = (len(centroids_KD), len(rows_MD))
             member_KM = sparse.csr_matrix((np.ones(len(rows_MD)), (nearest_M, np.arange(len(rows_MD)))), shape=shape)
-            sums_KD += member_KM @ rows_MD.astype(np.float64)
+            sums_KD += member_KM @ rows_MD
             counts_K += np.bincount(nearest_M, minlength=len(centroids_KD))
-            objective += float(similarity_M.sum(dtype=np.float64))
-            served.append(similarity_M)
-        self._served_N = np.concatenate(served) if served else np.empty(0, np.float32)
-        return AssignmentPass(sums_KD, counts_K, objective)
+        self._served_by = centroids_KD, nearest_N
+        return AssignmentPass(sums_KD, counts_K, float((sums_KD * centroids_KD).sum()))
 
     def worst_served(self, number: int) -> list[Row]:
+        assert self._served_by is not None, "there has been no pass"
+        centroids_KD, nearest_N = self._served_by
+        parts = [(rows_MD * centroids_KD[nearest_N[chunk]]).sum(1) for chunk, rows_MD in self._chunks()]
+        served_N = np.concatenate(parts).round(DECIMALS) if parts else np.empty(0)
         found: dict[bytes, Row] = {}
-        for i in np.argsort(self._served_N, kind="stable"):
-            found.setdefault(self.rows_ND[i].tobytes(), self._row(int(i), self._served_N))
+        for i in np.argsort(served_N, kind="stable"):
+            found.setdefault(self.rows_ND[i].tobytes(), self._row(int(i), served_N))
             if len(found) == number:
                 break
         return list(found.values())
+
+    def _chunks(self) -> Iterator[tuple[slice, Array]]:
+        """Slices of the rows, and those rows in float64."""
+        for start in range(0, self.count(), CHUNK_ROWS):
+            chunk = slice(start, start + CHUNK_ROWS)
+            yield chunk, self.rows_ND[chunk].astype(np.float64)
+
+    def _similarity(self, direction_D: Array) -> Array:
+        """Each row's similarity to ``direction_D``, (N,) in float64."""
+        return np.concatenate([rows_MD @ direction_D for _, rows_MD in self._chunks()] or [np.empty(0)]).round(DECIMALS)
 
     def _row(self, index: int, similarity_N: Array) -> Row:
         return Row(float(similarity_N[index]), int(self.ordinals_N[index]), self.rows_ND[index])
@@ -180,15 +200,13 @@ def normalised(rows_ND: Array) -> Array:
     return (wide_ND / np.maximum(length_N1, 1e-12)).astype(np.float32)
 
 
-def numpy_assign(rows_ND: Array, centroids_KD: Array) -> tuple[Array, Array]:
-    """The slow, obvious assignment: every similarity, then the largest."""
-    similarity_NK = rows_ND @ centroids_KD.T
-    nearest_N = similarity_NK.argmax(1)
-    return similarity_NK[np.arange(len(rows_ND)), nearest_N], nearest_N
+def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Array:
+    """The slow, obvious assignment: every similarity in float64, then the largest."""
+    return (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS).argmax(1)
 
 
 def faiss_assign(device: str, threads: int | None = None) -> Assign:
-    """Assignment by an exact FAISS index on ``cpu`` or ``gpu``."""
+    """Assignment by an exact FAISS index on ``cpu`` or ``gpu``; near ties are settled in float64."""
     check_faiss(device)
     import faiss
 
@@ -196,13 +214,16 @@ def faiss_assign(device: str, threads: int | None = None) -> Assign:
         faiss.omp_set_num_threads(threads)
     resources = faiss.StandardGpuResources() if device == "gpu" else None
 
-    def assign(rows_ND: Array, centroids_KD: Array) -> tuple[Array, Array]:
+    def assign(rows_ND: Array, centroids_KD: Array) -> Array:
         index: Any = faiss.IndexFlatIP(centroids_KD.shape[1])
         if resources is not None:
             index = faiss.index_cpu_to_gpu(resources, 0, index)
         index.add(np.ascontiguousarray(centroids_KD, dtype=np.float32))
-        similarity_N1, nearest_N1 = index.search(np.ascontiguousarray(rows_ND), 1)
-        return similarity_N1[:, 0], nearest_N1[:, 0]
+        similarity_N2, nearest_N2 = index.search(np.ascontiguousarray(rows_ND), min(2, len(centroids_KD)))
+        near_tie_N = similarity_N2[:, 0] - similarity_N2[:, -1] < NEAR_TIE
+        nearest_N: Array = nearest_N2[:, 0].astype(np.int64)
+        nearest_N[near_tie_N] = numpy_assign(rows_ND[near_tie_N], centroids_KD)
+        return nearest_N
 
     return assign
 
