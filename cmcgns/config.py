@@ -37,6 +37,9 @@ class DataConfig(Section):
     """Studies fetched and decoded by one Ray Data task."""
     cpus_per_task: float = Field(0.5, gt=0.0)
     """CPUs that Ray reserves for one fetch-and-decode task."""
+    studies_ahead: PositiveInt | None = None
+    """Decoded studies that may wait for training, a bound on memory; by default 8 optimizer steps and 4 windows for each
+    decoding task that finds a CPU."""
     validation_studies: PositiveInt | None = None
     """Validate on that many studies of the validation split, the first by index; by default on all."""
     seed: int = 0
@@ -229,6 +232,12 @@ class Config(Section):
             )
         if data.image_size > data.resize:
             yield f"data.image_size {data.image_size} is larger than data.resize {data.resize}; crops come out of it"
+        least_ahead = 2 * max(train.global_batch_size, data.window_size)
+        if data.studies_ahead is not None and data.studies_ahead < least_ahead:
+            yield (
+                f"data.studies_ahead {data.studies_ahead} starves training: at least two global batches and two windows "
+                f"are needed (2 x {train.global_batch_size}, 2 x {data.window_size}), that is {least_ahead}"
+            )
         clusters, rows = self.objective.num_clusters, max(4 * self.objective.num_clusters, MIN_BANK)
         if rows > clustering.bank_size:
             yield (

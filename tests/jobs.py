@@ -54,9 +54,13 @@ class Job:
             assert time.monotonic() < end, f"waited in vain:\n{self.text()[-3000:]}"
             time.sleep(0.05)
 
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The job's processes whose title holds ``title``, such as the name of a Ray actor."""
+        return [child for child in self._tree() if title in _title(child)]
+
     def workers(self) -> list[psutil.Process]:
         """The processes of the Ray Train workers."""
-        return [child for child in self._tree() if "RayTrainWorker" in _title(child)]
+        return self.processes("RayTrainWorker")
 
     def interrupt(self) -> None:
         """Ctrl-C on the driver."""

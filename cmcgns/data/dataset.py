@@ -4,6 +4,7 @@ The order is a permutation of the index by (seed, epoch), known before anything 
 stream is cut again into blocks of exactly ``microbatch_size`` studies; block b goes to rank b mod world.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from cmcgns.config import DataConfig
 from cmcgns.data.reports import parse_report
@@ -23,6 +25,7 @@ from cmcgns.models.tokenizer import ReportTokenizer
 
 FETCH_THREADS = 8
 """Films of one window that are fetched from storage at the same time."""
+SCHEDULER_PAUSE_S = 0.02
 VALIDATION_EPOCH = -1
 """Stands for validation where draws are keyed by epoch, so that they never change."""
 
@@ -41,12 +44,14 @@ class Stream:
     """Actor that keeps the list of bad rows."""
     taken_cpus: float = 0.0
     """CPUs of the cluster that workers and clustering pool hold, which data tasks must leave alone."""
+    studies_ahead: int = 1024
+    """Decoded studies that may wait in the object store for training."""
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
         """One Ray Data iterator for each rank over the epoch from ``position`` on, in blocks of ``block_size``."""
         config = self.config
         windows = -(-(self.studies - position) // config.window_size)
-        with ordered_context(self.taken_cpus):
+        with ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(config)):
             dataset = ray.data.range(windows, override_num_blocks=windows).map_batches(
                 read_window,
                 batch_format="pyarrow",
@@ -58,13 +63,29 @@ class Stream:
             return list(blocks.streaming_split(ranks))
 
 
-def ordered_context(taken_cpus: float) -> Any:
-    """Ray Data's settings for a stream that training consumes at its own pace."""
+class Unhurried(ExecutionCallback):
+    """Rests after each turn of Ray Data's scheduler: while training holds the stream back it would turn without a pause,
+    and take a third of a CPU from it."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(SCHEDULER_PAUSE_S)
+
+
+def bytes_per_study(config: DataConfig) -> int:
+    """Bytes of one row in the object store: the grey square, and at most what tokens, owners and hashes take."""
+    return config.resize**2 + 6 * config.max_tokens + 8 * config.max_sentences
+
+
+def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
+    """Ray Data's settings for a stream that training consumes at its own pace, at most ``most_bytes`` behind it."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
+    # by default it reads ahead until half the object store is full: of small films, much of the corpus
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=most_bytes)
     context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
+    context.custom_execution_callback_classes = [Unhurried]
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False

@@ -23,6 +23,7 @@ class Board:
         self.stop = False
         self.failed: str | None = None
         self.outcome: dict[str, Any] | None = None
+        self.parts: dict[int, Any] = {}
         with contextlib.suppress(UserError):
             self.add_bad_rows(indexed_bad)
 
@@ -60,6 +61,14 @@ class Board:
     def stop_requested(self) -> bool:
         """True once the driver has asked."""
         return self.stop
+
+    def hand_out(self, parts: list[Any]) -> None:
+        """Keep one thing for each rank until it takes it."""
+        self.parts = dict(enumerate(parts))
+
+    def take(self, rank: int) -> Any:
+        """What was handed out for ``rank``."""
+        return self.parts.pop(rank)
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Rank 0's account of a run that has come to its end, or was stopped."""

@@ -17,7 +17,7 @@ from cmcgns.errors import UserError, starting_with
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer
 
 FREE_TO_CHANGE = {
-    "data": {"uri", "window_size", "cpus_per_task", "max_bad_fraction"},
+    "data": {"uri", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",

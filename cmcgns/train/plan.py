@@ -34,6 +34,16 @@ def taken_cpus(config: Config) -> float:
     return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
 
 
+def studies_ahead(config: Config, cpus: float) -> int:
+    """Decoded studies that may wait for training: ``data.studies_ahead``, or enough to keep both sides busy."""
+    data = config.data
+    if data.studies_ahead is not None:
+        return data.studies_ahead
+    # one CPU cuts what the decoders deliver into microbatches
+    decoders = max(int((cpus - taken_cpus(config) - 1) / data.cpus_per_task), 1)
+    return 8 * config.train.global_batch_size + 4 * data.window_size * decoders
+
+
 def threads_per_worker(config: Config) -> int:
     """Torch threads of each worker."""
     if config.train.threads_per_worker is not None:
@@ -59,7 +69,8 @@ def describe_plan(
         "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
         "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
         f"validation studies, about {sentences} training sentences; films left out: {left_out}; "
-        f"unusable at first sight: {len(corpus.index.bad_rows)}",
+        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {studies_ahead(config, cpus)} studies are "
+        "decoded ahead of training",
         "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
         f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocabulary_size} word pieces",
         "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"

@@ -28,7 +28,7 @@ from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
 from cmcgns.train.display import Display, console, print_plan
 from cmcgns.train.folder import RunFolder, open_folder, write_bad_rows, write_start
-from cmcgns.train.plan import check_cpus, describe_plan, taken_cpus, threads_per_worker
+from cmcgns.train.plan import check_cpus, describe_plan, studies_ahead, taken_cpus, threads_per_worker
 from cmcgns.train.quiet import quiet_terminal
 from cmcgns.train.schedule import Schedule, build_schedule
 from cmcgns.train.worker import Assignment, work
@@ -69,7 +69,7 @@ def pretrain(config: Config) -> int:
         display = Display(board, schedule, terminal)
         try:
             checkpoint, error = fit(
-                config, folder, assign(config, folder, corpus, schedule, tokenizer, pool, board), board
+                config, folder, assign(config, folder, corpus, schedule, tokenizer, pool, board, cpus), board
             )
         finally:
             display.close()
@@ -129,12 +129,14 @@ def assign(
     tokenizer: ReportTokenizer,
     pool: PoolHandles,
     board: Any,
+    cpus: float,
 ) -> Assignment:
     """What every worker is told."""
+    ahead = studies_ahead(config, cpus)
 
     def stream(table: Any) -> Stream:
         shared = ray.put(table.combine_chunks())
-        return Stream(corpus.source, shared, len(table), tokenizer, config.data, board, taken_cpus(config))
+        return Stream(corpus.source, shared, len(table), tokenizer, config.data, board, taken_cpus(config), ahead)
 
     threads = threads_per_worker(config)
     return Assignment(config, folder.uri, schedule, stream(corpus.train), stream(corpus.valid), pool, board, threads)

@@ -16,7 +16,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray import cloudpickle
 
 from cmcgns import distributed
 from cmcgns.clustering.centroids import Centroids
@@ -60,6 +59,7 @@ class RayBlocks:
 
     def __init__(self, train: Stream, valid: Stream, block_size: int) -> None:
         self.train, self.valid, self.block_size = train, valid, block_size
+        self.board = train.board
         self.studies = train.studies
         self._prepared: dict[tuple[int, int], Iterator[Block]] = {}
 
@@ -80,8 +80,10 @@ class RayBlocks:
         split: list[Any] = []
         if distributed.rank() == 0:
             split = stream.split(epoch, position, self.block_size, distributed.world_size())
-        # Ray's pickler, since plain pickle knows no actor handles
-        own = cloudpickle.loads(distributed.broadcast_object(cloudpickle.dumps(split)))[distributed.rank()]
+            # by way of an actor: what is pickled by hand keeps the iterators' actor alive for ever
+            ray.get(self.board.hand_out.remote(split))
+        distributed.exchange([epoch])  # nobody takes before all is there
+        own = ray.get(self.board.take.remote(distributed.rank()))
         # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
         return Ahead(blocks(own, stream.config.resize), keep_alive=split)
 

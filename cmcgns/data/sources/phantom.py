@@ -1,6 +1,7 @@
 """The generated corpus as a source: nothing to fetch, every film is drawn when it is read."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from cmcgns.data.phantom import PhantomCorpus
 
 MAX_STUDIES = 10**7
+KEPT_BYTES = 64 * 2**20
+"""Drawn films that each process keeps: a small corpus is drawn once, not once an epoch."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class PhantomSource:
 
     def read_film(self, path: str) -> NDArray[np.uint8]:
         study, film = path.split("/")
-        return np.asarray(_corpus(self).render(int(study), int(film)), dtype=np.uint8)
+        return _renderer(self)(int(study), int(film))
 
     def read_report(self, study: dict[str, Any]) -> str:
         return str(study["report"])
@@ -44,6 +47,20 @@ def _corpus(source: PhantomSource) -> "PhantomCorpus":
     from cmcgns.data.phantom import PhantomCorpus  # draws with OpenCV: not needed by other corpora
 
     return PhantomCorpus(studies=source.studies, seed=source.seed, height=source.height, width=source.width)
+
+
+@functools.lru_cache(maxsize=4)
+def _renderer(source: PhantomSource) -> Callable[[int, int], NDArray[np.uint8]]:
+    """Draws a film of a study, or brings it again from the last ``KEPT_BYTES``."""
+    corpus = _corpus(source)
+
+    @functools.lru_cache(maxsize=KEPT_BYTES // (source.height * source.width))
+    def render(study: int, film: int) -> NDArray[np.uint8]:
+        pixels_HW: NDArray[np.uint8] = np.asarray(corpus.render(study, film), dtype=np.uint8)
+        pixels_HW.flags.writeable = False  # shared by all who ask again
+        return pixels_HW
+
+    return render
 
 
 def _row(corpus: "PhantomCorpus", number: int) -> dict[str, Any]:
