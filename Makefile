@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+# without compiling every module of every package ahead: most are never imported
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 ONLY ?=
 export TOKENIZERS_PARALLELISM := false
 
@@ -30,10 +32,10 @@ benchmark: $(VENV)/.ready-test
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu]'
+	$(PIP_INSTALL) -e '.[cpu]'
 	$(BIN)/python -m cmcgns.train.build_ops
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP_INSTALL) -e '.[test]'
 	touch $@
