@@ -89,24 +89,29 @@ class Trainer:
 
     def train(self) -> bool:
         """Run to the end of the schedule, from wherever the checkpoint left off; False when asked to stop before."""
-        schedule, train = self.parts.schedule, self.config.train
-        while self.progress.step < schedule.total:
-            if schedule.stage(self.progress.step + 1) != self.progress.stage:
-                self.start_stage2()
-            step = self.progress.step + 1
-            data = self.reader.next_step()
-            self.train_step(step, data)
-            self._advance(step, data)
-            ends_stage = step in (schedule.stage1, schedule.total)
-            if is_due(step, train.log_every) or ends_stage:
-                self.write_metrics()
-            if is_due(step, train.validate_every) or ends_stage:
-                self.validate()
-            if is_due(step, train.checkpoint_every) or ends_stage or data.stop_requested:
-                self.save()  # collective: every rank enters
-            if data.stop_requested and step < schedule.total:
+        while self.progress.step < self.parts.schedule.total:
+            stop_requested = self.next_step()
+            if stop_requested and self.progress.step < self.parts.schedule.total:
                 return False
         return True
+
+    def next_step(self) -> bool:
+        """One optimizer step, and what is due after it; True where the user has asked to stop. Collective."""
+        schedule, train = self.parts.schedule, self.config.train
+        if schedule.stage(self.progress.step + 1) != self.progress.stage:
+            self.start_stage2()
+        step = self.progress.step + 1
+        data = self.reader.next_step()
+        self.train_step(step, data)
+        self._advance(step, data)
+        ends_stage = step in (schedule.stage1, schedule.total)
+        if is_due(step, train.log_every) or ends_stage:
+            self.write_metrics()
+        if is_due(step, train.validate_every) or ends_stage:
+            self.validate()
+        if is_due(step, train.checkpoint_every) or ends_stage or data.stop_requested:
+            self.save()  # collective: every rank enters
+        return data.stop_requested
 
     def train_step(self, step: int, data: StepData) -> None:
         """One optimizer step: forward, objective, backward, then parameters, bank and centroids move."""

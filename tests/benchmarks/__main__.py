@@ -1,0 +1,12 @@
+"""All benchmarks of this machine in one table; ends with status 1 where one misses what was wanted."""
+
+import sys
+
+from tests.benchmarks import heads, trainer
+from tests.benchmarks.measure import where
+
+if __name__ == "__main__":
+    print(where())
+    table = [*heads.lines(), *trainer.lines()]
+    print(*table, sep="\n")
+    sys.exit(any(line.good is False for line in table))

@@ -1,0 +1,60 @@
+"""The benchmarks run to their end; what they measure is asserted nowhere, since machines are shared and noisy."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.benchmarks import heads, trainer
+from tests.jobs import REPOSITORY
+
+ABSENT = ("ray", "deepspeed", "faiss", "pyarrow", "pandas", "cv2", "pydicom", "boto3", "scipy", "tensorboard")
+"""Packages that a bare GPU machine may lack."""
+
+
+def test_the_gpu_table_needs_torch_and_transformers_alone() -> None:
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
+        "sys.argv = ['gpu_step', '--device=cpu', '--small', '--steps=2']; "
+        "runpy.run_module('tests.benchmarks.gpu_step', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout
+    assert "engine: plain torch, as DeepSpeed is not installed" in done.stdout
+    for what in ("resnet-tiny + bert-tiny", "vit-tiny + bert-tiny", "studies/s", "MFU", "bf16 from fp32"):
+        assert what in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_bf16_on_the_gpu_gives_the_losses_of_fp32() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.gpu_step", "--steps=5"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout
+
+
+def test_the_products_beside_the_heads_are_listed_by_shape() -> None:
+    shapes = heads.shapes()
+    assert len(shapes) == len(heads.PRODUCTS)
+    heads.build_products()()
+
+
+@pytest.mark.ray
+def test_the_trainer_runs_beside_a_bare_loop_with_live_clustering() -> None:
+    import ray
+
+    config = trainer.settings(0, encoder="vit-tiny")
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    try:
+        found = trainer.measure(config, rounds=2)
+    finally:
+        ray.shutdown()
+    lines = [str(line) for line in trainer.describe(config, found)]
+    for share in ("encoders", "decoder", "heads and losses", "optimizer", "pool pushes", "data wait", "logging"):
+        assert any(share in line for line in lines), lines
+    assert found["version"] >= 1
+    print(*lines, sep="\n")
