@@ -24,6 +24,8 @@ class Submission:
 
 
 JOB = ("python", "jobs/pretrain.py")
+README_LINES = ("ray start --head --num-cpus=2", "ray job submit --working-dir . -- python jobs/pretrain.py")
+"""What the README tells its readers to type, and what the tests therefore run."""
 
 
 def submit(head: RayHead, *arguments: str, timeout_s: float = 900) -> Submission:
@@ -58,12 +60,20 @@ def travelled(head: RayHead) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*"))
 
 
+def check_succeeded(head: RayHead, done: Submission) -> None:
+    """Assert that the cluster and the one who submitted agree: SUCCEEDED."""
+    assert done.status == 0, done.output[-3000:]
+    assert job_state(head, done.job) == "SUCCEEDED"
+
+
 def check_submission(head: RayHead, storage: Path, *arguments: str) -> None:
     """Assert that a submitted job SUCCEEDED, left its run in ``storage`` and took only the sources along."""
     (REPOSITORY / ".cache").mkdir(exist_ok=True)
+    readme = (REPOSITORY / "README.md").read_text()
+    assert all(line in readme for line in README_LINES)
     done = submit(head, *arguments, f"--run.storage={storage}", "--run.name=submitted")
-    assert done.status == 0, done.output[-3000:]
-    assert job_state(head, done.job) == "SUCCEEDED"
+    check_succeeded(head, done)
+    assert "goes with the cluster" not in done.output
     assert '"status": "finished"' in (storage / "submitted" / "result.json").read_text()
     files = travelled(head)
     assert Path("jobs/pretrain.py") in files

@@ -42,6 +42,11 @@ class RunFolder:
         """The run's own folder."""
         return storage.join(self.storage, self.name)
 
+    @property
+    def is_passing(self) -> bool:
+        """True in the copy of the working directory that Ray makes for a submitted job, and deletes when it likes."""
+        return "working_dir_files" in Path(self.uri).parts
+
     def file(self, name: str) -> str:
         """URI of a file in the folder."""
         return storage.join(self.uri, name)

@@ -60,6 +60,12 @@ def pretrain(config: Config) -> int:
         print_plan(
             terminal, describe_plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus)
         )
+        if folder.is_passing:
+            terminal.print(
+                f"[yellow]run.storage {config.run.storage} lies in Ray's copy of the working directory, which goes with "
+                "the cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
+                highlight=False,
+            )
         write_start(folder, config, corpus.digest)
         if not folder.resumed:
             folder.write_tokenizer(tokenizer)

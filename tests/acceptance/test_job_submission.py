@@ -1,14 +1,15 @@
-"""The README's commands for a Ray cluster: `ray start --head --num-cpus=2`, then `ray job submit`, ends SUCCEEDED."""
-
-from pathlib import Path
+"""The README's commands for a Ray cluster as they are typed: `ray start --head`, then `ray job submit`, ends SUCCEEDED."""
 
 import pytest
 
 from tests.ray_head import RayHead
-from tests.submission import check_submission
+from tests.submission import check_succeeded, submit
 
 pytestmark = pytest.mark.ray
 
 
-def test_a_submitted_job_succeeds(ray_head: RayHead, tmp_path: Path) -> None:
-    check_submission(ray_head, tmp_path, "--config", "jobs/configs/phantom-tiny.yaml")
+def test_the_default_job_is_submitted_and_succeeds(ray_head: RayHead) -> None:
+    done = submit(ray_head)
+    check_succeeded(ray_head, done)
+    assert "goes with the cluster" in done.output  # as typed, the run lies in Ray's copy of the folder
+    print("\n" + "\n".join(done.output.splitlines()[-12:]))

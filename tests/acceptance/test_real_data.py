@@ -40,6 +40,7 @@ def output(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         f"--run.storage={bucket}/runs", "--run.name=real", "--train.microbatch_size=8", "--train.global_batch_size=16",
         f"--train.stage1_steps={STEPS}", "--train.stage2_steps=6", "--train.log_every=5", "--train.checkpoint_every=15",
         "--objective.num_clusters=8", "--clustering.refresh_every=5", "--data.resize=112", "--data.image_size=96",
+        "--data.max_tokens=256",
         env={name: value for name, value in os.environ.items() if name.startswith("AWS_")},
     )  # fmt: skip
     said = job.wait()

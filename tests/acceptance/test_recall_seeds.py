@@ -1,4 +1,7 @@
-"""The default run learns for seeds 0, 1 and 2, and does not when the training reports are shuffled."""
+"""The default run learns for seeds 1 and 2 too, and does not when the training reports are shuffled.
+
+Seed 0 is the default: ``make_pretrain`` shows it on a fresh clone.
+"""
 
 import csv
 from pathlib import Path
@@ -12,7 +15,7 @@ from tests.jobs import REPOSITORY, Job, check_learned, result
 DEFAULT = REPOSITORY / "jobs" / "configs" / "phantom.yaml"
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_recall_is_ten_times_chance(seed: int, tmp_path: Path) -> None:
     job = Job(tmp_path, "--run.name=run", f"--train.seed={seed}", f"--data.seed={seed}", config=DEFAULT)
     text = job.wait()
