@@ -33,7 +33,7 @@ def run_job(main: Callable[[Config], int], default_config: Path, argv: Sequence[
         print(f"error: {error}", file=sys.stderr)
         return STATUS_WRONG_INPUT
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was saved", file=sys.stderr)
+        print("interrupted before training began", file=sys.stderr)
         return STATUS_INTERRUPTED
 
 

@@ -32,7 +32,7 @@ class DataConfig(Section):
     max_sentences: PositiveInt = 32
     """Most sentences kept of a report."""
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
-    """Share of the studies read so far that may be unusable before the run stops."""
+    """Share of the training and validation studies that may be unusable before the run stops."""
     window_size: PositiveInt = 64
     """Studies fetched and decoded by one Ray Data task."""
     cpus_per_task: float = Field(0.5, gt=0.0)

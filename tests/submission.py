@@ -1,5 +1,6 @@
 """Sends the main job to a Ray cluster with ``ray job submit``, as the README says."""
 
+import json
 import os
 import subprocess
 import sys
@@ -28,11 +29,17 @@ README_LINES = ("ray start --head --num-cpus=2", "ray job submit --working-dir .
 """What the README tells its readers to type, and what the tests therefore run."""
 
 
-def submit(head: RayHead, *arguments: str, timeout_s: float = 900) -> Submission:
-    """``ray job submit --working-dir . -- python jobs/pretrain.py ARGUMENTS``, followed to its end."""
+def submit(
+    head: RayHead, *arguments: str, variables: dict[str, str] | None = None, timeout_s: float = 900
+) -> Submission:
+    """``ray job submit --working-dir . -- python jobs/pretrain.py ARGUMENTS``, followed to its end.
+
+    ``variables`` travel as the job's own environment, as credentials do.
+    """
+    environment = ["--runtime-env-json", json.dumps({"env_vars": variables})] if variables else []
     ray = str(Path(sys.executable).with_name("ray"))
     done = subprocess.run(
-        [ray, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", *JOB, *arguments],
+        [ray, "job", "submit", "--address", head.dashboard, "--working-dir", ".", *environment, "--", *JOB, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, **head.environment},
         stdout=subprocess.PIPE,
@@ -71,7 +78,8 @@ def check_submission(head: RayHead, storage: Path, *arguments: str) -> None:
     (REPOSITORY / ".cache").mkdir(exist_ok=True)
     readme = (REPOSITORY / "README.md").read_text()
     assert all(line in readme for line in README_LINES)
-    done = submit(head, *arguments, f"--run.storage={storage}", "--run.name=submitted")
+    variables = {"AWS_ACCESS_KEY_ID": "anything", "TOKENIZERS_PARALLELISM": "false"}
+    done = submit(head, *arguments, f"--run.storage={storage}", "--run.name=submitted", variables=variables)
     check_succeeded(head, done)
     assert "goes with the cluster" not in done.output
     assert '"status": "finished"' in (storage / "submitted" / "result.json").read_text()

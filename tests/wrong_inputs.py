@@ -28,6 +28,8 @@ def wrong_inputs(folder: Path) -> list[WrongInput]:
     unreadable.write_bytes(b'image,report\n"one.png,"a quote that is never closed\ntwo.png\0,x\n')
     headless = folder / "headless.csv"
     headless.write_text("one.png,The lungs are clear.\n")
+    silent = folder / "silent.csv"
+    silent.write_text("image,report\n" + "".join(f"{i}.png,{'Clear lungs.' if i % 2 else ''}\n" for i in range(10)))
     missing = f"{folder}/no/such/folder"
     return [
         WrongInput("misspelt key", ("--train.zero_stge=1",), ("train.zero_stge", "train.zero_stage")),
@@ -46,6 +48,11 @@ def wrong_inputs(folder: Path) -> list[WrongInput]:
         ),
         WrongInput("unreadable CSV", (f"--data.uri={unreadable}",), ("data.uri", str(unreadable), "UTF-8")),
         WrongInput("CSV without header", (f"--data.uri={headless}",), ("data.uri", str(headless), "image and report")),
+        WrongInput(
+            "films without reports",
+            (f"--data.uri={silent}",),
+            ("data.uri", "5 of ", "data.max_bad_fraction 0.01", "row has no report"),
+        ),
         WrongInput("word for a number", ("--train.num_workers=two",), ("train.num_workers", "two", "integer")),
         WrongInput("value without a key", ("1000",), ("1000", "--section.key=value")),
     ]

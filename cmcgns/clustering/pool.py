@@ -51,6 +51,7 @@ class ShardActor:
             self.bank.restore(base_step, rows_ND, ordinals_N)
             self.changed.notify_all()  # nobody waits any longer for workers that have been replaced
 
+    @ray.method(max_task_retries=-1)  # a push that the network loses would be waited for; twice does no harm
     def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
         """Keep what ``rank`` saw at ``step``; rows of workers that have been replaced are dropped."""
         with self.changed:
@@ -208,20 +209,31 @@ class RayPool:
         self.attempt = 0
         self._outbox: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=256)
         self._pending: Any = None
+        self._broken: Exception | None = None
         threading.Thread(target=self._deliver, name="clustering-push", daemon=True).start()
 
     def _deliver(self) -> None:
         while (send := self._outbox.get()) is not None:
             try:
                 send()
+            except Exception as error:  # belongs to whoever pushes or waits next
+                self._broken = error
             finally:
                 self._outbox.task_done()
+
+    def _drain(self) -> None:
+        """Wait until everything has been handed over."""
+        self._outbox.join()
+        if self._broken is not None:
+            raise self._broken
 
     def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
         rank, ranks = distributed.rank(), len(counts)
         shard = self.handles.shards[serving_actor(step, rank, ranks, len(self.handles.shards))]
         host_nD, copied = to_host(rows_nD)
         attempt = self.attempt
+        if self._broken is not None:
+            raise self._broken
 
         def send() -> None:
             if copied is not None:
@@ -242,7 +254,7 @@ class RayPool:
         return found
 
     def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
-        self._outbox.join()
+        self._drain()
         ray.get([shard.snapshot.remote(step, first_ordinal, stop_ordinal) for shard in self.handles.shards])
         parts = [
             p for p in ray.get([s.held.remote(first_ordinal, stop_ordinal) for s in self.handles.shards]) if len(p[1])
@@ -254,7 +266,7 @@ class RayPool:
         return BankState(rows_ND[order_N], ordinals_N[order_N])
 
     def reset(self, step: int, state: BankState | None) -> None:
-        self._outbox.join()
+        self._drain()
         fresh = int(np.random.default_rng().integers(1, 2**62)) if distributed.rank() == 0 else 0
         self.attempt = distributed.broadcast_object(fresh)
         if distributed.rank() == 0:

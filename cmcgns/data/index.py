@@ -1,9 +1,12 @@
 """The study index: one Arrow table that says what a corpus holds and where, without its pixels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+
+FIRST_REASONS = 5
 
 FILM_TYPE = pa.struct([pa.field("image_id", pa.string()), pa.field("path", pa.string()), pa.field("view", pa.string())])
 
@@ -37,6 +40,17 @@ class StudyIndex:
         import pyarrow.compute as pc
 
         return self.table.filter(pc.equal(self.table["split"], name))
+
+
+def too_many_bad(bad: Mapping[str, str], studies: int, most: float) -> str | None:
+    """What to tell the user when more than the share ``most`` of ``studies`` is bad (reason by source); else None."""
+    if len(bad) <= most * studies:
+        return None
+    first = "; ".join(f"{source}: {reason}" for source, reason in list(bad.items())[:FIRST_REASONS])
+    return (
+        f"{len(bad)} of {studies} studies cannot be used, more than data.max_bad_fraction {most} allows. "
+        f"First reasons: {first}"
+    )
 
 
 def index_table(rows: list[dict[str, Any]]) -> pa.Table:

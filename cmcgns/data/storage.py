@@ -23,6 +23,10 @@ class MissingFileError(UserError):
     """A file or folder that is not where the URI says."""
 
 
+class ForbiddenFileError(UserError):
+    """A file that lies there and may not be read; S3 also answers so where a missing one may not be listed."""
+
+
 def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
@@ -160,14 +164,12 @@ def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
     return sorted((entry.path[prefix:], entry.type == arrow_fs.FileType.Directory) for entry in found)
 
 
+DENIED = "access is denied; check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights"
 # What a failed request says about itself, and the way out.
 _HINTS = (
     ("NoSuchBucket", "the bucket does not exist; check its name and AWS_ENDPOINT_URL"),
     ("NO_SUCH_BUCKET", "the bucket does not exist; check its name and AWS_ENDPOINT_URL"),
-    (
-        "ACCESS_DENIED",
-        "access is denied; check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights",
-    ),
+    ("ACCESS_DENIED", DENIED),
     ("InvalidAccessKeyId", "the server does not know the access key; check AWS_ACCESS_KEY_ID or AWS_PROFILE"),
     (
         "INVALID_ACCESS_KEY_ID",
@@ -175,10 +177,7 @@ _HINTS = (
     ),
     ("SIGNATURE_DOES_NOT_MATCH", "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE"),
     ("SignatureDoesNotMatch", "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE"),
-    (
-        "HTTP status 403",
-        "access is denied; check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights",
-    ),
+    ("HTTP status 403", DENIED),
     ("HTTP status 301", "the bucket lies in another region; set AWS_DEFAULT_REGION"),
     ("HTTP status 404", "nothing lies there; check bucket and path"),
     ("NETWORK_CONNECTION", "the endpoint does not answer; check AWS_ENDPOINT_URL and the network"),
@@ -198,8 +197,9 @@ def _explained(uri: str) -> Iterator[None]:
     except (IsADirectoryError, NotADirectoryError):
         raise MissingFileError(f"{uri} is not of the kind asked for (a folder for a file, or the reverse)") from None
     except PermissionError:
-        raise UserError(f"{uri} may not be read or written by this user; change its permissions") from None
+        raise ForbiddenFileError(f"{uri} may not be read or written by this user; change its permissions") from None
     except OSError as error:
         message = str(error)
         hint = next((way_out for sign, way_out in _HINTS if sign in message), None)
-        raise UserError(f"{uri}: {hint or message.splitlines()[0][:300]}") from error
+        kind = ForbiddenFileError if hint == DENIED else UserError
+        raise kind(f"{uri}: {hint or message.splitlines()[0][:300]}") from error

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModel, BertConfig, PreTrainedModel, ResNetConfig, ViTConfig
 
 from cmcgns.errors import UserError
@@ -74,7 +75,10 @@ def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropou
 
 def _pretrained(key: str, name: str, options: dict[str, bool]) -> PreTrainedModel:
     try:
-        return AutoModel.from_pretrained(name, **options)
+        # the driver asks for shapes alone, and transformers loads no weights there
+        if torch.get_default_device().type == "meta":
+            return AutoModel.from_config(AutoConfig.from_pretrained(name), **options)
+        return AutoModel.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise _no_model(key, name, error) from None
 

@@ -6,37 +6,31 @@ from typing import Any
 
 import ray
 
+from cmcgns.data.index import too_many_bad
 from cmcgns.errors import UserError
-
-FIRST_REASONS = 5
 
 
 class Board:
     """Bad rows, the last metrics, log lines and the wish to stop. Lives on the driver's node, takes no CPU."""
 
-    def __init__(self, studies: int, max_bad_fraction: float, indexed_bad: list[dict[str, str]]) -> None:
-        self.studies = studies + len(indexed_bad)
+    def __init__(self, studies: int, max_bad_fraction: float, known_bad: dict[str, str]) -> None:
+        self.studies = studies
         self.max_bad_fraction = max_bad_fraction
-        self.bad: dict[str, str] = {}
+        self.bad = dict(known_bad)
         self.row: dict[str, Any] = {}
         self.lines: list[tuple[int, str]] = []
         self.stop = False
         self.failed: str | None = None
         self.outcome: dict[str, Any] | None = None
         self.parts: dict[int, Any] = {}
-        with contextlib.suppress(UserError):
-            self.add_bad_rows(indexed_bad)
 
     def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
         """Remember each unusable study once; too many of them end the run."""
         self.bad |= {row["source"]: row["reason"] for row in rows}
-        if len(self.bad) > self.max_bad_fraction * self.studies:
-            first = "; ".join(f"{source}: {reason}" for source, reason in list(self.bad.items())[:FIRST_REASONS])
-            self.fail(
-                f"{len(self.bad)} of {self.studies} studies cannot be used, more than data.max_bad_fraction "
-                f"{self.max_bad_fraction} allows. First reasons: {first}"
-            )
-            raise UserError(str(self.failed))
+        complaint = too_many_bad(self.bad, self.studies, self.max_bad_fraction)
+        if complaint is not None:
+            self.fail(complaint)
+            raise UserError(complaint)
 
     def fail(self, reason: str) -> None:
         """Say why the run cannot go on; restarting would not help."""
@@ -80,8 +74,8 @@ class Board:
         return {"row": self.row, "lines": lines, "bad_rows": len(self.bad)}
 
     def account(self) -> dict[str, Any]:
-        """Outcome, failure and bad rows."""
-        return {"outcome": self.outcome, "failure": self.failed, "bad_rows": dict(self.bad)}
+        """Outcome, failure, bad rows, and the last row of metrics."""
+        return {"outcome": self.outcome, "failure": self.failed, "bad_rows": dict(self.bad), "row": self.row}
 
 
 class BoardHandler(logging.Handler):
@@ -104,8 +98,8 @@ def log_to_board(board: Any) -> None:
     logger.handlers = [BoardHandler(board)]
 
 
-def start_board(studies: int, max_bad_fraction: float, indexed_bad: list[dict[str, str]]) -> Any:
-    """The board's handle."""
+def start_board(studies: int, max_bad_fraction: float, known_bad: dict[str, str]) -> Any:
+    """The board's handle; ``known_bad`` are reasons by study, ``studies`` counts them too."""
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     make = ray.remote(Board).options(num_cpus=0, label_selector=here)
-    return make.remote(studies, max_bad_fraction, indexed_bad)
+    return make.remote(studies, max_bad_fraction, known_bad)

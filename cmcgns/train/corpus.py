@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from cmcgns.config import Config
-from cmcgns.data.index import StudyIndex
+from cmcgns.data.index import StudyIndex, too_many_bad
 from cmcgns.data.reports import ParsedReport, parse_report
 from cmcgns.data.sources import Source, open_source
 from cmcgns.errors import BadRow, UserError, starting_with
@@ -28,6 +28,16 @@ class Corpus:
     index: StudyIndex
     train: pa.Table
     valid: pa.Table
+
+    @property
+    def studies(self) -> int:
+        """Training and validation studies, those included that could not be used at first sight."""
+        return len(self.train) + len(self.valid) + len(self.index.bad_rows)
+
+    @property
+    def bad_rows(self) -> dict[str, str]:
+        """Reason by study that could not be used at first sight."""
+        return {row["source"]: row["reason"] for row in self.index.bad_rows}
 
     @property
     def digest(self) -> str:
@@ -48,6 +58,9 @@ def open_corpus(config: Config) -> Corpus:
         reason = str(error).removeprefix("data.uri ")
         raise UserError(f"data.uri {starting_with(data.uri, reason)}") from None
     corpus = Corpus(source, index, index.split("train"), index.split("valid").slice(0, data.validation_studies))
+    complaint = too_many_bad(corpus.bad_rows, corpus.studies, data.max_bad_fraction)
+    if complaint is not None:
+        raise UserError(f"data.uri {data.uri}: {complaint}. Mend them, or raise data.max_bad_fraction")
     if not len(corpus.train) or not len(corpus.valid):
         raise UserError(
             f"data.uri {data.uri} has {len(corpus.train)} training and {len(corpus.valid)} validation studies after "

@@ -16,6 +16,7 @@ from cmcgns.data import storage
 from cmcgns.errors import UserError, starting_with
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer
 
+BAD_ROWS = "bad_rows.jsonl"
 FREE_TO_CHANGE = {
     "data": {"uri", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
@@ -70,6 +71,19 @@ class RunFolder:
             return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """``config`` with local folders made absolute: workers and data tasks start in other folders than the driver."""
+    data, model = config.data, config.model
+    uri = data.uri
+    if not (storage.is_s3(uri) or "://" in uri or uri.split(":")[0] == "phantom"):
+        uri = str(Path(uri).expanduser().absolute())
+    given = {name: getattr(model, name) for name in ("image_encoder", "text_encoder", "tokenizer")}
+    folders = {name: str(Path(value).absolute()) for name, value in given.items() if Path(value).is_dir()}
+    return config.model_copy(
+        update={"data": data.model_copy(update={"uri": uri}), "model": model.model_copy(update=folders)}
+    )
+
+
 def open_folder(config: Config) -> RunFolder:
     """The folder of ``config.run``; a name that is taken, or one that is to be resumed and is not there, is refused."""
     run = config.run
@@ -88,10 +102,15 @@ def open_folder(config: Config) -> RunFolder:
     if folder.resumed and not there:
         raise UserError(f"run.resume {name}: there is no run of that name in {root}; look at run.storage")
     if not folder.resumed and there:
-        raise UserError(f"run.name {name} is taken in {root}; choose another, or go on with --run.resume={name}")
+        raise UserError(_name_taken(folder))
     if folder.resumed:
         _refuse_changes(config, folder)
     return folder
+
+
+def _name_taken(folder: RunFolder) -> str:
+    name = folder.name
+    return f"run.name {name} is taken in {folder.storage}; choose another, or go on with --run.resume={name}"
 
 
 def _refuse_changes(config: Config, folder: RunFolder) -> None:
@@ -109,11 +128,15 @@ def _refuse_changes(config: Config, folder: RunFolder) -> None:
                 )
 
 
-def write_start(folder: RunFolder, config: Config, corpus_digest: str) -> None:
-    """Write down the settings of a new run; check that a resumed one still has its corpus."""
+def write_start(folder: RunFolder, config: Config, corpus_digest: str, tokenizer: ReportTokenizer) -> None:
+    """Write down what a new run starts with; check that a resumed one still has its corpus."""
     if not folder.resumed:
-        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+        if storage.exists(folder.file("config.yaml")):  # another run of that name began while this one looked around
+            raise UserError(_name_taken(folder))
+        folder.write_tokenizer(tokenizer)
         folder.write_json("corpus.json", {"digest": corpus_digest})
+        # last: where it lies, everything lies that a resumed run needs
+        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
         return
     before = json.loads(storage.read_bytes(folder.file("corpus.json")))["digest"]
     if before != corpus_digest:
@@ -123,7 +146,21 @@ def write_start(folder: RunFolder, config: Config, corpus_digest: str) -> None:
         )
 
 
-def write_bad_rows(folder: RunFolder, bad_rows: dict[str, str]) -> None:
-    """bad_rows.jsonl: every study that could not be used."""
+def latest_checkpoint(folder: RunFolder) -> str | None:
+    """URI of the newest complete checkpoint in the folder."""
+    names = [name for name in storage.list_folders(folder.uri) if name.startswith("checkpoint_")]
+    found = [uri for name in sorted(names) if storage.exists(f"{(uri := folder.file(name))}/progress.json")]
+    return found[-1] if found else None
+
+
+def read_bad_rows(folder: str) -> dict[str, str]:
+    """Reason by study out of the bad_rows.jsonl of a run's folder; nothing where there is none yet."""
+    uri = storage.join(folder, BAD_ROWS)
+    lines = storage.read_bytes(uri).decode().splitlines() if storage.exists(uri) else []
+    return {row["source"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def write_bad_rows(folder: str, bad_rows: dict[str, str]) -> None:
+    """bad_rows.jsonl in a run's folder: every study that could not be used."""
     lines = [json.dumps({"source": source, "reason": reason}) + "\n" for source, reason in sorted(bad_rows.items())]
-    storage.write_bytes(folder.file("bad_rows.jsonl"), "".join(lines).encode())
+    storage.write_bytes(storage.join(folder, BAD_ROWS), "".join(lines).encode())

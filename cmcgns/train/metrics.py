@@ -5,7 +5,7 @@ Values stay on the device until they are written; N studies, D embedding.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,8 @@ class RunLog:
     def _keep_until(self, step: int) -> None:
         uri = storage.join(self.folder, "metrics.jsonl")
         text = storage.read_bytes(uri).decode() if step and storage.exists(uri) else ""
-        rows = [line for line in text.splitlines() if json.loads(line)["step"] <= step]
-        self.local.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+        rows = [line for line in text.splitlines() if _step_of(line) <= step]
+        storage.write_bytes(str(self.path), "".join(f"{line}\n" for line in rows).encode())
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows, and draw their numbers in TensorBoard."""
@@ -101,6 +100,14 @@ class RunLog:
         self.board.close()
 
 
+def _step_of(line: str) -> float:
+    """The step of a row; of one that was never written to its end, beyond all others."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
+
+
 class Stopwatch:
     """Seconds between calls."""
 
@@ -111,6 +118,24 @@ class Stopwatch:
         """Seconds since the last call."""
         before, self._last = self._last, time.perf_counter()
         return self._last - before
+
+
+class Waited:
+    """The items of an iterator, and how long it has been waited for."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = items
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        watch = Stopwatch()
+        try:
+            return next(self._items)
+        finally:
+            self.waited_s += watch.lap()
 
 
 def recall(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk: int = 1024) -> dict[str, float]:

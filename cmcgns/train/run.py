@@ -1,5 +1,6 @@
 """The driver of a pretraining run: checks, plan, workers and pool, and the run's last word."""
 
+import json
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
@@ -27,7 +29,15 @@ from cmcgns.models.vision_language import build_model
 from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
 from cmcgns.train.display import Display, console, print_plan
-from cmcgns.train.folder import RunFolder, open_folder, write_bad_rows, write_start
+from cmcgns.train.folder import (
+    RunFolder,
+    latest_checkpoint,
+    open_folder,
+    read_bad_rows,
+    with_absolute_paths,
+    write_bad_rows,
+    write_start,
+)
 from cmcgns.train.plan import check_cpus, describe_plan, studies_ahead, taken_cpus, threads_per_worker
 from cmcgns.train.quiet import quiet_terminal
 from cmcgns.train.schedule import Schedule, build_schedule
@@ -46,7 +56,7 @@ PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "n
 
 def pretrain(config: Config) -> int:
     """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved."""
-    terminal = console()
+    terminal, config = console(), with_absolute_paths(config)
     check_faiss(config.clustering.device)
     folder = open_folder(config)
     corpus = open_corpus(config)
@@ -66,22 +76,26 @@ def pretrain(config: Config) -> int:
                 "the cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
                 highlight=False,
             )
-        write_start(folder, config, corpus.digest)
-        if not folder.resumed:
-            folder.write_tokenizer(tokenizer)
-        board = start_board(len(corpus.train) + len(corpus.valid), config.data.max_bad_fraction, corpus.index.bad_rows)
+        write_start(folder, config, corpus.digest, tokenizer)
+        known_bad = corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
+        board = start_board(corpus.studies, config.data.max_bad_fraction, known_bad)
         log_to_board(board)
         pool = start_pool(config.clustering, config.train.num_workers, board)
         display = Display(board, schedule, terminal)
+        gave_up = False
         try:
             checkpoint, error = fit(
                 config, folder, assign(config, folder, corpus, schedule, tokenizer, pool, board, cpus), board
             )
+        except KeyboardInterrupt:  # the second one
+            checkpoint, error, gave_up = None, None, True
         finally:
             display.close()
             pool.stop()
         account = ray.get(board.account.remote())
-        return conclude(terminal, folder, account, checkpoint, error)
+        if gave_up and account["outcome"] is None:
+            account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
+        return conclude(terminal, folder, account, checkpoint or latest_checkpoint(folder), error)
 
 
 def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
@@ -98,7 +112,9 @@ def ray_session(config: Config) -> Iterator[float]:
     os.environ.update(environment)
     ours = not ray.is_initialized()
     if ours:
-        settings: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
+        # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
+        own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
+        settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
         if not os.environ.get("RAY_ADDRESS"):
             settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
@@ -109,6 +125,13 @@ def ray_session(config: Config) -> Iterator[float]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def submitted_variables() -> dict[str, str]:
+    """Environment variables in the runtime environment that this job was submitted with, if it was."""
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    variables: dict[str, str] = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return variables
 
 
 def worker_environment(config: Config) -> dict[str, str]:
@@ -228,13 +251,13 @@ def conclude(
         "clustering_started_at": outcome.get("clustering_started_at"),
         "centroids_version": outcome.get("centroids_version"),
         "best_stage1": outcome.get("best_stage1"),
-        "checkpoint": checkpoint and scheme + checkpoint,
+        "checkpoint": checkpoint and scheme + checkpoint.removeprefix(scheme),
         "export": outcome.get("export"),
         "failure": failure,
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     folder.write_json("result.json", result)
-    write_bad_rows(folder, account["bad_rows"])
+    write_bad_rows(folder.uri, account["bad_rows"])
     report(terminal, folder, result)
     return {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(status, STATUS_FAILED)
 
@@ -253,7 +276,9 @@ def report(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> None
             highlight=False,
         )
     if result["status"] == "stopped":
-        terminal.print(f"stopped after step {result['steps']}; go on with: {again}", highlight=False)
+        terminal.print(
+            f"stopped after step {result['steps']}; go on from the last checkpoint with: {again}", highlight=False
+        )
         return
     scores = result["metrics"]
     print_plan(

@@ -25,7 +25,7 @@ from cmcgns.train.checkpoint import (
     seed_everything,
 )
 from cmcgns.train.engine import Engine, State, average_buffers, build_engine
-from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch
+from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, Waited
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Batcher, BlockSource, Place, StepData, StepReader, validation_batches
 from cmcgns.train.validate import Validation, validate
@@ -186,11 +186,21 @@ class Trainer:
         """Score the validation split; in stage 1 remember the best weights. Collective."""
         average_buffers(self.engine.module)
         size = self.config.train.microbatch_size
-        batches = validation_batches(self.parts.blocks, self.parts.batcher, size)
+        batches = Waited(validation_batches(self.parts.blocks, self.parts.batcher, size))
+        self.watch.lap()
         stage, centroids = self.progress.stage, self.parts.guide.centroids
         found = validate(self.engine, self.objective, batches, centroids.current, reconstruct=stage == 2)
         self.last_validation = found
-        facts = {"step": self.progress.step, "stage": stage, "split": "val", "centroids_version": centroids.version}
+        step_s = self.watch.lap()
+        facts = {
+            "step": self.progress.step,
+            "stage": stage,
+            "split": "val",
+            "centroids_version": centroids.version,
+            "studies_per_s": found.scores["studies"] / step_s,
+            "data_wait_s": batches.waited_s,
+            "step_s": step_s,
+        }
         if self.parts.log is not None:
             self.parts.log.write([facts | found.scores])
             if found.picture_1HW is not None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cmcgns.data.dataset import VALIDATION_EPOCH, Block, Stream, blocks
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.train.board import log_to_board
 from cmcgns.train.checkpoint import export_model, load_progress
+from cmcgns.train.folder import write_bad_rows
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Batcher
@@ -146,6 +148,8 @@ def _train(assignment: Assignment) -> None:
         elif distributed.rank() == 0:
             logger.info("goes on after step %d of %d", step, assignment.schedule.total)
         finished = trainer.train()
+        if finished and trainer.last_validation is None:
+            trainer.validate()  # a restart after the last checkpoint: only the export is left
         outcome = conclude(assignment, trainer, finished)
         if log is not None:
             log.close()
@@ -172,7 +176,7 @@ def build_parts(assignment: Assignment, pool: Pool, device: torch.device, log: R
         device=device,
         log=log,
         display=BoardDisplay(assignment.board),
-        keep=report_checkpoint,
+        keep=partial(report_checkpoint, assignment),
         stop_requested=StopPoll(assignment.board),
     )
 
@@ -208,8 +212,10 @@ class StopPoll:
             waiting.wait(STOP_POLL_S)
 
 
-def report_checkpoint(folder: Path, step: int) -> None:
+def report_checkpoint(assignment: Assignment, folder: Path, step: int) -> None:
     """Hand a filled folder to Ray Train, which merges all ranks' into one checkpoint of the run folder."""
+    if distributed.rank() == 0:
+        write_bad_rows(assignment.folder, ray.get(assignment.board.account.remote())["bad_rows"])
     # unique: a run that goes on after a loss may come by the same step again
     unique = distributed.broadcast_object(secrets.token_hex(3))
     name = f"checkpoint_{step:08d}_of_{distributed.world_size()}_{unique}"

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
-from tests.clustering.pool_run import run
+from cmcgns.clustering.pool import PoolHandles, RayPool
+from tests.clustering.pool_run import run, settings
 
 pytestmark = pytest.mark.ray
 
@@ -32,3 +34,22 @@ def check(tmp_path: Path, steps: int, longest_s: float) -> None:
 
 def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray: None, tmp_path: Path) -> None:
     check(tmp_path, steps=40, longest_s=0.3)
+
+
+class Unreachable:
+    """An actor to which nothing can be sent."""
+
+    class push:  # noqa: N801
+        @staticmethod
+        def remote(*arguments: object) -> None:
+            raise RuntimeError("the object store is full")
+
+
+def test_a_push_that_cannot_be_sent_is_told_to_the_next_who_asks() -> None:
+    config = settings(1).clustering
+    pool = RayPool(PoolHandles((Unreachable(),), None, config))  # type: ignore[arg-type]
+    pool.push(1, 0, torch.zeros(3, 4), [3])
+    with pytest.raises(RuntimeError, match="the object store is full"):
+        pool.save(1, 0, 3)
+    with pytest.raises(RuntimeError, match="the object store is full"):
+        pool.push(2, 3, torch.zeros(3, 4), [3])

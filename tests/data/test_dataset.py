@@ -47,7 +47,7 @@ def opened(folder: Path) -> tuple[Config, Corpus]:
 def stream_of(folder: Path, max_bad_fraction: float) -> tuple[Stream, Any]:
     config, corpus = opened(folder)
     tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
-    board = start_board(len(corpus.train), max_bad_fraction, [])
+    board = start_board(len(corpus.train), max_bad_fraction, {})
     table = ray.put(corpus.train.combine_chunks())
     return Stream(corpus.source, table, len(corpus.train), tokenizer, config.data, board), board
 

@@ -74,3 +74,10 @@ def test_a_resumed_log_drops_rows_beyond_the_checkpoint(tmp_path: Path) -> None:
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(s, 1.0) for s in range(1, 5)] + [(5, 2.0), (6, 2.0)]
+
+
+def test_a_row_that_was_never_written_to_its_end_does_not_stop_a_resume(tmp_path: Path) -> None:
+    whole = [json.dumps({"step": step, "split": "train"}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(whole) + '\n{"step": 4, "spl')
+    RunLog(str(tmp_path), tmp_path, step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == whole[:2]

@@ -1,5 +1,6 @@
 """A run that loses a worker, or its driver, ends as if nothing had happened."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,18 @@ def test_ctrl_c_saves_stops_and_names_the_command_that_goes_on(tmp_path: Path, u
     job = Job(tmp_path, "--run.resume=run", config=None)
     job.wait()
     compare(tmp_path / "run", undisturbed, same_ranks=True)
+
+
+def test_a_run_that_was_lost_after_its_last_step_has_only_its_export_to_do_again(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "export")
+    job = Job(tmp_path, "--run.resume=run", config=None)
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    compare(tmp_path / "run", undisturbed, same_ranks=True)
+    found, expected = result(tmp_path / "run")["metrics"], result(undisturbed)["metrics"]
+    assert found["loss_global"] == pytest.approx(expected["loss_global"], rel=1e-5)
+    assert (tmp_path / "run" / "export" / "heads.safetensors").exists()

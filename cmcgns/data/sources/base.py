@@ -79,6 +79,8 @@ class FileSource:
             return storage.read_bytes(storage.join(self.uri, path))
         except storage.MissingFileError:
             raise BadRow(f"{what} file is missing") from None
+        except storage.ForbiddenFileError:
+            raise BadRow(f"{what} file may not be read") from None
 
 
 def decode_text(data: bytes) -> str:

@@ -18,7 +18,9 @@ def detect_format(uri: str) -> str:
         return "pairs-csv"
     names = storage.list_files(uri, recursive=False)
     if "manifest.json" in names and any(name.endswith(".parquet") for name in names):
-        raise UserError(f"{uri} holds prepared data (manifest.json and Parquet shards); give data.format=parquet")
+        raise UserError(
+            f"{uri} holds prepared data (manifest.json and Parquet shards), which is not read yet; give raw data"
+        )
     if "pairs.csv" in names:
         return "pairs-csv"
     example = _first_file(uri, (".jpg", ".jpeg", ".dcm", ".xml"))
