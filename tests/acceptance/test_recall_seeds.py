@@ -28,10 +28,12 @@ def test_recall_stays_at_chance_when_training_reports_are_shuffled(tmp_path: Pat
     table = write_pairs_csv(PhantomCorpus(4000, seed=0, height=104, width=104), tmp_path / "corpus", workers=2)
     with Path(table).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    train = [row for row in rows if row["split"] == "train"]
-    reports = [row["report"] for row in train]
-    for row, place in zip(train, np.random.default_rng(0).permutation(len(train)), strict=True):
-        row["report"] = reports[place]
+    report = {row["study"]: row["report"] for row in rows if row["split"] == "train"}  # films of a study share theirs
+    studies = list(report)
+    given = dict(zip(studies, (studies[i] for i in np.random.default_rng(0).permutation(len(studies))), strict=True))
+    for row in rows:
+        if row["study"] in report:
+            row["report"] = report[given[row["study"]]]
     with Path(table).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
