@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,12 +71,7 @@ def pretrain(config: Config) -> int:
         print_plan(
             terminal, describe_plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus)
         )
-        if folder.is_passing:
-            terminal.print(
-                f"[yellow]run.storage {config.run.storage} lies in Ray's copy of the working directory, which goes with "
-                "the cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
-                highlight=False,
-            )
+        warn_of_passing_folder(terminal, folder)
         write_start(folder, config, corpus.digest, tokenizer)
         known_bad = corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
         board = start_board(corpus.studies, config.data.max_bad_fraction, known_bad)
@@ -95,7 +91,23 @@ def pretrain(config: Config) -> int:
         account = ray.get(board.account.remote())
         if gave_up and account["outcome"] is None:
             account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
-        return conclude(terminal, folder, account, checkpoint or latest_checkpoint(folder), error)
+        status = conclude(terminal, folder, account, checkpoint or latest_checkpoint(folder), error)
+        if gave_up:
+            # Ray Train's thread still waits in Ray, which answers a shutdown under it by ending the process with
+            # status 1. Ray's processes end with their driver.
+            sys.stdout.flush()
+            os._exit(status)
+        return status
+
+
+def warn_of_passing_folder(terminal: Console, folder: RunFolder) -> None:
+    """Say so where the run would be deleted with Ray's copy of the working directory."""
+    if folder.is_passing:
+        terminal.print(
+            f"[yellow]run.storage {folder.storage} lies in Ray's copy of the working directory, which goes with the "
+            "cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
+            highlight=False,
+        )
 
 
 def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:

@@ -87,3 +87,18 @@ def test_a_run_that_was_lost_after_its_last_step_has_only_its_export_to_do_again
     found, expected = result(tmp_path / "run")["metrics"], result(undisturbed)["metrics"]
     assert found["loss_global"] == pytest.approx(expected["loss_global"], rel=1e-5)
     assert (tmp_path / "run" / "export" / "heads.safetensors").exists()
+
+
+def test_a_second_ctrl_c_gives_up_at_once_and_names_the_command_all_the_same(tmp_path: Path) -> None:
+    job = Job(tmp_path, *STEPS, "--run.name=run")
+    job.wait_for(lambda: registered(tmp_path / "run"))
+    job.interrupt()
+    job.wait_for(lambda: "stopping after this step" in job.text())
+    job.interrupt()
+    said = job.wait()
+    assert job.process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "--run.resume=run" in said
+    stopped = result(tmp_path / "run")
+    assert stopped["status"] == "stopped"
+    assert (Path(stopped["checkpoint"]) / "progress.json").exists()
