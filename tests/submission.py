@@ -26,7 +26,7 @@ class Submission:
 
 JOB = ("python", "jobs/pretrain.py")
 README_LINES = ("ray start --head --num-cpus=2", "ray job submit --working-dir . -- python jobs/pretrain.py")
-"""What the README tells its readers to type, and what the tests therefore run."""
+"""What the README tells its readers to type; the tests add ports of their own and the address of their cluster."""
 
 
 def submit(

@@ -9,7 +9,10 @@ import torch
 from tests.benchmarks import heads, trainer
 from tests.jobs import REPOSITORY
 
-ABSENT = ("ray", "deepspeed", "faiss", "pyarrow", "pandas", "cv2", "pydicom", "boto3", "scipy", "tensorboard")
+ABSENT = (
+    "ray", "deepspeed", "faiss", "pydantic", "pydantic_core", "pyarrow", "pandas", "cv2", "PIL", "pydicom", "boto3", "scipy",
+    "rich", "tensorboard",
+)  # fmt: skip
 """Packages that a bare GPU machine may lack."""
 
 

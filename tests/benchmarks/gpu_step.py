@@ -1,6 +1,6 @@
 """A step of the full models on one GPU in bf16, beside fp32: `make accept-gpu`.
 
-Needs torch, transformers and pydantic alone: without DeepSpeed the plain engine runs, and the table says so. Stage 2 with
+Needs torch and transformers alone: without DeepSpeed the plain engine runs, and the table says so. Stage 2 with
 all four losses and centroids in force. B studies, T tokens, S sentences, P patches.
 """
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmcgns.config import Config
+from tests.benchmarks.bare_settings import Config
+
+# isort: split
 from cmcgns.data.augment import mask_positions
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.models.vision_language import build_model

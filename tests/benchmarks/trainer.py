@@ -36,7 +36,7 @@ from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
-from tests.train.memory import MemoryBlocks
+from tests.train.memory import MemoryBlocks, Quiet
 
 MICROBATCH, EVERY, ROUNDS, CACHED = 16, 5, 5, 4
 """Studies of a batch; steps of a round, which holds one logging and one re-clustering; rounds; distinct batches."""
@@ -81,13 +81,6 @@ class CachedBlocks:
 
     def open_validation(self) -> Iterator[Block]:
         return iter(self.validation)
-
-
-class Quiet:
-    """A display that nobody looks at."""
-
-    def update(self, row: dict[str, Any]) -> None:
-        pass
 
 
 class Clock:

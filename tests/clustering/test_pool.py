@@ -24,8 +24,8 @@ def check(tmp_path: Path, steps: int, longest_s: float) -> None:
     """Ranks agree with each other, and with the in-process twin."""
     pooled, twin = run(tmp_path / "pool", steps, longest_s), run(tmp_path / "twin", steps, None)
     assert pooled[0]["seen"] == pooled[1]["seen"]
+    assert pooled[0]["seen"] == twin[0]["seen"]  # each step's version and centroids, bit for bit
     versions = [version for _, version, _ in pooled[0]["seen"]]
-    assert versions == [version for _, version, _ in twin[0]["seen"]]
     assert max(versions) >= 2
     assert len({digest for _, version, digest in pooled[0]["seen"] if version}) > 2  # momentum moves them each step
     assert pooled[0]["loss"] == pytest.approx(twin[0]["loss"], rel=1e-5)

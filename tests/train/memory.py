@@ -1,6 +1,7 @@
 """A corpus in memory: blocks as Ray Data would deliver them, for tests of the loop without Ray."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,13 @@ class MemoryBlocks:
         tokens = np.concatenate([[2], random.integers(5, VOCABULARY, lengths.sum()), [3]]).astype(np.int32)
         image = random.integers(0, 256, (side, side)).astype(np.uint8)
         return image, tokens, owners, random.integers(0, 2**40, sentences), int(random.integers(0, 2**40))
+
+
+class Quiet:
+    """A display that nobody looks at."""
+
+    def update(self, row: dict[str, Any]) -> None:
+        pass
 
 
 def studies_of(block_or_keys: np.ndarray, epoch: int) -> list[int]:

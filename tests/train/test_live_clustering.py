@@ -18,7 +18,7 @@ from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer
 from tests.ranks import run_on_ranks
 from tests.small import small_config, small_model
-from tests.train.memory import MemoryBlocks
+from tests.train.memory import MemoryBlocks, Quiet
 
 STEPS, REFRESH, STUDIES, CPU = 20, 4, 400, torch.device("cpu")
 STAGES = (0, 1, 2, 3)
@@ -30,11 +30,6 @@ def config_of(engine: str, zero_stage: int) -> Config:
         num_workers=2, microbatch_size=32, global_batch_size=64, engine=engine, zero_stage=zero_stage,
         stage1_steps=STEPS, stage2_steps=0, clustering__refresh_every=REFRESH, clustering__momentum=0.01,
     )  # fmt: skip
-
-
-class Quiet:
-    def update(self, row: dict[str, Any]) -> None:
-        pass
 
 
 def train(config: Config) -> list[dict[str, Any]]:
