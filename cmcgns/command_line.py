@@ -4,27 +4,35 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cmcgns.config import Config, RunConfig, Section
+from cmcgns.config import RunConfig, Section
 from cmcgns.errors import UserError
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
 
+Settings = TypeVar("Settings", bound=Section)
+"""The settings of one job: a section whose fields are sections."""
 
-def run_job(main: Callable[[Config], int], default_config: Path, argv: Sequence[str] | None = None) -> int:
+
+def run_job(
+    main: Callable[[Settings], int],
+    kind: type[Settings],
+    default_config: Path | None,
+    argv: Sequence[str] | None = None,
+) -> int:
     """Exit status of ``main`` under the settings that ``argv`` asks for; wrong input gives 2 and one message."""
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         if "--help" in arguments or "-h" in arguments:
-            print(help_text(default_config))
+            print(help_text(kind, default_config))
             return 0
         print_only = "--print-config" in arguments
-        config = load_config([word for word in arguments if word != "--print-config"], default_config)
+        config = load_config([word for word in arguments if word != "--print-config"], kind, default_config)
         if print_only:
             print(to_yaml(config), end="")
             return 0
@@ -33,11 +41,11 @@ def run_job(main: Callable[[Config], int], default_config: Path, argv: Sequence[
         print(f"error: {error}", file=sys.stderr)
         return STATUS_WRONG_INPUT
     except KeyboardInterrupt:
-        print("interrupted before training began", file=sys.stderr)
+        print("interrupted before the work began", file=sys.stderr)
         return STATUS_INTERRUPTED
 
 
-def load_config(arguments: Sequence[str], default_config: Path) -> Config:
+def load_config(arguments: Sequence[str], kind: type[Settings], default_config: Path | None) -> Settings:
     """Settings from the YAML file named by ``--config`` (else ``default_config``) with the command line on top.
 
     ``--run.resume=NAME`` without ``--config`` begins from the settings that the run was started with.
@@ -57,47 +65,48 @@ def load_config(arguments: Sequence[str], default_config: Path) -> Config:
             path = Path(value)
         else:
             overrides[key] = _parse_value(key, value)
-    settings = read_yaml(path or default_config)
+    source = path or default_config
+    settings = read_yaml(source) if source else {}
     if path is None and "run.resume" in overrides:
         storage = overrides.get("run.storage") or settings.get("run", {}).get("storage") or RunConfig().storage
         settings = read_run(str(storage), str(overrides["run.resume"]))
-    return resolve(settings, overrides)
+    return resolve(settings, overrides, kind)
 
 
-def resolve(settings: dict[str, Any], overrides: dict[str, Any]) -> Config:
+def resolve(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Settings]) -> Settings:
     """Checked settings: those of a file, with ``section.key`` overrides on top."""
     for key, value in overrides.items():
         section, dot, name = key.partition(".")
-        _known(section, Config)
+        _known(section, kind)
         if not dot:
             raise UserError(f"--{key} names a whole section; write --{key}.<key>=value (see --help)")
-        _known(name, _section_type(section), section)
+        _known(name, _section_type(kind, section), section)
         if not isinstance(settings.setdefault(section, {}), dict):
             break  # refused by name below
         settings[section][name] = value
         twin = _twin(name)
         if twin and f"{section}.{twin}" not in overrides:
             settings[section].pop(twin, None)
-    return validate(settings)
+    return validate(settings, kind)
 
 
-def validate(settings: dict[str, Any]) -> Config:
-    """``settings`` as a ``Config``, or one ``UserError`` that names the first wrong key and its value."""
+def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
+    """``settings`` as a ``kind``, or one ``UserError`` that names the first wrong key and its value."""
     for section, values in settings.items():
-        _known(section, Config)
+        _known(section, kind)
         if not isinstance(values, dict):
             raise UserError(f"section '{section}' must hold keys, not {values!r}")
         for name in values:
-            _known(name, _section_type(section), section)
+            _known(name, _section_type(kind, section), section)
     try:
-        return Config.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:
             raise UserError(reason) from None
         section, name = (str(part) for part in first["loc"][:2])
-        info = _section_type(section).model_fields[name]
+        info = _section_type(kind, section).model_fields[name]
         out_of_range = first["type"].startswith(("greater_than", "less_than"))
         wanted = (_range(info) if out_of_range else "") or reason.replace("Input should be", "must be")
         meaning = (info.description or "").split("\n\n")[0].split(". ")[0].rstrip(".")
@@ -128,20 +137,22 @@ def read_run(storage: str, name: str) -> dict[str, Any]:
     return settings
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """The resolved settings as YAML, enough to run them again."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
 
 
-def help_text(default_config: Path) -> str:
+def help_text(kind: type[Section], default_config: Path | None) -> str:
     """Every key with type, default and meaning."""
     lines = [
         f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config] [--section.key=value ...]",
-        f"Without --config the settings of {default_config.name} apply; defaults below are those of an empty file.",
+        f"Without --config the settings of {default_config.name} apply; defaults below are those of an empty file."
+        if default_config
+        else "Without --config the defaults below apply.",
     ]
-    for section in Config.model_fields:
+    for section in kind.model_fields:
         lines.append("")
-        for name, info in _section_type(section).model_fields.items():
+        for name, info in _section_type(kind, section).model_fields.items():
             meaning = " ".join((info.description or "").split())
             lines.append(f"  --{section}.{name} ({_type_name(info)}, default {info.default!r})\n      {meaning}")
     return "\n".join(lines)
@@ -173,8 +184,8 @@ def _range(info: FieldInfo) -> str:
     return f"must be {' and '.join(bounds)}" if bounds else ""
 
 
-def _section_type(section: str) -> type[Section]:
-    annotation = Config.model_fields[section].annotation
+def _section_type(kind: type[Section], section: str) -> type[Section]:
+    annotation = kind.model_fields[section].annotation
     assert isinstance(annotation, type)
     assert issubclass(annotation, Section)
     return annotation
@@ -190,7 +201,7 @@ def _known(key: str, section: type[Section], prefix: str = "") -> None:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    if key in ("run.name", "run.resume", "run.storage", "data.uri"):
+    if key in ("run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from"):
         return text  # names like 2024-01-01 or 007 stay words
     try:
         value = yaml.safe_load(text)

@@ -105,13 +105,28 @@ class ObjectiveConfig(Section):
     """Weight of the sentence loss."""
 
 
-class ClusteringConfig(Section):
+class PoolConfig(Section):
+    """Where k-means runs; the same for a pool in training and one that stands alone."""
+
     actors: PositiveInt = 2
-    """Ray actors that hold the bank and run the FAISS passes."""
+    """Ray actors that hold the rows and run the FAISS passes."""
     cpus_per_actor: float = Field(1.0, ge=0.0)
-    """CPUs that Ray reserves for one actor."""
+    """CPUs that Ray reserves for one actor; FAISS uses as many threads."""
     gpus_per_actor: float = Field(0.0, ge=0.0)
-    """GPUs that Ray reserves for one actor (with `device: gpu`)."""
+    """GPUs, or a share of one, that Ray reserves for one actor (with `device: gpu`)."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where FAISS runs; gpu needs the extra `gpu`."""
+
+    def complaints(self) -> Iterable[str]:
+        """What cannot work together."""
+        if (self.device == "gpu") != (self.gpus_per_actor > 0):
+            yield (
+                f"clustering.device {self.device} does not go with clustering.gpus_per_actor "
+                f"{self.gpus_per_actor}; gpu needs a share above 0, cpu needs 0"
+            )
+
+
+class ClusteringConfig(PoolConfig):
     bank_size: PositiveInt = 65_536
     """Recent sentence features kept over the whole pool."""
     start_step: int = Field(0, ge=0)
@@ -126,8 +141,6 @@ class ClusteringConfig(Section):
     """Relative change of the objective under which k-means stops."""
     momentum: float = Field(0.001, ge=0.0, le=1.0)
     """Share of its members' mean that a centroid takes up each step."""
-    device: Literal["cpu", "gpu"] = "cpu"
-    """Where FAISS runs; gpu needs the extra `gpu`."""
 
 
 class TrainConfig(Section):
@@ -255,10 +268,6 @@ class Config(Section):
             yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
             yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
-        if (clustering.device == "gpu") != (clustering.gpus_per_actor > 0):
-            yield (
-                f"clustering.device {clustering.device} does not go with clustering.gpus_per_actor "
-                f"{clustering.gpus_per_actor}; gpu needs a share above 0, cpu needs 0"
-            )
+        yield from clustering.complaints()
         if self.run.resume and self.run.name and self.run.resume != self.run.name:
             yield f"run.resume {self.run.resume} goes on under its own name; leave run.name {self.run.name} out"

@@ -17,4 +17,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, DEFAULT_CONFIG))
+    sys.exit(run_job(main, Config, DEFAULT_CONFIG))

@@ -18,7 +18,7 @@ DEFAULT = CONFIGS / "phantom-tiny.yaml"
 
 
 def load(*arguments: str) -> Config:
-    return load_config(arguments, DEFAULT)
+    return load_config(arguments, Config, DEFAULT)
 
 
 def test_the_command_line_goes_over_the_file_which_goes_over_the_defaults() -> None:
@@ -93,14 +93,14 @@ def test_the_printed_settings_give_the_same_settings_again(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--config", str(path), "--print-config", "--train.learning_rate=0.003"]
-    assert run_job(lambda _: 1, DEFAULT, arguments) == 0
+    assert run_job(lambda _: 1, Config, DEFAULT, arguments) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     assert load("--config", str(printed)) == load("--config", str(path), "--train.learning_rate=0.003")
 
 
 def test_help_lists_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_job(lambda _: 1, DEFAULT, ["--help"]) == 0
+    assert run_job(lambda _: 1, Config, DEFAULT, ["--help"]) == 0
     text = capsys.readouterr().out
     for section, info in Config.model_fields.items():
         for name, key in info.annotation.model_fields.items():  # type: ignore[union-attr]
@@ -117,7 +117,7 @@ def test_a_job_gets_its_settings_and_gives_its_status() -> None:
         seen.append(config.train.seed)
         return 1
 
-    assert run_job(main, DEFAULT, ["--train.seed=9"]) == 1
+    assert run_job(main, Config, DEFAULT, ["--train.seed=9"]) == 1
     assert seen == [9]
 
 

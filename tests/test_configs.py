@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from cmcgns.command_line import load_config, to_yaml, validate
+from cmcgns.config import Config
 from tests.jobs import REPOSITORY
 
 FILES = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
@@ -13,13 +14,13 @@ FILES = sorted((REPOSITORY / "jobs" / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_shipped_config_loads_and_survives_being_printed(path: Path) -> None:
-    config = load_config(["--config", str(path)], path)
-    assert validate(yaml.safe_load(to_yaml(config))) == config
+    config = load_config(["--config", str(path)], Config, path)
+    assert validate(yaml.safe_load(to_yaml(config)), Config) == config
 
 
 def test_the_published_settings_are_those_of_the_paper() -> None:
     path = REPOSITORY / "jobs" / "configs" / "published.yaml"
-    config = load_config(["--config", str(path)], path)
+    config = load_config(["--config", str(path)], Config, path)
     assert config.train.microbatch_size * config.train.num_workers == config.train.global_batch_size == 128
     assert (config.objective.num_clusters, config.objective.sentence_temperature) == (128, 1.0)
     assert (config.train.precision, config.train.optimizer, config.train.learning_rate) == ("fp16", "adam", 1e-5)

@@ -15,7 +15,9 @@ from torch import Tensor
 from cmcgns import distributed
 from cmcgns.clustering.bank import BankShard
 from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.kmeans import Array, RowArray, Rows, farthest_point_seeds, kmeans, numpy_assign
+from cmcgns.clustering.kmeans import Array, Rows, kmeans, numpy_assign
+from cmcgns.clustering.rows import RowArray
+from cmcgns.clustering.seeding import farthest_point_seeds
 from cmcgns.config import MIN_BANK, ClusteringConfig
 
 logger = logging.getLogger(__name__)
@@ -217,6 +219,6 @@ def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> 
     found = kmeans(rows, start_KD, config.iterations, config.tolerance)
     return RefreshResult(
         found.centroids_KD,
-        f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iterations} iterations, "
+        f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iteration} iterations, "
         f"mean similarity {found.objective:.4f}, {found.reseeded} re-seeded, {time.perf_counter() - before:.2f} s",
     )

@@ -6,30 +6,23 @@ How the rows are cut into parts changes no bit of the result: entries lie on a g
 what float32 cannot tell apart is compared again in float64.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from scipy import sparse
 
 from cmcgns.errors import UserError
 
-SAME_ROW = 1 - 1e-6
-"""Rows at least this similar count as one."""
-CHUNK_ROWS = 16_384
-"""Rows that one assignment turns into float64 at a time."""
-GRID = 2.0**24
-"""Entries of rows are multiples of 1 / GRID: half a billion of them add up without rounding."""
+BLOCK_ROWS = 4096
+"""Rows of neighbouring ordinals that a mini-batch takes or leaves together."""
 NEAR_TIE = 1e-5
 """Similarities in float32 that differ by less may be in the wrong order."""
 DECIMALS = 12
 """Of similarities in float64, whose last digits depend on how BLAS cuts the product."""
 
 Array = np.ndarray[Any, Any]
-Assign = Callable[[Array, Array], Array]
-"""From rows (N, D) and centroids (K, D) to the index of each row's most similar centroid, of equals the first."""
 
 
 class Row(NamedTuple):
@@ -44,15 +37,25 @@ class AssignmentPass(NamedTuple):
     """What one pass over the rows says of each centroid."""
 
     sums_KD: Array
-    """Float64 sums of members."""
+    """Float64 sums of members, each times its weight."""
     counts_K: Array
     """Members, int64."""
-    objective: float
-    """Sum of similarities to the nearest centroid; larger is better."""
+    weight: float
+    """Sum of the weights of all rows passed; their number where they have none."""
+    near_ties: int
+    """Rows whose two best similarities differ by less than ``NEAR_TIE``; settled in float64."""
+
+    def objective(self, centroids_KD: Array) -> float:
+        """Mean similarity of a row to its centroid, for the centroids that were passed; larger is better."""
+        return float((self.sums_KD * centroids_KD).sum()) / max(self.weight, 1e-12)
 
 
 class Rows(Protocol):
-    """A set of normalised rows, wherever they lie."""
+    """A set of normalised rows, wherever they lie.
+
+    Answers depend on the rows and their ordinals alone, not on what was asked before: a holder may keep what it worked out
+    for the seeds or centroids of the last question, and works it out again where it has lost it.
+    """
 
     def count(self) -> int:
         """Number of rows N."""
@@ -60,172 +63,209 @@ class Rows(Protocol):
     def mean(self) -> Array:
         """Float64 mean row, (D,), not normalised."""
 
+    def subset(self, number: int, seed: int) -> Array:
+        """``number`` rows (all, if there are fewer) drawn by ``seed``, (n, D), in the order of the draw."""
+
     def nearest(self, direction_D: Array) -> Row:
         """The row most similar to ``direction_D``; of equals, the lowest ordinal."""
 
-    def farthest(self, seed_D: Array, first: bool) -> Row:
-        """The row least similar to every seed named since ``first``; of equals, the lowest ordinal."""
+    def farthest(self, seeds_nD: Array) -> Row:
+        """The row least similar to every seed; of equals, the lowest ordinal."""
 
-    def assign(self, centroids_KD: Array) -> AssignmentPass:
-        """One assignment pass."""
+    def distance(self, seeds_nD: Array) -> float:
+        """Sum over rows of (1 - similarity to the nearest seed), each times its weight."""
 
-    def worst_served(self, number: int) -> list[Row]:
-        """Up to ``number`` distinct rows that the last pass served worst, worst first, of equals the lowest ordinal."""
+    def draw(self, seeds_nD: Array, rate: float, seed: int) -> Array:
+        """Rows (n, D), each drawn with probability ``rate`` x weight x (1 - similarity to the nearest seed)."""
+
+    def shares(self, seeds_nD: Array) -> Array:
+        """Weight of the rows whose nearest seed it is, for each seed, (n,) float64."""
+
+    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> AssignmentPass:
+        """One assignment pass over all rows, or over those of some blocks of ordinals."""
+
+    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
+        """Up to ``number`` distinct rows that a pass serves worst, worst first, of equals the lowest ordinal."""
 
 
 @dataclass(frozen=True)
-class KMeansResult:
-    """Centroids and how they came about."""
+class Fit:
+    """Centroids, how they came about, and all that it takes to go on from them."""
 
     centroids_KD: Array
-    objective: float
+    iteration: int = 0
+    """Passes so far."""
+    objective: float = -np.inf
     """Mean similarity of a row to its centroid at the last pass."""
-    iterations: int
-    reseeded: int
+    reseeded: int = 0
     """Empty clusters that were given a badly served row, over all iterations."""
+    near_ties: int = 0
+    """Of the last pass."""
+    converged: bool = False
+    """The objective changed by no more than the tolerance."""
+    totals_KD: Array | None = None
+    """Mini-batches: float64 sums of all members so far."""
 
 
-def kmeans(rows: Rows, start_KD: Array, iterations: int, tolerance: float) -> KMeansResult:
-    """Spherical k-means from ``start_KD`` until the objective changes by at most ``tolerance`` of itself."""
-    centroids_KD, previous, reseeded, done = start_KD.astype(np.float32), -np.inf, 0, 0
-    while done < iterations:
-        done += 1
-        found = rows.assign(centroids_KD)
-        empty_k = np.flatnonzero(found.counts_K == 0)
-        centroids_KD = normalised(np.where(found.counts_K[:, None] > 0, found.sums_KD, centroids_KD))
-        if len(empty_k):
-            for k, row in zip(empty_k, rows.worst_served(len(empty_k)), strict=False):
-                centroids_KD[k] = row.vector_D
-                reseeded += 1
-        if not len(empty_k) and found.objective - previous <= tolerance * abs(found.objective):
-            break
-        previous = found.objective
-    return KMeansResult(centroids_KD, found.objective / max(rows.count(), 1), done, reseeded)
+def kmeans(
+    rows: Rows,
+    start: Array | Fit,
+    iterations: int,
+    tolerance: float,
+    batch_rows: int | None = None,
+    seed: int = 0,
+    after: Callable[[Fit], None] = lambda fit: None,
+) -> Fit:
+    """Spherical k-means until the objective changes by at most ``tolerance`` of itself, or ``iterations`` are over.
+
+    From centroids (K, D), whose order the result keeps, or from the ``Fit`` that ``after`` was handed at some iteration.
+    With ``batch_rows`` each iteration sees about as many rows, another draw of blocks every time, and centroids are the
+    means of all that they were ever given (mini-batch k-means, Sculley 2010); then only ``iterations`` ends the fit.
+    """
+    fit = start if isinstance(start, Fit) else Fit(start.astype(np.float32))
+    while fit.iteration < iterations and not fit.converged:
+        fit = _full(rows, fit, tolerance) if batch_rows is None else _mini_batch(rows, fit, batch_rows, seed)
+        after(fit)
+    return fit
 
 
-def farthest_point_seeds(rows: Rows, num_clusters: int) -> Array:
-    """K rows, each the least similar to those before it, the first nearest to the mean; (K, D) float32."""
-    mean_D = rows.mean()
-    seeds = [rows.nearest((mean_D / max(float(np.linalg.norm(mean_D)), 1e-12)).astype(np.float32)).vector_D]
-    while len(seeds) < num_clusters:
-        row = rows.farthest(seeds[-1], first=len(seeds) == 1)
-        if row.similarity >= SAME_ROW:
-            raise ValueError(
-                f"{num_clusters} clusters need {num_clusters} distinct rows; there are {len(seeds)} among {rows.count()}"
-            )
-        seeds.append(row.vector_D)
-    return np.stack(seeds)
+def _full(rows: Rows, fit: Fit, tolerance: float) -> Fit:
+    found = rows.assign(fit.centroids_KD)
+    objective = found.objective(fit.centroids_KD)
+    centroids_KD, reseeded = _moved(rows, fit.centroids_KD, found.sums_KD, found.counts_K, None)
+    converged = not reseeded and objective - fit.objective <= tolerance * abs(objective)
+    return Fit(centroids_KD, fit.iteration + 1, objective, fit.reseeded + reseeded, found.near_ties, converged)
 
 
-class RowArray:
-    """Rows in one array: the holder inside each actor, and alone the oracle of a pool."""
-
-    def __init__(self, rows_ND: Array, ordinals_N: Array | None = None, assign: Assign | None = None) -> None:
-        self.rows_ND = np.rint(normalised(rows_ND) * np.float32(GRID)) / np.float32(GRID)
-        self.ordinals_N = np.arange(len(rows_ND)) if ordinals_N is None else ordinals_N
-        self._assign = assign or faiss_assign("cpu")
-        self._seeded_N = np.empty(0)
-        self._served_by: tuple[Array, Array] | None = None  # centroids of the last pass, and each row's
-
-    def count(self) -> int:
-        return len(self.rows_ND)
-
-    def mean(self) -> Array:
-        return self.total() / max(self.count(), 1)
-
-    def total(self) -> Array:
-        """Float64 sum of all rows, (D,)."""
-        return np.sum([rows_MD.sum(0) for _, rows_MD in self._chunks()] or [np.zeros(self.rows_ND.shape[1])], axis=0)
-
-    def nearest(self, direction_D: Array) -> Row:
-        similarity_N = self._similarity(direction_D)
-        return self._row(int(np.argmax(similarity_N)), similarity_N)
-
-    def farthest(self, seed_D: Array, first: bool) -> Row:
-        similarity_N = self._similarity(seed_D)
-        self._seeded_N = similarity_N if first else np.maximum(self._seeded_N, similarity_N)
-        return self._row(int(np.argmin(self._seeded_N)), self._seeded_N)
-
-    def assign(self, centroids_KD: Array) -> AssignmentPass:
-        sums_KD, counts_K = np.zeros(centroids_KD.shape), np.zeros(len(centroids_KD), np.int64)
-        nearest_N = np.empty(self.count(), np.int64)
-        for chunk, rows_MD in self._chunks():
-            nearest_M = nearest_N[chunk] = self._assign(self.rows_ND[chunk], centroids_KD)
-            shape = (len(centroids_KD), len(rows_MD))
-            member_KM = sparse.csr_matrix((np.ones(len(rows_MD)), (nearest_M, np.arange(len(rows_MD)))), shape=shape)
-            sums_KD += member_KM @ rows_MD
-            counts_K += np.bincount(nearest_M, minlength=len(centroids_KD))
-        self._served_by = centroids_KD, nearest_N
-        return AssignmentPass(sums_KD, counts_K, float((sums_KD * centroids_KD).sum()))
-
-    def worst_served(self, number: int) -> list[Row]:
-        assert self._served_by is not None, "there has been no pass"
-        centroids_KD, nearest_N = self._served_by
-        parts = [(rows_MD * centroids_KD[nearest_N[chunk]]).sum(1) for chunk, rows_MD in self._chunks()]
-        served_N = np.concatenate(parts).round(DECIMALS) if parts else np.empty(0)
-        found: dict[bytes, Row] = {}
-        for i in np.argsort(served_N, kind="stable"):
-            found.setdefault(self.rows_ND[i].tobytes(), self._row(int(i), served_N))
-            if len(found) == number:
-                break
-        return list(found.values())
-
-    def _chunks(self) -> Iterator[tuple[slice, Array]]:
-        """Slices of the rows, and those rows in float64."""
-        for start in range(0, self.count(), CHUNK_ROWS):
-            chunk = slice(start, start + CHUNK_ROWS)
-            yield chunk, self.rows_ND[chunk].astype(np.float64)
-
-    def _similarity(self, direction_D: Array) -> Array:
-        """Each row's similarity to ``direction_D``, (N,) in float64."""
-        return np.concatenate([rows_MD @ direction_D for _, rows_MD in self._chunks()] or [np.empty(0)]).round(DECIMALS)
-
-    def _row(self, index: int, similarity_N: Array) -> Row:
-        return Row(float(similarity_N[index]), int(self.ordinals_N[index]), self.rows_ND[index])
+def _mini_batch(rows: Rows, fit: Fit, batch_rows: int, seed: int) -> Fit:
+    blocks = batch_blocks(rows.count(), batch_rows, seed, fit.iteration)
+    found = rows.assign(fit.centroids_KD, blocks)
+    totals_KD = found.sums_KD if fit.totals_KD is None else fit.totals_KD + found.sums_KD
+    ever_K = found.counts_K + np.any(totals_KD != 0, axis=1)
+    centroids_KD, reseeded = _moved(rows, fit.centroids_KD, totals_KD, ever_K, blocks)
+    return replace(
+        fit,
+        centroids_KD=centroids_KD,
+        iteration=fit.iteration + 1,
+        objective=found.objective(fit.centroids_KD),
+        reseeded=fit.reseeded + reseeded,
+        near_ties=found.near_ties,
+        totals_KD=totals_KD,
+    )
 
 
-def merge_passes(passes: list[AssignmentPass]) -> AssignmentPass:
-    """The pass over all rows, from the passes over its parts, added in the order given."""
+def _moved(rows: Rows, centroids_KD: Array, sums_KD: Array, counts_K: Array, blocks: Array | None) -> tuple[Array, int]:
+    """Normalised sums; empty clusters take the worst-served rows in turn. Also how many did."""
+    moved_KD = normalised(np.where(counts_K[:, None] > 0, sums_KD, centroids_KD))
+    empty_k = np.flatnonzero(counts_K == 0)
+    worst = rows.worst_served(centroids_KD, len(empty_k), blocks) if len(empty_k) else []
+    for k, row in zip(empty_k, worst, strict=False):
+        moved_KD[k] = row.vector_D
+    return moved_KD, len(worst)
+
+
+def batch_blocks(count: int, batch_rows: int, seed: int, iteration: int) -> Array:
+    """Indices of the blocks of ``BLOCK_ROWS`` ordinals that the mini-batch of ``iteration`` is made of, ascending."""
+    blocks = -(-count // BLOCK_ROWS)
+    wanted = min(-(-batch_rows // BLOCK_ROWS), blocks)
+    return np.sort(np.random.default_rng([seed, iteration]).choice(blocks, wanted, replace=False))
+
+
+def merge_passes(*passes: AssignmentPass) -> AssignmentPass:
+    """The pass over all rows, from the passes over its parts."""
     return AssignmentPass(
         np.sum([part.sums_KD for part in passes], axis=0),
         np.sum([part.counts_K for part in passes], axis=0),
-        float(np.sum([part.objective for part in passes])),
+        float(np.sum([part.weight for part in passes])),
+        sum(part.near_ties for part in passes),
     )
 
 
 def normalised(rows_ND: Array) -> Array:
     """Rows scaled to length 1, float32; zero rows stay zero."""
-    wide_ND = rows_ND.astype(np.float64 if rows_ND.dtype == np.float64 else np.float32)
+    wide_ND = rows_ND.astype(np.float64 if rows_ND.dtype == np.float64 else np.float32, copy=False)
     length_N1 = np.linalg.norm(wide_ND, axis=1, keepdims=True)
-    return (wide_ND / np.maximum(length_N1, 1e-12)).astype(np.float32)
+    return (wide_ND / np.maximum(length_N1, 1e-12)).astype(np.float32, copy=False)
 
 
-def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Array:
+class Assigned(NamedTuple):
+    """The most similar centroid of each row, of equals the first."""
+
+    nearest_N: Array
+    """Index into the centroids, int64."""
+    near_ties: int
+
+
+Assign = Callable[[Array, Array], Assigned]
+"""From rows (N, D) and centroids (K, D)."""
+
+
+def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Assigned:
     """The slow, obvious assignment: every similarity in float64, then the largest."""
-    return (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS).argmax(1)
+    similarity_NK = (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS)
+    nearest_N = similarity_NK.argmax(1)
+    if len(centroids_KD) == 1:
+        return Assigned(nearest_N, 0)
+    two_N2 = np.partition(similarity_NK, -2, axis=1)[:, -2:]
+    return Assigned(nearest_N, int((two_N2[:, 1] - two_N2[:, 0] < NEAR_TIE).sum()))
 
 
-def faiss_assign(device: str, threads: int | None = None) -> Assign:
-    """Assignment by an exact FAISS index on ``cpu`` or ``gpu``; near ties are settled in float64."""
-    check_faiss(device)
-    import faiss
+Search = Callable[[Array, Array, int], tuple[Array, Array]]
+"""From rows (N, D), centroids (K, D) and n to the n best similarities and centroids of each row, both (N, n), best first."""
 
+
+def faiss_search(device: str, threads: int | None = None) -> Search:
+    """Exact search by FAISS on ``cpu`` (with so many threads) or ``gpu``."""
+    faiss = load_faiss(device)
     if threads is not None:
         faiss.omp_set_num_threads(threads)
     resources = faiss.StandardGpuResources() if device == "gpu" else None
 
-    def assign(rows_ND: Array, centroids_KD: Array) -> Array:
+    def search(rows_ND: Array, centroids_KD: Array, number: int) -> tuple[Array, Array]:
         index: Any = faiss.IndexFlatIP(centroids_KD.shape[1])
         if resources is not None:
             index = faiss.index_cpu_to_gpu(resources, 0, index)
         index.add(np.ascontiguousarray(centroids_KD, dtype=np.float32))
-        similarity_N2, nearest_N2 = index.search(np.ascontiguousarray(rows_ND), min(2, len(centroids_KD)))
-        near_tie_N = similarity_N2[:, 0] - similarity_N2[:, -1] < NEAR_TIE
+        similarity_Nn, nearest_Nn = index.search(np.ascontiguousarray(rows_ND), min(number, len(centroids_KD)))
+        return similarity_Nn, nearest_Nn
+
+    return search
+
+
+def assign_by(search: Search) -> Assign:
+    """Assignment by a search in float32; near ties are settled in float64."""
+
+    def assign(rows_ND: Array, centroids_KD: Array) -> Assigned:
+        similarity_N2, nearest_N2 = search(rows_ND, centroids_KD, 2)
         nearest_N: Array = nearest_N2[:, 0].astype(np.int64)
-        nearest_N[near_tie_N] = numpy_assign(rows_ND[near_tie_N], centroids_KD)
-        return nearest_N
+        if len(centroids_KD) == 1:
+            return Assigned(nearest_N, 0)
+        near_tie_N = similarity_N2[:, 0] - similarity_N2[:, 1] < NEAR_TIE
+        nearest_N[near_tie_N] = numpy_assign(rows_ND[near_tie_N], centroids_KD).nearest_N
+        return Assigned(nearest_N, int(near_tie_N.sum()))
 
     return assign
+
+
+def faiss_assign(device: str, threads: int | None = None) -> Assign:
+    """Assignment by an exact FAISS index on ``cpu`` or ``gpu``."""
+    return assign_by(faiss_search(device, threads))
+
+
+def load_faiss(device: str) -> Any:
+    """The FAISS module, once it can be loaded and, for ``gpu``, sees one."""
+    check_faiss(device)
+    try:
+        import faiss
+    except ImportError as error:  # a wheel for another Python or CUDA
+        raise UserError(
+            f"FAISS is installed but does not load ({error}): its wheel must fit this Python"
+            + (" and the CUDA libraries of this machine" if device == "gpu" else "")
+            + "; install it anew, see the README"
+        ) from error
+    if device == "gpu" and not faiss.get_num_gpus():
+        raise UserError("clustering.device gpu: FAISS sees no GPU here; check the driver and clustering.gpus_per_actor")
+    return faiss
 
 
 def check_faiss(device: str) -> None:

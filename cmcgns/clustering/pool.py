@@ -1,296 +1,199 @@
-"""The clustering pool: Ray actors that hold the bank, and a coordinator that runs k-means over them.
+"""A pool of Ray actors that holds rows: each runs FAISS over its own, and the answers are merged two levels deep.
 
-Made by the driver, so that it outlives a restart of the workers. The coordinator keeps no state between requests.
+K centroids, D dimensions.
 """
 
 import logging
-import queue
-import threading
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
-from torch import Tensor
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from cmcgns import distributed
-from cmcgns.clustering.bank import BankShard, serving_actor
-from cmcgns.clustering.guide import BankState, RefreshRequest, RefreshResult, recluster
-from cmcgns.clustering.kmeans import Array, AssignmentPass, Row, RowArray, check_faiss, faiss_assign, merge_passes
-from cmcgns.config import ClusteringConfig
+from cmcgns.clustering.kmeans import Array, AssignmentPass, Row, faiss_assign, merge_passes
+from cmcgns.clustering.rows import Drawn, RowArray, merge_lowest, merge_worst
+from cmcgns.config import PoolConfig
+from cmcgns.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3
-"""Times that one re-clustering is tried again after the loss of an actor."""
+FAN_IN = 4
+"""Answers that the coordinator merges by itself; of more, actors merge about the square root each."""
 
 
-class ShardActor:
-    """One actor's part of the bank and its FAISS passes. Several threads: pushes arrive while a pass runs."""
+class ShardLost(RuntimeError):
+    """The actor has been started anew since it was given its rows."""
 
-    def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
-        self.index, self.actors, self.ranks = index, actors, ranks
+
+LOST = (RayActorError, ObjectLostError, ShardLost)
+"""What Ray raises for an answer whose actor, or whose machine, has gone."""
+
+
+class Shard:
+    """One actor's rows and its FAISS passes."""
+
+    def __init__(self, device: str, threads: int) -> None:
         self.assign_rows = faiss_assign(device, threads)
-        self.changed = threading.Condition()
-        self.bank = BankShard()
-        self.rows = RowArray(np.empty((0, 1), np.float32), assign=self.assign_rows)
-        # a restarted actor has lost what it held, and waits for nothing before its first request
-        self.lost = ray.get_runtime_context().was_current_actor_reconstructed
-        self.attempt, self.base_step = 0, 0
-        self.delivered: set[tuple[int, int]] = set()
+        self.rows: RowArray | None = None
 
-    def reset(self, attempt: int, base_step: int, rows_ND: Array, ordinals_N: Array) -> None:
-        """Forget everything; hold ``rows_ND`` and expect the pushes of ``attempt`` for steps after ``base_step``."""
-        with self.changed:
-            self.bank, self.delivered, self.lost = BankShard(), set(), False
-            self.attempt, self.base_step = attempt, base_step
-            self.bank.restore(base_step, rows_ND, ordinals_N)
-            self.changed.notify_all()  # nobody waits any longer for workers that have been replaced
+    def ready(self) -> None:
+        """Answers once the actor is up."""
 
-    @ray.method(max_task_retries=-1)  # a push that the network loses would be waited for; twice does no harm
-    def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
-        """Keep what ``rank`` saw at ``step``; rows of workers that have been replaced are dropped."""
-        with self.changed:
-            if self.lost:
-                self.attempt = attempt
-            if attempt == self.attempt:
-                self.bank.push(step, rank, first_ordinal, rows_nD)
-                self.delivered.add((step, rank))
-                self.changed.notify_all()
+    def answer(self, method: str, *arguments: Any) -> tuple[bool, Any]:
+        """Whether this shard has rows, and what ``RowArray.method`` says of them: two objects, so that the coordinator
+        learns how a call went without fetching what it gave."""
+        if self.rows is None:
+            raise ShardLost("no rows are held")
+        return (True, getattr(self.rows, method)(*arguments)) if len(self.rows) else (False, None)
 
-    def snapshot(self, step: int, first: int, stop: int) -> int:
-        """Number of rows in [first, stop) that passes will use, once every rank served has delivered ``step``."""
-        with self.changed:
-            if self.lost:
-                self.lost, self.base_step = False, step
-                logger.warning("clustering actor %d lost its rows; it refills from step %d on", self.index, step)
-            attempt = self.attempt
-            self.changed.wait_for(lambda: attempt != self.attempt or self._expected(step) <= self.delivered)
-            if attempt != self.attempt:
-                raise RuntimeError(f"the workers that asked for the rows of step {step} have been replaced")
-            self.base_step = max(self.base_step, step)
-            self.delivered = {(each, rank) for each, rank in self.delivered if each > self.base_step}
-            rows_ND, ordinals_N = self.bank.rows_between(first, stop)
-            self.bank.forget_before(first)
-        self.rows = RowArray(rows_ND, ordinals_N, self.assign_rows)
-        return self.rows.count()
+    def merge(self, merge: Callable[..., Any], *parts: Any) -> Any:
+        """``merge`` of what some shards answered, for the coordinator."""
+        return merge(*parts)
 
-    def _expected(self, step: int) -> set[tuple[int, int]]:
-        """What this actor must hold before it may speak for ``step``."""
-        return {
-            (each, rank)
-            for each in range(self.base_step + 1, step + 1)
-            for rank in range(self.ranks)
-            if serving_actor(each, rank, self.ranks, self.actors) == self.index
-        }
 
-    def held(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Rows in [first, stop) and their ordinals."""
-        with self.changed:
-            return self.bank.rows_between(first, stop)
-
-    def total(self) -> Array:
-        """Float64 sum of the snapshot's rows."""
-        return self.rows.total()
-
-    def nearest(self, direction_D: Array) -> Row | None:
-        """The snapshot's row nearest to ``direction_D``; None without rows."""
-        return self.rows.nearest(direction_D) if self.rows.count() else None
-
-    def farthest(self, seed_D: Array, first: bool) -> Row | None:
-        """The snapshot's row farthest from the seeds; None without rows."""
-        return self.rows.farthest(seed_D, first) if self.rows.count() else None
-
-    def assign(self, centroids_KD: Array) -> AssignmentPass:
-        """One FAISS pass over the snapshot."""
-        return self.rows.assign(centroids_KD)
-
-    def worst_served(self, number: int) -> list[Row]:
-        """The snapshot's rows that the last pass served worst."""
-        return self.rows.worst_served(number)
+Recover = Callable[[dict[int, Exception]], None]
+"""Brings back the shards that were lost, given why."""
 
 
 class PooledRows:
-    """The rows of all actors as one set: each answer is merged in the actors' order."""
+    """The rows of all shards as one set. Without ``recover`` the loss of a shard is the caller's to handle."""
 
-    def __init__(self, shards: Sequence[ActorHandle[Any]], counts: Sequence[int]) -> None:
-        self.shards, self.counts = shards, counts
-
-    def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        # one copy in the object store, not one for each actor
-        shared = [ray.put(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
-        answers: list[Any] = ray.get([getattr(shard, method).remote(*shared) for shard in self.shards])
-        return answers
+    def __init__(
+        self, shards: Sequence[ActorHandle[Any]], counts: Sequence[int], recover: Recover | None = None
+    ) -> None:
+        self.shards, self.counts, self._recover = shards, counts, recover
 
     def count(self) -> int:
         return sum(self.counts)
 
     def mean(self) -> Array:
-        totals = [total for total, count in zip(self._ask("total"), self.counts, strict=True) if count]
-        return np.sum(totals, axis=0) / max(self.count(), 1)
+        total_D: Array = self._merged(add_up, "total")
+        return total_D / max(self.count(), 1)
+
+    def subset(self, number: int, seed: int) -> Array:
+        drawn: Drawn = self._merged(partial(merge_lowest, number), "lowest", number, seed)
+        return drawn.rows_nD
 
     def nearest(self, direction_D: Array) -> Row:
-        rows = [row for row in self._ask("nearest", direction_D) if row is not None]
-        return min(rows, key=lambda row: (-row.similarity, row.ordinal))
+        row: Row = self._merged(most_similar, "nearest", direction_D)
+        return row
 
-    def farthest(self, seed_D: Array, first: bool) -> Row:
-        rows = [row for row in self._ask("farthest", seed_D, first) if row is not None]
-        return min(rows, key=lambda row: (row.similarity, row.ordinal))
+    def farthest(self, seeds_nD: Array) -> Row:
+        row: Row = self._merged(least_similar, "farthest", seeds_nD)
+        return row
 
-    def assign(self, centroids_KD: Array) -> AssignmentPass:
-        passes = self._ask("assign", centroids_KD)
-        return merge_passes([each for each, count in zip(passes, self.counts, strict=True) if count])
+    def distance(self, seeds_nD: Array) -> float:
+        return float(self._merged(add_up, "distance", seeds_nD))
 
-    def worst_served(self, number: int) -> list[Row]:
-        rows = [row for part in self._ask("worst_served", number) for row in part]
-        distinct = {
-            row.vector_D.tobytes(): row for row in sorted(rows, key=lambda row: (-row.similarity, -row.ordinal))
-        }
-        return sorted(distinct.values(), key=lambda row: (row.similarity, row.ordinal))[:number]
+    def draw(self, seeds_nD: Array, rate: float, seed: int) -> Array:
+        drawn: Drawn = self._merged(partial(merge_lowest, None), "drawn", seeds_nD, rate, seed)
+        return drawn.rows_nD
 
+    def shares(self, seeds_nD: Array) -> Array:
+        share_n: Array = self._merged(add_up, "shares", seeds_nD)
+        return share_n
 
-class Coordinator:
-    """Runs one re-clustering at a time; everything it needs comes with the request, so it may be restarted."""
-
-    def refit(
-        self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, request: RefreshRequest
-    ) -> RefreshResult:
-        """New centroids; after the loss of an actor again with what the others and its successor hold."""
-        for attempt in range(ATTEMPTS):
-            try:
-                wanted = (request.step, request.first_ordinal, request.stop_ordinal)
-                counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
-                return recluster(PooledRows(shards, counts), request, config)
-            except RayActorError as error:
-                lost = f"a clustering actor was lost: {str(error).splitlines()[0]}"
-                logger.warning("%s; attempt %d of %d", lost, attempt + 1, ATTEMPTS)
-        return RefreshResult(None, lost)
-
-
-@dataclass(frozen=True)
-class PoolHandles:
-    """The pool's actors, as the driver hands them to the workers."""
-
-    shards: tuple[ActorHandle[Any], ...]
-    coordinator: ActorHandle[Any]
-    config: ClusteringConfig
-
-    def stop(self) -> None:
-        """End all actors of the pool."""
-        for actor in (*self.shards, self.coordinator):
-            ray.kill(actor)
-
-
-def start_pool(
-    config: ClusteringConfig, ranks: int, board: Any = None, shard_type: type[ShardActor] = ShardActor
-) -> PoolHandles:
-    """A pool of ``config.actors`` actors for ``ranks`` workers, and its coordinator, each on a process of its own."""
-    check_faiss(config.device)
-    threads = max(int(config.cpus_per_actor), 1)
-    # pushes and passes overlap: a push must never wait behind a pass
-    make_shard = ray.remote(shard_type).options(
-        num_cpus=config.cpus_per_actor, num_gpus=config.gpus_per_actor, max_restarts=-1, max_concurrency=8
-    )
-    shards = tuple(make_shard.remote(i, config.actors, ranks, config.device, threads) for i in range(config.actors))
-    ray.get([shard.total.remote() for shard in shards])
-    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1).remote()
-    return PoolHandles(shards, coordinator, config)
-
-
-class RayPool:
-    """This rank's end of the pool. A thread of its own hands features over, so that training never waits for a copy."""
-
-    def __init__(self, handles: PoolHandles) -> None:
-        self.handles = handles
-        self.attempt = 0
-        self._outbox: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=256)
-        self._pending: Any = None
-        self._broken: Exception | None = None
-        threading.Thread(target=self._deliver, name="clustering-push", daemon=True).start()
-
-    def _deliver(self) -> None:
-        while (send := self._outbox.get()) is not None:
-            try:
-                send()
-            except Exception as error:  # belongs to whoever pushes or waits next
-                self._broken = error
-            finally:
-                self._outbox.task_done()
-
-    def _drain(self) -> None:
-        """Wait until everything has been handed over."""
-        self._outbox.join()
-        if self._broken is not None:
-            raise self._broken
-
-    def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
-        rank, ranks = distributed.rank(), len(counts)
-        shard = self.handles.shards[serving_actor(step, rank, ranks, len(self.handles.shards))]
-        host_nD, copied = to_host(rows_nD)
-        attempt = self.attempt
-        if self._broken is not None:
-            raise self._broken
-
-        def send() -> None:
-            if copied is not None:
-                copied.synchronize()
-            shard.push.remote(attempt, step, rank, first_ordinal, host_nD.numpy())
-
-        self._outbox.put(send)
-
-    def request(self, request: RefreshRequest) -> None:
-        self._pending = self.handles.coordinator.refit.remote(self.handles.shards, self.handles.config, request)
-
-    def result(self) -> RefreshResult:
-        try:
-            found: RefreshResult = ray.get(self._pending)
-        except RayActorError as error:
-            return RefreshResult(None, f"the clustering coordinator was lost: {str(error).splitlines()[0]}")
-        logger.info("clustering: %s", found.report)
+    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> AssignmentPass:
+        found: AssignmentPass = self._merged(merge_passes, "assign", centroids_KD, blocks)
         return found
 
-    def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
-        self._drain()
-        ray.get([shard.snapshot.remote(step, first_ordinal, stop_ordinal) for shard in self.handles.shards])
-        parts = [
-            p for p in ray.get([s.held.remote(first_ordinal, stop_ordinal) for s in self.handles.shards]) if len(p[1])
-        ]
-        if not parts:
-            return BankState(np.empty((0, 0), np.float16), np.empty(0, np.int64))
-        rows_ND, ordinals_N = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-        order_N = np.argsort(ordinals_N, kind="stable")
-        return BankState(rows_ND[order_N], ordinals_N[order_N])
+    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
+        rows: list[Row] = self._merged(partial(merge_worst, number), "worst_served", centroids_KD, number, blocks)
+        return rows
 
-    def reset(self, step: int, state: BankState | None) -> None:
-        self._drain()
-        fresh = int(np.random.default_rng().integers(1, 2**62)) if distributed.rank() == 0 else 0
-        self.attempt = distributed.broadcast_object(fresh)
-        if distributed.rank() == 0:
-            self._reset_shards(step, state)
-        distributed.exchange([step])  # nobody pushes before the actors know the attempt
+    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
+        """What all shards answer, merged in their order."""
+        # one copy in the object store, not one for each actor
+        shared = [ray.put(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        while True:
+            answers = self._answers(method, shared)
+            try:
+                if len(answers) <= FAN_IN:
+                    return merge(*ray.get([answer for _, answer in answers]))
+                return merge(*ray.get(self._merged_by_shards(merge, answers)))
+            except LOST as error:  # one that had answered already: its answer went with it
+                if self._recover is None:
+                    raise
+                logger.warning(
+                    "clustering: an answer was lost while it was merged (%s); asking again", first_line(error)
+                )
 
-    def _reset_shards(self, step: int, state: BankState | None) -> None:
-        bank = state if state is not None else BankState(np.empty((0, 0), np.float16), np.empty(0, np.int64))
-        bounds = np.linspace(0, len(bank.ordinals_N), len(self.handles.shards) + 1).astype(int)
-        ray.get(
-            [
-                shard.reset.remote(self.attempt, step, bank.rows_ND[start:stop], bank.ordinals_N[start:stop])
-                for shard, start, stop in zip(self.handles.shards, bounds[:-1], bounds[1:], strict=True)
-            ]
-        )
+    def _answers(self, method: str, arguments: Sequence[Any]) -> list[tuple[int, Any]]:
+        """Index of each shard that has rows, and a reference to its answer."""
+        answers: dict[int, Any] = {}
+
+        def send(i: int) -> Any:
+            there, answers[i] = self.shards[i].answer.options(num_returns=2).remote(method, *arguments)
+            return there
+
+        there = settled(send, len(self.shards), self._recover)
+        return [(i, answers[i]) for i in range(len(self.shards)) if there[i]]
+
+    def _merged_by_shards(self, merge: Callable[..., Any], answers: list[tuple[int, Any]]) -> list[Any]:
+        """References to about sqrt(n) merged answers: what reaches the coordinator does not grow with the pool."""
+        size = math.isqrt(len(answers) - 1) + 1
+        groups = [answers[start : start + size] for start in range(0, len(answers), size)]
+        return [self.shards[group[0][0]].merge.remote(merge, *(answer for _, answer in group)) for group in groups]
 
 
-def to_host(rows_nD: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """``rows_nD`` in float16 on the host, and on a GPU the event after which the copy holds them."""
-    half_nD = rows_nD.detach().half()
-    if half_nD.device.type == "cpu":
-        return half_nD, None
-    host_nD = torch.empty(half_nD.shape, dtype=half_nD.dtype, pin_memory=True)
-    host_nD.copy_(half_nD, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return host_nD, copied
+def settled(send: Callable[[int], Any], number: int, recover: Recover | None) -> list[Any]:
+    """Answers to what ``send`` asks shard after shard, all at once; asked again of those that were lost."""
+    answers: dict[int, Any] = {}
+    waiting = list(range(number))
+    while waiting:
+        sent, lost = {i: send(i) for i in waiting}, {}
+        for i, reference in sent.items():
+            try:
+                answers[i] = answered(reference)
+            except LOST as error:
+                if recover is None:
+                    raise
+                lost[i] = error
+        if lost and recover is not None:
+            recover(lost)
+        waiting = list(lost)
+    return [answers[i] for i in range(number)]
+
+
+def answered(reference: Any) -> Any:
+    """What an actor answered; a ``UserError`` in it is raised as it was, without Ray's report of the place."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+
+
+def actor_options(config: PoolConfig) -> dict[str, Any]:
+    """What Ray reserves for one actor."""
+    return {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
+
+
+def threads_per_actor(config: PoolConfig) -> int:
+    """FAISS threads of one actor: its whole CPUs."""
+    return max(int(config.cpus_per_actor), 1)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def add_up(*parts: Any) -> Any:
+    """Sum of numbers or arrays."""
+    return np.sum(parts, axis=0)
+
+
+def most_similar(*rows: Row) -> Row:
+    """The most similar row, of equals the lowest ordinal."""
+    return min(rows, key=lambda row: (-row.similarity, row.ordinal))
+
+
+def least_similar(*rows: Row) -> Row:
+    """The least similar row, of equals the lowest ordinal."""
+    return min(rows, key=lambda row: (row.similarity, row.ordinal))

@@ -106,14 +106,14 @@ def _profile_value(name: str, profile: str | None) -> str | None:
 def read_bytes(uri: str) -> bytes:
     """The content of the file at ``uri``."""
     files, path = filesystem(uri)
-    with _explained(uri), files.open_input_file(path) as file:
+    with explained(uri), files.open_input_file(path) as file:
         return bytes(file.read())
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write the file at ``uri`` whole; on a local disk it appears complete or not at all."""
     files, path = filesystem(uri)
-    with _explained(uri):
+    with explained(uri):
         if is_s3(uri):
             with files.open_output_stream(path) as file:
                 file.write(data)
@@ -135,14 +135,14 @@ def upload_folder(local: Path, uri: str) -> None:
 def exists(uri: str) -> bool:
     """Whether a file or folder lies at ``uri``."""
     files, path = filesystem(uri)
-    with _explained(uri):
+    with explained(uri):
         return bool(files.get_file_info(path).type != arrow_fs.FileType.NotFound)
 
 
 def is_folder(uri: str) -> bool:
     """Whether a folder (on S3: anything under the prefix) lies at ``uri``."""
     files, path = filesystem(uri)
-    with _explained(uri):
+    with explained(uri):
         return bool(files.get_file_info(path).type == arrow_fs.FileType.Directory)
 
 
@@ -158,7 +158,7 @@ def list_folders(uri: str) -> list[str]:
 
 def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
     files, path = filesystem(uri)
-    with _explained(uri):
+    with explained(uri):
         found = files.get_file_info(arrow_fs.FileSelector(path, recursive=recursive))
     prefix = len(path.rstrip("/")) + 1
     return sorted((entry.path[prefix:], entry.type == arrow_fs.FileType.Directory) for entry in found)
@@ -188,7 +188,7 @@ _HINTS = (
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Turn what Arrow raises into one message with the URI and the way out."""
     try:
         yield

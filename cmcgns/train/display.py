@@ -1,27 +1,17 @@
-"""What the user sees on the driver's terminal: the plan, one line of progress, and where everything is."""
+"""One line of progress on the driver's terminal, and the lines that workers and actors have written."""
 
 import contextlib
 import logging
-import sys
 import threading
 from typing import Any
 
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from cmcgns.train.schedule import Schedule
 
 POLL_S = 0.5
-
-
-def print_plan(console: Console, facts: dict[str, str]) -> None:
-    """A table of what is about to run, where, and on how much."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
-    console.print(table)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -89,8 +79,3 @@ class Display:
             bar.update(task, completed=row.get("step", 0), description=describe(row))
             if not self.console.is_terminal or row.get("split") == "val":
                 self.console.print(f"step {row.get('step', 0)}/{self.schedule.total} {describe(row)}", highlight=False)
-
-
-def console() -> Console:
-    """The driver's terminal; wide enough for one line of progress where the output is a file."""
-    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)

@@ -7,8 +7,8 @@ import ray
 from cmcgns.config import Config
 from cmcgns.errors import UserError
 from cmcgns.models.tokenizer import ReportTokenizer
+from cmcgns.run_folder import RunFolder
 from cmcgns.train.corpus import Corpus
-from cmcgns.train.folder import RunFolder
 from cmcgns.train.schedule import Schedule
 
 

@@ -1,6 +1,5 @@
 """The driver of a pretraining run: checks, plan, workers and pool, and the run's last word."""
 
-import json
 import logging
 import os
 import signal
@@ -14,44 +13,39 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
+from cmcgns.clustering.bank_pool import PoolHandles, start_pool
 from cmcgns.clustering.kmeans import check_faiss
-from cmcgns.clustering.pool import PoolHandles, start_pool
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.data.dataset import Stream
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import build_model
+from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
+from cmcgns.session import ray_session
+from cmcgns.terminal import console, print_plan, quiet_terminal
 from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
-from cmcgns.train.display import Display, console, print_plan
+from cmcgns.train.display import Display
 from cmcgns.train.folder import (
-    RunFolder,
+    FREE_TO_CHANGE,
     latest_checkpoint,
-    open_folder,
     read_bad_rows,
+    read_tokenizer,
     with_absolute_paths,
     write_bad_rows,
     write_start,
 )
 from cmcgns.train.plan import check_cpus, describe_plan, studies_ahead, taken_cpus, threads_per_worker
-from cmcgns.train.quiet import quiet_terminal
 from cmcgns.train.schedule import Schedule, build_schedule
 from cmcgns.train.worker import Assignment, work
 
 GROUP_TIMEOUT_S = 1800
 """Longest time that ranks wait for one another: an export or a slow bucket on rank 0."""
-LOCAL_CLUSTER = {
-    # data tasks come in bursts: keep their processes, and what they have imported, between epochs
-    "idle_worker_killing_time_threshold_ms": 600_000,
-    "num_workers_soft_limit": 16,
-}
-"""Settings of a Ray made for one run on this machine."""
 PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 
 
@@ -59,14 +53,16 @@ def pretrain(config: Config) -> int:
     """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved."""
     terminal, config = console(), with_absolute_paths(config)
     check_faiss(config.clustering.device)
-    folder = open_folder(config)
+    folder = open_folder(config.run, "pretrain")
+    if folder.resumed:
+        refuse_changes(config, folder, FREE_TO_CHANGE)
     corpus = open_corpus(config)
     schedule = build_schedule(config.train, len(corpus.train))
     sample = sample_reports(corpus, config.model.vocabulary_reports)
     check_sizes(config, corpus, sample)
-    tokenizer = folder.read_tokenizer(config) if folder.resumed else make_tokenizer(config, sample)
+    tokenizer = read_tokenizer(folder, config) if folder.resumed else make_tokenizer(config, sample)
     parameters = count_parameters(config, tokenizer)
-    with quiet_terminal(), ray_session(config) as cpus:
+    with quiet_terminal(), ray_session(worker_variables(config)) as cpus:
         check_cpus(config, cpus)
         print_plan(
             terminal, describe_plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus)
@@ -100,16 +96,6 @@ def pretrain(config: Config) -> int:
         return status
 
 
-def warn_of_passing_folder(terminal: Console, folder: RunFolder) -> None:
-    """Say so where the run would be deleted with Ray's copy of the working directory."""
-    if folder.is_passing:
-        terminal.print(
-            f"[yellow]run.storage {folder.storage} lies in Ray's copy of the working directory, which goes with the "
-            "cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
-            highlight=False,
-        )
-
-
 def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     """Learnable numbers of the model; building it without memory also proves that the settings fit together."""
     with torch.device("meta"):
@@ -117,49 +103,15 @@ def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@contextmanager
-def ray_session(config: Config) -> Iterator[float]:
-    """CPUs of the Ray cluster that the environment names, or of one made on this machine for the run."""
-    environment = worker_environment(config)
-    os.environ.update(environment)
-    ours = not ray.is_initialized()
-    if ours:
-        # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
-        own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
-        settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
-        if not os.environ.get("RAY_ADDRESS"):
-            settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield float(ray.cluster_resources().get("CPU", 0))
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def submitted_variables() -> dict[str, str]:
-    """Environment variables in the runtime environment that this job was submitted with, if it was."""
-    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
-    variables: dict[str, str] = (submitted.get("runtime_env") or {}).get("env_vars") or {}
-    return variables
-
-
-def worker_environment(config: Config) -> dict[str, str]:
-    """Environment of every process of the run."""
+def worker_variables(config: Config) -> dict[str, str]:
+    """Environment variables of every process of the run, beside those of every job."""
     own = {
-        "TOKENIZERS_PARALLELISM": "false",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "PYTHONWARNINGS": "ignore",
     }
-    if not config.train.use_gpu:
-        own["DS_ACCELERATOR"] = "cpu"
-    chosen = {name: os.environ.get(name, value) for name, value in own.items()}
-    return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}
 
 
 def assign(

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from cmcgns import distributed
+from cmcgns.clustering.bank_pool import PoolHandles, RayPool
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide, Pool
-from cmcgns.clustering.pool import PoolHandles, RayPool
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.data.dataset import VALIDATION_EPOCH, Block, Stream, blocks

@@ -23,9 +23,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch.nn import functional as F
 
 from cmcgns import distributed
+from cmcgns.clustering.bank_pool import RayPool, start_pool
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide
-from cmcgns.clustering.pool import RayPool, start_pool
 from cmcgns.config import Config
 from cmcgns.data.dataset import Block
 from cmcgns.models.vision_language import VisionLanguageModel, build_model

@@ -12,10 +12,9 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import distributed
+from cmcgns.clustering.bank_pool import BankActor, PoolHandles, RayPool, start_pool
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide, LocalPool
-from cmcgns.clustering.kmeans import Array, AssignmentPass
-from cmcgns.clustering.pool import PoolHandles, RayPool, ShardActor, start_pool
 from cmcgns.config import Config
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Batcher
@@ -26,15 +25,15 @@ from tests.train.memory import MemoryBlocks
 STUDIES = 160
 
 
-class DelayedShard(ShardActor):
+class DelayedShard(BankActor):
     """One actor (the last) takes its time over every pass."""
 
     longest_s = 3.0
 
-    def assign(self, centroids_KD: Array) -> AssignmentPass:
-        if self.index == self.actors - 1:
+    def answer(self, method: str, *arguments: Any) -> tuple[bool, Any]:
+        if method == "assign" and self.index == self.actors - 1:
             time.sleep(random.uniform(0, self.longest_s))
-        return super().assign(centroids_KD)
+        return super().answer(method, *arguments)
 
 
 def settings(steps: int) -> Config:

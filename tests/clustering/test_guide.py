@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from cmcgns import distributed
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide, LocalPool
-from cmcgns.clustering.kmeans import RowArray, farthest_point_seeds, kmeans, numpy_assign
+from cmcgns.clustering.kmeans import kmeans, numpy_assign
+from cmcgns.clustering.rows import RowArray
+from cmcgns.clustering.seeding import farthest_point_seeds
 from cmcgns.config import ClusteringConfig
 from tests.ranks import run_on_ranks
 

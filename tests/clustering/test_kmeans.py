@@ -1,23 +1,16 @@
 """K-means, seeding and merging against slow loops, FAISS against numpy."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cmcgns.clustering.kmeans import (
-    Array,
-    AssignmentPass,
-    Row,
-    RowArray,
-    faiss_assign,
-    farthest_point_seeds,
-    kmeans,
-    merge_passes,
-    normalised,
-    numpy_assign,
-)
+from cmcgns.clustering.kmeans import Array, faiss_assign, kmeans, normalised, numpy_assign
+from cmcgns.clustering.pool import PooledRows
+from cmcgns.clustering.rows import RowArray
+from cmcgns.clustering.seeding import farthest_point_seeds
 
 
 def clustered_rows(number: int, seed: int = 0, clusters: int = 5, dim: int = 16) -> Array:
@@ -49,34 +42,15 @@ def slow_seeds(rows_ND: Array, number: int) -> list[int]:
     return chosen
 
 
-class Shards:
-    """Row arrays that together hold the rows: what a pool of actors does, in one process."""
+class Shards(PooledRows):
+    """A pool in one process: its merging without its actors."""
 
     def __init__(self, parts: Sequence[RowArray]) -> None:
-        self.parts = [part for part in parts if part.count()]
+        super().__init__([], [len(part) for part in parts])
+        self.parts = parts
 
-    def count(self) -> int:
-        return sum(part.count() for part in self.parts)
-
-    def mean(self) -> Array:
-        return np.sum([part.total() for part in self.parts], axis=0) / self.count()
-
-    def nearest(self, direction_D: Array) -> Row:
-        return min((part.nearest(direction_D) for part in self.parts), key=lambda row: (-row.similarity, row.ordinal))
-
-    def farthest(self, seed_D: Array, first: bool) -> Row:
-        return min((part.farthest(seed_D, first) for part in self.parts), key=lambda row: (row.similarity, row.ordinal))
-
-    def assign(self, centroids_KD: Array) -> AssignmentPass:
-        return merge_passes([part.assign(centroids_KD) for part in self.parts])
-
-    def worst_served(self, number: int) -> list[Row]:
-        found: dict[bytes, Row] = {}
-        for row in sorted(
-            (r for p in self.parts for r in p.worst_served(number)), key=lambda r: (r.similarity, r.ordinal)
-        ):
-            found.setdefault(row.vector_D.tobytes(), row)
-        return list(found.values())[:number]
+    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
+        return merge(*[getattr(part, method)(*arguments) for part in self.parts if len(part)])
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
@@ -86,8 +60,10 @@ def test_faiss_assigns_every_row_as_numpy_does(spread: float) -> None:
     rows_ND = RowArray(normalised(alike_D + spread * clustered_rows(3000)), assign=numpy_assign).rows_ND
     centroids_KD = normalised(alike_D + spread * clustered_rows(20, seed=1))
     expected_N = (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).argmax(1)
-    assert (numpy_assign(rows_ND, centroids_KD) == expected_N).mean() > 0.999  # but for ties of twelve digits
-    assert (faiss_assign("cpu", 1)(rows_ND, centroids_KD) == numpy_assign(rows_ND, centroids_KD)).all()
+    assert (numpy_assign(rows_ND, centroids_KD).nearest_N == expected_N).mean() > 0.999  # but for ties of twelve digits
+    assert (
+        faiss_assign("cpu", 1)(rows_ND, centroids_KD).nearest_N == numpy_assign(rows_ND, centroids_KD).nearest_N
+    ).all()
     ours = RowArray(rows_ND, assign=faiss_assign("cpu", 1)).assign(centroids_KD)
     theirs = RowArray(rows_ND, assign=numpy_assign).assign(centroids_KD)
     assert (ours.counts_K == theirs.counts_K).all()
@@ -99,7 +75,7 @@ def test_kmeans_finds_the_centroids_of_a_slow_loop() -> None:
     start_KD = rows_ND[:6]
     found = kmeans(RowArray(rows_ND, assign=numpy_assign), start_KD, iterations=5, tolerance=0.0)
     # centroids are float32 between iterations
-    np.testing.assert_allclose(found.centroids_KD, slow_kmeans(rows_ND, start_KD, found.iterations), atol=1e-6)
+    np.testing.assert_allclose(found.centroids_KD, slow_kmeans(rows_ND, start_KD, found.iteration), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found.centroids_KD, axis=1), 1.0, atol=1e-6)
 
 
@@ -107,7 +83,7 @@ def test_kmeans_never_gets_worse_and_stops_once_it_no_longer_gets_better() -> No
     rows = RowArray(clustered_rows(400), assign=numpy_assign)
     objectives = [kmeans(rows, rows.rows_ND[:6], n, 0.0).objective for n in range(1, 10)]
     assert all(later >= earlier - 1e-7 for earlier, later in pairwise(objectives))
-    assert kmeans(rows, rows.rows_ND[:6], 100, 1e-4).iterations < 100
+    assert kmeans(rows, rows.rows_ND[:6], 100, 1e-4).iteration < 100
 
 
 def test_farthest_point_seeds_are_those_of_a_slow_loop() -> None:
@@ -120,8 +96,7 @@ def test_farthest_point_seeds_are_those_of_a_slow_loop() -> None:
 def test_of_equally_far_rows_the_earliest_is_the_seed() -> None:
     rows_ND = np.array([[1, 0, 0], [0.9, 0, 0.1], [0, 1, 0], [0, 0, 1], [0, 1, 0]], np.float32)
     rows = RowArray(rows_ND, np.array([10, 11, 12, 13, 14]), numpy_assign)
-    rows.farthest(rows.rows_ND[0], first=True)
-    assert rows.farthest(rows.rows_ND[3], first=False).ordinal == 12
+    assert rows.farthest(rows.rows_ND[[0, 3]]).ordinal == 12
     assert rows.nearest(np.array([0, 1, 0], np.float32)).ordinal == 12
 
 
@@ -143,8 +118,7 @@ def test_empty_clusters_take_the_worst_served_rows_in_centroid_order() -> None:
 def test_equal_rows_reseed_one_cluster_only() -> None:
     rows_ND = normalised(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0], [0.6, 0, 0.8]], np.float32))
     rows = RowArray(rows_ND, assign=numpy_assign)
-    rows.assign(rows_ND[:1])
-    assert [row.ordinal for row in rows.worst_served(2)] == [1, 3]
+    assert [row.ordinal for row in rows.worst_served(rows_ND[:1], 2)] == [1, 3]
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2])
@@ -162,7 +136,7 @@ def test_shards_find_the_centroids_of_one_array_bit_for_bit(shards: int, spread:
     start_KD = np.concatenate([seeds_KD, -seeds_KD.mean(0, keepdims=True)])
     ours, theirs = kmeans(parts, start_KD, 10, 1e-4), kmeans(whole, start_KD, 10, 1e-4)
     assert np.array_equal(ours.centroids_KD, theirs.centroids_KD)
-    assert (ours.iterations, ours.reseeded) == (theirs.iterations, theirs.reseeded)
+    assert (ours.iteration, ours.reseeded) == (theirs.iteration, theirs.reseeded)
     assert theirs.reseeded
 
 
@@ -171,7 +145,7 @@ def test_rows_are_put_on_the_sphere_and_large_sets_go_in_chunks(monkeypatch: pyt
     whole = RowArray(3 * rows_ND, assign=numpy_assign)
     np.testing.assert_allclose(np.linalg.norm(whole.rows_ND, axis=1), 1.0, atol=1e-6)
     in_one = whole.assign(rows_ND[:5])
-    monkeypatch.setattr("cmcgns.clustering.kmeans.CHUNK_ROWS", 7)
+    monkeypatch.setattr("cmcgns.clustering.rows.CHUNK_ROWS", 7)
     in_chunks = whole.assign(rows_ND[:5])
     assert (in_one.counts_K == in_chunks.counts_K).all()
     np.testing.assert_allclose(in_one.sums_KD, in_chunks.sums_KD, atol=1e-12)

@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 
-from cmcgns.clustering.pool import PoolHandles, RayPool
+from cmcgns.clustering.bank_pool import PoolHandles, RayPool
 from tests.clustering.pool_run import run, settings
 
 pytestmark = pytest.mark.ray

@@ -8,7 +8,8 @@ from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.data.sources.base import FileSource
 from cmcgns.errors import BadRow
-from cmcgns.train.folder import RunFolder, latest_checkpoint, read_bad_rows, with_absolute_paths, write_bad_rows
+from cmcgns.run_folder import RunFolder
+from cmcgns.train.folder import latest_checkpoint, read_bad_rows, with_absolute_paths, write_bad_rows
 from tests.small import small_config
 
 
@@ -48,7 +49,7 @@ def test_local_folders_become_absolute_and_names_stay_names(tmp_path: Path, monk
 
 def test_a_film_that_may_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(uri: str) -> bytes:
-        with storage._explained(uri):
+        with storage.explained(uri):
             raise OSError("When reading information for key: AWS Error ACCESS_DENIED during HeadObject operation")
 
     monkeypatch.setattr(storage, "read_bytes", refuse)

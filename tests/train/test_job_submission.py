@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.train.folder import RunFolder
+from cmcgns.run_folder import RunFolder
 from tests.ray_head import RayHead
 from tests.submission import check_submission
 

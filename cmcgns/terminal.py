@@ -1,12 +1,28 @@
-"""Keeps off the terminal what Ray prints there and no user can act on."""
+"""The driver's terminal: tables of facts, and nothing of what Ray prints there that no user can act on."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 NOISE = ("PYTHON worker processes have been started",)
 """Ray counts every actor and data task; a run has many of both on purpose."""
+
+
+def console() -> Console:
+    """The driver's terminal; wide enough for one line of progress where the output is a file."""
+    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+
+
+def print_plan(console: Console, facts: dict[str, str]) -> None:
+    """A table of what is about to run, where, and on how much."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    console.print(table)
 
 
 class _Filtered:

@@ -1,0 +1,177 @@
+"""Embeddings in Parquet: files of a folder or bucket, of which each actor streams its own rows.
+
+M rows of one batch, D dimensions. A row's ordinal is its place in the files sorted by name.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from cmcgns.clustering.kmeans import Array
+from cmcgns.data import storage
+from cmcgns.errors import UserError
+
+BATCH_ROWS = 4096
+"""Rows decoded at a time."""
+READ_BYTES = 8 * 2**20
+"""Bytes that one request to the object store asks for."""
+FOOTER_THREADS = 16
+
+
+class Columns(NamedTuple):
+    """Names of the columns; None where there is none."""
+
+    id: str
+    vector: str
+    weight: str | None = None
+    text: str | None = None
+
+
+class RowGroup(NamedTuple):
+    """One row group, or the part [start, stop) of it."""
+
+    uri: str
+    number: int
+    start: int
+    stop: int
+    first: int
+    """Ordinal of its row ``start``."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A set of embeddings, or one actor's part of it; nothing is read before it is asked for."""
+
+    uri: str
+    columns: Columns
+    dim: int
+    groups: tuple[RowGroup, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(group.stop - group.start for group in self.groups)
+
+    @property
+    def ordinals_N(self) -> Array:
+        """Ordinal of each row, ascending."""
+        spans = [np.arange(group.first, group.first + group.stop - group.start) for group in self.groups]
+        return np.concatenate(spans or [np.empty(0, np.int64)])
+
+    def deal(self, parts: int) -> list["Embeddings"]:
+        """``parts`` runs of rows, equally many to within one; two may share a row group."""
+        bounds = np.linspace(0, self.rows, parts + 1).round().astype(int)
+        return [self.between(int(start), int(stop)) for start, stop in pairwise(bounds)]
+
+    def between(self, start: int, stop: int) -> "Embeddings":
+        """The rows in places [start, stop) of this set."""
+        kept, place = [], 0
+        for group in self.groups:
+            skipped = max(start - place, 0)
+            size = group.stop - group.start
+            taken = min(stop - place, size) - skipped
+            if taken > 0:
+                begin = group.start + skipped
+                kept.append(group._replace(start=begin, stop=begin + taken, first=group.first + skipped))
+            place += size
+        return replace(self, groups=tuple(kept))
+
+    def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The named columns in order, ``BATCH_ROWS`` rows or fewer at a time."""
+        for group in self.groups:
+            with storage.explained(group.uri):
+                yield from _group_batches(group, names)
+
+    def vectors(self, batch: pa.RecordBatch, first: int) -> Array:
+        """The batch's vectors (M, D) in the precision of the file; ``first`` is the place of its first row, for errors."""
+        column = batch.column(self.columns.vector)
+        values = column.flatten()
+        if column.null_count or values.null_count or len(values) != len(column) * self.dim:
+            lengths = (
+                column.value_lengths() if not pa.types.is_fixed_size_list(column.type) else [self.dim] * len(column)
+            )
+            odd = next((i for i, v in enumerate(column.to_pylist()) if v is None or None in v or len(v) != self.dim), 0)
+            raise UserError(
+                f"{self.place(first + odd)}: column '{self.columns.vector}' holds "
+                f"{'nothing' if not column[odd].is_valid else f'{lengths[odd]} values, some missing or too many'}, where "
+                f"{self.dim} numbers were wanted; leave such rows out of the set"
+            )
+        return values.to_numpy(zero_copy_only=False).reshape(len(column), self.dim)
+
+    def place(self, row: int) -> str:
+        """File and row in words, of the row in place ``row`` of this set."""
+        for group in self.groups:
+            size = group.stop - group.start
+            if row < size:
+                return f"{group.uri}, row group {group.number}, row {group.start + row} of it"
+            row -= size
+        return self.uri
+
+
+def _group_batches(group: RowGroup, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    files, path = storage.filesystem(group.uri)
+    # without pre_buffer memory stays at a few pages, however large the row group
+    with parquet.ParquetFile(path, filesystem=files, pre_buffer=False, buffer_size=READ_BYTES) as file:
+        place = 0
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.number], columns=list(names)):
+            begin, end = max(group.start - place, 0), min(group.stop - place, len(batch))
+            if end > begin:
+                yield batch.slice(begin, end - begin)
+            place += len(batch)
+            if place >= group.stop:
+                return
+
+
+def open_embeddings(uri: str, columns: Columns) -> Embeddings:
+    """The set in the Parquet files at or below ``uri``, its columns checked; only footers and one row are read."""
+    files = [uri]
+    if not uri.endswith(".parquet"):
+        files = [storage.join(uri, path) for path in storage.list_files(uri) if path.endswith(".parquet")]
+    if not files:
+        raise UserError(f"data.uri {uri}: no .parquet files lie there; give their folder, or one file")
+    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+        footers = list(threads.map(_footer, files))
+    for file, (schema, _) in zip(files, footers, strict=True):
+        _check_schema(file, schema, columns)
+    groups, first = [], 0
+    for file, (_, sizes) in zip(files, footers, strict=True):
+        for index, size in enumerate(sizes):
+            groups.append(RowGroup(file, index, 0, size, first))
+            first += size
+    found = Embeddings(uri, columns, 0, tuple(group for group in groups if group.stop))
+    if not found.groups:
+        raise UserError(f"data.uri {uri}: its {len(files)} .parquet files hold no rows")
+    return replace(found, dim=_dimensions(found))
+
+
+def _footer(uri: str) -> tuple[pa.Schema, list[int]]:
+    """Schema of a file and the rows of its row groups."""
+    files, path = storage.filesystem(uri)
+    with storage.explained(uri), parquet.ParquetFile(path, filesystem=files) as file:
+        sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+        return file.schema_arrow, sizes
+
+
+def _check_schema(uri: str, schema: pa.Schema, columns: Columns) -> None:
+    for role, name in columns._asdict().items():
+        if name is not None and name not in schema.names:
+            raise UserError(f"data.{role}_column {name}: {uri} has no such column; it has {', '.join(schema.names)}")
+    kind = schema.field(columns.vector).type
+    if not (hasattr(kind, "value_type") and pa.types.is_floating(kind.value_type)):
+        raise UserError(
+            f"data.vector_column {columns.vector} is {kind} in {uri}; lists of float32, 64 or 16 are wanted"
+        )
+
+
+def _dimensions(found: Embeddings) -> int:
+    """Length of the first vector."""
+    first = next(found.between(0, 1).batches([found.columns.vector])).column(0)[0]
+    if not first.is_valid or not len(first):
+        raise UserError(f"{found.place(0)}: column '{found.columns.vector}' is empty; leave such rows out of the set")
+    return len(first)

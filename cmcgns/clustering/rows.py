@@ -1,0 +1,279 @@
+"""Rows in one place: what each actor of a pool holds, and alone the oracle of a pool.
+
+N rows, M rows of one chunk, n seeds, K centroids, D dimensions.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from cmcgns.clustering.kmeans import (
+    BLOCK_ROWS,
+    DECIMALS,
+    Array,
+    Assign,
+    Assigned,
+    AssignmentPass,
+    Row,
+    faiss_assign,
+    normalised,
+)
+from cmcgns.errors import UserError
+
+CHUNK_ROWS = 4 * BLOCK_ROWS
+"""Rows that are read and assigned at a time."""
+CACHED_ROWS = 512
+"""Rows that are turned into float64 at a time: few enough to stay in the processor's cache."""
+GRID = 2.0**24
+"""Entries of rows are multiples of 1 / GRID: half a billion of them add up without rounding."""
+NORMAL = np.float32(1e-12)
+"""A shorter row counts as zero."""
+
+
+class RowStore(Protocol):
+    """Normalised float32 rows on the grid, in memory or elsewhere; a numpy array is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+
+    def __getitem__(self, index: Any) -> Array:
+        """The rows of a slice, or one row."""
+
+
+class Drawn(NamedTuple):
+    """Rows with what their order is decided by."""
+
+    key_n: Array
+    rows_nD: Array
+
+
+class RowArray:
+    """Rows in one store; ``ordinals_N`` say where they stand in the whole set, ``weights_N`` how much each counts.
+
+    With weights sums are no longer free of rounding, so that parts agree with the whole to about 1e-12.
+    """
+
+    def __init__(
+        self,
+        rows_ND: Array | RowStore,
+        ordinals_N: Array | None = None,
+        assign: Assign | None = None,
+        weights_N: Array | None = None,
+    ) -> None:
+        self.rows_ND = on_grid(rows_ND) if isinstance(rows_ND, np.ndarray) else rows_ND
+        self.ordinals_N = np.arange(len(self)) if ordinals_N is None else ordinals_N
+        self.weights_N = weights_N
+        self._assign = assign or faiss_assign("cpu")
+        self._coverage = Coverage(np.empty((0, 0)), np.empty(0), np.empty(0, np.int64))
+        self._passed: tuple[Array, Array] | None = None  # centroids of the last pass, and each row's
+
+    def __len__(self) -> int:
+        return self.rows_ND.shape[0]
+
+    def count(self) -> int:
+        return len(self)
+
+    def mean(self) -> Array:
+        return self.total() / max(len(self), 1)
+
+    def total(self) -> Array:
+        """Float64 sum of all rows, (D,)."""
+        sums_1D = np.zeros((1, self.rows_ND.shape[1]))
+        for _, rows_MD in self._chunks():
+            add_members(sums_1D, rows_MD, np.zeros(len(rows_MD), np.int64), None)
+        return sums_1D[0]
+
+    def subset(self, number: int, seed: int) -> Array:
+        return self.lowest(number, seed).rows_nD
+
+    def lowest(self, number: int, seed: int) -> Drawn:
+        """The ``number`` rows of the lowest random keys; those of a whole are the lowest of its parts'."""
+        key_N = random_numbers(seed, self.ordinals_N)
+        chosen_n = np.argsort(key_N, kind="stable")[:number]
+        return Drawn(key_N[chosen_n], self._take(chosen_n))
+
+    def nearest(self, direction_D: Array) -> Row:
+        similarity_N = self._similarity(direction_D)
+        return self._row(int(np.argmax(similarity_N)), similarity_N)
+
+    def farthest(self, seeds_nD: Array) -> Row:
+        similarity_N = self._cover(seeds_nD).similarity_N
+        return self._row(int(np.argmin(similarity_N)), similarity_N)
+
+    def distance(self, seeds_nD: Array) -> float:
+        # on the grid too: one rounding for each row, none in the sum
+        distance_N = np.rint((1 - self._cover(seeds_nD).similarity_N) * GRID) / GRID
+        return float(distance_N.sum() if self.weights_N is None else distance_N @ self.weights_N)
+
+    def draw(self, seeds_nD: Array, rate: float, seed: int) -> Array:
+        return self.drawn(seeds_nD, rate, seed).rows_nD
+
+    def drawn(self, seeds_nD: Array, rate: float, seed: int) -> Drawn:
+        """What ``draw`` says, with ordinals as keys."""
+        chance_N = rate * (1 - self._cover(seeds_nD).similarity_N)
+        if self.weights_N is not None:
+            chance_N = chance_N * self.weights_N
+        chosen_n = np.flatnonzero(random_numbers(seed, self.ordinals_N) < chance_N)
+        return Drawn(self.ordinals_N[chosen_n], self._take(chosen_n))
+
+    def shares(self, seeds_nD: Array) -> Array:
+        return np.bincount(self._cover(seeds_nD).seed_N, self.weights_N, minlength=len(seeds_nD)).astype(np.float64)
+
+    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> AssignmentPass:
+        sums_KD, counts_K = np.zeros(centroids_KD.shape), np.zeros(len(centroids_KD), np.int64)
+        nearest_N, weight, near_ties = np.full(len(self), -1, np.int64), 0.0, 0
+        for chunk, rows_MD in self._chunks(blocks):
+            found = self._assign(rows_MD, centroids_KD)
+            weights_M = None if self.weights_N is None else self.weights_N[chunk]
+            add_members(sums_KD, rows_MD, found.nearest_N, weights_M)
+            counts_K += np.bincount(found.nearest_N, minlength=len(centroids_KD))
+            nearest_N[chunk] = found.nearest_N
+            weight += float(len(rows_MD) if weights_M is None else weights_M.sum())
+            near_ties += found.near_ties
+        self._passed = centroids_KD, nearest_N
+        return AssignmentPass(sums_KD, counts_K, weight, near_ties)
+
+    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
+        if self._passed is None or not np.array_equal(self._passed[0], centroids_KD):
+            self.assign(centroids_KD, blocks)
+        assert self._passed is not None
+        _, nearest_N = self._passed
+        served_N = np.full(len(self), np.inf)
+        for chunk, rows_MD in self._chunks(blocks):
+            served_N[chunk] = dot(rows_MD, centroids_KD, nearest_N[chunk])
+        found: dict[bytes, Row] = {}
+        for i in np.argsort(served_N, kind="stable"):
+            if len(found) == number or served_N[i] == np.inf:
+                break
+            row = self._row(int(i), served_N)
+            found.setdefault(row.vector_D.tobytes(), row)
+        return list(found.values())
+
+    def _cover(self, seeds_nD: Array) -> "Coverage":
+        """Each row's nearest seed; seeds that the last question had too are not looked at again."""
+        known = self._coverage
+        new_from = len(known.seeds_nD)
+        if new_from == 0 or not np.array_equal(known.seeds_nD, seeds_nD[:new_from]):
+            known, new_from = Coverage(seeds_nD[:0], np.full(len(self), -np.inf), np.zeros(len(self), np.int64)), 0
+        if new_from < len(seeds_nD):
+            new_nD = seeds_nD[new_from:]
+            for chunk, rows_MD in self._chunks():
+                found = self._nearest(rows_MD, new_nD)
+                similarity_M = dot(rows_MD, new_nD, found.nearest_N)
+                better_M = similarity_M > known.similarity_N[chunk]
+                known.similarity_N[chunk][better_M] = similarity_M[better_M]
+                known.seed_N[chunk][better_M] = new_from + found.nearest_N[better_M]
+        self._coverage = Coverage(seeds_nD, known.similarity_N, known.seed_N)
+        return self._coverage
+
+    def _nearest(self, rows_MD: Array, seeds_nD: Array) -> Assigned:
+        return self._assign(rows_MD, seeds_nD) if len(seeds_nD) > 1 else Assigned(np.zeros(len(rows_MD), np.int64), 0)
+
+    def _chunks(self, blocks: Array | None = None) -> Iterator[tuple[slice, Array]]:
+        """Slices of the rows with those rows; of all, or of some blocks of (ascending) ordinals."""
+        runs = [slice(0, len(self))] if blocks is None else block_slices(self.ordinals_N, blocks)
+        for run in runs:
+            for start in range(run.start, run.stop, CHUNK_ROWS):
+                chunk = slice(start, min(start + CHUNK_ROWS, run.stop))
+                yield chunk, self.rows_ND[chunk]
+
+    def _similarity(self, direction_D: Array) -> Array:
+        """Each row's similarity to ``direction_D``, (N,) in float64."""
+        zeros = np.zeros(CHUNK_ROWS, np.int64)
+        parts = [dot(rows_MD, direction_D[None], zeros[: len(rows_MD)]) for _, rows_MD in self._chunks()]
+        return np.concatenate(parts or [np.empty(0)])
+
+    def _take(self, indices: Array) -> Array:
+        """Rows at ``indices``, (n, D), in their order; read in the order in which they lie."""
+        taken_nD = np.empty((len(indices), self.rows_ND.shape[1]), np.float32)
+        for position in np.argsort(indices, kind="stable"):
+            taken_nD[position] = self.rows_ND[int(indices[position])]
+        return taken_nD
+
+    def _row(self, index: int, similarity_N: Array) -> Row:
+        return Row(float(similarity_N[index]), int(self.ordinals_N[index]), np.array(self.rows_ND[index]))
+
+
+class Coverage(NamedTuple):
+    """How well each row is served by seeds, and by which."""
+
+    seeds_nD: Array
+    similarity_N: Array
+    seed_N: Array
+
+
+def on_grid(rows_ND: Array) -> Array:
+    """Normalised float32 rows whose entries are multiples of 1 / GRID."""
+    return np.rint(normalised(rows_ND) * np.float32(GRID)) / np.float32(GRID)
+
+
+def check_rows(rows_ND: Array, where: str, first: int = 0) -> None:
+    """Refuse NaN, infinite and zero rows: they have no direction. ``where`` names the shard, ``first`` its first row."""
+    length_N = np.linalg.norm(rows_ND.astype(np.float32, copy=False), axis=1)
+    wrong_N = ~(length_N > NORMAL) | ~np.isfinite(length_N)
+    if wrong_N.any():
+        row = int(np.flatnonzero(wrong_N)[0])
+        what = "is zero" if length_N[row] <= NORMAL else "holds NaN or infinity"
+        raise UserError(
+            f"{where}: row {first + row} {what} and has no direction ({int(wrong_N.sum())} such rows of {len(rows_ND)} "
+            "looked at); leave such rows out of the set"
+        )
+
+
+def add_members(sums_KD: Array, rows_MD: Array, nearest_M: Array, weights_M: Array | None) -> None:
+    """Add each row, times its weight, to the float64 sum of its centroid, in place."""
+    sums, nearest = torch.from_numpy(sums_KD), torch.from_numpy(nearest_M)
+    rows = torch.from_numpy(rows_MD)
+    weights = None if weights_M is None else torch.from_numpy(weights_M.astype(np.float64, copy=False))[:, None]
+    for start in range(0, len(rows_MD), CACHED_ROWS):
+        part = slice(start, start + CACHED_ROWS)
+        wide = rows[part].double()
+        sums.index_add_(0, nearest[part], wide if weights is None else wide * weights[part])
+
+
+def dot(rows_MD: Array, others_nD: Array, other_M: Array) -> Array:
+    """Similarity of each row to one of ``others_nD``, (M,) in float64, the same wherever the row stands."""
+    similarity_M = np.empty(len(rows_MD))
+    for start in range(0, len(rows_MD), CACHED_ROWS):
+        part = slice(start, start + CACHED_ROWS)
+        wide_MD = rows_MD[part].astype(np.float64)
+        if len(others_nD) == 1:
+            similarity_M[part] = wide_MD @ others_nD[0].astype(np.float64)
+        else:
+            similarity_M[part] = np.einsum("md,md->m", wide_MD, others_nD[other_M[part]].astype(np.float64))
+    return similarity_M.round(DECIMALS)
+
+
+def random_numbers(seed: int, ordinals_N: Array) -> Array:
+    """A number in [0, 1) for each ordinal, decided by it and ``seed`` alone (SplitMix64, Steele et al. 2014)."""
+    mixed_N = ordinals_N.astype(np.uint64) + np.random.default_rng(seed).integers(0, 2**63, dtype=np.uint64)
+    for multiplier, shift in ((0x9E3779B97F4A7C15, 0), (0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift)) if shift else mixed_N) * np.uint64(multiplier)
+    return ((mixed_N ^ (mixed_N >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def block_slices(ordinals_N: Array, blocks: Array) -> list[slice]:
+    """Where the rows of each block of ordinals lie among ascending ``ordinals_N``; blocks without rows are left out."""
+    starts, stops = (
+        np.searchsorted(ordinals_N, blocks * BLOCK_ROWS),
+        np.searchsorted(ordinals_N, (blocks + 1) * BLOCK_ROWS),
+    )
+    return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True) if stop > start]
+
+
+def merge_lowest(number: int | None, *parts: Drawn) -> Drawn:
+    """The ``number`` lowest keys (None: all) of all parts with their rows, ascending."""
+    key_n = np.concatenate([part.key_n for part in parts])
+    order_n = np.argsort(key_n, kind="stable")[:number]
+    return Drawn(key_n[order_n], np.concatenate([part.rows_nD for part in parts])[order_n])
+
+
+def merge_worst(number: int, *parts: Sequence[Row]) -> list[Row]:
+    """The worst-served distinct rows of all parts, worst first, of equals the lowest ordinal."""
+    found: dict[bytes, Row] = {}
+    for row in sorted((row for part in parts for row in part), key=lambda row: (row.similarity, row.ordinal)):
+        found.setdefault(row.vector_D.tobytes(), row)
+    return list(found.values())[:number]
