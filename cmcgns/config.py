@@ -210,11 +210,16 @@ class TrainConfig(Section):
 
 class RunConfig(Section):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run's folder under `storage`; must be new. By default pretrain-<date>-<time>."""
+    """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>."""
     storage: str = "runs"
     """Where run folders lie: a local folder or `s3://bucket/prefix`."""
     resume: str | None = None
     """Name of a run under `storage` to go on with from its last checkpoint."""
+
+    def complaints(self) -> Iterable[str]:
+        """What cannot work together."""
+        if self.resume and self.name and self.resume != self.name:
+            yield f"run.resume {self.resume} goes on under its own name; leave run.name {self.name} out"
 
 
 class Config(Section):
@@ -269,5 +274,4 @@ class Config(Section):
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
             yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
         yield from clustering.complaints()
-        if self.run.resume and self.run.name and self.run.resume != self.run.name:
-            yield f"run.resume {self.run.resume} goes on under its own name; leave run.name {self.run.name} out"
+        yield from self.run.complaints()

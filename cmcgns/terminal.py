@@ -1,5 +1,6 @@
 """The driver's terminal: tables of facts, and nothing of what Ray prints there that no user can act on."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,28 @@ def print_plan(console: Console, facts: dict[str, str]) -> None:
     for key, value in facts.items():
         table.add_row(f"[bold]{key}[/bold]", value)
     console.print(table)
+
+
+@contextmanager
+def log_on(console: Console) -> Iterator[None]:
+    """What this package logs, on ``console``: warnings in yellow."""
+    handler, logger = _ConsoleHandler(console), logging.getLogger("cmcgns")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(
+            record.getMessage(), style="yellow" if record.levelno >= logging.WARNING else "", highlight=False
+        )
 
 
 class _Filtered:

@@ -19,6 +19,7 @@ from cmcgns.clustering.kmeans import Array, Rows, kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import farthest_point_seeds
 from cmcgns.config import MIN_BANK, ClusteringConfig
+from cmcgns.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> 
         start_KD = request.start_KD
         if start_KD is None:
             start_KD = farthest_point_seeds(rows, request.num_clusters)
-    except ValueError as error:
+    except UserError as error:
         return RefreshResult(None, str(error))
     found = kmeans(rows, start_KD, config.iterations, config.tolerance)
     return RefreshResult(

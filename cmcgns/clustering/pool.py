@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from cmcgns.clustering.kmeans import Array, AssignmentPass, Row, faiss_assign, merge_passes
+from cmcgns.clustering.kmeans import Array, AssignmentPass, Row, assign_by, faiss_search, merge_passes
 from cmcgns.clustering.rows import Drawn, RowArray, merge_lowest, merge_worst
 from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError
@@ -37,7 +37,8 @@ class Shard:
     """One actor's rows and its FAISS passes."""
 
     def __init__(self, device: str, threads: int) -> None:
-        self.assign_rows = faiss_assign(device, threads)
+        self.search = faiss_search(device, threads)
+        self.assign_rows = assign_by(self.search)
         self.rows: RowArray | None = None
 
     def ready(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cmcgns.clustering.kmeans import Array, Rows, normalised
+from cmcgns.errors import UserError
 
 SAME_ROW = 1 - 1e-6
 """Rows at least this similar count as one."""
@@ -64,8 +65,8 @@ def _best_of(candidates_CD: Array, weight_C: Array, num_clusters: int, seed: int
     return normalised(model.cluster_centers_)
 
 
-def _too_few(num_clusters: int, distinct: int, rows: Rows) -> ValueError:
-    return ValueError(
+def _too_few(num_clusters: int, distinct: int, rows: Rows) -> UserError:
+    return UserError(
         f"{num_clusters} clusters need {num_clusters} distinct rows; there are {distinct} among {rows.count()}"
     )
 

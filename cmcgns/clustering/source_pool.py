@@ -18,7 +18,16 @@ from ray.exceptions import RayActorError
 
 from cmcgns.clustering.embeddings import Embeddings
 from cmcgns.clustering.kmeans import Array, Assign, check_faiss
-from cmcgns.clustering.pool import PooledRows, Shard, actor_options, answered, first_line, settled, threads_per_actor
+from cmcgns.clustering.pool import (
+    PooledRows,
+    Shard,
+    ShardLost,
+    actor_options,
+    answered,
+    first_line,
+    settled,
+    threads_per_actor,
+)
 from cmcgns.clustering.rows import RowArray, check_rows
 from cmcgns.clustering.stores import StreamedRows, load_rows
 from cmcgns.config import PoolConfig
@@ -87,25 +96,25 @@ def array_sources(rows_ND: Array, bounds: Sequence[int]) -> list[ArraySource]:
 
 
 class SourceShard(Shard):
-    """A shard that gets its rows by itself, and gets them again after it was lost."""
+    """A shard whose rows come from a source."""
 
-    def __init__(self, index: int, source: Source, device: str, threads: int) -> None:
-        super().__init__(device, threads)
-        self.index, self.source = index, source
+    source: Source | None = None
 
     @ray.method(max_task_retries=-1)  # waits for an actor that is being started anew
-    def load(self) -> int:
-        """Get the rows; their number."""
+    def load(self, index: int, source: Source) -> int:
+        """Get the rows, unless they are there; their number."""
         if self.rows is None:
             try:
-                self.rows = self.source.rows(self.assign_rows)
+                self.source, self.rows = source, source.rows(self.assign_rows)
             except UserError as error:
-                raise UserError(f"clustering shard {self.index}: {error}") from None
+                raise UserError(f"clustering shard {index}: {error}") from None
         return len(self.rows)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """``function(index, source, *arguments)`` in this process."""
-        return function(self.index, self.source, *arguments)
+    def run(self, function: Callable[..., Any], index: int, *arguments: Any) -> Any:
+        """``function(index, source, rows, search, *arguments)`` in this process."""
+        if self.rows is None:
+            raise ShardLost("no rows are held")
+        return function(index, self.source, self.rows, self.search, *arguments)
 
     def peak_memory(self) -> int:
         """Most bytes that the process has held in memory so far."""
@@ -125,7 +134,7 @@ class SourcePool:
         """Times that each actor was lost."""
         options = actor_options(config) | {"scheduling_strategy": "SPREAD", "max_restarts": MOST_LOSSES}
         make, threads = ray.remote(SourceShard).options(**options), threads_per_actor(config)
-        self.shards = [make.remote(i, source, config.device, threads) for i, source in enumerate(sources)]
+        self.shards = [make.remote(config.device, threads) for _ in sources]
         try:
             wait_until_up([shard.ready.remote() for shard in self.shards])
             self.counts = self._load(range(len(sources)))
@@ -150,7 +159,7 @@ class SourcePool:
 
     def _load(self, indices: Iterable[int]) -> list[int]:
         """Rows of the shards named, once each has got them."""
-        loading = [(i, self.shards[i].load.remote()) for i in indices]
+        loading = [(i, self.shards[i].load.remote(i, self.sources[i])) for i in indices]
         counts = []
         for i, reference in loading:
             try:
@@ -163,8 +172,8 @@ class SourcePool:
         return counts
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(index, source, *arguments)`` of every shard, in its process."""
-        return settled(lambda i: self.shards[i].run.remote(function, *arguments), len(self.shards), self.recover)
+        """``function(index, source, rows, search, *arguments)`` of every shard, in its process."""
+        return settled(lambda i: self.shards[i].run.remote(function, i, *arguments), len(self.shards), self.recover)
 
     def peak_memory(self) -> list[int]:
         """Most bytes that each actor has held so far."""

@@ -42,6 +42,7 @@ def checked_batches(part: Embeddings) -> Iterator[tuple[int, Array, Array | None
 
 
 def _check_batch(part: Embeddings, raw_MD: Array, first: int) -> None:
+    """Refuse rows without a direction, by file, row group and row."""
     try:
         check_rows(raw_MD, "rows")
     except UserError:  # look again, to name the row by its file

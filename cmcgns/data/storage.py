@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs as arrow_fs
 
@@ -111,18 +112,42 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write the file at ``uri`` whole; on a local disk it appears complete or not at all."""
+    """Write the file at ``uri`` whole; it appears complete or not at all."""
+    with writing(uri) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[Any]:
+    """A file to write to, which appears at ``uri`` once it is complete; after an error nothing does."""
     files, path = filesystem(uri)
     with explained(uri):
         if is_s3(uri):
-            with files.open_output_stream(path) as file:
-                file.write(data)
+            file = files.open_output_stream(path)
+            try:
+                yield file
+            except BaseException:
+                file.close()  # Arrow has no way to abort an upload: it becomes an object, which goes again
+                files.delete_file(path)
+                raise
+            file.close()
             return
         files.create_dir(str(Path(path).parent), recursive=True)
         partial = f"{path}.partial-{os.getpid()}"
-        with files.open_output_stream(partial) as file:
-            file.write(data)
+        try:
+            with files.open_output_stream(partial) as file:
+                yield file
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
         os.replace(partial, path)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete the folder at ``uri`` with all that is in it, where there is one."""
+    files, path = filesystem(uri)
+    with explained(uri):
+        files.delete_dir_contents(path, missing_dir_ok=True)
 
 
 def upload_folder(local: Path, uri: str) -> None:

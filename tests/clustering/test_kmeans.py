@@ -1,16 +1,24 @@
 """K-means, seeding and merging against slow loops, FAISS against numpy."""
 
-from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 
-from cmcgns.clustering.kmeans import Array, faiss_assign, kmeans, normalised, numpy_assign
-from cmcgns.clustering.pool import PooledRows
+from cmcgns.clustering.kmeans import (
+    BLOCK_ROWS,
+    Array,
+    Fit,
+    batch_blocks,
+    faiss_assign,
+    kmeans,
+    normalised,
+    numpy_assign,
+)
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import farthest_point_seeds
+from tests.clustering.sets import cuts, heavy_tailed, separated
+from tests.clustering.shards import Shards, shards_of
 
 
 def clustered_rows(number: int, seed: int = 0, clusters: int = 5, dim: int = 16) -> Array:
@@ -40,17 +48,6 @@ def slow_seeds(rows_ND: Array, number: int) -> list[int]:
         distance = [1 - max(float(row @ rows_ND[seed]) for seed in chosen) for row in rows_ND]
         chosen.append(int(np.argmax(distance)))  # the first of equals
     return chosen
-
-
-class Shards(PooledRows):
-    """A pool in one process: its merging without its actors."""
-
-    def __init__(self, parts: Sequence[RowArray]) -> None:
-        super().__init__([], [len(part) for part in parts])
-        self.parts = parts
-
-    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
-        return merge(*[getattr(part, method)(*arguments) for part in self.parts if len(part)])
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
@@ -149,3 +146,52 @@ def test_rows_are_put_on_the_sphere_and_large_sets_go_in_chunks(monkeypatch: pyt
     in_chunks = whole.assign(rows_ND[:5])
     assert (in_one.counts_K == in_chunks.counts_K).all()
     np.testing.assert_allclose(in_one.sums_KD, in_chunks.sums_KD, atol=1e-12)
+
+
+def test_a_fit_goes_on_from_any_iteration_as_if_it_had_not_stopped() -> None:
+    rows, seen = RowArray(heavy_tailed(2000), assign=numpy_assign), list[Fit]()
+    whole = kmeans(rows, rows.rows_ND[:30], 8, 0.0, after=seen.append)
+    assert [fit.iteration for fit in seen] == list(range(1, whole.iteration + 1))
+    for fit in seen:
+        assert np.array_equal(kmeans(rows, fit, 8, 0.0).centroids_KD, whole.centroids_KD)
+
+
+def test_weights_count_as_so_many_equal_rows() -> None:
+    rows_ND = heavy_tailed(300)
+    weights_N = np.random.default_rng(0).integers(1, 5, 300)
+    weighted = RowArray(rows_ND, assign=numpy_assign, weights_N=weights_N.astype(np.float64))
+    repeated = RowArray(np.repeat(rows_ND, weights_N, axis=0), assign=numpy_assign)
+    ours, theirs = (kmeans(rows, rows_ND[:10], 6, 0.0) for rows in (weighted, repeated))
+    np.testing.assert_allclose(ours.centroids_KD, theirs.centroids_KD, atol=1e-7)
+    assert ours.objective == pytest.approx(theirs.objective, rel=1e-12)
+    assert weighted.distance(rows_ND[:10]) == pytest.approx(repeated.distance(rows_ND[:10]), rel=1e-12)
+    assert weighted.shares(rows_ND[:10]).tolist() == repeated.shares(rows_ND[:10]).tolist()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_mini_batches_of_shards_are_those_of_one_array_bit_for_bit(shards: int) -> None:
+    rows_ND = heavy_tailed(6 * BLOCK_ROWS + 100)
+    whole = RowArray(rows_ND, assign=numpy_assign)
+    parts = Shards(shards_of(rows_ND, cuts(len(rows_ND), shards)))
+    theirs = kmeans(whole, rows_ND[:25], 5, 0.0, batch_rows=2 * BLOCK_ROWS, seed=3)
+    ours = kmeans(parts, rows_ND[:25], 5, 0.0, batch_rows=2 * BLOCK_ROWS, seed=3)
+    assert np.array_equal(ours.centroids_KD, theirs.centroids_KD)
+    assert ours.objective == theirs.objective
+
+
+def test_mini_batches_come_near_the_objective_of_all_rows() -> None:
+    rows = RowArray(separated(10 * BLOCK_ROWS), assign=faiss_assign("cpu", 1))
+    start_KD = farthest_point_seeds(rows, 20)
+    whole = rows.assign(kmeans(rows, start_KD, 10, 0.0).centroids_KD)
+    small = kmeans(rows, start_KD, 10, 0.0, batch_rows=BLOCK_ROWS)
+    assert whole.counts_K.min() > 0
+    assert small.objective == pytest.approx(kmeans(rows, start_KD, 10, 0.0).objective, rel=1e-3)
+
+
+def test_mini_batches_are_blocks_drawn_anew_each_time() -> None:
+    count = 10 * BLOCK_ROWS + 1
+    draws = [batch_blocks(count, 3 * BLOCK_ROWS - 5, 0, iteration).tolist() for iteration in range(200)]
+    assert all(len(set(blocks)) == 3 and blocks == sorted(blocks) for blocks in draws)
+    times = np.bincount(np.concatenate(draws), minlength=11)
+    assert times.min() > 30  # each of 11 blocks is due 55 times
+    assert batch_blocks(count, 10**9, 0, 0).tolist() == list(range(11))

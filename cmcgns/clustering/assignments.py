@@ -1,0 +1,146 @@
+"""What a clustering says of a set of embeddings: two nearest centroids of every row as Parquet, and each cluster in figures.
+
+M rows of one batch, K centroids, D dimensions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
+
+from cmcgns.clustering.embeddings import Embeddings
+from cmcgns.clustering.kmeans import DECIMALS, Array, Search
+from cmcgns.clustering.rows import RowStore
+from cmcgns.data import storage
+
+CANDIDATES = 4
+"""Centroids that the search in float32 names for each row, to be compared again in float64."""
+
+
+class TwoNearest(NamedTuple):
+    """The two most similar centroids of each row, of equals the first; with a single centroid there is no second (-1)."""
+
+    centroid_M2: Array
+    """int32."""
+    similarity_M2: Array
+    """float32; NaN where there is no second."""
+
+
+class ClusterPart(NamedTuple):
+    """One shard's share in the figures of each cluster."""
+
+    counts_K: Array
+    similarity_K: Array
+    """Sum of its members' similarities, float64."""
+    nearest: pd.DataFrame
+    """Rows nearest to each centroid: cluster, similarity, id and, where there is one, text."""
+
+
+def two_nearest(rows_MD: Array, centroids_KD: Array, search: Search) -> TwoNearest:
+    """The two nearest centroids of each row: candidates by ``search``, their order by float64."""
+    _, candidate_Mc = search(rows_MD, centroids_KD, CANDIDATES)
+    wide_MD, wide_KD = rows_MD.astype(np.float64), centroids_KD.astype(np.float64)
+    similarity_Mc = np.stack([np.einsum("md,md->m", wide_MD, wide_KD[c_M]) for c_M in candidate_Mc.T], axis=1)
+    similarity_Mc = similarity_Mc.round(DECIMALS)
+    order_Mc = np.lexsort((candidate_Mc, -similarity_Mc), axis=1)[:, :2]
+    centroid_M2 = np.take_along_axis(candidate_Mc, order_Mc, 1).astype(np.int32)
+    similarity_M2 = np.take_along_axis(similarity_Mc, order_Mc, 1).astype(np.float32)
+    if len(centroids_KD) == 1:
+        centroid_M2 = np.pad(centroid_M2, ((0, 0), (0, 1)), constant_values=-1)
+        similarity_M2 = np.pad(similarity_M2, ((0, 0), (0, 1)), constant_values=np.nan)
+    return TwoNearest(centroid_M2, similarity_M2)
+
+
+def write_assignments(
+    index: int,
+    part: Embeddings,
+    rows: RowStore,
+    centroids_KD: Array,
+    folder: str,
+    nearest: int,
+    search: Search,
+) -> ClusterPart:
+    """What one shard's rows say of the clusters, with the ``nearest`` rows of each.
+
+    Writes ``part-<index>.parquet`` into ``folder``: columns id, centroid, similarity, second_centroid and
+    second_similarity, in the order of the rows. Ids come out of the files of ``part``, vectors out of ``rows``.
+    """
+    columns, found = part.columns, _empty_part(len(centroids_KD))
+    with storage.writing(storage.join(folder, f"part-{index:05d}.parquet")) as file:
+        first, writer = 0, None
+        for batch in part.batches([columns.id, *([columns.text] if columns.text else [])]):
+            two = two_nearest(rows[first : first + len(batch)], centroids_KD, search)
+            table = _table(batch.column(columns.id), two)
+            writer = writer or parquet.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+            found = _with_batch(found, batch, columns.id, columns.text, two, nearest)
+            first += len(batch)
+        if writer is not None:
+            writer.close()
+    return found
+
+
+def _table(ids: Any, two: TwoNearest) -> pa.Table:
+    return pa.table(
+        {
+            "id": ids,
+            "centroid": two.centroid_M2[:, 0],
+            "similarity": two.similarity_M2[:, 0],
+            "second_centroid": two.centroid_M2[:, 1],
+            "second_similarity": two.similarity_M2[:, 1],
+        }
+    )
+
+
+def _empty_part(num_clusters: int) -> ClusterPart:
+    frame = pd.DataFrame({"cluster": pd.Series(dtype=np.int32), "similarity": pd.Series(dtype=np.float32)})
+    return ClusterPart(np.zeros(num_clusters, np.int64), np.zeros(num_clusters), frame)
+
+
+def _with_batch(
+    found: ClusterPart, batch: pa.RecordBatch, id_column: str, text_column: str | None, two: TwoNearest, nearest: int
+) -> ClusterPart:
+    centroid_M, similarity_M = two.centroid_M2[:, 0], two.similarity_M2[:, 0]
+    number = len(found.counts_K)
+    rows = pd.DataFrame(
+        {"cluster": centroid_M, "similarity": similarity_M, "id": batch.column(id_column).to_pylist()}
+        | ({"text": batch.column(text_column).to_pylist()} if text_column else {})
+    )
+    return ClusterPart(
+        found.counts_K + np.bincount(centroid_M, minlength=number),
+        found.similarity_K + np.bincount(centroid_M, similarity_M.astype(np.float64), minlength=number),
+        _best([found.nearest, rows], nearest),
+    )
+
+
+def _best(frames: Sequence[pd.DataFrame], nearest: int) -> pd.DataFrame:
+    """The ``nearest`` rows of each cluster, most similar first, of equals the earlier."""
+    rows = pd.concat([frame for frame in frames if len(frame)] or frames)
+    ordered = rows.sort_values(["cluster", "similarity"], ascending=[True, False], kind="stable")
+    return ordered.groupby("cluster").head(nearest)
+
+
+def statistics(parts: Sequence[ClusterPart], nearest: int) -> dict[str, Any]:
+    """Figures of the whole set and of each cluster, ready for JSON: size, cohesion (mean similarity of its members to
+    the centroid, None without members) and its nearest rows."""
+    counts_K = np.sum([part.counts_K for part in parts], axis=0)
+    similarity_K = np.sum([part.similarity_K for part in parts], axis=0)
+    best = _best([part.nearest for part in parts], nearest)
+    by_cluster = {int(cluster): rows for cluster, rows in best.groupby("cluster")}
+    return {
+        "rows": int(counts_K.sum()),
+        "mean_similarity": float(similarity_K.sum() / max(counts_K.sum(), 1)),
+        "empty_clusters": int((counts_K == 0).sum()),
+        "clusters": [
+            {
+                "cluster": k,
+                "size": int(counts_K[k]),
+                "cohesion": float(similarity_K[k] / counts_K[k]) if counts_K[k] else None,
+                "nearest": by_cluster[k].drop(columns="cluster").to_dict("records") if k in by_cluster else [],
+            }
+            for k in range(len(counts_K))
+        ],
+    }

@@ -1,0 +1,229 @@
+"""The driver of `jobs/kmeans.py`: a pool over Parquet, the fit with its state kept, assignments and figures at the end."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from safetensors import numpy as safetensors
+
+from cmcgns.clustering.assignments import ClusterPart, statistics, write_assignments
+from cmcgns.clustering.embeddings import Columns, Embeddings, open_embeddings
+from cmcgns.clustering.fit_report import describe_plan, show_clusters
+from cmcgns.clustering.fit_state import Diary, first_fit, keep, write_start
+from cmcgns.clustering.job_config import FitConfig, KMeansConfig
+from cmcgns.clustering.kmeans import Array, Fit, Rows, Search, check_faiss, kmeans
+from cmcgns.clustering.rows import RowArray
+from cmcgns.clustering.seeding import SEEDINGS
+from cmcgns.clustering.source_pool import ParquetSource, SourcePool
+from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns.config import PoolConfig
+from cmcgns.data import storage
+from cmcgns.errors import UserError
+from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
+from cmcgns.session import ray_session
+from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
+
+FREE_TO_CHANGE = {
+    "data": {"uri"},
+    "clustering": {
+        "actors",
+        "cpus_per_actor",
+        "gpus_per_actor",
+        "device",
+        "iterations",
+        "memory_gib",
+        "scratch",
+        "nearest",
+    },
+    "run": {"name", "storage", "resume"},
+}
+"""Settings that a resumed fit may be given anew."""
+PACKAGES = ("cmcgns", "ray", "numpy", "pyarrow", "torch")
+
+
+class Stopped(Exception):
+    """The user asked for the end; everything so far is kept."""
+
+
+def fit_embeddings(config: KMeansConfig) -> int:
+    """Exit status of one fit: 0 finished, 1 failed, 130 stopped by the user with its state kept."""
+    terminal, settings = console(), config.clustering
+    check_faiss(settings.device)
+    folder = open_folder(config.run, "kmeans")
+    if folder.resumed:
+        refuse_changes(config, folder, FREE_TO_CHANGE)
+    embeddings = open_data(config)
+    start = first_fit(config, folder, embeddings)
+    with quiet_terminal(), log_on(terminal), ray_session() as cpus:
+        check_capacity(settings, cpus)
+        print_plan(terminal, describe_plan(config, folder, embeddings, start))
+        warn_of_passing_folder(terminal, folder)
+        try:
+            result = fit_and_write(terminal, config, folder, embeddings, start)
+        except (Stopped, KeyboardInterrupt):
+            return conclude(terminal, folder, {"status": "stopped"}, STATUS_INTERRUPTED)
+        except RuntimeError as error:
+            return conclude(terminal, folder, {"status": "failed", "failure": str(error)}, STATUS_FAILED)
+        return conclude(terminal, folder, {"status": "finished"} | result, 0)
+
+
+def open_data(config: KMeansConfig) -> Embeddings:
+    """The set that ``config`` names, refused where it has fewer rows than clusters."""
+    data, num_clusters = config.data, config.clustering.num_clusters
+    columns = Columns(data.id_column, data.vector_column, data.weight_column, data.text_column)
+    # absolute: actors start in another folder than the driver
+    uri = data.uri if storage.is_s3(data.uri) else str(Path(data.uri).expanduser().absolute())
+    try:
+        found = open_embeddings(uri, columns)
+    except storage.MissingFileError as error:
+        raise UserError(f"data.uri {error}") from None
+    if num_clusters > found.rows:
+        raise UserError(
+            f"clustering.num_clusters {num_clusters} is more than the {found.rows} rows of {data.uri}; ask for fewer"
+        )
+    return found
+
+
+def check_capacity(config: PoolConfig, cpus: float) -> None:
+    """Refuse a pool that the cluster could never hold, with the numbers."""
+    wanted, gpus = config.actors * config.cpus_per_actor, float(ray.cluster_resources().get("GPU", 0))
+    if wanted > cpus:
+        raise UserError(
+            f"clustering.actors {config.actors} of {config.cpus_per_actor:g} CPUs need {wanted:g}; the cluster has "
+            f"{cpus:g}. Lower clustering.actors or clustering.cpus_per_actor"
+        )
+    if config.actors * config.gpus_per_actor > gpus:
+        raise UserError(
+            f"clustering.actors {config.actors} of {config.gpus_per_actor:g} GPUs need more than the cluster's {gpus:g}; "
+            "lower clustering.gpus_per_actor, or set it to 0 with clustering.device=cpu"
+        )
+
+
+def fit_and_write(
+    terminal: Console, config: KMeansConfig, folder: RunFolder, embeddings: Embeddings, start: Fit | None
+) -> dict[str, Any]:
+    """The fit and all its files; facts for result.json."""
+    settings, began = config.clustering, time.perf_counter()
+    streamed = settings.batch_rows is not None or settings.iterations == 0
+    sources = [
+        ParquetSource(part, settings.memory_gib * 2**30, settings.scratch, streamed)
+        for part in embeddings.deal(settings.actors)
+    ]
+    pool = SourcePool(sources, settings)
+    try:
+        if not folder.resumed:
+            write_start(folder, config)
+        terminal.print(
+            f"{settings.actors} actors hold their rows after {time.perf_counter() - began:.1f} s", highlight=False
+        )
+        fit = run_fit(terminal, settings, folder, pool, start)
+        storage.write_bytes(folder.file("centroids.safetensors"), safetensors.save({"rows_KD": fit.centroids_KD}))
+        found = write_figures(settings, folder, pool, fit)
+        show_clusters(terminal, found)
+        return {
+            "rows": embeddings.rows,
+            "dim": embeddings.dim,
+            "iterations": fit.iteration,
+            "converged": fit.converged,
+            "objective": found["mean_similarity"],
+            "reseeded": fit.reseeded,
+            "empty_clusters": found["empty_clusters"],
+            "actors_lost": sum(pool.losses),
+            "peak_memory_mib": [round(peak / 2**20) for peak in pool.peak_memory()],
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+    finally:
+        pool.stop()
+
+
+def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: SourcePool, start: Fit | None) -> Fit:
+    """The finished fit; its state and one row of metrics are kept after every iteration."""
+    if start is None:
+        begun = time.perf_counter()
+        start = Fit(seeds(pool.rows, settings))
+        keep(folder, start)
+        terminal.print(f"{settings.seeding} seeding took {time.perf_counter() - begun:.1f} s", highlight=False)
+    diary = Diary(folder, start.iteration)
+    with stop_between_iterations(terminal) as stopping:
+
+        def after(fit: Fit) -> None:
+            line = diary.write(fit, sum(pool.losses))  # before the state: a fit that goes on finds all rows up to it
+            keep(folder, fit)
+            terminal.print(line, highlight=False)
+            if stopping():
+                raise Stopped
+
+        return kmeans(
+            pool.rows, start, settings.iterations, settings.tolerance, settings.batch_rows, settings.seed, after
+        )
+
+
+def seeds(rows: Rows, settings: FitConfig) -> Array:
+    """First centroids (K, D); for mini-batches chosen among as many rows as one of them has."""
+    seed_rows = SEEDINGS[settings.seeding]
+    if settings.batch_rows is None:
+        return seed_rows(rows, settings.num_clusters, settings.seed)
+    number = max(settings.batch_rows, settings.num_clusters)
+    return seed_rows(RowArray(rows.subset(number, settings.seed)), settings.num_clusters, settings.seed)
+
+
+@contextmanager
+def stop_between_iterations(terminal: Console) -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C has been pressed; the second one is a KeyboardInterrupt."""
+    asked = False
+
+    def ask(signum: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        terminal.print("stopping after this iteration; Ctrl-C again gives up at once", style="yellow")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def write_figures(settings: FitConfig, folder: RunFolder, pool: SourcePool, fit: Fit) -> dict[str, Any]:
+    """Write assignments and statistics.json; the statistics."""
+    storage.delete_folder(folder.file("assignments"))  # of an attempt that was stopped, maybe by other actors
+    parts = pool.run(_assign_shard, fit.centroids_KD, folder.file("assignments"), settings.nearest)
+    found = statistics(parts, settings.nearest)
+    folder.write_json("statistics.json", found)
+    return found
+
+
+def _assign_shard(
+    index: int, source: ParquetSource, rows: RowArray, search: Search, centroids_KD: Array, uri: str, nearest: int
+) -> ClusterPart:
+    return write_assignments(index, source.part, rows.rows_ND, centroids_KD, uri, nearest, search)
+
+
+def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], status: int) -> int:
+    """Write result.json, say where everything is; ``status``."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    folder.write_json("result.json", result | {"versions": versions})
+    if status == 0:
+        print_plan(
+            terminal,
+            {
+                "finished": f"{result['iterations']} iterations, mean similarity {result['objective']:.6f}, "
+                f"{result['empty_clusters']} empty clusters, {result['seconds']} s",
+                "centroids": folder.file("centroids.safetensors"),
+                "assignments": folder.file("assignments"),
+                "statistics": folder.file("statistics.json"),
+            },
+        )
+        return status
+    if result["status"] == "failed":
+        terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
+    again = f"python jobs/kmeans.py --run.storage={folder.storage} --run.resume={folder.name}"
+    terminal.print(f"go on from the last iteration with: {again}", highlight=False)
+    return status
