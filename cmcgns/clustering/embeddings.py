@@ -5,6 +5,7 @@ M rows of one batch, D dimensions. A row's ordinal is its place in the files sor
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Embeddings:
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The named columns in order, ``BATCH_ROWS`` rows or fewer at a time."""
         for group in self.groups:
-            with storage.explained(group.uri):
+            with _parquet_at(group.uri):
                 yield from _group_batches(group, names)
 
     def vectors(self, batch: pa.RecordBatch, first: int) -> Array:
@@ -112,6 +113,17 @@ class Embeddings:
                 return f"{group.uri}, row group {group.number}, row {group.start + row} of it"
             row -= size
         return self.uri
+
+
+@contextmanager
+def _parquet_at(uri: str) -> Iterator[None]:
+    """Turn what Arrow raises into one message with the URI."""
+    with storage.explained(uri):
+        try:
+            yield
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            what = str(error).strip().splitlines()[0]
+            raise UserError(f"{uri} is no whole Parquet file, or must not change during a fit ({what})") from error
 
 
 def _group_batches(group: RowGroup, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -153,7 +165,7 @@ def open_embeddings(uri: str, columns: Columns) -> Embeddings:
 def _footer(uri: str) -> tuple[pa.Schema, list[int]]:
     """Schema of a file and the rows of its row groups."""
     files, path = storage.filesystem(uri)
-    with storage.explained(uri), parquet.ParquetFile(path, filesystem=files) as file:
+    with _parquet_at(uri), parquet.ParquetFile(path, filesystem=files) as file:
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
         return file.schema_arrow, sizes
 

@@ -130,7 +130,7 @@ class StreamedRows:
         if self._first <= place < end:
             return
         group_start = self._group_start(place)
-        if place < end or group_start > end:  # behind us, or a row group further on: begin at that row group
+        if place < end or group_start >= end:  # behind us, or in a later row group: begin with that one
             self._begun = group_start
             self._batches = checked_batches(self.part.between(group_start, self.part.rows))
         for first, rows_MD, _ in self._batches:

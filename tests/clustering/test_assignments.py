@@ -1,0 +1,73 @@
+"""Two nearest centroids of every row and the figures of each cluster, against slow loops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from cmcgns.clustering.assignments import statistics, two_nearest, write_assignments
+from cmcgns.clustering.embeddings import Columns, open_embeddings
+from cmcgns.clustering.kmeans import Array, faiss_search, normalised
+from cmcgns.clustering.rows import on_grid
+from cmcgns.clustering.stores import StreamedRows
+from tests.clustering.sets import heavy_tailed, write_parquet
+
+SEARCH = faiss_search("cpu", 1)
+
+
+def slow_similarity(rows_ND: Array, centroids_KD: Array) -> Array:
+    return (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(12)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-6])
+def test_the_two_nearest_are_those_of_all_similarities_in_float64(spread: float) -> None:
+    """Also where float32 cannot tell which is nearer."""
+    alike_D = heavy_tailed(1)
+    rows_ND = on_grid(normalised(alike_D + spread * heavy_tailed(2000)))
+    centroids_KD = normalised(alike_D + spread * heavy_tailed(3, seed=1))
+    found, slow_NK = two_nearest(rows_ND, centroids_KD, SEARCH), slow_similarity(rows_ND, centroids_KD)
+    order_NK = np.argsort(-slow_NK, axis=1, kind="stable")
+    assert (found.centroid_M2 == order_NK[:, :2]).all()
+    np.testing.assert_allclose(found.similarity_M2, np.take_along_axis(slow_NK, order_NK[:, :2], 1), atol=1e-7)
+
+
+def test_with_one_centroid_there_is_no_second() -> None:
+    rows_ND = on_grid(heavy_tailed(10))
+    found = two_nearest(rows_ND, rows_ND[:1], SEARCH)
+    assert (found.centroid_M2 == [0, -1]).all()
+    assert np.isnan(found.similarity_M2[:, 1]).all()
+
+
+def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) -> None:
+    rows_ND, centroids_KD = heavy_tailed(9000), normalised(heavy_tailed(12, seed=3))
+    centroids_KD[5] = -heavy_tailed(9000).mean(0) / np.linalg.norm(heavy_tailed(9000).mean(0))  # serves few or none
+    embeddings = open_embeddings(
+        str(write_parquet(tmp_path / "set", rows_ND, [0, 4000, 9000])), Columns("id", "vector", None, "text")
+    )
+    parts = [
+        write_assignments(i, part, StreamedRows(part), centroids_KD, str(tmp_path / "out"), 3, SEARCH)
+        for i, part in enumerate(embeddings.deal(2))
+    ]
+    table = parquet.read_table(tmp_path / "out").to_pandas()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
+    assert table["id"].tolist() == [f"row-{i}" for i in range(9000)]
+    slow_NK = slow_similarity(on_grid(rows_ND), centroids_KD)
+    nearest_N = slow_NK.argmax(1)
+    assert table["centroid"].tolist() == nearest_N.tolist()
+    assert (table["second_similarity"] <= table["similarity"]).all()
+
+    found = statistics(parts, 3)
+    assert found["rows"] == 9000
+    assert found["mean_similarity"] == pytest.approx(slow_NK.max(1).mean(), rel=1e-6)
+    for cluster in found["clusters"]:
+        members = np.flatnonzero(nearest_N == cluster["cluster"])
+        assert cluster["size"] == len(members)
+        if not len(members):
+            assert cluster["cohesion"] is None
+            continue
+        own = slow_NK[members, cluster["cluster"]]
+        assert cluster["cohesion"] == pytest.approx(own.mean(), rel=1e-6)
+        best = members[np.argsort(-own.astype(np.float32), kind="stable")[:3]]
+        assert [row["id"] for row in cluster["nearest"]] == [f"row-{i}" for i in best]
+        assert [row["text"] for row in cluster["nearest"]] == [f"sentence {i}" for i in best]

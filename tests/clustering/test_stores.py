@@ -1,0 +1,129 @@
+"""Rows out of Parquet: every actor's part, wherever it is kept, is the array that was written."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from cmcgns.clustering.embeddings import BATCH_ROWS, Columns, Embeddings, open_embeddings
+from cmcgns.clustering.kmeans import BLOCK_ROWS, kmeans, numpy_assign
+from cmcgns.clustering.rows import RowArray, on_grid
+from cmcgns.clustering.stores import MemoryRows, RowFile, StreamedRows, load_rows
+from cmcgns.errors import UserError
+from tests.clustering.sets import heavy_tailed, write_parquet
+
+ROWS = 3 * BATCH_ROWS + 123
+COLUMNS = Columns("id", "vector")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
+    folder = write_parquet(
+        tmp_path_factory.mktemp("set"), heavy_tailed(ROWS), [0, 5000, 5100, ROWS], row_group_size=4500
+    )
+    return open_embeddings(str(folder), COLUMNS)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_parts_are_the_rows_in_order_and_equally_many(written: Embeddings, parts: int) -> None:
+    dealt = written.deal(parts)
+    assert max(part.rows for part in dealt) - min(part.rows for part in dealt) <= 1
+    assert np.array_equal(np.concatenate([part.ordinals_N for part in dealt]), np.arange(ROWS))
+    ids = [id for part in dealt for batch in part.batches(["id"]) for id in batch.column(0).to_pylist()]
+    assert ids == [f"row-{i}" for i in range(ROWS)]
+
+
+@pytest.mark.parametrize("kind", [MemoryRows, RowFile, StreamedRows])
+def test_rows_are_the_same_wherever_they_are_kept(written: Embeddings, kind: type, tmp_path: Path) -> None:
+    part = written.deal(3)[1]
+    if kind is StreamedRows:
+        store = StreamedRows(part)
+    else:
+        store, _ = load_rows(part, 2**40 if kind is MemoryRows else 0, str(tmp_path))
+    assert isinstance(store, kind)
+    wanted_ND = on_grid(heavy_tailed(ROWS))[part.ordinals_N]
+    assert store.shape == wanted_ND.shape
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        start, stop = np.sort(random.integers(0, part.rows + 1, 2))
+        assert np.array_equal(store[start:stop], wanted_ND[start:stop])
+        i = int(random.integers(part.rows))
+        assert np.array_equal(store[i], wanted_ND[i])
+    assert not list(tmp_path.iterdir())  # the file has no name, and goes with the process
+
+
+@pytest.mark.parametrize("kind", ["file", "streamed"])
+def test_a_fit_is_the_same_wherever_rows_are_kept(written: Embeddings, kind: str, tmp_path: Path) -> None:
+    store = StreamedRows(written) if kind == "streamed" else load_rows(written, 0, str(tmp_path))[0]
+    ours, theirs = RowArray(store, assign=numpy_assign), RowArray(heavy_tailed(ROWS), assign=numpy_assign)
+    start_KD = theirs.subset(20, 0)
+    assert np.array_equal(ours.subset(20, 0), start_KD)
+    for batch_rows in (None, BLOCK_ROWS):
+        fits = [kmeans(rows, start_KD, 3, 0.0, batch_rows) for rows in (ours, theirs)]
+        assert np.array_equal(fits[0].centroids_KD, fits[1].centroids_KD)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_lists_of_any_precision_are_read(dtype: type, fixed: bool, tmp_path: Path) -> None:
+    rows_ND = heavy_tailed(100).astype(dtype)
+    folder = write_parquet(tmp_path, rows_ND, [0, 60, 100], fixed=fixed)
+    store, _ = load_rows(open_embeddings(str(folder), COLUMNS), 2**30, None)
+    assert np.array_equal(store[0:100], on_grid(rows_ND))
+
+
+def test_weights_come_with_their_rows(tmp_path: Path) -> None:
+    weights_N = np.linspace(0.5, 2.0, 100)
+    folder = write_parquet(tmp_path, heavy_tailed(100), [0, 60, 100], weights_N=weights_N)
+    part = open_embeddings(str(folder), Columns("id", "vector", "weight")).deal(3)[1]
+    assert np.array_equal(load_rows(part, 2**30, None)[1], weights_N[part.ordinals_N])
+    folder = write_parquet(
+        tmp_path / "wrong", heavy_tailed(100), [0, 100], 30, weights_N=np.where(np.arange(100) == 71, -1, 1.0)
+    )
+    with pytest.raises(UserError, match=r"part-000.parquet, row group 2, row 11 of it: weight -1.0 in column 'weight'"):
+        load_rows(open_embeddings(str(folder), Columns("id", "vector", "weight")), 2**30, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(0.0, "is zero"), (np.nan, "holds NaN or infinity"), (np.inf, "holds NaN")]
+)
+def test_a_row_without_direction_is_refused_by_file_row_group_and_row(value: float, what: str, tmp_path: Path) -> None:
+    rows_ND = heavy_tailed(200)
+    rows_ND[173] = value
+    part = open_embeddings(str(write_parquet(tmp_path, rows_ND, [0, 90, 200], 40)), COLUMNS).deal(2)[1]
+    with pytest.raises(UserError, match=rf"part-001.parquet, row group 2, row 3 of it: .*{what}"):
+        load_rows(part, 2**30, None)
+    with pytest.raises(UserError, match="row group 2, row 3 of it"):
+        StreamedRows(part)[0:100]
+
+
+def test_a_vector_of_another_length_is_refused_by_its_row(tmp_path: Path) -> None:
+    vectors = [[1.0, 2.0]] * 5 + [[1.0]] + [[1.0, None]]
+    parquet.write_table(pa.table({"id": list(range(7)), "vector": vectors}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 5 of it: column 'vector' holds 1 values.*2 numbers were wanted"):
+        load_rows(open_embeddings(str(tmp_path), COLUMNS), 2**30, None)
+
+
+def test_what_is_no_set_of_embeddings_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.parquet files lie there"):
+        open_embeddings(str(tmp_path), COLUMNS)
+    write_parquet(tmp_path, heavy_tailed(10), [0, 10])
+    with pytest.raises(UserError, match=r"data\.vector_column embedding: .* it has id, vector, text"):
+        open_embeddings(str(tmp_path), Columns("id", "embedding"))
+    with pytest.raises(UserError, match=r"data\.vector_column text is string"):
+        open_embeddings(str(tmp_path), Columns("id", "text"))
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"b\.parquet"):
+        open_embeddings(str(tmp_path), COLUMNS)
+
+
+def test_a_full_disk_is_told_beforehand_with_the_numbers(written: Embeddings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shutil import _ntuple_diskusage  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: _ntuple_diskusage(2**30, 2**30, 2**10))
+    with pytest.raises(
+        UserError, match=r"clustering.scratch .* has 0.0 GiB left and 0.0 are needed for 12411 rows of 64"
+    ):
+        load_rows(written, 0, None)
