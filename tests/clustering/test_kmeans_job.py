@@ -1,0 +1,98 @@
+"""`jobs/kmeans.py` as a user runs it: its files, going on after a kill, and one message for what cannot work."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+from safetensors.numpy import load_file
+
+from cmcgns.clustering.kmeans import kmeans, numpy_assign
+from cmcgns.clustering.rows import RowArray
+from cmcgns.clustering.seeding import parallel_seeds
+from tests.clustering.sets import heavy_tailed, write_parquet
+from tests.jobs import REPOSITORY
+
+ROWS, CLUSTERS = 6000, 16
+
+
+def command(*settings: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "jobs" / "kmeans.py"), *settings, "--clustering.cpus_per_actor=0.5"]
+
+
+def run(cwd: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*settings), cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ray
+def test_a_stopped_fit_goes_on_to_the_centroids_of_one_array(tmp_path: Path) -> None:
+    """Stopped by Ctrl-C, resumed on another number of actors: files, figures and centroids of an undisturbed fit."""
+    rows_ND = heavy_tailed(ROWS)
+    write_parquet(tmp_path / "set", rows_ND, [0, 2500, ROWS])
+    settings = [
+        "--data.uri=set", "--data.text_column=text", f"--clustering.num_clusters={CLUSTERS}", "--run.name=fit",
+        "--clustering.iterations=60", "--clustering.tolerance=0",
+    ]  # fmt: skip
+    folder = tmp_path / "runs" / "fit"
+    process = subprocess.Popen(
+        command(*settings), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    if process.returncode != 0:  # else it was too quick to be stopped
+        assert process.returncode == 130, said
+        assert "--run.resume=fit" in said
+        resumed = run(tmp_path, "--run.resume=fit", "--clustering.actors=3")
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+        said = resumed.stdout
+
+    whole = RowArray(rows_ND, assign=numpy_assign)
+    fit = kmeans(whole, parallel_seeds(whole, CLUSTERS, 0), 60, 0.0)
+    assert np.array_equal(load_file(folder / "centroids.safetensors")["rows_KD"], fit.centroids_KD)
+    assert [row["iteration"] for row in metrics(folder)] == list(range(1, fit.iteration + 1))
+    found = parquet.read_table(folder / "assignments").to_pandas()
+    assert found["id"].tolist() == [f"row-{i}" for i in range(ROWS)]
+    assert found["centroid"].tolist() == numpy_assign(whole.rows_ND[:ROWS], fit.centroids_KD).nearest_N.tolist()
+    statistics = json.loads((folder / "statistics.json").read_text())
+    assert sum(cluster["size"] for cluster in statistics["clusters"]) == ROWS
+    assert json.loads((folder / "result.json").read_text())["status"] == "finished"
+    assert "sentence " in said  # the largest clusters are shown with their nearest rows
+
+    again = run(tmp_path, *settings)
+    assert again.returncode == 2
+    assert "run.name fit is taken" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "data.uri is missing"),
+        (["--data.uri=nowhere"], "nowhere does not exist"),
+        (["--data.uri=set", "--clustering.num_clusters=9000"], "clustering.num_clusters 9000 is more than the 50 rows"),
+        (["--data.uri=set", "--clustering.num_cluster=9"], "did you mean clustering.num_clusters?"),
+        (["--data.uri=set", "--data.vector_column=x", "--clustering.num_clusters=9"], "data.vector_column x: "),
+        (["--data.uri=set", "--clustering.device=gpu"], "clustering.gpus_per_actor"),
+        (["--data.uri=set", "--clustering.iterations=0"], "clustering.start_from"),
+        (["--data.uri=set", "--clustering.batch_rows=10"], "must be at least 4096"),
+        (["--data.uri=set", "--clustering.num_clusters=9", "--run.resume=lost"], "there is no run of that name"),
+    ],
+)
+def test_what_cannot_work_ends_with_status_2_and_one_message(tmp_path: Path, settings: list[str], message: str) -> None:
+    write_parquet(tmp_path / "set", heavy_tailed(50), [0, 50])
+    done = run(tmp_path, *settings)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
