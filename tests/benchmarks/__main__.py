@@ -2,11 +2,11 @@
 
 import sys
 
-from tests.benchmarks import heads, trainer
+from tests.benchmarks import clustering, heads, trainer
 from tests.benchmarks.measure import where
 
 if __name__ == "__main__":
     print(where())
-    table = [*heads.lines(), *trainer.lines()]
+    table = [*heads.lines(), *trainer.lines(), *clustering.lines()]
     print(*table, sep="\n")
     sys.exit(any(line.good is False for line in table))

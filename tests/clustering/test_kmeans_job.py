@@ -16,8 +16,10 @@ from safetensors.numpy import load_file
 from cmcgns.clustering.kmeans import kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import parallel_seeds
-from tests.clustering.sets import heavy_tailed, write_parquet
+from cmcgns.data import storage
+from tests.clustering.sets import heavy_tailed, separated, write_parquet
 from tests.jobs import REPOSITORY
+from tests.s3 import S3Server
 
 ROWS, CLUSTERS = 6000, 16
 
@@ -73,6 +75,28 @@ def test_a_stopped_fit_goes_on_to_the_centroids_of_one_array(tmp_path: Path) -> 
     again = run(tmp_path, *settings)
     assert again.returncode == 2
     assert "run.name fit is taken" in again.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.parametrize("settings", [["--clustering.memory_gib=0"], ["--clustering.batch_rows=4096"]])
+def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
+    tmp_path: Path, s3_server: S3Server, settings: list[str]
+) -> None:
+    """Rows held on disk, and rows read anew for each mini-batch."""
+    bucket = s3_server.make_bucket(f"kmeans-{'batch' if 'batch' in settings[0] else 'disk'}")
+    s3_server.upload(write_parquet(tmp_path / "set", separated(9000), [0, 4000, 9000]), f"{bucket}/set")
+    done = run(
+        tmp_path, f"--data.uri={bucket}/set", f"--run.storage={bucket}/runs", "--run.name=fit", *settings,
+        f"--clustering.num_clusters={CLUSTERS}", "--clustering.iterations=3", "--clustering.actors=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    files, path = storage.filesystem(f"{bucket}/runs/fit/assignments")
+    found = parquet.read_table(path, filesystem=files).to_pandas()
+    assert found["id"].tolist() == [f"row-{i}" for i in range(9000)]
+    written = set(storage.list_files(f"{bucket}/runs/fit"))
+    assert {"centroids.safetensors", "statistics.json", "result.json", "fit.safetensors", "metrics.jsonl"} <= written
+    assert json.loads(storage.read_bytes(f"{bucket}/runs/fit/result.json"))["objective"] > 0.9
 
 
 @pytest.mark.parametrize(
