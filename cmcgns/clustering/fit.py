@@ -208,6 +208,11 @@ def _assign_shard(
 
 def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], status: int) -> int:
     """Write result.json, say where everything is; ``status``."""
+    if status and result.get("failure"):
+        terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
+    if status and not storage.exists(folder.file("config.yaml")):
+        terminal.print("ended before the first iteration; nothing was written", highlight=False)
+        return status
     versions = {name: metadata.version(name) for name in PACKAGES}
     folder.write_json("result.json", result | {"versions": versions})
     if status == 0:
@@ -222,8 +227,6 @@ def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], statu
             },
         )
         return status
-    if result["status"] == "failed":
-        terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
     again = f"python jobs/kmeans.py --run.storage={folder.storage} --run.resume={folder.name}"
     terminal.print(f"go on from the last iteration with: {again}", highlight=False)
     return status
