@@ -121,7 +121,7 @@ def _parquet_at(uri: str) -> Iterator[None]:
     with storage.explained(uri):
         try:
             yield
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except pa.ArrowException as error:
             what = str(error).strip().splitlines()[0]
             raise UserError(f"{uri} is no whole Parquet file, or must not change during a fit ({what})") from error
 

@@ -110,9 +110,8 @@ def fit_and_write(
 ) -> dict[str, Any]:
     """The fit and all its files; facts for result.json."""
     settings, began = config.clustering, time.perf_counter()
-    streamed = settings.batch_rows is not None or settings.iterations == 0
     sources = [
-        ParquetSource(part, settings.memory_gib * 2**30, settings.scratch, streamed)
+        ParquetSource(part, settings.memory_gib * 2**30, settings.scratch, settings.streamed)
         for part in embeddings.deal(settings.actors)
     ]
     pool = SourcePool(sources, settings)

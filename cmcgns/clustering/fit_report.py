@@ -21,7 +21,7 @@ def describe_plan(config: KMeansConfig, folder: RunFolder, embeddings: Embedding
     held = (
         "in memory" if share <= settings.memory_gib else f"on disk (clustering.memory_gib is {settings.memory_gib:g})"
     )
-    if settings.batch_rows is not None or settings.iterations == 0:
+    if settings.streamed:
         held = "read anew for each pass"
     fit = f"K = {settings.num_clusters}, at most {settings.iterations} iterations"
     if settings.batch_rows is not None:

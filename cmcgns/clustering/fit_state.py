@@ -4,14 +4,16 @@ import json
 import time
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from cmcgns.clustering.embeddings import Embeddings
 from cmcgns.clustering.job_config import KMeansConfig
-from cmcgns.clustering.kmeans import Fit, normalised
+from cmcgns.clustering.kmeans import Array, Fit, normalised
+from cmcgns.clustering.rows import check_rows
 from cmcgns.command_line import to_yaml
 from cmcgns.data import storage
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, starting_with
 from cmcgns.run_folder import RunFolder, name_taken
 
 STATE, METRICS = "fit.safetensors", "metrics.jsonl"
@@ -24,12 +26,25 @@ def first_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -
         return from_bytes(storage.read_bytes(folder.file(STATE)))
     if settings.start_from is None:
         return None
-    held = safetensors.load(storage.read_bytes(settings.start_from))
-    rows_KD, wanted = held.get("rows_KD"), (settings.num_clusters, embeddings.dim)
-    if rows_KD is None or rows_KD.shape != wanted:
+    return Fit(read_centroids(settings.start_from, (settings.num_clusters, embeddings.dim)))
+
+
+def read_centroids(uri: str, shape: tuple[int, int]) -> Array:
+    """Centroids of length 1 of a fit or of a pretraining export, refused where they are not of ``shape`` (K, D)."""
+    key = f"clustering.start_from {uri}"
+    try:
+        held = safetensors.load(storage.read_bytes(uri))
+    except UserError as error:
+        raise UserError(f"clustering.start_from {starting_with(uri, str(error))}") from None
+    except SafetensorError as error:
+        raise UserError(f"{key} is no safetensors file ({error}); name a centroids.safetensors") from None
+    rows_KD = held.get("rows_KD")
+    if rows_KD is None or rows_KD.shape != shape:
         given = f"has the shape {rows_KD.shape}" if rows_KD is not None else f"holds {', '.join(held)} and no rows_KD"
-        raise UserError(f"clustering.start_from {settings.start_from} {given}; {wanted} (K, D) is wanted here")
-    return Fit(normalised(rows_KD))
+        raise UserError(f"{key} {given}; {shape} (K, D) is wanted here")
+    check_rows(rows_KD, key)  # zero where clustering never started in the run that was exported
+    unit = np.allclose(np.linalg.norm(rows_KD, axis=1), 1.0, rtol=0, atol=1e-6)
+    return rows_KD if unit else normalised(rows_KD)  # a second division would change their last bits
 
 
 def write_start(folder: RunFolder, config: KMeansConfig) -> None:

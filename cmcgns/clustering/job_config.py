@@ -44,6 +44,11 @@ class FitConfig(PoolConfig):
     seed: int = 0
     """Decides the first centroids and the mini-batches."""
 
+    @property
+    def streamed(self) -> bool:
+        """Rows are not kept: a mini-batch, or a single assignment, reads them from their files."""
+        return self.batch_rows is not None or self.iterations == 0
+
 
 class KMeansConfig(Section):
     """All settings of a fit."""

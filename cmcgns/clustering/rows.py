@@ -28,12 +28,12 @@ CACHED_ROWS = 512
 """Rows that are turned into float64 at a time: few enough to stay in the processor's cache."""
 GRID = 2.0**24
 """Entries of rows are multiples of 1 / GRID: half a billion of them add up without rounding."""
-NORMAL = np.float32(1e-12)
+SHORTEST = np.float32(1e-12)
 """A shorter row counts as zero."""
 
 
 class RowStore(Protocol):
-    """Normalised float32 rows on the grid, in memory or elsewhere; a numpy array is one."""
+    """Normalised float32 rows on the grid, wherever they lie; a bare numpy array is put on the grid first."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class RowArray:
         self.weights_N = weights_N
         self._assign = assign or faiss_assign("cpu")
         self._coverage = Coverage(np.empty((0, 0)), np.empty(0), np.empty(0, np.int64))
-        self._passed: tuple[Array, Array] | None = None  # centroids of the last pass, and each row's
+        self._passed: Passed | None = None
 
     def __len__(self) -> int:
         return self.rows_ND.shape[0]
@@ -133,14 +133,14 @@ class RowArray:
             nearest_N[chunk] = found.nearest_N
             weight += float(len(rows_MD) if weights_M is None else weights_M.sum())
             near_ties += found.near_ties
-        self._passed = centroids_KD, nearest_N
+        self._passed = Passed(centroids_KD, blocks, nearest_N)
         return AssignmentPass(sums_KD, counts_K, weight, near_ties)
 
     def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
-        if self._passed is None or not np.array_equal(self._passed[0], centroids_KD):
+        if self._passed is None or not self._passed.was(centroids_KD, blocks):
             self.assign(centroids_KD, blocks)
         assert self._passed is not None
-        _, nearest_N = self._passed
+        nearest_N = self._passed.nearest_N
         served_N = np.full(len(self), np.inf)
         for chunk, rows_MD in self._chunks(blocks):
             served_N[chunk] = dot(rows_MD, centroids_KD, nearest_N[chunk])
@@ -197,6 +197,21 @@ class RowArray:
         return Row(float(similarity_N[index]), int(self.ordinals_N[index]), np.array(self.rows_ND[index]))
 
 
+class Passed(NamedTuple):
+    """The last pass: over what, and each row's centroid (-1 for a row left out)."""
+
+    centroids_KD: Array
+    blocks: Array | None
+    nearest_N: Array
+
+    def was(self, centroids_KD: Array, blocks: Array | None) -> bool:
+        """Whether it was a pass of these centroids over these blocks."""
+        if (self.blocks is None) != (blocks is None):
+            return False
+        same_blocks = self.blocks is None or blocks is None or np.array_equal(self.blocks, blocks)
+        return same_blocks and np.array_equal(self.centroids_KD, centroids_KD)
+
+
 class Coverage(NamedTuple):
     """How well each row is served by seeds, and by which."""
 
@@ -213,10 +228,10 @@ def on_grid(rows_ND: Array) -> Array:
 def check_rows(rows_ND: Array, where: str, first: int = 0) -> None:
     """Refuse NaN, infinite and zero rows: they have no direction. ``where`` names the shard, ``first`` its first row."""
     length_N = np.linalg.norm(rows_ND.astype(np.float32, copy=False), axis=1)
-    wrong_N = ~(length_N > NORMAL) | ~np.isfinite(length_N)
+    wrong_N = ~(length_N > SHORTEST) | ~np.isfinite(length_N)
     if wrong_N.any():
         row = int(np.flatnonzero(wrong_N)[0])
-        what = "is zero" if length_N[row] <= NORMAL else "holds NaN or infinity"
+        what = "is zero" if length_N[row] <= SHORTEST else "holds NaN or infinity"
         raise UserError(
             f"{where}: row {first + row} {what} and has no direction ({int(wrong_N.sum())} such rows of {len(rows_ND)} "
             "looked at); leave such rows out of the set"

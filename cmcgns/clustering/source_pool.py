@@ -78,7 +78,7 @@ class ParquetSource:
     scratch: str | None
     """Folder for what memory does not hold."""
     streamed: bool
-    """Hold nothing, and read what a mini-batch asks for each time."""
+    """Hold nothing, and read what is asked for each time; without weights."""
 
     def rows(self, assign: Assign) -> RowArray:
         if self.streamed:

@@ -195,3 +195,16 @@ def test_mini_batches_are_blocks_drawn_anew_each_time() -> None:
     times = np.bincount(np.concatenate(draws), minlength=11)
     assert times.min() > 30  # each of 11 blocks is due 55 times
     assert batch_blocks(count, 10**9, 0, 0).tolist() == list(range(11))
+
+
+def test_worst_served_rows_are_those_of_the_blocks_asked_for() -> None:
+    """Whatever pass came before."""
+    rows_ND = heavy_tailed(3 * BLOCK_ROWS)
+    fresh, used = (RowArray(rows_ND, assign=numpy_assign) for _ in range(2))
+    used.assign(rows_ND[:5], np.array([1]))
+    for blocks in (None, np.array([0, 2]), np.array([1])):
+        wanted = fresh.worst_served(rows_ND[:5], 3, blocks)
+        assert [row.ordinal for row in used.worst_served(rows_ND[:5], 3, blocks)] == [row.ordinal for row in wanted]
+        inside = np.isin(np.arange(len(rows_ND)) // BLOCK_ROWS, [0, 1, 2] if blocks is None else blocks)
+        served_N = np.where(inside, (fresh.rows_ND[: len(rows_ND)] @ rows_ND[:5].T).max(1), np.inf)
+        assert wanted[0].ordinal == int(served_N.argmin())

@@ -21,7 +21,7 @@ from tests.clustering.sets import heavy_tailed, separated, write_parquet
 from tests.jobs import REPOSITORY
 from tests.s3 import S3Server
 
-ROWS, CLUSTERS = 6000, 16
+ROWS, CLUSTERS = 20_000, 64
 
 
 def command(*settings: str) -> list[str]:
@@ -53,12 +53,11 @@ def test_a_stopped_fit_goes_on_to_the_centroids_of_one_array(tmp_path: Path) -> 
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=120)
-    if process.returncode != 0:  # else it was too quick to be stopped
-        assert process.returncode == 130, said
-        assert "--run.resume=fit" in said
-        resumed = run(tmp_path, "--run.resume=fit", "--clustering.actors=3")
-        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-        said = resumed.stdout
+    assert process.returncode == 130, said
+    assert "--run.resume=fit" in said
+    assert metrics(folder)[-1]["iteration"] < 10, "stopped too late to have anything to go on with"
+    resumed = run(tmp_path, "--run.resume=fit", "--clustering.actors=3")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
 
     whole = RowArray(rows_ND, assign=numpy_assign)
     fit = kmeans(whole, parallel_seeds(whole, CLUSTERS, 0), 60, 0.0)
@@ -70,11 +69,41 @@ def test_a_stopped_fit_goes_on_to_the_centroids_of_one_array(tmp_path: Path) -> 
     statistics = json.loads((folder / "statistics.json").read_text())
     assert sum(cluster["size"] for cluster in statistics["clusters"]) == ROWS
     assert json.loads((folder / "result.json").read_text())["status"] == "finished"
-    assert "sentence " in said  # the largest clusters are shown with their nearest rows
+    assert "sentence " in resumed.stdout  # the largest clusters are shown with their nearest rows
 
     again = run(tmp_path, *settings)
     assert again.returncode == 2
     assert "run.name fit is taken" in again.stderr
+
+
+@pytest.mark.ray
+def test_given_centroids_are_kept_and_rows_assigned_to_them(tmp_path: Path) -> None:
+    """A weighted fit, then its centroids over another set without an iteration."""
+    weights_N = np.random.default_rng(0).uniform(0.5, 2.0, 3000)
+    write_parquet(tmp_path / "set", heavy_tailed(3000), [0, 3000], weights_N=weights_N)
+    write_parquet(tmp_path / "other", heavy_tailed(500, seed=1), [0, 500])
+    few = [f"--clustering.num_clusters={CLUSTERS}", "--clustering.iterations=2"]
+    first = run(tmp_path, "--data.uri=set", "--data.weight_column=weight", "--run.name=first", *few)
+    assert first.returncode == 0, first.stdout + first.stderr
+    given = tmp_path / "runs" / "first" / "centroids.safetensors"
+    centroids_KD = load_file(given)["rows_KD"]
+    whole = RowArray(heavy_tailed(3000), assign=numpy_assign, weights_N=weights_N)
+    np.testing.assert_allclose(
+        centroids_KD, kmeans(whole, parallel_seeds(whole, CLUSTERS, 0), 2, 1e-4).centroids_KD, atol=1e-6
+    )
+    second = run(
+        tmp_path,
+        "--data.uri=other",
+        "--run.name=second",
+        *few[:1],
+        f"--clustering.start_from={given}",
+        "--clustering.iterations=0",
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert np.array_equal(load_file(tmp_path / "runs" / "second" / "centroids.safetensors")["rows_KD"], centroids_KD)
+    found = parquet.read_table(tmp_path / "runs" / "second" / "assignments").to_pandas()
+    rows = RowArray(heavy_tailed(500, seed=1), assign=numpy_assign)
+    assert found["centroid"].tolist() == numpy_assign(rows.rows_ND[:500], centroids_KD).nearest_N.tolist()
 
 
 @pytest.mark.ray
@@ -109,6 +138,14 @@ def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
         (["--data.uri=set", "--data.vector_column=x", "--clustering.num_clusters=9"], "data.vector_column x: "),
         (["--data.uri=set", "--clustering.device=gpu"], "clustering.gpus_per_actor"),
         (["--data.uri=set", "--clustering.iterations=0"], "clustering.start_from"),
+        (
+            ["--data.uri=set", "--clustering.num_clusters=9", "--clustering.start_from=no.safetensors"],
+            "start_from no.safet",
+        ),
+        (
+            ["--data.uri=set", "--clustering.num_clusters=9", "--clustering.start_from=set/part-000.parquet"],
+            "is no safetensors",
+        ),
         (["--data.uri=set", "--clustering.batch_rows=10"], "must be at least 4096"),
         (["--data.uri=set", "--clustering.num_clusters=9", "--run.resume=lost"], "there is no run of that name"),
     ],
