@@ -201,7 +201,7 @@ def _known(key: str, section: type[Section], prefix: str = "") -> None:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    if key in ("run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from"):
+    if key in ("run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri"):
         return text  # names like 2024-01-01 or 007 stay words
     try:
         value = yaml.safe_load(text)

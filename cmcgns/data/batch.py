@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SLICE_STUDIES, MOST_SLICES = 8, 4
+"""A microbatch's reports go through the text encoder in up to four slices of at least eight, by length: a mean report
+has half the tokens of the longest."""
+
 
 class ImageReportBatch(NamedTuple):
     """One film and one report a row. A NamedTuple, because ZeRO-3's hooks walk into nothing fancier."""
@@ -34,6 +38,10 @@ class ImageReportBatch(NamedTuple):
     """True where a patch is hidden from the reconstruction."""
     rank_sentences: tuple[int, ...]
     """Real sentences of every rank, known on the host."""
+    by_length_B: Tensor | None = None
+    """The studies from the shortest report to the longest; None where reports are not sliced."""
+    slice_tokens: tuple[int, ...] = ()
+    """Tokens of the longest report in each of as many equal slices of ``by_length_B``, known on the host."""
 
     @property
     def studies(self) -> int:
@@ -54,6 +62,8 @@ class PaddedReports(NamedTuple):
     sentence_of_token_BT: Tensor
     sentence_mask_BS: Tensor
     sentence_row_n: Tensor
+    by_length_B: Tensor
+    slice_tokens: tuple[int, ...]
 
 
 def pad_reports(
@@ -62,9 +72,12 @@ def pad_reports(
     sentence_counts: np.ndarray,
     pad_id: int,
 ) -> PaddedReports:
-    """``tokens`` of B reports as one rectangle, T rounded up to a multiple of 8."""
+    """``tokens`` of B reports as one rectangle, T rounded up to a multiple of 8, and how to cut it into slices."""
     lengths = np.array([len(ids) for ids in tokens])
-    size_T, size_S = -(-int(lengths.max()) // 8) * 8, int(sentence_counts.max())
+    size_T, size_S = _rounded(lengths.max()), int(sentence_counts.max())
+    order = np.argsort(lengths, kind="stable")
+    # their number depends on B alone: ranks under ZeRO-3 must call the encoder equally often
+    slices = np.array_split(lengths[order], min(max(len(tokens) // SLICE_STUDIES, 1), MOST_SLICES))
     token_mask_BT = np.arange(size_T) < lengths[:, None]
     token_BT = np.full(token_mask_BT.shape, pad_id, dtype=np.int64)
     sentence_BT = np.full(token_mask_BT.shape, -1, dtype=np.int64)
@@ -77,4 +90,10 @@ def pad_reports(
         torch.from_numpy(sentence_BT),
         torch.from_numpy(sentence_mask_BS),
         torch.from_numpy(np.flatnonzero(sentence_mask_BS)),
+        torch.from_numpy(order),
+        tuple(_rounded(part[-1]) for part in slices),
     )
+
+
+def _rounded(tokens: int) -> int:
+    return -(-int(tokens) // 8) * 8

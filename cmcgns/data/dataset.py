@@ -49,18 +49,25 @@ class Stream:
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
         """One Ray Data iterator for each rank over the epoch from ``position`` on, in blocks of ``block_size``."""
-        config = self.config
-        windows = -(-(self.studies - position) // config.window_size)
-        with ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(config)):
-            dataset = ray.data.range(windows, override_num_blocks=windows).map_batches(
-                read_window,
-                batch_format="pyarrow",
-                zero_copy_batch=True,
-                num_cpus=config.cpus_per_task,
-                fn_kwargs={"stream": self, "epoch": epoch, "position": position},
-            )
-            blocks = dataset.repartition(target_num_rows_per_block=block_size, strict=True)
+        with self.context():
+            blocks = self.rows(epoch, position).repartition(target_num_rows_per_block=block_size, strict=True)
             return list(blocks.streaming_split(ranks))
+
+    def rows(self, epoch: int, position: int) -> Any:
+        """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
+        within ``context()``."""
+        windows = -(-(self.studies - position) // self.config.window_size)
+        return ray.data.range(windows, override_num_blocks=windows).map_batches(
+            read_window,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=self.config.cpus_per_task,
+            fn_kwargs={"stream": self, "epoch": epoch, "position": position},
+        )
+
+    def context(self) -> Any:
+        """Ray Data's settings for this stream, while the block lasts."""
+        return ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(self.config))
 
 
 class Unhurried(ExecutionCallback):

@@ -157,6 +157,13 @@ def upload_folder(local: Path, uri: str) -> None:
             write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
 
 
+def download_folder(uri: str, local: Path) -> None:
+    """Copy every file under ``uri`` to the same place under ``local``."""
+    for name in list_files(uri):
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(read_bytes(join(uri, name)))
+
+
 def exists(uri: str) -> bool:
     """Whether a file or folder lies at ``uri``."""
     files, path = filesystem(uri)

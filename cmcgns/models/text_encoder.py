@@ -20,15 +20,41 @@ class TextEncoder(nn.Module):
         self.pool = AttentionPool(dim)
 
     def forward(
-        self, token_BT: Tensor, token_mask_BT: Tensor, sentence_of_token_BT: Tensor, sentence_mask_BS: Tensor
+        self,
+        token_BT: Tensor,
+        token_mask_BT: Tensor,
+        sentence_of_token_BT: Tensor,
+        sentence_mask_BS: Tensor,
+        by_length_B: Tensor | None = None,
+        slice_tokens: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        """``sentences_BSD`` (zero where padded) and normalised ``report_BD``."""
+        """``sentences_BSD`` (zero where padded) and normalised ``report_BD``.
+
+        With ``by_length_B`` reports of like length go through the backbone together, without the padding of the longest.
+        """
+        if by_length_B is None:
+            sentences_BSD = self._sentences(token_BT, token_mask_BT, sentence_of_token_BT, sentence_mask_BS.shape[1])
+        else:
+            parts = [
+                self._sentences(
+                    token_BT[rows_b, :size_t],
+                    token_mask_BT[rows_b, :size_t],
+                    sentence_of_token_BT[rows_b, :size_t],
+                    sentence_mask_BS.shape[1],
+                )
+                for rows_b, size_t in zip(by_length_B.tensor_split(len(slice_tokens)), slice_tokens, strict=True)
+            ]
+            sorted_BSD = torch.cat(parts)
+            sentences_BSD = torch.zeros_like(sorted_BSD).index_copy(0, by_length_B, sorted_BSD)
+        return sentences_BSD, unit(self.pool(sentences_BSD, sentence_mask_BS))
+
+    def _sentences(self, token_BT: Tensor, token_mask_BT: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:
+        """Means of each sentence's tokens, (B, S, D)."""
         hidden_BTC = self.backbone(
             input_ids=token_BT, attention_mask=self._attention_mask(token_mask_BT)
         ).last_hidden_state
         token_BTD = unit(self.projection(hidden_BTC))
-        sentences_BSD = sentence_means(token_BTD, sentence_of_token_BT, sentence_mask_BS.shape[1])
-        return sentences_BSD, unit(self.pool(sentences_BSD, sentence_mask_BS))
+        return sentence_means(token_BTD, sentence_of_token_BT, size_S)
 
     def _attention_mask(self, token_mask_BT: Tensor) -> Tensor:
         """The mask in the shape that BERT's attention uses it in.

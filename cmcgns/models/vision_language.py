@@ -52,7 +52,12 @@ class VisionLanguageModel(nn.Module):
         features_BPC, pooled_BC = self.image_encoder(batch.image_B1HW)
         patches_BPD = unit(self.patch_projection(features_BPC))
         sentences_BSD, report_BD = self.text_encoder(
-            batch.token_BT, batch.token_mask_BT, batch.sentence_of_token_BT, batch.sentence_mask_BS
+            batch.token_BT,
+            batch.token_mask_BT,
+            batch.sentence_of_token_BT,
+            batch.sentence_mask_BS,
+            batch.by_length_B,
+            batch.slice_tokens,
         )
         image_to_text_BSD, text_to_image_BPD, hidden_B1D = self.cross_attention(
             patches_BPD, sentences_BSD, batch.sentence_mask_BS, self.mask_token if reconstruct else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cmcgns.config import Config
+from cmcgns.config import Config, DataConfig
 from cmcgns.data.index import StudyIndex, too_many_bad
 from cmcgns.data.reports import ParsedReport, parse_report
 from cmcgns.data.sources import Source, open_source
@@ -46,17 +46,22 @@ class Corpus:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def open_corpus(config: Config) -> Corpus:
-    """The corpus of ``config.data``, with the splits that training reads."""
-    data = config.data
+def open_index(key: str, data: DataConfig) -> tuple[Source, StudyIndex]:
+    """The corpus that ``data`` names and its index; where it cannot be read, the error names the setting ``key``."""
     try:
         source = open_source(
             data.uri, data.format, data.views, data.seed, data.resize, data.phantom_studies, data.phantom_size
         )
-        index = source.index()
+        return source, source.index()
     except UserError as error:
         reason = str(error).removeprefix("data.uri ")
-        raise UserError(f"data.uri {starting_with(data.uri, reason)}") from None
+        raise UserError(f"{key} {starting_with(data.uri, reason)}") from None
+
+
+def open_corpus(config: Config) -> Corpus:
+    """The corpus of ``config.data``, with the splits that training reads."""
+    data = config.data
+    source, index = open_index("data.uri", data)
     corpus = Corpus(source, index, index.split("train"), index.split("valid").slice(0, data.validation_studies))
     complaint = too_many_bad(corpus.bad_rows, corpus.studies, data.max_bad_fraction)
     if complaint is not None:

@@ -47,9 +47,7 @@ def write_tokenizer(folder: RunFolder, tokenizer: ReportTokenizer) -> None:
 def read_tokenizer(folder: RunFolder, config: Config) -> ReportTokenizer:
     """The vocabulary that the run began with."""
     with tempfile.TemporaryDirectory() as scratch:
-        for uri in storage.list_files(folder.file("tokenizer")):
-            name = uri.rstrip("/").rsplit("/", 1)[-1]
-            (Path(scratch) / name).write_bytes(storage.read_bytes(folder.file(f"tokenizer/{name}")))
+        storage.download_folder(folder.file("tokenizer"), Path(scratch))
         return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
 
 

@@ -68,7 +68,10 @@ class Batcher:
         stored_B1RR = self._to_device(torch.from_numpy(block.images_BRR.copy()).unsqueeze(1))
         return ImageReportBatch(
             image_B1HW=normalise(crop(stored_B1RR, data.image_size, key_B if training else None)),
-            **{name: self._to_device(part) for name, part in reports._asdict().items()},
+            **{
+                name: self._to_device(part) if isinstance(part, torch.Tensor) else part
+                for name, part in reports._asdict().items()
+            },
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
             masked_BP=mask_positions(key_B, self.patches, self.config.objective.mask_ratio),

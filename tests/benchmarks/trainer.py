@@ -177,7 +177,10 @@ def alone(config: Config, trainer: Trainer, rounds: int) -> dict[str, list[float
     model = build_model(config, VOCABULARY)
     block = trainer.parts.blocks.blocks[0]  # type: ignore[attr-defined]
     batch = trainer.parts.batcher(block, (int(block.sentence_counts.sum()),), True)
-    text = (batch.token_BT, batch.token_mask_BT, batch.sentence_of_token_BT, batch.sentence_mask_BS)
+    text = (
+        batch.token_BT, batch.token_mask_BT, batch.sentence_of_token_BT, batch.sentence_mask_BS, batch.by_length_B,
+        batch.slice_tokens,
+    )  # fmt: skip
 
     def encoders() -> None:
         outputs = [*model.image_encoder(batch.image_B1HW), *model.text_encoder(*text)]

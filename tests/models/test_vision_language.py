@@ -91,6 +91,26 @@ def test_padded_sentences_and_tokens_take_no_part() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_reports_sliced_by_length_give_the_features_and_gradients_of_one_rectangle() -> None:
+    config = small_config()
+    model = small_model(config).eval().double()
+    batch = random_batch(config, model.image_encoder.patches, slice(0, 37))
+    batch = batch._replace(image_B1HW=batch.image_B1HW.double())
+    assert len(batch.slice_tokens) == 4
+    assert batch.slice_tokens[0] < batch.slice_tokens[-1] == batch.token_BT.shape[1]
+    whole = batch._replace(by_length_B=None, slice_tokens=())
+    found, expected = [], []
+    for each, kept in ((batch, found), (whole, expected)):
+        model.zero_grad()
+        outputs = model(each)
+        (outputs.image_to_text_BSD.square().sum() + outputs.report_BD[:, 0].sum()).backward()
+        kept += [outputs.sentences_BSD, outputs.report_BD]
+        kept += [parameter.grad for parameter in model.text_encoder.parameters() if parameter.grad is not None]
+    assert len(found) > 20
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @torch.no_grad()
 def test_a_sentence_is_the_mean_of_its_tokens() -> None:
     token_BTD, owner_BT = (

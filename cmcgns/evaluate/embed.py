@@ -1,0 +1,170 @@
+"""The driver of `jobs/embed.py`: a split of a corpus through a trained model, its sentences as Parquet."""
+
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from rich.console import Console
+
+from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns.config import Config
+from cmcgns.data import storage
+from cmcgns.data.dataset import VALIDATION_EPOCH, Stream, to_block
+from cmcgns.data.sources import Source
+from cmcgns.errors import UserError
+from cmcgns.evaluate.exported import PretrainedRun, open_run
+from cmcgns.evaluate.job_config import EmbedConfig, EmbedJobConfig
+from cmcgns.evaluate.sentences import SentenceEmbedder, sentence_table
+from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
+from cmcgns.session import ray_session
+from cmcgns.terminal import console, print_plan, quiet_terminal
+from cmcgns.train.board import start_board
+from cmcgns.train.corpus import open_index
+from cmcgns.train.folder import with_absolute_paths, write_bad_rows
+
+STUDIES_AHEAD = 512
+"""Decoded studies that may wait for the model."""
+ROWS_PER_FILE = 50_000
+PACKAGES = ("cmcgns", "ray", "torch", "transformers", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The studies to embed, and the settings that they are read with."""
+
+    config: Config
+    source: Source
+    studies: pa.Table
+
+
+class EmbedRows:
+    """A Ray Data actor that holds the model: studies in, sentences out."""
+
+    def __init__(self, uri: str, study_ids: Any, settings: EmbedConfig) -> None:
+        torch.set_num_threads(max(int(settings.cpus_per_worker), 1))
+        run = open_run("embed.run", uri)
+        self.study_ids = ray.get(study_ids)
+        self.resize = run.config.data.resize
+        device = torch.device("cuda" if settings.use_gpu else "cpu")
+        self.embed = SentenceEmbedder(run.load_model(), run.tokenizer, run.config, device)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        block = to_block(rows.combine_chunks(), self.resize)
+        return sentence_table(self.embed(block), self.study_ids.take(block.positions).to_pylist())
+
+
+def embed_sentences(config: EmbedJobConfig) -> int:
+    """Exit status of one embedding: 0 finished, 1 failed, 130 stopped by the user."""
+    terminal, settings = console(), config.embed
+    run = open_run("embed.run", settings.run)
+    split = open_split(run, settings)
+    folder = open_folder(config.run, "embed")
+    with quiet_terminal(), ray_session() as cpus:
+        check_capacity(settings, cpus)
+        print_plan(terminal, describe_plan(run, settings, folder, split, cpus))
+        warn_of_passing_folder(terminal, folder)
+        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+        began = time.perf_counter()
+        board = start_board(len(split.studies), split.config.data.max_bad_fraction, {})
+        try:
+            write_sentences(run, settings, split, board, folder.file("sentences"))
+            result: dict[str, Any] = {"status": "finished"}
+        except KeyboardInterrupt:
+            result = {"status": "stopped"}
+        except Exception as error:  # whatever Ray Data wraps a task's error in
+            reason = ray.get(board.failure.remote()) or str(error).strip().splitlines()[-1]
+            result = {"status": "failed", "failure": reason}
+        bad_rows = ray.get(board.account.remote())["bad_rows"]
+        write_bad_rows(folder.uri, bad_rows)
+        counts = {"studies": len(split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
+        seconds = {"seconds": round(time.perf_counter() - began, 1)}
+        return conclude(terminal, folder, result | counts | seconds)
+
+
+def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
+    """The studies that ``settings`` asks for, out of the run's corpus or the one that it names."""
+    data, key = run.config.data, "embed.run"
+    if settings.uri is not None:
+        key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
+    config = with_absolute_paths(run.config.model_copy(update={"data": data}))
+    source, index = open_index(key, config.data)
+    studies = index.split(settings.split)
+    if not len(studies):
+        raise UserError(
+            f"embed.split {settings.split}: {data.uri} has no study in it; its index has {len(index.table)}"
+        )
+    return Split(config, source, studies.slice(0, settings.studies).combine_chunks())
+
+
+def check_capacity(settings: EmbedConfig, cpus: float) -> None:
+    """Refuse what would leave Ray Data without a CPU, with the numbers."""
+    wanted = settings.workers * settings.cpus_per_worker
+    if wanted > cpus - 1:
+        raise UserError(
+            f"embed.workers {settings.workers} of {settings.cpus_per_worker:g} CPUs need {wanted:g}; the cluster has "
+            f"{cpus:g} and one is kept for data. Lower embed.workers or embed.cpus_per_worker"
+        )
+    gpus = float(ray.cluster_resources().get("GPU", 0))
+    if settings.use_gpu and settings.workers > gpus:
+        raise UserError(
+            f"embed.workers {settings.workers} need as many GPUs; the cluster has {gpus:g}. See embed.use_gpu"
+        )
+
+
+def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, board: Any, uri: str) -> None:
+    """Parquet files of all sentences under ``uri``, in the order of the index."""
+    stream = Stream(
+        split.source,
+        ray.put(split.studies),
+        len(split.studies),
+        run.tokenizer,
+        split.config.data,
+        board,
+        studies_ahead=STUDIES_AHEAD,
+    )
+    files, path = storage.filesystem(uri)
+    with stream.context():
+        sentences = stream.rows(VALIDATION_EPOCH, 0).map_batches(
+            EmbedRows,
+            batch_format="pyarrow",
+            batch_size=settings.batch_size,
+            fn_constructor_args=(run.uri, ray.put(split.studies["study_id"]), settings),
+            compute=ray.data.ActorPoolStrategy(size=settings.workers),
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=1 if settings.use_gpu else 0,
+        )
+        sentences.write_parquet(path, filesystem=files, min_rows_per_file=ROWS_PER_FILE)
+
+
+def describe_plan(
+    run: PretrainedRun, settings: EmbedConfig, folder: RunFolder, split: Split, cpus: float
+) -> dict[str, str]:
+    """What runs where, for the user."""
+    return {
+        "embed": f"{folder.name} in {folder.storage}",
+        "model": run.export,
+        "studies": f"{len(split.studies)} of {split.config.data.uri} ({settings.split})",
+        "workers": f"{settings.workers} x {settings.cpus_per_worker:g} CPU{' + GPU' if settings.use_gpu else ''}, "
+        f"{settings.batch_size} studies a forward; the cluster has {cpus:g} CPUs",
+    }
+
+
+def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> int:
+    """Write result.json, say where everything is; the exit status."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    folder.write_json("result.json", result | {"versions": versions})
+    if result["status"] == "finished":
+        print_plan(
+            terminal,
+            {
+                "finished": f"{result['studies']} studies, {result['bad_rows']} bad rows, {result['seconds']} s",
+                "sentences": folder.file("sentences"),
+            },
+        )
+        return 0
+    terminal.print(result.get("failure", "stopped"), style="red", highlight=False)
+    return STATUS_FAILED if result["status"] == "failed" else STATUS_INTERRUPTED

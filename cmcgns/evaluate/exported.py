@@ -1,0 +1,63 @@
+"""A finished pretraining run, opened again: its settings, its vocabulary, its model with the weights that came out."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+from cmcgns.command_line import validate
+from cmcgns.config import Config
+from cmcgns.data import storage
+from cmcgns.errors import UserError
+from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer
+from cmcgns.models.vision_language import VisionLanguageModel, build_model
+
+
+@dataclass(frozen=True)
+class PretrainedRun:
+    """What a run folder says, but for the weights."""
+
+    uri: str
+    config: Config
+    tokenizer: ReportTokenizer
+
+    @property
+    def export(self) -> str:
+        """URI of the folder with encoders, heads and centroids."""
+        return storage.join(self.uri, "export")
+
+    def load_model(self) -> VisionLanguageModel:
+        """The whole model on the CPU, in evaluation mode."""
+        with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
+            local = Path(scratch)
+            storage.download_folder(self.export, local)
+            encoders = {name: str(local / name) for name in ("image_encoder", "text_encoder")}
+            built = self.config.model_copy(update={"model": self.config.model.model_copy(update=encoders)})
+            model = build_model(built, self.tokenizer.vocabulary_size)
+            left = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
+        missing = [name for name in left.missing_keys if ".backbone." not in name]
+        if missing or left.unexpected_keys:
+            raise UserError(
+                f"{self.export} does not fit the run's config.yaml: {', '.join([*missing, *left.unexpected_keys][:3])}"
+            )
+        return model.eval()
+
+
+def open_run(key: str, uri: str) -> PretrainedRun:
+    """The run in the folder ``uri``, which the setting ``key`` names; one without an export is refused."""
+    uri = uri if storage.is_s3(uri) else str(Path(uri).expanduser().absolute())
+    if not storage.exists(storage.join(uri, "config.yaml")):
+        raise UserError(f"{key} {uri} is no run folder: it holds no config.yaml; name <run.storage>/<run.name>")
+    if not storage.exists(storage.join(uri, "export/heads.safetensors")):
+        raise UserError(
+            f"{key} {uri} has no export: the run has not finished; go on with --run.resume={Path(uri).name}"
+        )
+    settings: dict[str, Any] = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
+    config = validate(settings, Config)
+    with tempfile.TemporaryDirectory(prefix="cmcgns-tokenizer-") as scratch:
+        storage.download_folder(storage.join(uri, "export/tokenizer"), Path(scratch))
+        tokenizer = load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
+    return PretrainedRun(uri, config, tokenizer)

@@ -1,0 +1,85 @@
+"""Whether clusters of sentence features follow what the phantom's sentences say."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from sklearn.metrics import adjusted_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+from cmcgns.clustering.kmeans import Array, kmeans, numpy_assign
+from cmcgns.clustering.rows import RowArray
+from cmcgns.clustering.seeding import parallel_seeds
+from cmcgns.data.dataset import VALIDATION_EPOCH, Block, Stream, read_study, row_schema, to_block
+from cmcgns.data.phantom.sentence_truth import sentence_truth
+from cmcgns.evaluate.exported import PretrainedRun
+from cmcgns.evaluate.sentences import SentenceEmbedder
+from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.train.corpus import open_index
+
+BATCH, SHUFFLES = 32, 20
+
+
+class Agreement(NamedTuple):
+    """How well clusters and classes go together."""
+
+    mutual_information: float
+    """Adjusted for chance: 0 for clusters that know nothing of the classes, 1 for the classes themselves."""
+    purity: float
+    """Share of the sentences that are of their cluster's commonest class."""
+    purity_by_chance: float
+    """The same with classes shuffled over the sentences."""
+
+
+def agreement(cluster_n: Array, texts: Sequence[str]) -> Agreement:
+    """Of the sentences that speak of a finding: clusters beside (finding, laterality, negated)."""
+    truths = [sentence_truth(text) for text in texts]
+    kept = np.array([truth is not None for truth in truths])
+    class_n = np.unique([str(truth) for truth in truths], return_inverse=True)[1][kept]
+    cluster_n = np.asarray(cluster_n)[kept]
+    random = np.random.default_rng(0)
+    shuffled = [purity(cluster_n, random.permutation(class_n)) for _ in range(SHUFFLES)]
+    return Agreement(
+        float(adjusted_mutual_info_score(class_n, cluster_n)), purity(cluster_n, class_n), float(np.mean(shuffled))
+    )
+
+
+def purity(cluster_n: Array, class_n: Array) -> float:
+    """Share of the rows that are of their cluster's commonest class."""
+    return float(contingency_matrix(class_n, cluster_n).max(axis=0).sum() / len(class_n))
+
+
+def own_clusters(rows_ND: Array, clusters: int) -> Array:
+    """The rows' clusters by a k-means of their own."""
+    rows = RowArray(rows_ND)
+    fit = kmeans(rows, parallel_seeds(rows, clusters, 0), 20, 1e-4)
+    return numpy_assign(rows_ND, fit.centroids_KD).nearest_N
+
+
+def attended(run: PretrainedRun, model: VisionLanguageModel, shift: int = 0) -> npt.NDArray[np.float32]:
+    """Attended features of the run's test split under ``model``, each report with the film of the study ``shift`` on."""
+    blocks = blocks_of_test_split(run)
+    films_NRR = np.roll(np.concatenate([block.images_BRR for block in blocks]), shift, axis=0)
+    embed = SentenceEmbedder(model, run.tokenizer, run.config, torch.device("cpu"))
+    rows, first = [], 0
+    for block in blocks:
+        rows.append(embed(dataclasses.replace(block, images_BRR=films_NRR[first : first + len(block)])).attended_nD)
+        first += len(block)
+    return np.concatenate(rows)
+
+
+def blocks_of_test_split(run: PretrainedRun) -> list[Block]:
+    """The run's test split in order, read without Ray."""
+    data = run.config.data
+    source, index = open_index("data.uri", data)
+    studies = index.split("test")
+    stream = Stream(source, None, len(studies), run.tokenizer, data, None)
+    rows = [read_study(study, stream, VALIDATION_EPOCH) for study in studies.to_pylist()]
+    good = [row | {"position": place} for place, row in enumerate(rows) if isinstance(row, dict)]
+    table = pa.Table.from_pylist(good, schema=row_schema(data.resize))
+    starts = range(0, len(table), BATCH)
+    return [to_block(table.slice(start, BATCH).combine_chunks(), data.resize) for start in starts]

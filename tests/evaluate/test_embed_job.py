@@ -1,0 +1,96 @@
+"""`jobs/embed.py` as a user runs it: the sentences of a corpus through an exported model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+from cmcgns.command_line import to_yaml
+from cmcgns.config import Config
+from cmcgns.data.dataset import VALIDATION_EPOCH, Stream, read_study, row_schema, to_block
+from cmcgns.data.reports import parse_report
+from cmcgns.evaluate.exported import open_run
+from cmcgns.models.cross_attention import unit
+from cmcgns.models.vision_language import VisionLanguageModel, build_model
+from cmcgns.train.checkpoint import export_model
+from cmcgns.train.corpus import make_tokenizer, open_corpus, sample_reports
+from cmcgns.train.steps import Batcher
+from tests.jobs import REPOSITORY
+from tests.small import small_config
+
+
+def write_run(folder: Path, config: Config) -> VisionLanguageModel:
+    """A run folder as the end of pretraining leaves it, of a model that has learnt nothing."""
+    tokenizer = make_tokenizer(config, sample_reports(open_corpus(config), 100))
+    torch.manual_seed(1)
+    model = build_model(config, tokenizer.vocabulary_size)
+    (folder / "export").mkdir(parents=True)
+    export_model(folder / "export", model, model.state_dict(), tokenizer, {}, {})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return model.eval()
+
+
+def embed(cwd: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "jobs" / "embed.py"), *settings, "--embed.cpus_per_worker=0.5"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.ray
+def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path) -> None:
+    """Two workers over uneven batches, against the model on one study at a time."""
+    config = small_config(data__phantom_studies=240)
+    model = write_run(tmp_path / "pretrained", config)
+    done = embed(tmp_path, "--embed.run=pretrained", "--run.name=e", "--embed.workers=2", "--embed.batch_size=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = parquet.read_table(tmp_path / "runs" / "e" / "sentences").to_pylist()
+
+    corpus, run = open_corpus(config), open_run("embed.run", str(tmp_path / "pretrained"))
+    studies = corpus.index.split("test")
+    stream = Stream(corpus.source, None, len(studies), run.tokenizer, config.data, None)
+    batcher = Batcher(config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
+    place = 0
+    for study in studies.to_pylist():
+        row = read_study(study, stream, VALIDATION_EPOCH)
+        assert isinstance(row, dict)
+        table = pa.Table.from_pylist([row | {"position": 0}], schema=row_schema(config.data.resize))
+        sentences = parse_report(study["report"] or corpus.source.read_report(study)).sentences
+        with torch.no_grad():
+            outputs = model(batcher(to_block(table, config.data.resize), (len(sentences),), training=False))
+        for number, text in enumerate(sentences):
+            row = found[place]
+            assert (row["id"], row["study_id"], row["text"]) == (
+                f"{study['study_id']}/{number}",
+                study["study_id"],
+                text,
+            )
+            np.testing.assert_allclose(row["vector"], unit(outputs.image_to_text_BSD[0, number]), atol=1e-5)
+            np.testing.assert_allclose(row["sentence_vector"], unit(outputs.sentences_BSD[0, number]), atol=1e-5)
+            place += 1
+    assert place == len(found) > 100
+    result = json.loads((tmp_path / "runs" / "e" / "result.json").read_text())
+    assert (result["status"], result["studies"], result["bad_rows"]) == ("finished", len(studies), 0)
+
+
+def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> None:
+    write_run(tmp_path / "good", small_config())
+    (tmp_path / "young" / "export").mkdir(parents=True)
+    (tmp_path / "young" / "config.yaml").write_text(to_yaml(small_config()))
+    (tmp_path / "empty").mkdir()
+    for settings, message in (
+        ([], "embed.run is missing"),
+        (["--embed.run=nowhere"], "nowhere is no run folder"),
+        (["--embed.run=young"], "has no export: the run has not finished"),
+        (["--embed.run=good", "--embed.uri=empty"], "embed.uri empty"),
+        (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),
+        (["--embed.run=good", "--run.resume=x"], "embedding starts anew"),
+    ):
+        done = embed(tmp_path, *settings)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert message in done.stderr, done.stderr
