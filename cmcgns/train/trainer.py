@@ -77,14 +77,17 @@ class Trainer:
         self.best: State = {}
         self.last_validation: Validation | None = None
         self.engine: Engine
+        if checkpoint is not None:
+            self.progress = load_progress(checkpoint)
+        place = Place(self.progress.epoch, self.progress.position)
+        accumulation = config.train.global_batch_size // (config.train.microbatch_size * distributed.world_size())
+        # before the engine is built: the first films take as long to come
+        self.reader = StepReader(parts.blocks, parts.batcher, place, accumulation, parts.stop_requested)
         if checkpoint is None:
             seed_everything(config.train.seed)
             self._build_engine(None)
         else:
             self._resume(checkpoint)
-        place = Place(self.progress.epoch, self.progress.position)
-        accumulation = config.train.global_batch_size // (config.train.microbatch_size * distributed.world_size())
-        self.reader = StepReader(parts.blocks, parts.batcher, place, accumulation, parts.stop_requested)
         self.watch, self.finite = Stopwatch(), FiniteWatch(parts.device)
 
     def train(self) -> bool:
@@ -262,8 +265,7 @@ class Trainer:
         self.watch.lap()
 
     def _resume(self, folder: Path) -> None:
-        saved = load_progress(folder)
-        self.progress = saved
+        saved = self.progress
         self._build_engine(load_part(folder, "weights"))
         self.engine.load_optimizer_state(load_part(folder, "optimizer"))
         self.parts.guide.load_state_dict(load_part(folder, "clustering"), saved.step)
