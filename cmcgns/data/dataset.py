@@ -25,7 +25,7 @@ from cmcgns.models.tokenizer import ReportTokenizer
 
 FETCH_THREADS = 8
 """Films of one window that are fetched from storage at the same time."""
-SCHEDULER_PAUSE_S = 0.02
+SCHEDULER_PAUSE_S = 0.05
 VALIDATION_EPOCH = -1
 """Stands for validation where draws are keyed by epoch, so that they never change."""
 
@@ -46,6 +46,8 @@ class Stream:
     """CPUs of the cluster that workers and clustering pool hold, which data tasks must leave alone."""
     studies_ahead: int = 1024
     """Decoded studies that may wait in the object store for training."""
+    with_text: bool = False
+    """Rows carry the sentences' words too."""
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
         """One Ray Data iterator for each rank over the epoch from ``position`` on, in blocks of ``block_size``."""
@@ -119,7 +121,7 @@ def read_window(window: pa.Table, stream: Stream, epoch: int, position: int) -> 
     if bad:
         ray.get(stream.board.add_bad_rows.remote(bad))
     good = [row | {"position": place} for place, row in zip(positions, rows, strict=True) if isinstance(row, dict)]
-    return pa.Table.from_pylist(good, schema=row_schema(stream.config.resize))
+    return pa.Table.from_pylist(good, schema=row_schema(stream.config.resize, stream.with_text))
 
 
 def read_study(study: dict[str, Any], stream: Stream, epoch: int) -> dict[str, Any] | BadRow:
@@ -132,7 +134,8 @@ def read_study(study: dict[str, Any], stream: Stream, epoch: int) -> dict[str, A
         square = resize_film(stream.source.read_film(film["path"]), config.resize)
     except BadRow as reason:
         return reason
-    return {
+    text = {"sentences": report.sentences[: encoded.sentences]} if stream.with_text else {}
+    return text | {
         "draw_key": draw_key(config.seed, epoch, film["image_id"]),
         "image": square.tobytes(),
         "tokens": encoded.tokens_T,
@@ -143,10 +146,12 @@ def read_study(study: dict[str, Any], stream: Stream, epoch: int) -> dict[str, A
 
 
 @lru_cache(maxsize=8)
-def row_schema(resize: int) -> pa.Schema:
+def row_schema(resize: int, with_text: bool = False) -> pa.Schema:
     """Columns of the stream; films stay uint8 until they reach the training device."""
+    text = {"sentences": pa.list_(pa.string())} if with_text else {}
     return pa.schema(
-        {
+        text
+        | {
             "position": pa.int64(),
             "draw_key": pa.int64(),
             "image": pa.binary(resize * resize),

@@ -53,8 +53,9 @@ class EmbedRows:
         self.embed = SentenceEmbedder(run.load_model(), run.tokenizer, run.config, device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        block = to_block(rows.combine_chunks(), self.resize)
-        return sentence_table(self.embed(block), self.study_ids.take(block.positions).to_pylist())
+        rows = rows.combine_chunks()
+        block, texts = to_block(rows, self.resize), rows["sentences"].chunk(0).flatten()
+        return sentence_table(self.embed(block), self.study_ids.take(block.positions).to_pylist(), texts)
 
 
 def embed_sentences(config: EmbedJobConfig) -> int:
@@ -116,7 +117,7 @@ def check_capacity(settings: EmbedConfig, cpus: float) -> None:
 
 
 def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, board: Any, uri: str) -> None:
-    """Parquet files of all sentences under ``uri``, in the order of the index."""
+    """Parquet files of all sentences under ``uri``; rows come in the order in which workers finish."""
     stream = Stream(
         split.source,
         ray.put(split.studies),
@@ -125,6 +126,7 @@ def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, boa
         split.config.data,
         board,
         studies_ahead=STUDIES_AHEAD,
+        with_text=True,
     )
     files, path = storage.filesystem(uri)
     with stream.context():

@@ -27,8 +27,6 @@ class SentenceVectors(NamedTuple):
     """Place of each sentence's study in the block."""
     number_n: npt.NDArray[np.int64]
     """Place of the sentence in its report."""
-    text: list[str]
-    """The sentence's normalised words."""
     attended_nD: FloatArray
     """What the sentence attends to on its study's film: the features that pretraining clusters."""
     sentence_nD: FloatArray
@@ -42,7 +40,6 @@ class SentenceEmbedder:
         self, model: VisionLanguageModel, tokenizer: ReportTokenizer, config: Config, device: torch.device
     ) -> None:
         self.model = model.to(device).eval()
-        self.tokenizer = tokenizer
         self.batcher = Batcher(config, model.image_encoder.patches, tokenizer.pad_id, device)
 
     @torch.inference_mode()
@@ -54,26 +51,14 @@ class SentenceEmbedder:
         return SentenceVectors(
             np.repeat(np.arange(len(block)), counts_B),
             np.concatenate([np.arange(count) for count in counts_B]),
-            self.texts(block),
             rows(outputs.image_to_text_BSD),
             rows(outputs.sentences_BSD),
         )
 
-    def texts(self, block: Block) -> list[str]:
-        """The words of every sentence, out of its tokens."""
-        pieces = [
-            tokens_T[owner_T == s].tolist()
-            for tokens_T, owner_T, count in zip(
-                block.tokens, block.sentence_of_token, block.sentence_counts, strict=True
-            )
-            for s in range(count)
-        ]
-        return self.tokenizer.pieces.decode_batch(pieces)
 
-
-def sentence_table(vectors: SentenceVectors, study_ids: list[str]) -> pa.Table:
+def sentence_table(vectors: SentenceVectors, study_ids: list[str], texts: pa.Array) -> pa.Table:
     """Columns id (``study/number``), study_id, text, vector (attended features) and sentence_vector, one row a sentence;
-    ``study_ids`` are those of the block."""
+    ``study_ids`` are those of the block, ``texts`` its sentences' words."""
     ids = [study_ids[place] for place in vectors.study_n]
     dim = vectors.attended_nD.shape[1]
     column = lambda rows_nD: pa.FixedSizeListArray.from_arrays(pa.array(rows_nD.ravel()), dim)
@@ -81,7 +66,7 @@ def sentence_table(vectors: SentenceVectors, study_ids: list[str]) -> pa.Table:
         {
             "id": [f"{study}/{number}" for study, number in zip(ids, vectors.number_n, strict=True)],
             "study_id": ids,
-            "text": vectors.text,
+            "text": texts,
             "vector": column(vectors.attended_nD),
             "sentence_vector": column(vectors.sentence_nD),
         }
