@@ -50,7 +50,7 @@ def test_the_products_beside_the_heads_are_listed_by_shape() -> None:
 def test_the_trainer_runs_beside_a_bare_loop_with_live_clustering() -> None:
     import ray
 
-    config = trainer.settings(0, encoder="vit-tiny")
+    config = trainer.settings(0, encoder="vit-tiny", image_size=64)
     ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     try:
         found = trainer.measure(config, rounds=2)

@@ -21,6 +21,8 @@ NEAR_TIE = 1e-5
 """Similarities in float32 that differ by less may be in the wrong order."""
 DECIMALS = 12
 """Of similarities in float64, whose last digits depend on how BLAS cuts the product."""
+TABLE_CELLS = 2**23
+"""Most similarities in float64 held at a time."""
 
 Array = np.ndarray[Any, Any]
 
@@ -202,12 +204,18 @@ Assign = Callable[[Array, Array], Assigned]
 
 def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Assigned:
     """The slow, obvious assignment: every similarity in float64, then the largest."""
-    similarity_NK = (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS)
-    nearest_N = similarity_NK.argmax(1)
+    pieces = -(-len(rows_ND) * len(centroids_KD) // TABLE_CELLS)
+    found = [_numpy_assign(rows_MD, centroids_KD) for rows_MD in np.array_split(rows_ND, max(pieces, 1))]
+    return Assigned(np.concatenate([part.nearest_N for part in found]), sum(part.near_ties for part in found))
+
+
+def _numpy_assign(rows_MD: Array, centroids_KD: Array) -> Assigned:
+    similarity_MK = (rows_MD.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS)
+    nearest_M = similarity_MK.argmax(1)
     if len(centroids_KD) == 1:
-        return Assigned(nearest_N, 0)
-    two_N2 = np.partition(similarity_NK, -2, axis=1)[:, -2:]
-    return Assigned(nearest_N, int((two_N2[:, 1] - two_N2[:, 0] < NEAR_TIE).sum()))
+        return Assigned(nearest_M, 0)
+    two_M2 = np.partition(similarity_MK, -2, axis=1)[:, -2:]
+    return Assigned(nearest_M, int((two_M2[:, 1] - two_M2[:, 0] < NEAR_TIE).sum()))
 
 
 Search = Callable[[Array, Array, int], tuple[Array, Array]]

@@ -5,6 +5,7 @@ stream is cut again into blocks of exactly ``microbatch_size`` studies; block b 
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.util.annotations import RayDeprecationWarning
 
 from cmcgns.config import DataConfig
 from cmcgns.data.reports import parse_report
@@ -91,7 +93,9 @@ def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
     context.execution_options.preserve_order = True
     # by default it reads ahead until half the object store is full: of small films, much of the corpus
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=most_bytes)
-    context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
+    with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [Unhurried]

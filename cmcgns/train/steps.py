@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,14 +64,15 @@ class Batcher:
         """The batch of one block; ``rank_sentences`` come from ``distributed.exchange``."""
         data = self.config.data
         reports = pad_reports(block.tokens, block.sentence_of_token, block.sentence_counts, self.pad_id)
+        text: dict[str, Any] = {
+            name: self._to_device(part) if isinstance(part, torch.Tensor) else part
+            for name, part in reports._asdict().items()
+        }
         key_B = self._to_device(torch.from_numpy(block.draw_keys.copy()))
         stored_B1RR = self._to_device(torch.from_numpy(block.images_BRR.copy()).unsqueeze(1))
         return ImageReportBatch(
             image_B1HW=normalise(crop(stored_B1RR, data.image_size, key_B if training else None)),
-            **{
-                name: self._to_device(part) if isinstance(part, torch.Tensor) else part
-                for name, part in reports._asdict().items()
-            },
+            **text,
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
             masked_BP=mask_positions(key_B, self.patches, self.config.objective.mask_ratio),

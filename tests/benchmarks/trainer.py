@@ -44,11 +44,11 @@ VOCABULARY, THREADS = 8192, 2
 MOST_RATIO = 1.10
 
 
-def settings(zero_stage: int, encoder: str = "vit-small") -> Config:
-    """ViT-S/16 at 224 with a small BERT, microbatch 16, one worker, accumulation 1."""
+def settings(zero_stage: int, encoder: str = "vit-small", image_size: int = 224) -> Config:
+    """By default ViT-S/16 at 224 with a small BERT, microbatch 16, one worker, accumulation 1."""
     return Config.model_validate(
         {
-            "data": {"image_size": 224, "resize": 256},
+            "data": {"image_size": image_size, "resize": image_size + 32},
             "model": {"image_encoder": encoder, "text_encoder": "bert-mini", "vocabulary_size": VOCABULARY, "dropout": 0},
             "objective": {"num_clusters": 128},
             "clustering": {"actors": 1, "cpus_per_actor": 0.1, "refresh_every": EVERY, "bank_size": 8192},

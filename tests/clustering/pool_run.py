@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cmcgns import distributed
 from cmcgns.clustering.bank_pool import BankActor, PoolHandles, RayPool, start_pool
 from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide, LocalPool
+from cmcgns.clustering.guide import Guide, LocalPool, Pool
 from cmcgns.config import Config
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Batcher
@@ -73,16 +73,22 @@ class Rows:
 
 
 def train_loop(loop: dict[str, Any]) -> None:
+    """The same training with the Ray pool, then with its twin; each rank writes down what it saw."""
     config = Config.model_validate(loop["config"])
     torch.set_num_threads(1)
+    for name, pool in (("pool", RayPool(loop["pool"])), ("twin", LocalPool(config.clustering))):
+        found = json.dumps(train(config, pool))
+        (Path(loop["folder"]) / f"{name}_{distributed.rank()}.json").write_text(found)
+    ray.train.report({})
+
+
+def train(config: Config, pool: Pool) -> dict[str, Any]:
     device, rows = torch.device("cpu"), Rows()
-    model = small_model(config)
-    pool = LocalPool(config.clustering) if loop["pool"] is None else RayPool(loop["pool"])
     centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, device, config.clustering.momentum)
     parts = Parts(
         build_model=lambda: small_model(config),
         blocks=MemoryBlocks(config, STUDIES),
-        batcher=Batcher(config, model.image_encoder.patches, 0, device),
+        batcher=Batcher(config, small_model(config).image_encoder.patches, 0, device),
         guide=Guide(config.clustering, centroids, pool),
         schedule=Schedule(config.train.stage1_steps or 0, 0, 0),
         device=device,
@@ -95,19 +101,15 @@ def train_loop(loop: dict[str, Any]) -> None:
     trainer.seen = []
     parts.guide.empty_bank(0)
     trainer.train()
-    found = {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.guide.waited_s}
-    (Path(loop["folder"]) / f"rank_{distributed.rank()}.json").write_text(json.dumps(found))
-    ray.train.report({})
+    return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.guide.waited_s}
 
 
-def run(folder: Path, steps: int, longest_s: float | None) -> list[dict[str, Any]]:
-    """What each rank saw: with the Ray pool, its last actor delayed by up to ``longest_s``, or (None) with the twin."""
-    config, handles = settings(steps), None
-    if longest_s is not None:
-        DelayedShard.longest_s = longest_s
-        handles = start_pool(config.clustering, 2, shard_type=DelayedShard)
-        check_processes(handles)
-    folder.mkdir()
+def run(folder: Path, steps: int, longest_s: float) -> dict[str, list[dict[str, Any]]]:
+    """What each rank saw with the Ray pool, its last actor delayed by up to ``longest_s``, and with the twin."""
+    config = settings(steps)
+    DelayedShard.longest_s = longest_s
+    handles = start_pool(config.clustering, 2, shard_type=DelayedShard)
+    check_processes(handles)
     TorchTrainer(
         train_loop,
         train_loop_config={"config": config.model_dump(), "pool": handles, "folder": str(folder)},
@@ -115,9 +117,9 @@ def run(folder: Path, steps: int, longest_s: float | None) -> list[dict[str, Any
         run_config=RunConfig(name="pool", storage_path=str(folder)),
         torch_config=TorchConfig(backend="gloo"),
     ).fit()
-    if handles is not None:
-        handles.stop()
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    handles.stop()
+    read = lambda name, rank: json.loads((folder / f"{name}_{rank}.json").read_text())
+    return {name: [read(name, rank) for rank in range(2)] for name in ("pool", "twin")}
 
 
 def check_processes(handles: PoolHandles) -> None:

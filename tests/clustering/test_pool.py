@@ -22,7 +22,7 @@ def local_ray() -> Iterator[None]:
 
 def check(tmp_path: Path, steps: int, longest_s: float) -> None:
     """Ranks agree with each other, and with the in-process twin."""
-    pooled, twin = run(tmp_path / "pool", steps, longest_s), run(tmp_path / "twin", steps, None)
+    pooled, twin = run(tmp_path, steps, longest_s).values()
     assert pooled[0]["seen"] == pooled[1]["seen"]
     assert pooled[0]["seen"] == twin[0]["seen"]  # each step's version and centroids, bit for bit
     versions = [version for _, version, _ in pooled[0]["seen"]]
