@@ -27,7 +27,7 @@ from cmcgns.models.tokenizer import ReportTokenizer
 
 FETCH_THREADS = 8
 """Films of one window that are fetched from storage at the same time."""
-SCHEDULER_PAUSE_S = 0.05
+SCHEDULER_PAUSE_S = 0.02
 VALIDATION_EPOCH = -1
 """Stands for validation where draws are keyed by epoch, so that they never change."""
 
