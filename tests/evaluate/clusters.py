@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,14 +72,23 @@ def attended(run: PretrainedRun, model: VisionLanguageModel, shift: int = 0) -> 
     return np.concatenate(rows)
 
 
+def texts_of_test_split(run: PretrainedRun) -> list[str]:
+    """The sentences behind the rows of ``attended``."""
+    return [text for row in rows_of_test_split(run) for text in row["sentences"]]
+
+
 def blocks_of_test_split(run: PretrainedRun) -> list[Block]:
     """The run's test split in order, read without Ray."""
+    table = pa.Table.from_pylist(rows_of_test_split(run), schema=row_schema(run.config.data.resize))
+    starts = range(0, len(table), BATCH)
+    return [to_block(table.slice(start, BATCH).combine_chunks(), run.config.data.resize) for start in starts]
+
+
+def rows_of_test_split(run: PretrainedRun) -> list[dict[str, Any]]:
+    """The rows of the split's stream, with their sentences."""
     data = run.config.data
     source, index = open_index("data.uri", data)
     studies = index.split("test")
-    stream = Stream(source, None, len(studies), run.tokenizer, data, None)
+    stream = Stream(source, None, len(studies), run.tokenizer, data, None, with_text=True)
     rows = [read_study(study, stream, VALIDATION_EPOCH) for study in studies.to_pylist()]
-    good = [row | {"position": place} for place, row in enumerate(rows) if isinstance(row, dict)]
-    table = pa.Table.from_pylist(good, schema=row_schema(data.resize))
-    starts = range(0, len(table), BATCH)
-    return [to_block(table.slice(start, BATCH).combine_chunks(), data.resize) for start in starts]
+    return [row | {"position": place} for place, row in enumerate(rows) if isinstance(row, dict)]

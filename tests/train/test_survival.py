@@ -9,8 +9,10 @@ from tests.jobs import Job, checkpoints, registered, result, rows
 
 pytestmark = pytest.mark.ray
 
-STEPS = ("--data.phantom_studies=130", "--train.stage1_steps=14", "--train.stage2_steps=6", "--train.log_every=1", "--train.checkpoint_every=4",
-         "--clustering.refresh_every=5", "--train.warmup_steps=2")  # fmt: skip
+STEPS = (
+    "--data.phantom_studies=130", "--train.stage1_steps=14", "--train.stage2_steps=6", "--train.log_every=1",
+    "--train.checkpoint_every=4", "--clustering.refresh_every=5", "--train.warmup_steps=2",
+)  # fmt: skip
 LENGTH, EPOCHS = 20, 5
 """About 100 training studies in global batches of 32: three or four steps an epoch."""
 
