@@ -1,4 +1,4 @@
-"""Clusters mean something: those of the default run follow finding, side and negation in sentences it has never seen."""
+"""Clusters mean something: those of the default settings follow finding, side and negation in sentences it has never seen."""
 
 import subprocess
 import sys
@@ -13,8 +13,9 @@ from cmcgns.models.vision_language import build_model
 from tests.evaluate.clusters import agreement, attended, own_clusters, texts_of_test_split
 from tests.jobs import REPOSITORY, Job
 
-LEAST, LEAD, LEAD_OVER_OTHER_FILMS = 0.15, 0.1, 0.03
-"""The last is what minutes of training on a CPU reach; 0.1 is wanted there too (see README.md here)."""
+LEAST, LEAD = 0.15, 0.1
+STEPS = 1200
+"""Four times the default run's stage 1, which ends after minutes: see README.md here for what that reaches."""
 
 
 def run_job(name: str, *settings: str) -> str:
@@ -27,7 +28,7 @@ def run_job(name: str, *settings: str) -> str:
 
 @pytest.mark.ray
 def test_clusters_follow_what_unseen_sentences_say(tmp_path: Path) -> None:
-    job = Job(tmp_path, "--run.name=pretrained", config=None)
+    job = Job(tmp_path, "--run.name=pretrained", f"--train.stage1_steps={STEPS}", config=None)
     output = job.wait()
     assert job.process.returncode == 0, output[-3000:]
     store = f"--run.storage={tmp_path}"
@@ -54,11 +55,11 @@ def test_clusters_follow_what_unseen_sentences_say(tmp_path: Path) -> None:
     clusters = run.config.objective.num_clusters
     found = {name: agreement(own_clusters(rows_ND, clusters), texts_in_order) for name, rows_ND in features.items()}
     print(f"{len(texts)} sentences of studies never seen")
-    for name, each in {"the default run": own, **found}.items():
+    for name, each in {"the trained model": own, **found}.items():
         print(
             f"{name:22} AMI {each.mutual_information:.3f}, purity {each.purity:.3f}, by chance {each.purity_by_chance:.3f}"
         )
     assert own.mutual_information >= LEAST
     assert own.purity > own.purity_by_chance
-    assert own.mutual_information >= found["a random model"].mutual_information + LEAD
-    assert own.mutual_information >= found["another study's film"].mutual_information + LEAD_OVER_OTHER_FILMS
+    for name, control in found.items():
+        assert own.mutual_information >= control.mutual_information + LEAD, name

@@ -1,0 +1,24 @@
+"""What the measure of clusters says of clusters that are known."""
+
+import numpy as np
+
+from cmcgns.data.phantom import PhantomCorpus
+from cmcgns.data.phantom.sentence_truth import sentence_truth
+from cmcgns.data.reports import parse_report
+from tests.evaluate.clusters import agreement, own_clusters
+
+
+def test_the_classes_themselves_agree_wholly_and_chance_not_at_all() -> None:
+    corpus = PhantomCorpus(120, seed=1)
+    texts = [text for i in range(120) for text in parse_report(corpus.study(i).report).sentences]
+    truths = [str(sentence_truth(text)) for text in texts]
+    names, class_n = np.unique(truths, return_inverse=True)
+    whole = agreement(class_n, texts)
+    assert (whole.mutual_information, whole.purity) == (1.0, 1.0)
+    assert whole.purity_by_chance < 0.4
+    chance = agreement(np.random.default_rng(0).permutation(class_n), texts)
+    assert abs(chance.mutual_information) < 0.05
+    # k-means finds classes that lie apart, and the measure tells that it does
+    rows_ND = np.eye(len(names), 64, dtype=np.float32)[class_n] + 0.01
+    rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    assert agreement(own_clusters(rows_ND, len(names)), texts).mutual_information > 0.95
