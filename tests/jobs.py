@@ -33,10 +33,10 @@ class Job:
                 env=os.environ | (env or {}),
             )  # fmt: skip
 
-    def wait(self) -> str:
+    def wait(self, timeout_s: float = TIMEOUT_S) -> str:
         """Wait for the job's end; its output."""
         try:
-            self.process.wait(TIMEOUT_S)
+            self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"the job did not end:\n{self.text()[-3000:]}") from None

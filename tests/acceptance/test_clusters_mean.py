@@ -29,7 +29,7 @@ def run_job(name: str, *settings: str) -> str:
 @pytest.mark.ray
 def test_clusters_follow_what_unseen_sentences_say(tmp_path: Path) -> None:
     job = Job(tmp_path, "--run.name=pretrained", f"--train.stage1_steps={STEPS}", config=None)
-    output = job.wait()
+    output = job.wait(timeout_s=1500)
     assert job.process.returncode == 0, output[-3000:]
     store = f"--run.storage={tmp_path}"
     run_job("embed", f"--embed.run={tmp_path}/pretrained", store, "--run.name=embedded")
