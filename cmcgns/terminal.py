@@ -43,9 +43,8 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(
-            record.getMessage(), style="yellow" if record.levelno >= logging.WARNING else "", highlight=False
-        )
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        self.console.print(record.getMessage(), style=style, highlight=False, markup=False)
 
 
 class _Filtered:

@@ -69,6 +69,8 @@ def write_assignments(
     second_similarity, in the order of the rows. Ids come out of the files of ``part``, vectors out of ``rows``.
     """
     columns, found = part.columns, _empty_part(len(centroids_KD))
+    if not part.rows:
+        return found
     with storage.writing(storage.join(folder, f"part-{index:05d}.parquet")) as file:
         first, writer = 0, None
         for batch in part.batches([columns.id, *([columns.text] if columns.text else [])]):
@@ -86,7 +88,7 @@ def write_assignments(
 def _table(ids: Any, two: TwoNearest) -> pa.Table:
     return pa.table(
         {
-            "id": ids,
+            "id": ids if pa.types.is_integer(ids.type) else ids.cast(pa.large_string()),  # files may differ
             "centroid": two.centroid_M2[:, 0],
             "similarity": two.similarity_M2[:, 0],
             "second_centroid": two.centroid_M2[:, 1],
@@ -106,7 +108,11 @@ def _with_batch(
     centroid_M, similarity_M = two.centroid_M2[:, 0], two.similarity_M2[:, 0]
     number = len(found.counts_K)
     rows = pd.DataFrame(
-        {"cluster": centroid_M, "similarity": similarity_M, "id": batch.column(id_column).to_pylist()}
+        {
+            "cluster": centroid_M,
+            "similarity": similarity_M,
+            "id": pd.Series(batch.column(id_column).to_pylist(), dtype=object),
+        }
         | ({"text": batch.column(text_column).to_pylist()} if text_column else {})
     )
     return ClusterPart(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import parquet
 
 from cmcgns.clustering.kmeans import Array
@@ -93,15 +94,17 @@ class Embeddings:
         """The batch's vectors (M, D) in the precision of the file; ``first`` is the place of its first row, for errors."""
         column = batch.column(self.columns.vector)
         values = column.flatten()
-        if column.null_count or values.null_count or len(values) != len(column) * self.dim:
-            lengths = (
-                column.value_lengths() if not pa.types.is_fixed_size_list(column.type) else [self.dim] * len(column)
-            )
+        if pa.types.is_fixed_size_list(column.type):
+            wrong = column.type.list_size != self.dim
+        else:
+            wrong = pc.any(pc.not_equal(column.value_lengths(), self.dim)).as_py()
+        if wrong or column.null_count or values.null_count:
             odd = next((i for i, v in enumerate(column.to_pylist()) if v is None or None in v or len(v) != self.dim), 0)
+            held = column[odd].as_py()
             raise UserError(
                 f"{self.place(first + odd)}: column '{self.columns.vector}' holds "
-                f"{'nothing' if not column[odd].is_valid else f'{lengths[odd]} values, some missing or too many'}, where "
-                f"{self.dim} numbers were wanted; leave such rows out of the set"
+                f"{'nothing' if held is None else f'{len(held) - held.count(None)} numbers'}, where "
+                f"{self.dim} were wanted; leave such rows out of the set"
             )
         return values.to_numpy(zero_copy_only=False).reshape(len(column), self.dim)
 
@@ -143,7 +146,7 @@ def _group_batches(group: RowGroup, names: Sequence[str]) -> Iterator[pa.RecordB
 def open_embeddings(uri: str, columns: Columns) -> Embeddings:
     """The set in the Parquet files at or below ``uri``, its columns checked; only footers and one row are read."""
     files = [uri]
-    if not uri.endswith(".parquet"):
+    if not uri.endswith(".parquet") or storage.is_folder(uri):
         files = [storage.join(uri, path) for path in storage.list_files(uri) if path.endswith(".parquet")]
     if not files:
         raise UserError(f"data.uri {uri}: no .parquet files lie there; give their folder, or one file")
@@ -174,11 +177,25 @@ def _check_schema(uri: str, schema: pa.Schema, columns: Columns) -> None:
     for role, name in columns._asdict().items():
         if name is not None and name not in schema.names:
             raise UserError(f"data.{role}_column {name}: {uri} has no such column; it has {', '.join(schema.names)}")
+    for role, name, fits, wanted in (
+        ("id", columns.id, _is_id, "strings or integers"),
+        ("weight", columns.weight, _is_number, "numbers"),
+    ):
+        if name is not None and not fits(schema.field(name).type):
+            raise UserError(f"data.{role}_column {name} is {schema.field(name).type} in {uri}; {wanted} are wanted")
     kind = schema.field(columns.vector).type
     if not (hasattr(kind, "value_type") and pa.types.is_floating(kind.value_type)):
         raise UserError(
             f"data.vector_column {columns.vector} is {kind} in {uri}; lists of float32, 64 or 16 are wanted"
         )
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _dimensions(found: Embeddings) -> int:

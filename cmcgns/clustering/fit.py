@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
+from rich.markup import escape
 from safetensors import numpy as safetensors
 
 from cmcgns.clustering.assignments import ClusterPart, statistics, write_assignments
@@ -18,6 +20,7 @@ from cmcgns.clustering.fit_report import describe_plan, show_clusters
 from cmcgns.clustering.fit_state import Diary, first_fit, keep, write_start
 from cmcgns.clustering.job_config import FitConfig, KMeansConfig
 from cmcgns.clustering.kmeans import Array, Fit, Rows, Search, check_faiss, kmeans
+from cmcgns.clustering.pool import first_line
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import SEEDINGS
 from cmcgns.clustering.source_pool import ParquetSource, SourcePool
@@ -68,8 +71,8 @@ def fit_embeddings(config: KMeansConfig) -> int:
             result = fit_and_write(terminal, config, folder, embeddings, start)
         except (Stopped, KeyboardInterrupt):
             return conclude(terminal, folder, {"status": "stopped"}, STATUS_INTERRUPTED)
-        except RuntimeError as error:
-            return conclude(terminal, folder, {"status": "failed", "failure": str(error)}, STATUS_FAILED)
+        except (RuntimeError, RayError, OSError) as error:
+            return conclude(terminal, folder, {"status": "failed", "failure": first_line(error)}, STATUS_FAILED)
         return conclude(terminal, folder, {"status": "finished"} | result, 0)
 
 
@@ -208,7 +211,7 @@ def _assign_shard(
 def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], status: int) -> int:
     """Write result.json, say where everything is; ``status``."""
     if status and result.get("failure"):
-        terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
+        terminal.print(f"[red]failed[/red]: {escape(result['failure'])}", highlight=False)
     if status and not storage.exists(folder.file("config.yaml")):
         terminal.print("ended before the first iteration; nothing was written", highlight=False)
         return status

@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cmcgns.clustering.embeddings import Embeddings
@@ -45,5 +46,5 @@ def show_clusters(terminal: Console, found: dict[str, Any]) -> None:
     for cluster in largest:
         nearest = " | ".join(str(row.get("text") or row["id"]) for row in cluster["nearest"])
         cohesion = f"{cluster['cohesion']:.3f}" if cluster["size"] else "-"
-        table.add_row(str(cluster["cluster"]), str(cluster["size"]), cohesion, nearest)
+        table.add_row(str(cluster["cluster"]), str(cluster["size"]), cohesion, escape(nearest))
     terminal.print(table)

@@ -23,7 +23,13 @@ def first_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -
     """Where the fit goes on, or starts from; None where it is still to be seeded."""
     settings = config.clustering
     if folder.resumed and storage.exists(folder.file(STATE)):
-        return from_bytes(storage.read_bytes(folder.file(STATE)))
+        fit = from_bytes(storage.read_bytes(folder.file(STATE)))
+        if fit.centroids_KD.shape[1] != embeddings.dim:
+            raise UserError(
+                f"run.resume {folder.name} clusters vectors of {fit.centroids_KD.shape[1]} numbers; those of "
+                f"{embeddings.uri} have {embeddings.dim}"
+            )
+        return fit
     if settings.start_from is None:
         return None
     return Fit(read_centroids(settings.start_from, (settings.num_clusters, embeddings.dim)))

@@ -211,6 +211,8 @@ class LocalPool:
 def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> RefreshResult:
     """New centroids for ``request`` from ``rows``, or the reason why there are none."""
     before = time.perf_counter()
+    if not rows.count():  # every actor that held some was lost
+        return RefreshResult(None, "the pool holds no rows of this bank any more")
     try:
         start_KD = request.start_KD
         if start_KD is None:

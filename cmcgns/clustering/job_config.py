@@ -41,7 +41,7 @@ class FitConfig(PoolConfig):
     """Folder on each node for such files; by default the system's for temporary files."""
     nearest: PositiveInt = 5
     """Rows nearest to each centroid in statistics.json."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
     """Decides the first centroids and the mini-batches."""
 
     @property

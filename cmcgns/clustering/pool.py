@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from cmcgns.clustering.kmeans import Array, AssignmentPass, Row, assign_by, faiss_search, merge_passes
 from cmcgns.clustering.rows import Drawn, RowArray, merge_lowest, merge_worst
@@ -29,8 +29,8 @@ class ShardLost(RuntimeError):
     """The actor has been started anew since it was given its rows."""
 
 
-LOST = (RayActorError, ObjectLostError, ShardLost)
-"""What Ray raises for an answer whose actor, or whose machine, has gone."""
+LOST = (RayActorError, ObjectLostError, OutOfMemoryError, ShardLost)
+"""What Ray raises for an answer whose actor, or whose machine, has gone, or that was killed to free memory."""
 
 
 class Shard:

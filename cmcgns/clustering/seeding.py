@@ -58,10 +58,12 @@ def parallel_seeds(rows: Rows, num_clusters: int, seed: int = 0) -> Array:
 def _best_of(candidates_CD: Array, weight_C: Array, num_clusters: int, seed: int) -> Array:
     """K centroids of the weighted candidates, by k-means++ and Lloyd's iterations on them alone."""
     from sklearn.cluster import KMeans  # slow to import, and needed here alone
+    from threadpoolctl import threadpool_limits
 
     # Euclidean on the sphere: |a - b|^2 = 2 (1 - cosine)
     model = KMeans(num_clusters, init="k-means++", n_init=1, max_iter=10, random_state=seed)
-    model.fit(candidates_CD.astype(np.float64), sample_weight=weight_C)
+    with threadpool_limits(1):  # threads add up in the order in which they end
+        model.fit(candidates_CD.astype(np.float64), sample_weight=weight_C)
     return normalised(model.cluster_centers_)
 
 

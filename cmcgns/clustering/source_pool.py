@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 
 from cmcgns.clustering.embeddings import Embeddings
 from cmcgns.clustering.kmeans import Array, Assign, check_faiss
@@ -164,7 +164,7 @@ class SourcePool:
         for i, reference in loading:
             try:
                 counts.append(answered(reference))
-            except RayActorError as error:
+            except (RayActorError, OutOfMemoryError) as error:
                 raise RuntimeError(
                     f"clustering actor {i} of {len(self.shards)} was lost more than {MOST_LOSSES} times, at last because: "
                     f"{first_line(error)}. If memory ran out, lower clustering.memory_gib or use more actors"
@@ -177,8 +177,7 @@ class SourcePool:
 
     def peak_memory(self) -> list[int]:
         """Most bytes that each actor has held so far."""
-        peaks: list[int] = ray.get([shard.peak_memory.remote() for shard in self.shards])
-        return peaks
+        return settled(lambda i: self.shards[i].peak_memory.remote(), len(self.shards), self.recover)
 
     def stop(self) -> None:
         """End all actors."""
@@ -191,7 +190,13 @@ def wait_until_up(ready: Sequence[Any]) -> None:
     waiting = list(ready)
     while waiting:
         up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
-        ray.get(up)
+        try:
+            ray.get(up)
+        except ActorDiedError as error:
+            if not error.actor_init_failed:
+                raise
+            # FAISS that does not load, or sees no GPU; Ray puts the cause last
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
         if waiting:
             free = ray.available_resources()
             logger.warning(

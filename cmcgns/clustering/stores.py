@@ -24,10 +24,14 @@ def load_rows(part: Embeddings, memory_bytes: float, scratch: str | None) -> tup
     fits = part.rows * part.dim * 4 <= memory_bytes
     store = MemoryRows(part.rows, part.dim) if fits else RowFile(part.rows, part.dim, scratch)
     weights_N = None if part.columns.weight is None else np.empty(part.rows)
+    got = 0
     for first, rows_MD, weights_M in checked_batches(part):
         store.append(rows_MD)
+        got = first + len(rows_MD)
         if weights_N is not None and weights_M is not None:
             weights_N[first : first + len(rows_MD)] = weights_M
+    if got != part.rows:
+        raise UserError(f"{part.uri} gave {got} rows, and {part.rows} before; it must not change during a fit")
     return store, weights_N
 
 
@@ -93,14 +97,19 @@ class RowFile:
 
     def append(self, rows_MD: Array) -> None:
         """Add rows behind those that are there."""
-        self._file.write(rows_MD.data)
+        left = rows_MD.data.cast("B")
+        while left:  # a disk that fills takes a part
+            left = left[self._file.write(left) :]
 
     def __getitem__(self, index: Any) -> Array:
         start, stop, _ = index.indices(self.shape[0]) if isinstance(index, slice) else (index, index + 1, 1)
         rows_MD = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
         view, done = rows_MD.reshape(-1).view(np.uint8).data, 0
         while done < len(view):  # one read gives at most 2 GiB
-            done += os.preadv(self._file.fileno(), [view[done:]], start * self.shape[1] * 4 + done)
+            read = os.preadv(self._file.fileno(), [view[done:]], start * self.shape[1] * 4 + done)
+            if not read:
+                raise RuntimeError(f"the file of rows ends before row {stop} of {self.shape[0]}")
+            done += read
         return rows_MD if isinstance(index, slice) else rows_MD[0]
 
 

@@ -132,8 +132,10 @@ def writing(uri: str) -> Iterator[Any]:
                 raise
             file.close()
             return
-        files.create_dir(str(Path(path).parent), recursive=True)
-        partial = f"{path}.partial-{os.getpid()}"
+        folder = Path(path).parent
+        files.create_dir(str(folder), recursive=True)
+        # hidden: who reads a folder of Parquet files passes over what a killed process left
+        partial = str(folder / f".{Path(path).name}.partial-{os.getpid()}")
         try:
             with files.open_output_stream(partial) as file:
                 yield file

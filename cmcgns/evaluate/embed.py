@@ -77,8 +77,10 @@ def embed_sentences(config: EmbedJobConfig) -> int:
         except KeyboardInterrupt:
             result = {"status": "stopped"}
         except Exception as error:  # whatever Ray Data wraps a task's error in
-            reason = ray.get(board.failure.remote()) or str(error).strip().splitlines()[-1]
+            reason = ray.get(board.failure.remote()) or (str(error).strip().splitlines() or [repr(error)])[-1]
             result = {"status": "failed", "failure": reason}
+        if result["status"] != "finished":
+            storage.delete_folder(folder.file("sentences"))  # a part might be taken for the whole
         bad_rows = ray.get(board.account.remote())["bad_rows"]
         write_bad_rows(folder.uri, bad_rows)
         counts = {"studies": len(split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
@@ -117,7 +119,7 @@ def check_capacity(settings: EmbedConfig, cpus: float) -> None:
 
 
 def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, board: Any, uri: str) -> None:
-    """Parquet files of all sentences under ``uri``; rows come in the order in which workers finish."""
+    """Parquet files of all sentences under ``uri``; which file comes first says nothing."""
     stream = Stream(
         split.source,
         ray.put(split.studies),
@@ -168,5 +170,5 @@ def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> in
             },
         )
         return 0
-    terminal.print(result.get("failure", "stopped"), style="red", highlight=False)
+    terminal.print(result.get("failure", "stopped"), style="red", highlight=False, markup=False)
     return STATUS_FAILED if result["status"] == "failed" else STATUS_INTERRUPTED

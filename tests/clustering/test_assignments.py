@@ -71,3 +71,19 @@ def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) 
         best = members[np.argsort(-own.astype(np.float32), kind="stable")[:3]]
         assert [row["id"] for row in cluster["nearest"]] == [f"row-{i}" for i in best]
         assert [row["text"] for row in cluster["nearest"]] == [f"sentence {i}" for i in best]
+
+
+def test_a_shard_without_rows_writes_nothing_and_ids_of_two_kinds_of_string_go_together(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    rows_ND, out = normalised(heavy_tailed(6)), tmp_path / "out"
+    for number, kind in enumerate((pa.string(), pa.large_string())):
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows_ND[3 * number :][:3].ravel()), rows_ND.shape[1])
+        table = pa.table({"id": pa.array([f"[{number}/{i}]" for i in range(3)], kind), "vector": vectors})
+        (tmp_path / "set").mkdir(exist_ok=True)
+        parquet.write_table(table, tmp_path / "set" / f"{number}.parquet")
+    whole = open_embeddings(str(tmp_path / "set"), Columns("id", "vector", None, None))
+    for index, part in enumerate((whole, whole.between(6, 6))):
+        write_assignments(index, part, StreamedRows(part), rows_ND[:2], str(out), 1, SEARCH)
+    assert [path.name for path in out.iterdir()] == ["part-00000.parquet"]
+    assert parquet.read_table(out)["id"].to_pylist() == ["[0/0]", "[0/1]", "[0/2]", "[1/0]", "[1/1]", "[1/2]"]

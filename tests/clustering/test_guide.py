@@ -1,5 +1,6 @@
 """When which centroids are in force: the same on every rank, at every step, and after going on from a checkpoint."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide, LocalPool
+from cmcgns.clustering.guide import Guide, LocalPool, RefreshRequest, recluster
 from cmcgns.clustering.kmeans import kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import farthest_point_seeds
@@ -185,3 +186,10 @@ def test_the_cosine_is_read_on_the_host_only_until_the_start() -> None:
     guide.push(17, [sentences(17)], [ROWS])
     guide.refresh(20, True, torch.empty((), device="meta"))  # a tensor that nobody can read
     assert guide.centroids.started
+
+
+def test_a_bank_that_was_lost_whole_gives_a_reason_and_no_centroids() -> None:
+    request = RefreshRequest(step=1, version=1, num_clusters=4, first_ordinal=0, stop_ordinal=9, start_KD=None)
+    answer = recluster(RowArray(np.empty((0, 8), np.float32), assign=numpy_assign), request, config_of())
+    assert answer.rows_KD is None
+    assert "no rows" in answer.report

@@ -102,7 +102,7 @@ def test_a_row_without_direction_is_refused_by_file_row_group_and_row(value: flo
 def test_a_vector_of_another_length_is_refused_by_its_row(tmp_path: Path) -> None:
     vectors = [[1.0, 2.0]] * 5 + [[1.0]] + [[1.0, None]]
     parquet.write_table(pa.table({"id": list(range(7)), "vector": vectors}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"row 5 of it: column 'vector' holds 1 values.*2 numbers were wanted"):
+    with pytest.raises(UserError, match=r"row 5 of it: column 'vector' holds 1 numbers, where 2 were wanted"):
         load_rows(open_embeddings(str(tmp_path), COLUMNS), 2**30, None)
 
 
@@ -127,3 +127,30 @@ def test_a_full_disk_is_told_beforehand_with_the_numbers(written: Embeddings, mo
         UserError, match=r"clustering.scratch .* has 0.0 GiB left and 0.0 are needed for 12411 rows of 64"
     ):
         load_rows(written, 0, None)
+
+
+def test_lists_whose_lengths_only_add_up_are_refused_by_row(tmp_path: Path) -> None:
+    lists = pa.array([[1.0, 0, 0, 0], [1.0, 0, 0], [0, 1.0, 0, 0, 1.0]], pa.list_(pa.float32()))
+    parquet.write_table(pa.table({"id": ["a", "b", "c"], "vector": lists}), tmp_path / "set.parquet")
+    with pytest.raises(UserError, match="row 1 of it: column 'vector' holds 3 numbers, where 4 were wanted"):
+        load_rows(open_embeddings(str(tmp_path / "set.parquet"), Columns("id", "vector", None, None)), 2**30, None)
+
+
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_a_file_that_has_become_shorter_is_refused(memory: float, tmp_path: Path) -> None:
+    before = open_embeddings(str(write_parquet(tmp_path, heavy_tailed(100), [0, 100])), COLUMNS)
+    write_parquet(tmp_path, heavy_tailed(60), [0, 60])
+    with pytest.raises(UserError, match="gave 60 rows, and 100 before; it must not change"):
+        load_rows(before, memory, None)
+
+
+def test_a_column_that_cannot_name_or_weigh_rows_is_refused(tmp_path: Path) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0, 0.0, 1.0]), 2)
+    parquet.write_table(
+        pa.table({"id": [b"a", b"b"], "w": ["x", "y"], "n": [1, 2], "vector": vectors}), tmp_path / "set.parquet"
+    )
+    uri = str(tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=r"data.id_column id is binary .* strings or integers are wanted"):
+        open_embeddings(uri, Columns("id", "vector", None, None))
+    with pytest.raises(UserError, match=r"data.weight_column w is string .* numbers are wanted"):
+        open_embeddings(uri, Columns("n", "vector", "w", None))

@@ -84,7 +84,7 @@ def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> 
         (["--embed.run=young"], "has no export: the run has not finished"),
         (["--embed.run=good", "--embed.uri=empty"], "empty: no corpus is recognised"),
         (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),
-        (["--embed.run=good", "--run.resume=x"], "embedding starts anew"),
+        (["--embed.run=good", "--run.resume=x"], "there is no run of that name"),
     ):
         done = embed(tmp_path, *settings)
         assert done.returncode == 2, done.stdout + done.stderr
