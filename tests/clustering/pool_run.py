@@ -1,8 +1,6 @@
 """A short training through Ray Train on random studies, once with the Ray pool and once with its in-process twin."""
 
 import json
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +10,18 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import distributed
-from cmcgns.clustering.bank_pool import BankActor, PoolHandles, RayPool, start_pool
+from cmcgns.clustering.bank_pool import PoolHandles, RayPool, start_pool
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide, LocalPool, Pool
 from cmcgns.config import Config
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer
+from tests.clustering.delayed_shard import DelayedShard
 from tests.small import small_config, small_model
 from tests.train.memory import MemoryBlocks
 
 STUDIES = 160
-
-
-class DelayedShard(BankActor):
-    """One actor (the last) takes its time over every pass."""
-
-    longest_s = 3.0
-
-    def answer(self, method: str, *arguments: Any) -> tuple[bool, Any]:
-        if method == "assign" and self.index == self.actors - 1:
-            time.sleep(random.uniform(0, self.longest_s))
-        return super().answer(method, *arguments)
 
 
 def settings(steps: int) -> Config:
@@ -104,11 +92,10 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
     return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.guide.waited_s}
 
 
-def run(folder: Path, steps: int, longest_s: float) -> dict[str, list[dict[str, Any]]]:
-    """What each rank saw with the Ray pool, its last actor delayed by up to ``longest_s``, and with the twin."""
+def run(folder: Path, steps: int, shard_type: type[DelayedShard]) -> dict[str, list[dict[str, Any]]]:
+    """What each rank saw with the Ray pool, its last actor delayed, and with the twin."""
     config = settings(steps)
-    DelayedShard.longest_s = longest_s
-    handles = start_pool(config.clustering, 2, shard_type=DelayedShard)
+    handles = start_pool(config.clustering, 2, shard_type=shard_type)
     check_processes(handles)
     TorchTrainer(
         train_loop,

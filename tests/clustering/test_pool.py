@@ -8,6 +8,7 @@ import ray
 import torch
 
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool
+from tests.clustering.delayed_shard import BrieflyDelayedShard, DelayedShard
 from tests.clustering.pool_run import run, settings
 
 pytestmark = pytest.mark.ray
@@ -20,9 +21,9 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def check(tmp_path: Path, steps: int, longest_s: float) -> None:
+def check(tmp_path: Path, steps: int, shard_type: type[DelayedShard]) -> None:
     """Ranks agree with each other, and with the in-process twin."""
-    pooled, twin = run(tmp_path, steps, longest_s).values()
+    pooled, twin = run(tmp_path, steps, shard_type).values()
     assert pooled[0]["seen"] == pooled[1]["seen"]
     assert pooled[0]["seen"] == twin[0]["seen"]  # each step's version and centroids, bit for bit
     versions = [version for _, version, _ in pooled[0]["seen"]]
@@ -33,7 +34,7 @@ def check(tmp_path: Path, steps: int, longest_s: float) -> None:
 
 
 def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray: None, tmp_path: Path) -> None:
-    check(tmp_path, steps=40, longest_s=0.3)
+    check(tmp_path, 40, BrieflyDelayedShard)
 
 
 class Unreachable:

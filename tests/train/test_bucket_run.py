@@ -1,7 +1,17 @@
-"""A run that lives in a bucket: it reads its corpus as a stream and writes everything there."""
+"""One run that does much at once: it streams its corpus out of a bucket, and trains on encoders out of local folders."""
+
+import os
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModel, PreTrainedModel
 
+from cmcgns.data.phantom import PhantomCorpus
+from cmcgns.data.reports import parse_report
+from cmcgns.models.presets import build_image_backbone, build_text_backbone
+from cmcgns.models.tokenizer import train_tokenizer
+from tests.jobs import REPOSITORY
 from tests.ray_head import RayHead
 from tests.s3 import S3Server
 from tests.streaming import Watched, fill_bucket, watch_run
@@ -12,10 +22,35 @@ STUDIES, STEPS = 500, 6
 
 
 @pytest.fixture(scope="module")
-def watched(ray_head: RayHead, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    scratch = tmp_path_factory.mktemp("corpus")
-    uri, films = fill_bucket(s3_server, "streamed", STUDIES, scratch, workers=1)
-    return watch_run(ray_head, s3_server, uri, films, tmp_path_factory.mktemp("runs"), STEPS)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pretrained")
+
+
+@pytest.fixture(scope="module")
+def encoders(folder: Path) -> dict[str, PreTrainedModel]:
+    """A film and a report encoder with its tokenizer, in folders as they come from a hub."""
+    corpus = PhantomCorpus(200, seed=0, height=72, width=72)
+    sentences = [each for i in range(200) for each in parse_report(corpus.study(i).report).sentences]
+    torch.manual_seed(3)
+    image, text = build_image_backbone("vit-tiny", 64, 0.0), build_text_backbone("bert-tiny", 1024, 128, 0.0)
+    image.half().save_pretrained(folder / "image")  # many a hub's encoder is stored in half precision
+    text.save_pretrained(folder / "text")
+    train_tokenizer(sentences, 1024, 128, 16).save(folder / "text")
+    return {"image": image, "text": text}
+
+
+@pytest.fixture(scope="module")
+def watched(
+    ray_head: RayHead,
+    s3_server: S3Server,
+    folder: Path,
+    encoders: dict[str, PreTrainedModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Watched:
+    uri, films = fill_bucket(s3_server, "streamed", STUDIES, tmp_path_factory.mktemp("corpus"), workers=1)
+    models = [f"--model.{name}_encoder={os.path.relpath(folder / name, REPOSITORY)}" for name in encoders]
+    slow = ("--train.learning_rate=1e-7", "--train.warmup_steps=0")
+    return watch_run(ray_head, s3_server, uri, films, tmp_path_factory.mktemp("runs"), STEPS, *models, *slow)
 
 
 def test_the_first_step_comes_before_all_films_have_been_asked_for(watched: Watched) -> None:
@@ -23,3 +58,14 @@ def test_the_first_step_comes_before_all_films_have_been_asked_for(watched: Watc
         f"\n{watched.films_before_first_step} of {watched.films} films before the first step; {watched.steady_mib:.0f} MiB"
     )
     assert 0 < watched.share_before_first_step < 1
+
+
+def test_pretrained_encoders_are_trained_on_from_their_own_weights(
+    watched: Watched, encoders: dict[str, PreTrainedModel]
+) -> None:
+    for name, before in encoders.items():
+        after = AutoModel.from_pretrained(watched.folder / "export" / f"{name}_encoder").state_dict()
+        for key, weight in before.state_dict().items():
+            if "pooler" not in key:
+                assert after[key].dtype == torch.float32
+                torch.testing.assert_close(after[key], weight.float(), rtol=0, atol=1e-5, msg=key)

@@ -1,0 +1,24 @@
+"""Clustering actors that are slow; in a file of their own, so that their processes need not import the trainer."""
+
+import random
+import time
+from typing import Any
+
+from cmcgns.clustering.bank_pool import BankActor
+
+
+class DelayedShard(BankActor):
+    """One actor (the last) takes its time over every pass."""
+
+    longest_s = 3.0
+
+    def answer(self, method: str, *arguments: Any) -> tuple[bool, Any]:
+        if method == "assign" and self.index == self.actors - 1:
+            time.sleep(random.uniform(0, self.longest_s))
+        return super().answer(method, *arguments)
+
+
+class BrieflyDelayedShard(DelayedShard):
+    """The same for a short test. A class: what the driver sets on one does not reach the actors."""
+
+    longest_s = 0.3
