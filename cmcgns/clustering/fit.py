@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -80,10 +79,8 @@ def open_data(config: KMeansConfig) -> Embeddings:
     """The set that ``config`` names, refused where it has fewer rows than clusters."""
     data, num_clusters = config.data, config.clustering.num_clusters
     columns = Columns(data.id_column, data.vector_column, data.weight_column, data.text_column)
-    # absolute: actors start in another folder than the driver
-    uri = data.uri if storage.is_s3(data.uri) else str(Path(data.uri).expanduser().absolute())
     try:
-        found = open_embeddings(uri, columns)
+        found = open_embeddings(storage.absolute("data.uri", data.uri), columns)
     except storage.MissingFileError as error:
         raise UserError(f"data.uri {error}") from None
     if num_clusters > found.rows:
@@ -119,11 +116,13 @@ def fit_and_write(
     ]
     pool = SourcePool(sources, settings)
     try:
-        if not folder.resumed:
-            write_start(folder, config)
         terminal.print(
             f"{settings.actors} actors hold their rows after {time.perf_counter() - began:.1f} s", highlight=False
         )
+        start = start or Fit(seeds(terminal, pool.rows, settings))
+        if not folder.resumed:  # not before: rows that give no K centroids must not cost a name
+            write_start(folder, config)
+        keep(folder, start)
         fit = run_fit(terminal, settings, folder, pool, start)
         storage.write_bytes(folder.file("centroids.safetensors"), safetensors.save({"rows_KD": fit.centroids_KD}))
         found = write_figures(settings, folder, pool, fit)
@@ -133,7 +132,7 @@ def fit_and_write(
             "dim": embeddings.dim,
             "iterations": fit.iteration,
             "converged": fit.converged,
-            "objective": found["mean_similarity"],
+            "mean_similarity": found["mean_similarity"],
             "reseeded": fit.reseeded,
             "empty_clusters": found["empty_clusters"],
             "actors_lost": sum(pool.losses),
@@ -144,13 +143,8 @@ def fit_and_write(
         pool.stop()
 
 
-def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: SourcePool, start: Fit | None) -> Fit:
+def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: SourcePool, start: Fit) -> Fit:
     """The finished fit; its state and one row of metrics are kept after every iteration."""
-    if start is None:
-        begun = time.perf_counter()
-        start = Fit(seeds(pool.rows, settings))
-        keep(folder, start)
-        terminal.print(f"{settings.seeding} seeding took {time.perf_counter() - begun:.1f} s", highlight=False)
     diary = Diary(folder, start.iteration)
     with stop_between_iterations(terminal) as stopping:
 
@@ -166,13 +160,14 @@ def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: Sou
         )
 
 
-def seeds(rows: Rows, settings: FitConfig) -> Array:
+def seeds(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
     """First centroids (K, D); for mini-batches chosen among as many rows as one of them has."""
-    seed_rows = SEEDINGS[settings.seeding]
-    if settings.batch_rows is None:
-        return seed_rows(rows, settings.num_clusters, settings.seed)
-    number = max(settings.batch_rows, settings.num_clusters)
-    return seed_rows(RowArray(rows.subset(number, settings.seed)), settings.num_clusters, settings.seed)
+    begun = time.perf_counter()
+    if settings.batch_rows is not None:
+        rows = RowArray(rows.subset(max(settings.batch_rows, settings.num_clusters), settings.seed))
+    centroids_KD = SEEDINGS[settings.seeding](rows, settings.num_clusters, settings.seed)
+    terminal.print(f"{settings.seeding} seeding took {time.perf_counter() - begun:.1f} s", highlight=False)
+    return centroids_KD
 
 
 @contextmanager
@@ -221,7 +216,7 @@ def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], statu
         print_plan(
             terminal,
             {
-                "finished": f"{result['iterations']} iterations, mean similarity {result['objective']:.6f}, "
+                "finished": f"{result['iterations']} iterations, mean similarity {result['mean_similarity']:.6f}, "
                 f"{result['empty_clusters']} empty clusters, {result['seconds']} s",
                 "centroids": folder.file("centroids.safetensors"),
                 "assignments": folder.file("assignments"),

@@ -48,7 +48,9 @@ def read_centroids(uri: str, shape: tuple[int, int]) -> Array:
     if rows_KD is None or rows_KD.shape != shape:
         given = f"has the shape {rows_KD.shape}" if rows_KD is not None else f"holds {', '.join(held)} and no rows_KD"
         raise UserError(f"{key} {given}; {shape} (K, D) is wanted here")
-    check_rows(rows_KD, key)  # zero where clustering never started in the run that was exported
+    check_rows(
+        rows_KD, lambda row: f"{key}: row {row}"
+    )  # zero where clustering never started in the run that was exported
     unit = np.allclose(np.linalg.norm(rows_KD, axis=1), 1.0, rtol=0, atol=1e-6)
     return rows_KD if unit else normalised(rows_KD)  # a second division would change their last bits
 

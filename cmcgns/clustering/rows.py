@@ -3,7 +3,7 @@
 N rows, M rows of one chunk, n seeds, K centroids, D dimensions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -144,13 +144,15 @@ class RowArray:
         served_N = np.full(len(self), np.inf)
         for chunk, rows_MD in self._chunks(blocks):
             served_N[chunk] = dot(rows_MD, centroids_KD, nearest_N[chunk])
+        worst_n = np.argsort(served_N, kind="stable")[: np.count_nonzero(served_N < np.inf)]
         found: dict[bytes, Row] = {}
-        for i in np.argsort(served_N, kind="stable"):
-            if len(found) == number or served_N[i] == np.inf:
-                break
-            row = self._row(int(i), served_N)
-            found.setdefault(row.vector_D.tobytes(), row)
-        return list(found.values())
+        start, size = 0, number
+        while len(found) < number and start < len(worst_n):  # again where some were equal
+            indices = worst_n[start : start + size]
+            for i, row_D in zip(indices, self._take(indices), strict=True):
+                found.setdefault(row_D.tobytes(), Row(float(served_N[i]), int(self.ordinals_N[i]), row_D))
+            start, size = start + size, 2 * size
+        return list(found.values())[:number]
 
     def _cover(self, seeds_nD: Array) -> "Coverage":
         """Each row's nearest seed; seeds that the last question had too are not looked at again."""
@@ -225,15 +227,16 @@ def on_grid(rows_ND: Array) -> Array:
     return np.rint(normalised(rows_ND) * np.float32(GRID)) / np.float32(GRID)
 
 
-def check_rows(rows_ND: Array, where: str, first: int = 0) -> None:
-    """Refuse NaN, infinite and zero rows: they have no direction. ``where`` names the shard, ``first`` its first row."""
+def check_rows(rows_ND: Array, name_row: Callable[[int], str], first: int = 0) -> None:
+    """Refuse NaN, infinite and zero rows: they have no direction. ``name_row`` puts into words which row stands in a
+    place; ``first`` is the place of the first."""
     length_N = np.linalg.norm(rows_ND.astype(np.float32, copy=False), axis=1)
     wrong_N = ~(length_N > SHORTEST) | ~np.isfinite(length_N)
     if wrong_N.any():
         row = int(np.flatnonzero(wrong_N)[0])
         what = "is zero" if length_N[row] <= SHORTEST else "holds NaN or infinity"
         raise UserError(
-            f"{where}: row {first + row} {what} and has no direction ({int(wrong_N.sum())} such rows of {len(rows_ND)} "
+            f"{name_row(first + row)} {what} and has no direction ({int(wrong_N.sum())} such rows of {len(rows_ND)} "
             "looked at); leave such rows out of the set"
         )
 

@@ -61,7 +61,7 @@ class ArraySource:
 
     def rows(self, assign: Assign) -> RowArray:
         rows_ND: Array = ray.get(self.reference[0])
-        check_rows(rows_ND, str(self))
+        check_rows(rows_ND, lambda row: f"{self}: row {row}")
         return RowArray(rows_ND, np.arange(self.first, self.first + len(rows_ND)), assign)
 
     def __str__(self) -> str:

@@ -40,18 +40,9 @@ def checked_batches(part: Embeddings) -> Iterator[tuple[int, Array, Array | None
     weight, first = part.columns.weight, 0
     for batch in part.batches([part.columns.vector, *([weight] if weight else [])]):
         raw_MD = part.vectors(batch, first)
-        _check_batch(part, raw_MD, first)
+        check_rows(raw_MD, part.place, first)
         yield first, on_grid(raw_MD), None if weight is None else _weights(part, batch, first)
         first += len(batch)
-
-
-def _check_batch(part: Embeddings, raw_MD: Array, first: int) -> None:
-    """Refuse rows without a direction, by file, row group and row."""
-    try:
-        check_rows(raw_MD, "rows")
-    except UserError:  # look again, to name the row by its file
-        for i in range(len(raw_MD)):
-            check_rows(raw_MD[i : i + 1], part.place(first + i), 0)
 
 
 def _weights(part: Embeddings, batch: pa.RecordBatch, first: int) -> Array:

@@ -32,6 +32,15 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def absolute(key: str, uri: str) -> str:
+    """``uri``, which the setting ``key`` names, as processes that start in other folders than the driver understand it."""
+    try:
+        path = filesystem(uri)[1]
+    except UserError as error:
+        raise UserError(f"{key} {error}") from None
+    return uri if is_s3(uri) else path
+
+
 def join(uri: str, path: str) -> str:
     """The URI of ``path`` inside the folder ``uri``."""
     return f"{uri.rstrip('/')}/{path}" if path else uri

@@ -48,7 +48,7 @@ class PretrainedRun:
 
 def open_run(key: str, uri: str) -> PretrainedRun:
     """The run in the folder ``uri``, which the setting ``key`` names; one without an export is refused."""
-    uri = uri if storage.is_s3(uri) else str(Path(uri).expanduser().absolute())
+    uri = storage.absolute(key, uri)
     if not storage.exists(storage.join(uri, "config.yaml")):
         raise UserError(f"{key} {uri} is no run folder: it holds no config.yaml; name <run.storage>/<run.name>")
     if not storage.exists(storage.join(uri, "export/heads.safetensors")):

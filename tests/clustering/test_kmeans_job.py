@@ -107,6 +107,15 @@ def test_given_centroids_are_kept_and_rows_assigned_to_them(tmp_path: Path) -> N
 
 
 @pytest.mark.ray
+def test_rows_that_give_too_few_centroids_do_not_cost_a_name(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set", np.tile(heavy_tailed(10), (10, 1)), [0, 100])
+    done = run(tmp_path, "--data.uri=set", "--clustering.num_clusters=20", "--run.name=fit")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "20 clusters need 20 distinct rows; there are 10 among 100" in done.stderr
+    assert not (tmp_path / "runs" / "fit" / "config.yaml").exists()
+
+
+@pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.parametrize("settings", [["--clustering.memory_gib=0"], ["--clustering.batch_rows=4096"]])
 def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
@@ -125,7 +134,7 @@ def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
     assert found["id"].tolist() == [f"row-{i}" for i in range(9000)]
     written = set(storage.list_files(f"{bucket}/runs/fit"))
     assert {"centroids.safetensors", "statistics.json", "result.json", "fit.safetensors", "metrics.jsonl"} <= written
-    assert json.loads(storage.read_bytes(f"{bucket}/runs/fit/result.json"))["objective"] > 0.9
+    assert json.loads(storage.read_bytes(f"{bucket}/runs/fit/result.json"))["mean_similarity"] > 0.9
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_row_without_direction_is_refused_by_file_row_group_and_row(value: flo
     rows_ND = heavy_tailed(200)
     rows_ND[173] = value
     part = open_embeddings(str(write_parquet(tmp_path, rows_ND, [0, 90, 200], 40)), COLUMNS).deal(2)[1]
-    with pytest.raises(UserError, match=rf"part-001.parquet, row group 2, row 3 of it: .*{what}"):
+    with pytest.raises(UserError, match=rf"part-001.parquet, row group 2, row 3 of it {what}"):
         load_rows(part, 2**30, None)
     with pytest.raises(UserError, match="row group 2, row 3 of it"):
         StreamedRows(part)[0:100]
