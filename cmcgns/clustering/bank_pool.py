@@ -21,9 +21,10 @@ from cmcgns import distributed
 from cmcgns.clustering.bank import BankShard, serving_actor
 from cmcgns.clustering.guide import BankState, RefreshRequest, RefreshResult, recluster
 from cmcgns.clustering.kmeans import Array, check_faiss
-from cmcgns.clustering.pool import LOST, PooledRows, Shard, actor_options, first_line, threads_per_actor
+from cmcgns.clustering.pool import LOST, PooledRows, Shard, actor_options, threads_per_actor
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
+from cmcgns.errors import first_line
 
 logger = logging.getLogger(__name__)
 

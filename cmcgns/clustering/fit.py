@@ -19,14 +19,13 @@ from cmcgns.clustering.fit_report import describe_plan, show_clusters
 from cmcgns.clustering.fit_state import Diary, first_fit, keep, write_start
 from cmcgns.clustering.job_config import FitConfig, KMeansConfig
 from cmcgns.clustering.kmeans import Array, Fit, Rows, Search, check_faiss, kmeans
-from cmcgns.clustering.pool import first_line
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import SEEDINGS
 from cmcgns.clustering.source_pool import ParquetSource, SourcePool
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import PoolConfig
 from cmcgns.data import storage
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, first_line
 from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal

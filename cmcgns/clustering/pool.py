@@ -17,7 +17,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Ray
 from cmcgns.clustering.kmeans import Array, AssignmentPass, Row, assign_by, faiss_search, merge_passes
 from cmcgns.clustering.rows import Drawn, RowArray, merge_lowest, merge_worst
 from cmcgns.config import PoolConfig
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +178,6 @@ def actor_options(config: PoolConfig) -> dict[str, Any]:
 def threads_per_actor(config: PoolConfig) -> int:
     """FAISS threads of one actor: its whole CPUs."""
     return max(int(config.cpus_per_actor), 1)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def add_up(*parts: Any) -> Any:

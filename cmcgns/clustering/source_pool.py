@@ -24,14 +24,13 @@ from cmcgns.clustering.pool import (
     ShardLost,
     actor_options,
     answered,
-    first_line,
     settled,
     threads_per_actor,
 )
 from cmcgns.clustering.rows import RowArray, check_rows
 from cmcgns.clustering.stores import StreamedRows, load_rows
 from cmcgns.config import PoolConfig
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, first_line, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +194,8 @@ def wait_until_up(ready: Sequence[Any]) -> None:
         except ActorDiedError as error:
             if not error.actor_init_failed:
                 raise
-            # FAISS that does not load, or sees no GPU; Ray puts the cause last
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+            # FAISS that does not load, or sees no GPU
+            raise UserError(last_line(error).split("UserError: ")[-1]) from error
         if waiting:
             free = ray.available_resources()
             logger.warning(

@@ -15,7 +15,7 @@ from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.data.dataset import VALIDATION_EPOCH, Stream, to_block
 from cmcgns.data.sources import Source
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, last_line
 from cmcgns.evaluate.exported import PretrainedRun, open_run
 from cmcgns.evaluate.job_config import EmbedConfig, EmbedJobConfig
 from cmcgns.evaluate.sentences import SentenceEmbedder, sentence_table
@@ -77,7 +77,7 @@ def embed_sentences(config: EmbedJobConfig) -> int:
         except KeyboardInterrupt:
             result = {"status": "stopped"}
         except Exception as error:  # whatever Ray Data wraps a task's error in
-            reason = ray.get(board.failure.remote()) or (str(error).strip().splitlines() or [repr(error)])[-1]
+            reason = ray.get(board.failure.remote()) or last_line(error)
             result = {"status": "failed", "failure": reason}
         if result["status"] != "finished":
             storage.delete_folder(folder.file("sentences"))  # a part might be taken for the whole

@@ -23,6 +23,7 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.data.dataset import Stream
+from cmcgns.errors import last_line
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import build_model
 from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
@@ -199,11 +200,7 @@ def conclude(
 ) -> int:
     """Write result.json and bad_rows.jsonl, say where everything is; the exit status."""
     outcome = account["outcome"] or {}
-    failure = (
-        account["failure"] or (str(error).strip().splitlines() or [repr(error)])[-1]
-        if error or account["failure"]
-        else None
-    )
+    failure = account["failure"] or (last_line(error) if error else None)
     status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"
     scheme = "s3://" if storage.is_s3(folder.uri) else ""
     result = {

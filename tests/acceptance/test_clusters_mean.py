@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +9,13 @@ from pyarrow import parquet
 
 from cmcgns.evaluate.exported import open_run
 from cmcgns.models.vision_language import build_model
-from tests.evaluate.clusters import agreement, attended, own_clusters, texts_of_test_split
+from tests.evaluate.clusters import Agreement, agreement, attended, own_clusters, texts_of_test_split
 from tests.jobs import REPOSITORY, Job
 
-LEAST = 0.15
-LEADS = {"another study's film": 0.05, "a random model": 0.1}
-"""How far agreement must lie above each control. 0.1 above another film is wanted too; 1,200 steps give 0.076."""
+pytestmark = pytest.mark.ray
+
+LEAST, LEAD = 0.15, 0.1
+TRAINED, RANDOM, OTHER_FILM = "the trained model", "a random model", "another study's film"
 STEPS = 1200
 """Four times the default run's stage 1, which ends after minutes: see README.md here for what that reaches."""
 
@@ -28,8 +28,10 @@ def run_job(name: str, *settings: str) -> str:
     return done.stdout
 
 
-@pytest.mark.ray
-def test_clusters_follow_what_unseen_sentences_say(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Agreement]:
+    """Agreement of the trained model's clusters, and of the controls', with what sentences never seen say."""
+    tmp_path = tmp_path_factory.mktemp("run")
     job = Job(tmp_path, "--run.name=pretrained", f"--train.stage1_steps={STEPS}", config=None)
     output = job.wait(timeout_s=1500)
     assert job.process.returncode == 0, output[-3000:]
@@ -43,7 +45,6 @@ def test_clusters_follow_what_unseen_sentences_say(tmp_path: Path) -> None:
     sentences = parquet.read_table(tmp_path / "embedded" / "sentences").to_pandas().set_index("id")
     assigned = parquet.read_table(tmp_path / "clusters" / "assignments").to_pandas().set_index("id")
     texts = sentences["text"].loc[assigned.index].tolist()
-    own = agreement(assigned["centroid"].to_numpy(), texts)
 
     run = open_run("embed.run", str(tmp_path / "pretrained"))
     texts_in_order = texts_of_test_split(run)
@@ -51,17 +52,32 @@ def test_clusters_follow_what_unseen_sentences_say(tmp_path: Path) -> None:
     torch.manual_seed(1)
     fresh = build_model(run.config, run.tokenizer.vocabulary_size)
     features = {
-        "another study's film": attended(run, run.load_model(), shift=7),
-        "a random model": attended(run, fresh),
+        OTHER_FILM: attended(run, run.load_model(), shift=7),
+        RANDOM: attended(run, fresh),
     }
     clusters = run.config.objective.num_clusters
-    found = {name: agreement(own_clusters(rows_ND, clusters), texts_in_order) for name, rows_ND in features.items()}
-    print(f"{len(texts)} sentences of studies never seen")
-    for name, each in {"the trained model": own, **found}.items():
+    found = {TRAINED: agreement(assigned["centroid"].to_numpy(), texts)}
+    found |= {name: agreement(own_clusters(rows_ND, clusters), texts_in_order) for name, rows_ND in features.items()}
+    for name, each in found.items():
         print(
             f"{name:22} AMI {each.mutual_information:.3f}, purity {each.purity:.3f}, by chance {each.purity_by_chance:.3f}"
         )
-    assert own.mutual_information >= LEAST
-    assert own.purity > own.purity_by_chance
-    for name, control in found.items():
-        assert own.mutual_information >= control.mutual_information + LEADS[name], name
+    return found
+
+
+def test_clusters_follow_what_unseen_sentences_say(found: dict[str, Agreement]) -> None:
+    assert found[TRAINED].mutual_information >= LEAST
+    assert found[TRAINED].purity > found[TRAINED].purity_by_chance
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        RANDOM,
+        pytest.param(
+            OTHER_FILM, marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason="a lead of 0.076 yet")
+        ),
+    ],
+)
+def test_clusters_follow_it_more_than_those_of_a_control(found: dict[str, Agreement], control: str) -> None:
+    assert found[TRAINED].mutual_information >= found[control].mutual_information + LEAD

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
@@ -74,8 +75,6 @@ def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) 
 
 
 def test_a_shard_without_rows_writes_nothing_and_ids_of_two_kinds_of_string_go_together(tmp_path: Path) -> None:
-    import pyarrow as pa
-
     rows_ND, out = normalised(heavy_tailed(6)), tmp_path / "out"
     for number, kind in enumerate((pa.string(), pa.large_string())):
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows_ND[3 * number :][:3].ravel()), rows_ND.shape[1])
