@@ -189,29 +189,42 @@ def _tone(pixels_HW: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.uint8]:
     low, high = int(pixels_HW.min()), int(pixels_HW.max())
     if high - low > 0xFFFF:
         raise BadRow(f"DICOM pixels span {low} to {high}, more than 16 bits")
-    stored = np.arange(low, high + 1, dtype=np.int32)
-    used = np.bincount((pixels_HW.ravel().astype(np.int32) - low), minlength=stored.size) > 0
-    curve = _curve(stored, used & (stored != film.get("PixelPaddingValue", low - 1)), film)
-    grey_HW: NDArray[np.uint8] = curve[pixels_HW.astype(np.int32) - low]
-    return grey_HW
+    curve = _curve(pixels_HW, low, high, film)
+    if pixels_HW.dtype in (np.uint8, np.uint16):
+        # a table from 0 on is indexed with the pixels themselves: faster than with what a subtraction gives
+        return np.asarray(np.pad(curve, (low, 0))[pixels_HW])
+    return np.asarray(curve[pixels_HW.astype(np.int32) - low])
 
 
-def _curve(stored: NDArray[np.int32], used: NDArray[np.bool_], film: pydicom.Dataset) -> NDArray[np.uint8]:
-    """uint8 grey of each stored value: VOI LUT, else the first window that shows something, else min to max."""
+def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) -> NDArray[np.uint8]:
+    """uint8 grey of each value from ``low`` to ``high``, the film's least and greatest: VOI LUT, else the first window
+    that shows something, else min to max."""
     try:
         with np.errstate(all="ignore"):
-            values = np.asarray(apply_modality_lut(stored, film), dtype=np.float64)
+            values = np.asarray(apply_modality_lut(np.arange(low, high + 1, dtype=np.int32), film), dtype=np.float64)
     except Exception as error:
         raise BadRow(f"DICOM rescale or modality LUT is broken ({type(error).__name__})") from None
     if not np.isfinite(values).all():
         raise BadRow("DICOM rescale gives values that are not finite")
-    shown = used if used.any() else np.ones_like(used)
+    padded = "PixelPaddingValue" in film
     for unit in _voi_curves(values, film):
         grey = _to_uint8(unit)
+        # the ends are values of the film: where they differ, which others occur need not be known
+        if not padded and grey[0] != grey[-1]:
+            return grey
+        shown = _shown(pixels_HW, low, high, film)
         if np.ptp(grey[shown]) > 0 or np.ptp(values[shown]) == 0:
             return grey
-    low, high = values[shown].min(), values[shown].max()
-    return _to_uint8((values - low) / max(high - low, 1e-9))
+    shown = _shown(pixels_HW, low, high, film)
+    least, most = values[shown].min(), values[shown].max()
+    return _to_uint8((values - least) / max(most - least, 1e-9))
+
+
+def _shown(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) -> NDArray[np.bool_]:
+    """Which values from ``low`` to ``high`` occur on the film and are not its padding; all where none are left."""
+    used = np.bincount(pixels_HW.ravel().astype(np.int32) - low, minlength=high - low + 1) > 0
+    shown = used & (np.arange(low, high + 1) != film.get("PixelPaddingValue", low - 1))
+    return shown if shown.any() else np.ones_like(shown)
 
 
 def _to_uint8(unit: NDArray[Any]) -> NDArray[np.uint8]:
