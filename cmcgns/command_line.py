@@ -15,6 +15,12 @@ from cmcgns.errors import UserError
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
 
+WORDS = (
+    "run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri", "prepare.out",
+    "prepare.pseudonymise_key_file",
+)  # fmt: skip
+"""Keys whose values stay words, also those like 2024-01-01 or 007."""
+
 Settings = TypeVar("Settings", bound=Section)
 """The settings of one job: a section whose fields are sections."""
 
@@ -201,8 +207,8 @@ def _known(key: str, section: type[Section], prefix: str = "") -> None:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    if key in ("run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri"):
-        return text  # names like 2024-01-01 or 007 stay words
+    if key in WORDS:
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

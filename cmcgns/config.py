@@ -16,13 +16,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
 
-class DataConfig(Section):
+class CorpusConfig(Section):
     uri: str = "phantom"
     """Where the corpus lies: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
-    format: Literal["auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i"] = "auto"
-    """Layout of the corpus; `auto` looks at the files."""
+    format: Literal["auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet"] = "auto"
+    """Layout of the corpus; `auto` looks at the files. `parquet` is what jobs/prepare.py makes of the others."""
     views: tuple[str, ...] = ("PA", "AP")
     """Views to keep; 'AP Supine' and 'AP Erect' count as AP. Unknown views of own pairs are kept."""
+    crop_borders: bool = True
+    """Cut black borders away before a film is resized. Prepared films have lost them already."""
+    group_studies: PositiveInt = 256
+    """Studies of one group, that is of a prepared set's row group; each epoch permutes the groups. A prepared set brings
+    its own."""
+    max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
+    """Share of the studies that may be unusable before the run stops (when training: of training and validation)."""
+    seed: int = 0
+    """Decides the order of the studies, which film of a study is shown, crops, masks and drawn splits."""
+    phantom_studies: PositiveInt = 4000
+    """Studies of the generated corpus, all splits together."""
+    phantom_size: PositiveInt = 256
+    """Side in pixels at which phantom films are rendered."""
+
+
+class DataConfig(CorpusConfig):
     image_size: PositiveInt = 224
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256
@@ -31,10 +47,10 @@ class DataConfig(Section):
     """Longest report in tokens, [CLS] and [SEP] included; sentences that do not fit whole are dropped."""
     max_sentences: PositiveInt = 32
     """Most sentences kept of a report."""
-    max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
-    """Share of the training and validation studies that may be unusable before the run stops."""
+    groups_per_window: PositiveInt = 4
+    """Groups whose studies are then shuffled among each other; a task that reads a prepared set holds so many."""
     window_size: PositiveInt = 64
-    """Studies fetched and decoded by one Ray Data task."""
+    """Studies fetched and decoded by one Ray Data task, or at a time where it reads whole groups."""
     cpus_per_task: float = Field(0.5, gt=0.0)
     """CPUs that Ray reserves for one fetch-and-decode task."""
     studies_ahead: PositiveInt | None = None
@@ -42,12 +58,6 @@ class DataConfig(Section):
     decoding task that finds a CPU."""
     validation_studies: PositiveInt | None = None
     """Validate on that many studies of the validation split, the first by index; by default on all."""
-    seed: int = 0
-    """Decides the order of the studies, which film of a study is shown, crops, masks and drawn splits."""
-    phantom_studies: PositiveInt = 4000
-    """Studies of the generated corpus, all splits together."""
-    phantom_size: PositiveInt = 256
-    """Side in pixels at which phantom films are rendered."""
 
 
 class ModelConfig(Section):

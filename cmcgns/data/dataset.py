@@ -1,15 +1,16 @@
 """A corpus as a stream of microbatches: Ray Data fetches and decodes, each rank receives whole blocks in a fixed order.
 
-The order is a permutation of the index by (seed, epoch), known before anything is read. After bad rows are dropped the
-stream is cut again into blocks of exactly ``microbatch_size`` studies; block b goes to rank b mod world.
+The order is a function of (seed, epoch) and the index (see ``order``), known before anything is read. Each task takes one
+piece of it. After bad rows are dropped the stream is cut again into blocks of exactly ``microbatch_size`` studies; block b
+goes to rank b mod world.
 """
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,25 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
 from cmcgns.config import DataConfig
-from cmcgns.data.reports import parse_report
-from cmcgns.data.sources import Source
+from cmcgns.data.blocks import ReadStudy, row_table
+from cmcgns.data.order import Arrangement, EpochOrder
+from cmcgns.data.sources import Reader, Source
 from cmcgns.data.transforms import draw_key, drawn_film, resize_film
-from cmcgns.errors import BadRow
+from cmcgns.errors import BadRow, UserError
 from cmcgns.models.tokenizer import ReportTokenizer
 
 FETCH_THREADS = 8
-"""Films of one window that are fetched from storage at the same time."""
+"""Films of one piece that are fetched from storage at the same time."""
 SCHEDULER_PAUSE_S = 0.02
-VALIDATION_EPOCH = -1
-"""Stands for validation where draws are keyed by epoch, so that they never change."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One split of a corpus, ready to be streamed to ranks. Small: the table lies in the object store."""
+    """One split of a corpus, ready to be streamed to ranks. Small: the split lies in the object store."""
 
     source: Source
-    table: Any
-    """Object reference of the split's index table."""
+    split_ref: Any
+    """Object reference of the split's index table and ``Arrangement``."""
     studies: int
     tokenizer: ReportTokenizer
     config: DataConfig
@@ -60,9 +60,9 @@ class Stream:
     def rows(self, epoch: int, position: int) -> Any:
         """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
         within ``context()``."""
-        windows = -(-(self.studies - position) // self.config.window_size)
-        return ray.data.range(windows, override_num_blocks=windows).map_batches(
-            read_window,
+        pieces = len(piece_bounds(self, epoch, position)) - 1
+        return ray.data.range(pieces, override_num_blocks=pieces).map_batches(
+            read_pieces,
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=self.config.cpus_per_task,
@@ -105,144 +105,95 @@ def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
     return ray.data.DataContext.current(context)
 
 
-def read_window(window: pa.Table, stream: Stream, epoch: int, position: int) -> pa.Table:
-    """The good studies of the windows whose numbers come in, fetched, decoded and tokenised, in order."""
-    size = stream.config.window_size
-    positions = [
-        place
-        for number in window["id"].to_pylist()
-        for place in range(position + number * size, min(position + (number + 1) * size, stream.studies))
-    ]
-    table, order = ray.get(stream.table), epoch_order(stream.config.seed, epoch, stream.studies)
-    studies = table.take(order[positions]).to_pylist()
-    with ThreadPoolExecutor(FETCH_THREADS if stream.source.format != "phantom" else 1) as threads:
-        rows = list(threads.map(lambda study: read_study(study, stream, epoch), studies))
-    bad = [
-        {"source": study["study_id"], "reason": str(row)}
-        for study, row in zip(studies, rows, strict=True)
-        if isinstance(row, BadRow)
-    ]
-    if bad:
-        ray.get(stream.board.add_bad_rows.remote(bad))
-    good = [row | {"position": place} for place, row in zip(positions, rows, strict=True) if isinstance(row, dict)]
-    return pa.Table.from_pylist(good, schema=row_schema(stream.config.resize, stream.with_text))
-
-
-def read_study(study: dict[str, Any], stream: Stream, epoch: int) -> dict[str, Any] | BadRow:
-    """One row of ``row_schema`` but for its position, or why there is none."""
-    config = stream.config
-    film = study["films"][drawn_film(config.seed, epoch, study["study_id"], len(study["films"]))]
-    try:
-        report = parse_report(stream.source.read_report(study))
-        encoded = stream.tokenizer.encode(report.sentences)
-        square = resize_film(stream.source.read_film(film["path"]), config.resize)
-    except BadRow as reason:
-        return reason
-    text = {"sentences": report.sentences[: encoded.sentences]} if stream.with_text else {}
-    return text | {
-        "draw_key": draw_key(config.seed, epoch, film["image_id"]),
-        "image": square.tobytes(),
-        "tokens": encoded.tokens_T,
-        "sentence_of_token": encoded.sentence_of_token_T,
-        "sentence_hashes": report.sentence_hashes[: encoded.sentences],
-        "report_hash": report.report_hash,
-    }
-
-
-@lru_cache(maxsize=8)
-def row_schema(resize: int, with_text: bool = False) -> pa.Schema:
-    """Columns of the stream; films stay uint8 until they reach the training device."""
-    text = {"sentences": pa.list_(pa.string())} if with_text else {}
-    return pa.schema(
-        text
-        | {
-            "position": pa.int64(),
-            "draw_key": pa.int64(),
-            "image": pa.binary(resize * resize),
-            "tokens": pa.list_(pa.int32()),
-            "sentence_of_token": pa.list_(pa.int16()),
-            "sentence_hashes": pa.list_(pa.int64()),
-            "report_hash": pa.int64(),
-        }
-    )
+def stream_split(
+    source: Source, studies: pa.Table, arrangement: Arrangement, tokenizer: ReportTokenizer, config: DataConfig, board: Any,
+    **options: Any,
+) -> Stream:  # fmt: skip
+    """The stream of a split whose table and arrangement are put where every task finds them."""
+    split_ref = ray.put((studies.combine_chunks(), arrangement))
+    return Stream(source, split_ref, len(studies), tokenizer, config, board, **options)
 
 
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, studies: int) -> np.ndarray:
-    """The index rows of an epoch in their order; validation keeps the index's own."""
-    if epoch == VALIDATION_EPOCH:
-        return np.arange(studies)
-    return np.random.Generator(np.random.PCG64([seed % 2**64, epoch])).permutation(studies)
+def split_of(split_ref: Any) -> tuple[pa.Table, Arrangement]:
+    """A split's table and arrangement, fetched once by each process."""
+    found: tuple[pa.Table, Arrangement] = ray.get(split_ref)
+    return found
 
 
-@dataclass(frozen=True)
-class Block:
-    """Studies of one microbatch as they come out of the stream, on the host."""
-
-    positions: np.ndarray
-    draw_keys: np.ndarray
-    images_BRR: np.ndarray
-    tokens: Sequence[np.ndarray]
-    sentence_of_token: Sequence[np.ndarray]
-    sentence_hashes: Sequence[np.ndarray]
-    report_hashes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    @property
-    def sentence_counts(self) -> np.ndarray:
-        """Sentences of each study."""
-        return np.array([len(hashes) for hashes in self.sentence_hashes])
-
-    def padded(self, size: int) -> "Block":
-        """``size`` studies, the first one repeated at the end."""
-        index = np.concatenate([np.arange(len(self)), np.zeros(size - len(self), np.int64)])
-        pick = lambda parts: [parts[i] for i in index]
-        return Block(
-            self.positions[index],
-            self.draw_keys[index],
-            self.images_BRR[index],
-            pick(self.tokens),
-            pick(self.sentence_of_token),
-            pick(self.sentence_hashes),
-            self.report_hashes[index],
-        )
+@lru_cache(maxsize=4)
+def epoch_order(split_ref: Any, seed: int, epoch: int, groups_per_window: int) -> EpochOrder:
+    """The order of an epoch, worked out once by each process."""
+    return split_of(split_ref)[1].epoch(seed, epoch, groups_per_window)
 
 
-def blank_block(size: int, resize: int) -> Block:
-    """``size`` studies of nothing, for a rank that has run out of validation studies while others have not."""
-    token, owner, text = np.zeros(1, np.int32), np.zeros(1, np.int16), np.zeros(1, np.int64)
-    images_BRR = np.zeros((size, resize, resize), np.uint8)
-    zeros = np.zeros(size, np.int64)
-    return Block(zeros, zeros, images_BRR, [token] * size, [owner] * size, [text] * size, zeros)
+def piece_studies(source: Source, config: DataConfig) -> int:
+    """Studies of one task's piece, about."""
+    return config.groups_per_window * config.group_studies if source.in_groups else config.window_size
 
 
-def blocks(iterator: Any, resize: int) -> Iterator[Block]:
-    """The blocks that one rank's Ray Data iterator delivers, in order."""
-    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4):
-        if table.num_rows:
-            yield to_block(table.combine_chunks(), resize)
+def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
+    """Positions at which the tasks' pieces begin, from ``position`` on, and the end: windows of a prepared set, whose row
+    groups are read whole; ``window_size`` studies of one that can be read at any place."""
+    config = stream.config
+    if not stream.source.in_groups:
+        return np.append(np.arange(position, stream.studies, config.window_size), stream.studies)
+    starts = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window).starts
+    return np.unique(np.maximum(starts, position))
 
 
-def to_block(table: pa.Table, resize: int) -> Block:
-    """Arrow columns as numpy views."""
-    image = table["image"].chunk(0)
-    start, stop = image.offset * resize * resize, (image.offset + len(image)) * resize * resize
-    pixels = np.frombuffer(image.buffers()[1], np.uint8)[start:stop]
-    return Block(
-        positions=table["position"].to_numpy(),
-        draw_keys=table["draw_key"].to_numpy(),
-        images_BRR=pixels.reshape(-1, resize, resize),
-        tokens=ragged(table["tokens"]),
-        sentence_of_token=ragged(table["sentence_of_token"]),
-        sentence_hashes=ragged(table["sentence_hashes"]),
-        report_hashes=table["report_hash"].to_numpy(),
+def read_pieces(numbers: pa.Table, stream: Stream, epoch: int, position: int) -> Iterator[pa.Table]:
+    """The good studies of the pieces whose numbers come in, fetched, decoded and tokenised, in order."""
+    bounds = piece_bounds(stream, epoch, position)
+    try:
+        for number in numbers["id"].to_pylist():
+            yield from read_piece(stream, epoch, range(bounds[number], bounds[number + 1]))
+    except UserError as error:
+        # no row's fault, and no restart would mend it: storage that is gone, credentials that have expired
+        ray.get(stream.board.fail.remote(str(error)))
+        raise
+
+
+def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Table]:
+    """The good studies at ``positions`` of the epoch's order, a table for each ``window_size`` of them."""
+    config, (table, _) = stream.config, split_of(stream.split_ref)
+    order = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window)
+    studies = table.take(order.row_S[positions.start : positions.stop]).to_pylist()
+    shown = [drawn_film(config.seed, epoch, study["study_id"], len(study["films"])) for study in studies]
+    reader = stream.source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
+    read = partial(read_study, reader=reader, stream=stream, epoch=epoch)
+    with ThreadPoolExecutor(FETCH_THREADS) as threads:
+        for start in range(0, len(studies), config.window_size):
+            part = slice(start, start + config.window_size)
+            rows = list((threads.map if reader.waits else map)(read, studies[part], shown[part]))
+            bad = [
+                {"source": study["study_id"], "reason": str(row)}
+                for study, row in zip(studies[part], rows, strict=True)
+                if isinstance(row, BadRow)
+            ]
+            if bad:
+                ray.get(stream.board.add_bad_rows.remote(bad))
+            good = [
+                (place, row) for place, row in zip(positions[part], rows, strict=True) if isinstance(row, ReadStudy)
+            ]
+            yield row_table([place for place, _ in good], [row for _, row in good], config.resize, stream.with_text)
+
+
+def read_study(study: dict[str, Any], shown: int, reader: Reader, stream: Stream, epoch: int) -> ReadStudy | BadRow:
+    """A study with the film of it that the epoch shows, or why it cannot be used."""
+    config, film = stream.config, study["films"][shown]
+    try:
+        report = reader.read_sentences(study, film["path"])
+        encoded = stream.tokenizer.encode(report.sentences)
+        square_RR = resize_film(reader.read_film(film["path"]).grey_HW, config.resize)
+    except BadRow as reason:
+        return reason
+    return ReadStudy(
+        draw_key(config.seed, epoch, film["image_id"]),
+        square_RR,
+        encoded.tokens_T,
+        encoded.sentence_of_token_T,
+        report.sentence_hashes[: encoded.sentences],
+        report.report_hash,
+        report.sentences[: encoded.sentences],
     )
-
-
-def ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Each row of a list column as an array."""
-    lists = column.chunk(0)
-    offsets = lists.offsets.to_numpy()
-    return np.split(lists.values.to_numpy()[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1])

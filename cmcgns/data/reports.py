@@ -134,11 +134,14 @@ def parse_report(text: str) -> ParsedReport:
             f"report has {len(everything)} words in sentences of {MIN_SENTENCE_WORDS} or more, "
             f"fewer than {MIN_REPORT_WORDS}"
         )
-    return ParsedReport(
-        sentences=[" ".join(sentence) for sentence in words],
-        sentence_hashes=[text_hash(sentence) for sentence in words],
-        report_hash=text_hash(everything),
-    )
+    return as_parsed([" ".join(sentence) for sentence in words])
+
+
+def as_parsed(sentences: Sequence[str]) -> ParsedReport:
+    """``parse_report``'s result out of its own ``sentences``."""
+    words = [sentence.split(" ") for sentence in sentences]
+    everything = [word for sentence in words for word in sentence]
+    return ParsedReport(list(sentences), [text_hash(sentence) for sentence in words], text_hash(everything))
 
 
 def report_text(text: str) -> str:

@@ -13,8 +13,11 @@ from rich.console import Console
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.config import Config
 from cmcgns.data import storage
-from cmcgns.data.dataset import VALIDATION_EPOCH, Stream, to_block
+from cmcgns.data.blocks import to_block
+from cmcgns.data.dataset import piece_studies, stream_split
+from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
 from cmcgns.data.sources import Source
+from cmcgns.data.transforms import Target
 from cmcgns.errors import UserError, last_line
 from cmcgns.evaluate.exported import PretrainedRun, open_run
 from cmcgns.evaluate.job_config import EmbedConfig, EmbedJobConfig
@@ -39,6 +42,7 @@ class Split:
     config: Config
     source: Source
     studies: pa.Table
+    arrangement: Arrangement
 
 
 class EmbedRows:
@@ -94,13 +98,16 @@ def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
     if settings.uri is not None:
         key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
     config = with_absolute_paths(run.config.model_copy(update={"data": data}))
-    source, index = open_index(key, config.data)
+    source, index = open_index(key, config.data, Target(config.data.resize, "longer"))
     studies = index.split(settings.split)
     if not len(studies):
         raise UserError(
             f"embed.split {settings.split}: {data.uri} has no study in it; its index has {len(index.table)}"
         )
-    return Split(config, source, studies.slice(0, settings.studies).combine_chunks())
+    studies, arrangement = source.arrange(studies, config.data.group_studies)
+    return Split(
+        config, source, studies.slice(0, settings.studies).combine_chunks(), arrangement.first(settings.studies)
+    )
 
 
 def check_capacity(settings: EmbedConfig, cpus: float) -> None:
@@ -120,14 +127,14 @@ def check_capacity(settings: EmbedConfig, cpus: float) -> None:
 
 def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, board: Any, uri: str) -> None:
     """Parquet files of all sentences under ``uri``; which file comes first says nothing."""
-    stream = Stream(
+    stream = stream_split(
         split.source,
-        ray.put(split.studies),
-        len(split.studies),
+        split.studies,
+        split.arrangement,
         run.tokenizer,
         split.config.data,
         board,
-        studies_ahead=STUDIES_AHEAD,
+        studies_ahead=STUDIES_AHEAD + 2 * piece_studies(split.source, split.config.data),
         with_text=True,
     )
     files, path = storage.filesystem(uri)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from cmcgns.config import Config
-from cmcgns.data.dataset import Block
+from cmcgns.data.blocks import Block
 from cmcgns.models.cross_attention import unit
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import VisionLanguageModel

@@ -2,17 +2,19 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from cmcgns.config import Config, DataConfig
+from cmcgns.config import Config, CorpusConfig
 from cmcgns.data.index import StudyIndex, too_many_bad
-from cmcgns.data.reports import ParsedReport, parse_report
-from cmcgns.data.sources import Source, open_source
+from cmcgns.data.order import Arrangement
+from cmcgns.data.reports import ParsedReport
+from cmcgns.data.sources import Reader, Source, open_source
+from cmcgns.data.transforms import Target
 from cmcgns.errors import BadRow, UserError, starting_with
 from cmcgns.models.presets import TEXT_PRESETS
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer, train_tokenizer
@@ -27,7 +29,9 @@ class Corpus:
     source: Source
     index: StudyIndex
     train: pa.Table
+    train_arrangement: Arrangement
     valid: pa.Table
+    valid_arrangement: Arrangement
 
     @property
     def studies(self) -> int:
@@ -46,12 +50,16 @@ class Corpus:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def open_index(key: str, data: DataConfig) -> tuple[Source, StudyIndex]:
-    """The corpus that ``data`` names and its index; where it cannot be read, the error names the setting ``key``."""
+def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, StudyIndex]:
+    """The corpus that ``data`` names and its index; where it cannot be read, the error names the setting ``key``.
+
+    ``target``: what films will be shrunk to.
+    """
     try:
         source = open_source(
-            data.uri, data.format, data.views, data.seed, data.resize, data.phantom_studies, data.phantom_size
-        )
+            data.uri, data.format, data.views, data.seed, target, data.crop_borders,
+            data.phantom_studies, data.phantom_size,
+        )  # fmt: skip
         return source, source.index()
     except UserError as error:
         reason = str(error).removeprefix("data.uri ")
@@ -61,8 +69,11 @@ def open_index(key: str, data: DataConfig) -> tuple[Source, StudyIndex]:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of ``config.data``, with the splits that training reads."""
     data = config.data
-    source, index = open_index("data.uri", data)
-    corpus = Corpus(source, index, index.split("train"), index.split("valid").slice(0, data.validation_studies))
+    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
+    train, train_arrangement = source.arrange(index.split("train"), data.group_studies)
+    valid, valid_arrangement = source.arrange(index.split("valid"), data.group_studies)
+    most = data.validation_studies
+    corpus = Corpus(source, index, train, train_arrangement, valid.slice(0, most), valid_arrangement.first(most))
     complaint = too_many_bad(corpus.bad_rows, corpus.studies, data.max_bad_fraction)
     if complaint is not None:
         raise UserError(f"data.uri {data.uri}: {complaint}. Mend them, or raise data.max_bad_fraction")
@@ -91,19 +102,19 @@ class ReportSample:
 
 def sample_reports(corpus: Corpus, most: int) -> ReportSample:
     """The first ``most`` training reports that can be used."""
+    reports: list[ParsedReport] = []
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        found = threads.map(lambda study: _parsed(corpus.source, study), _studies(corpus.train, most))
-        return ReportSample([report for report in found if report is not None], len(corpus.train))
+        for batch in corpus.train.slice(0, most).to_batches(max_chunksize=1024):
+            studies = batch.to_pylist()
+            reader = corpus.source.reader([study["films"][0]["path"] for study in studies], films=False)
+            found = threads.map(partial(_parsed, reader), studies)
+            reports += [report for report in found if report is not None]
+    return ReportSample(reports, len(corpus.train))
 
 
-def _studies(table: pa.Table, most: int) -> Iterator[dict[str, Any]]:
-    for batch in table.slice(0, most).to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
-
-
-def _parsed(source: Source, study: dict[str, Any]) -> ParsedReport | None:
+def _parsed(reader: Reader, study: dict[str, Any]) -> ParsedReport | None:
     try:
-        return parse_report(source.read_report(study))
+        return reader.read_sentences(study, study["films"][0]["path"])
     except BadRow:
         return None  # recorded when training meets it
 

@@ -5,6 +5,7 @@ import os
 import ray
 
 from cmcgns.config import Config
+from cmcgns.data.dataset import piece_studies
 from cmcgns.errors import UserError
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.run_folder import RunFolder
@@ -34,14 +35,15 @@ def taken_cpus(config: Config) -> float:
     return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
 
 
-def studies_ahead(config: Config, cpus: float) -> int:
+def studies_ahead(config: Config, corpus: Corpus, cpus: float) -> int:
     """Decoded studies that may wait for training: ``data.studies_ahead``, or enough to keep both sides busy."""
     data = config.data
     if data.studies_ahead is not None:
         return data.studies_ahead
     # one CPU cuts what the decoders deliver into microbatches
     decoders = max(int((cpus - taken_cpus(config) - 1) / data.cpus_per_task), 1)
-    return 8 * config.train.global_batch_size + 4 * data.window_size * decoders
+    pieces = 3 if corpus.source.in_groups else 4 * decoders  # a whole window is much: one in use, two to be filled
+    return 8 * config.train.global_batch_size + pieces * piece_studies(corpus.source, data)
 
 
 def threads_per_worker(config: Config) -> int:
@@ -69,7 +71,7 @@ def describe_plan(
         "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
         "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
         f"validation studies, about {sentences} training sentences; films left out: {left_out}; "
-        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {studies_ahead(config, cpus)} studies are "
+        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {studies_ahead(config, corpus, cpus)} studies are "
         "decoded ahead of training",
         "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
         f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocabulary_size} word pieces",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.train
 import torch
@@ -22,7 +23,8 @@ from cmcgns.clustering.kmeans import check_faiss
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
-from cmcgns.data.dataset import Stream
+from cmcgns.data.dataset import Stream, stream_split
+from cmcgns.data.order import Arrangement
 from cmcgns.errors import last_line
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import build_model
@@ -126,14 +128,14 @@ def assign(
     cpus: float,
 ) -> Assignment:
     """What every worker is told."""
-    ahead = studies_ahead(config, cpus)
 
-    def stream(table: Any) -> Stream:
-        shared = ray.put(table.combine_chunks())
-        return Stream(corpus.source, shared, len(table), tokenizer, config.data, board, taken_cpus(config), ahead)
+    def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
+        limits = {"taken_cpus": taken_cpus(config), "studies_ahead": studies_ahead(config, corpus, cpus)}
+        return stream_split(corpus.source, studies, arrangement, tokenizer, config.data, board, **limits)
 
-    threads = threads_per_worker(config)
-    return Assignment(config, folder.uri, schedule, stream(corpus.train), stream(corpus.valid), pool, board, threads)
+    train = stream(corpus.train, corpus.train_arrangement)
+    valid = stream(corpus.valid, corpus.valid_arrangement)
+    return Assignment(config, folder.uri, schedule, train, valid, pool, board, threads_per_worker(config))
 
 
 def fit(config: Config, folder: RunFolder, assignment: Assignment, board: Any) -> tuple[str | None, Exception | None]:

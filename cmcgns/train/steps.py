@@ -11,7 +11,7 @@ from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.data.augment import crop, mask_positions, normalise
 from cmcgns.data.batch import ImageReportBatch, pad_reports
-from cmcgns.data.dataset import Block, blank_block
+from cmcgns.data.blocks import Block, blank_block
 
 STEPS_AHEAD = 40
 """Steps before an epoch's end at which the next one begins to be read."""

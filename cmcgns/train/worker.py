@@ -24,7 +24,9 @@ from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide, Pool
 from cmcgns.config import Config
 from cmcgns.data import storage
-from cmcgns.data.dataset import VALIDATION_EPOCH, Block, Stream, blocks
+from cmcgns.data.blocks import Block, blocks
+from cmcgns.data.dataset import Stream
+from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.train.board import log_to_board
 from cmcgns.train.checkpoint import export_model, load_progress

@@ -27,7 +27,7 @@ from cmcgns.clustering.bank_pool import RayPool, start_pool
 from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide
 from cmcgns.config import Config
-from cmcgns.data.dataset import Block
+from cmcgns.data.blocks import Block
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.objectives.objective import Objective
 from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed

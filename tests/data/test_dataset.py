@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from cmcgns.config import Config
-from cmcgns.data.dataset import Stream, blocks, epoch_order
+from cmcgns.data.blocks import blocks
+from cmcgns.data.dataset import Stream, epoch_order, stream_split
 from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
 from cmcgns.train.board import start_board
 from cmcgns.train.corpus import Corpus, make_tokenizer, open_corpus, sample_reports
@@ -48,8 +49,7 @@ def stream_of(folder: Path, max_bad_fraction: float) -> tuple[Stream, Any]:
     config, corpus = opened(folder)
     tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
     board = start_board(len(corpus.train), max_bad_fraction, {})
-    table = ray.put(corpus.train.combine_chunks())
-    return Stream(corpus.source, table, len(corpus.train), tokenizer, config.data, board), board
+    return stream_split(corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, board), board
 
 
 def test_ranks_get_the_good_studies_of_the_order_block_by_block(local_ray: None, folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_ranks_get_the_good_studies_of_the_order_block_by_block(local_ray: None,
         assert all(len(block) == BLOCK for block in found[:-1])
         positions = np.concatenate([block.positions for block in found])
         assert (np.diff(positions) > 0).all()
-        order = epoch_order(stream.config.seed, epoch, stream.studies)
+        order = epoch_order(stream.split_ref, stream.config.seed, epoch, stream.config.groups_per_window).row_S
         missing = sorted(set(range(start, stream.studies)) - set(positions.tolist()))
         bad_positions |= {int(order[place]) for place in missing}
         assert found[0].images_BRR.shape == (BLOCK, stream.config.resize, stream.config.resize)

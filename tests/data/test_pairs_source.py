@@ -33,7 +33,7 @@ def test_pairs_carry_every_column_that_is_known(tmp_path: Path) -> None:
     assert second["group"] == "p2"
     assert second["labels"] == [("Edema", 0.0), ("Nodule", -1.0)]
     source = open_source(str(tmp_path))
-    assert (source.read_film("films/a b.png") == 50).all()
+    assert (source.read_film("films/a b.png").grey_HW == 50).all()
     assert source.read_report(first) == first["report"]
     assert index.split("valid").num_rows == 1
 
@@ -53,7 +53,7 @@ def test_sources_travel(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     source = pickle.loads(pickle.dumps(open_source(str(tmp_path))))
     assert source == open_source(str(tmp_path))
-    assert source.read_film("a.png").shape == (20, 30)
+    assert source.read_film("a.png").grey_HW.shape == (20, 30)
 
 
 def test_views_are_filtered_and_counted_apart(tmp_path: Path) -> None:
@@ -186,4 +186,4 @@ def test_the_real_pairs_are_all_read(realdata: Path) -> None:
     assert index.table.num_rows + sum(index.filtered.values()) == 94
     assert index.bad_rows == []
     for row in rows(index)[::8]:
-        assert source.read_film(row["films"][0]["path"]).ndim == 2
+        assert source.read_film(row["films"][0]["path"]).grey_HW.ndim == 2

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmcgns.data.augment import CROP_STREAM, crop, keyed_uniform, mask_positions, normalise
-from cmcgns.data.transforms import decode_film, draw_key, drawn_film, resize_film
+from cmcgns.data.transforms import Target, decode_film, draw_key, drawn_film, resize_film
 from cmcgns.errors import BadRow
 
 RAMP = np.linspace(0, 255, 30 * 40).reshape(30, 40).astype(np.uint8)
@@ -72,7 +72,7 @@ def test_exif_orientation_is_obeyed() -> None:
 
 def test_a_reduced_jpeg_resizes_to_nearly_the_same_film() -> None:
     data = encoded(Image.fromarray(SMOOTH).resize((2400, 3200)), "JPEG", quality=90)
-    full, reduced = decode_film(data, "film.jpg"), decode_film(data, "film.jpg", at_least=256)
+    full, reduced = decode_film(data, "film.jpg"), decode_film(data, "film.jpg", target=Target(256, "longer"))
     assert full.shape == (3200, 2400)
     assert reduced.shape == (800, 600)  # 1/4: 1/8 would fall under twice 256
     assert abs(resize_film(full, 256).astype(int) - resize_film(reduced, 256)).max() <= 4

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -14,8 +13,11 @@ from sklearn.metrics.cluster import contingency_matrix
 from cmcgns.clustering.kmeans import Array, kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.clustering.seeding import parallel_seeds
-from cmcgns.data.dataset import VALIDATION_EPOCH, Block, Stream, read_study, row_schema, to_block
+from cmcgns.data.blocks import Block, ReadStudy, row_table, to_block
+from cmcgns.data.dataset import Stream, read_study
+from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.phantom.sentence_truth import sentence_truth
+from cmcgns.data.transforms import Target, drawn_film
 from cmcgns.evaluate.exported import PretrainedRun
 from cmcgns.evaluate.sentences import SentenceEmbedder
 from cmcgns.models.vision_language import VisionLanguageModel
@@ -74,21 +76,25 @@ def attended(run: PretrainedRun, model: VisionLanguageModel, shift: int = 0) -> 
 
 def texts_of_test_split(run: PretrainedRun) -> list[str]:
     """The sentences behind the rows of ``attended``."""
-    return [text for row in rows_of_test_split(run) for text in row["sentences"]]
+    return [text for study in studies_of_test_split(run) for text in study.sentences]
 
 
 def blocks_of_test_split(run: PretrainedRun) -> list[Block]:
     """The run's test split in order, read without Ray."""
-    table = pa.Table.from_pylist(rows_of_test_split(run), schema=row_schema(run.config.data.resize))
+    studies, resize = studies_of_test_split(run), run.config.data.resize
+    table = row_table(range(len(studies)), studies, resize)
     starts = range(0, len(table), BATCH)
-    return [to_block(table.slice(start, BATCH).combine_chunks(), run.config.data.resize) for start in starts]
+    return [to_block(table.slice(start, BATCH).combine_chunks(), resize) for start in starts]
 
 
-def rows_of_test_split(run: PretrainedRun) -> list[dict[str, Any]]:
-    """The rows of the split's stream, with their sentences."""
+def studies_of_test_split(run: PretrainedRun) -> list[ReadStudy]:
+    """The studies of the split as its stream reads them."""
     data = run.config.data
-    source, index = open_index("data.uri", data)
-    studies = index.split("test")
-    stream = Stream(source, None, len(studies), run.tokenizer, data, None, with_text=True)
-    rows = [read_study(study, stream, VALIDATION_EPOCH) for study in studies.to_pylist()]
-    return [row | {"position": place} for place, row in enumerate(rows) if isinstance(row, dict)]
+    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
+    table, _ = source.arrange(index.split("test"), data.group_studies)
+    stream = Stream(source, None, len(table), run.tokenizer, data, None)
+    found = []
+    for study in table.to_pylist():
+        shown = drawn_film(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
+        found.append(read_study(study, shown, source.reader([]), stream, VALIDATION_EPOCH))
+    return [study for study in found if isinstance(study, ReadStudy)]

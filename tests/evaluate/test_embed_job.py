@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
 
 from cmcgns.command_line import to_yaml
 from cmcgns.config import Config
-from cmcgns.data.dataset import VALIDATION_EPOCH, Stream, read_study, row_schema, to_block
+from cmcgns.data.blocks import ReadStudy, row_table, to_block
+from cmcgns.data.dataset import Stream, read_study
+from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.reports import parse_report
+from cmcgns.data.transforms import drawn_film
 from cmcgns.evaluate.exported import open_run
 from cmcgns.models.cross_attention import unit
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
@@ -54,12 +56,14 @@ def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path
     corpus, run = open_corpus(config), open_run("embed.run", str(tmp_path / "pretrained"))
     studies = corpus.index.split("test")
     stream = Stream(corpus.source, None, len(studies), run.tokenizer, config.data, None)
+    reader = corpus.source.reader([])
     batcher = Batcher(config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
     for study in studies.to_pylist():
-        row = read_study(study, stream, VALIDATION_EPOCH)
-        assert isinstance(row, dict)
-        table = pa.Table.from_pylist([row | {"position": 0}], schema=row_schema(config.data.resize))
-        sentences = parse_report(study["report"]).sentences[: len(row["sentence_hashes"])]  # those that fit whole
+        shown = drawn_film(config.data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
+        read = read_study(study, shown, reader, stream, VALIDATION_EPOCH)
+        assert isinstance(read, ReadStudy)
+        table = row_table([0], [read], config.data.resize)
+        sentences = parse_report(study["report"]).sentences[: len(read.sentence_hashes)]  # those that fit whole
         with torch.no_grad():
             outputs = model(batcher(to_block(table, config.data.resize), (len(sentences),), training=False))
         for number, text in enumerate(sentences):

@@ -7,8 +7,15 @@ import numpy as np
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.data.dataset import VALIDATION_EPOCH, Block, epoch_order
+from cmcgns.data.blocks import Block
+from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
 from tests.small import VOCABULARY
+
+
+def order_of(seed: int, epoch: int, studies: int) -> np.ndarray:
+    """The studies of an epoch in their order, as if they lay in groups of 8."""
+    numbers = np.arange(studies)
+    return Arrangement(numbers, (numbers // 8).astype(np.int32), -(-studies // 8)).epoch(seed, epoch, 2).row_S
 
 
 class MemoryBlocks:
@@ -19,7 +26,7 @@ class MemoryBlocks:
         self.prepared: list[int] = []
 
     def open(self, epoch: int, position: int) -> Iterator[Block]:
-        order = epoch_order(self.config.data.seed, epoch, self.studies)
+        order = order_of(self.config.data.seed, epoch, self.studies)
         return self._blocks([(place, int(order[place])) for place in range(position, self.studies)], epoch)
 
     def prepare(self, epoch: int) -> None:

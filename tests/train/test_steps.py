@@ -9,11 +9,11 @@ import torch
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.data.dataset import Block, epoch_order
+from cmcgns.data.blocks import Block
 from cmcgns.train.steps import Batcher, Place, StepReader, validation_batches
 from tests.ranks import run_on_ranks
 from tests.small import small_config
-from tests.train.memory import MemoryBlocks, studies_of
+from tests.train.memory import MemoryBlocks, order_of, studies_of
 
 STUDIES, GLOBAL_BATCH, BAD = 64, 12, (5, 11, 40)
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def read(ranks: int, accumulation: int, steps: int, place: tuple[int, int] = (0,
 
 def expected_sets(epoch: int) -> list[set[int]]:
     """The global batches of an epoch: its order without bad studies, cut, the incomplete end left out."""
-    good = [int(study) for study in epoch_order(0, epoch, STUDIES) if study not in BAD]
+    good = [int(study) for study in order_of(0, epoch, STUDIES) if study not in BAD]
     return [set(good[start : start + GLOBAL_BATCH]) for start in range(0, len(good) - GLOBAL_BATCH + 1, GLOBAL_BATCH)]
 
 

@@ -17,7 +17,7 @@ from cmcgns.clustering.centroids import Centroids
 from cmcgns.clustering.guide import Guide, LocalPool
 from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.data.dataset import Block
+from cmcgns.data.blocks import Block
 from cmcgns.models.vision_language import VisionLanguageModel
 from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog

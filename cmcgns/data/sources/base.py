@@ -6,16 +6,18 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from cmcgns.data import storage
+from cmcgns.data.framing import Film, whole, without_borders
 from cmcgns.data.index import INDEX_SCHEMA, StudyIndex
-from cmcgns.data.transforms import decode_film
+from cmcgns.data.order import Arrangement, arranged
+from cmcgns.data.reports import ParsedReport, parse_report
+from cmcgns.data.transforms import Target, decode_scan
 from cmcgns.errors import BadRow, UserError
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,27 @@ SPLIT_NAMES = {
 SPLIT_SHARES = (("train", 0.8), ("valid", 0.9), ("test", 1.0))  # upper ends
 
 
+class Reader(Protocol):
+    """Reads the films and reports of some studies, one at a time."""
+
+    waits: ClassVar[bool]
+    """Whether each read waits for storage, so that several at a time are faster."""
+
+    def read_film(self, path: str) -> Film:
+        """The film without its black borders; ``BadRow`` with the reason where it cannot be used."""
+        ...
+
+    def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
+        """The report, as the model reads it, of a row of the index that shows the film at ``path``; ``BadRow`` where it is
+        too short."""
+        ...
+
+
 class Source(Protocol):
     """A corpus. Picklable: it travels into Ray tasks and opens its files there."""
+
+    in_groups: ClassVar[bool]
+    """Whether it is read fastest by whole groups of its arrangement."""
 
     @property
     def uri(self) -> str: ...
@@ -43,8 +64,12 @@ class Source(Protocol):
         """Every study of the corpus, in its own fixed order."""
         ...
 
-    def read_film(self, path: str) -> NDArray[np.uint8]:
-        """The film (H, W); ``BadRow`` with the reason where it cannot be used."""
+    def arrange(self, studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
+        """The studies of a split in the order in which they lie for training, and their groups."""
+        ...
+
+    def reader(self, paths: Sequence[str], films: bool = True) -> Reader:
+        """What reads the films at ``paths`` and the reports of their studies; the reports alone without ``films``."""
         ...
 
     def read_report(self, study: dict[str, Any]) -> str:
@@ -56,14 +81,29 @@ class Source(Protocol):
 class FileSource:
     """A corpus of films and texts under one folder."""
 
+    in_groups: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
+
     uri: str
     format: str
     views: tuple[str, ...] = DEFAULT_VIEWS
     seed: int = 0
-    at_least: int | None = None
+    target: Target | None = None
+    """What films will be shrunk to."""
+    crop_borders: bool = True
 
-    def read_film(self, path: str) -> NDArray[np.uint8]:
-        return decode_film(self._read(path, "film"), path, self.at_least)
+    def arrange(self, studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
+        return arranged(studies, group_studies)
+
+    def reader(self, paths: Sequence[str], films: bool = True) -> Reader:
+        return self
+
+    def read_film(self, path: str) -> Film:
+        scan = decode_scan(self._read(path, "film"), path, self.target)
+        return without_borders(scan) if self.crop_borders else whole(scan)
+
+    def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
+        return parse_report(self.read_report(study))
 
     def read_report(self, study: dict[str, Any]) -> str:
         if study.get("report") is not None:

@@ -3,9 +3,10 @@
 import fnmatch
 
 from cmcgns.data import storage
+from cmcgns.data.manifest import MANIFEST, PLAN
 from cmcgns.errors import UserError
 
-FORMATS = ("phantom", "pairs-csv", "mimic-cxr-jpg", "mimic-cxr", "open-i")
+FORMATS = ("phantom", "pairs-csv", "mimic-cxr-jpg", "mimic-cxr", "open-i", "parquet")
 MAX_DEPTH = 5
 METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
 
@@ -17,9 +18,11 @@ def detect_format(uri: str) -> str:
     if uri.endswith(".csv"):
         return "pairs-csv"
     names = storage.list_files(uri, recursive=False)
-    if "manifest.json" in names and any(name.endswith(".parquet") for name in names):
+    if MANIFEST in names:
+        return "parquet"
+    if PLAN in names:
         raise UserError(
-            f"{uri} holds prepared data (manifest.json and Parquet shards), which is not read yet; give raw data"
+            f"{uri} is half prepared; go on with python jobs/prepare.py --prepare.out={uri} and its settings"
         )
     if "pairs.csv" in names:
         return "pairs-csv"
@@ -32,7 +35,7 @@ def detect_format(uri: str) -> str:
         return "mimic-cxr"
     raise UserError(
         f"{uri}: no corpus is recognised. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
-        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports); or give data.format"
+        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json); or give data.format"
     )
 
 

@@ -17,6 +17,7 @@ from cmcgns.data.sources.base import (
     read_table,
     study_table,
 )
+from cmcgns.data.transforms import Target
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,15 @@ class PairsSource(FileSource):
     table_name: str = "pairs.csv"
 
     @classmethod
-    def at(cls, uri: str, views: tuple[str, ...], seed: int, at_least: int | None = None) -> "PairsSource":
+    def at(
+        cls, uri: str, views: tuple[str, ...], seed: int, target: Target | None = None, crop_borders: bool = True
+    ) -> "PairsSource":
         """The source at a folder or at the CSV itself."""
         folder, _, name = uri.rstrip("/").rpartition("/")
         if name.endswith(".csv"):
-            return cls(folder or ("/" if uri.startswith("/") else "."), "pairs-csv", views, seed, at_least, name)
-        return cls(uri, "pairs-csv", views, seed, at_least)
+            folder = folder or ("/" if uri.startswith("/") else ".")
+            return cls(folder, "pairs-csv", views, seed, target, crop_borders, name)
+        return cls(uri, "pairs-csv", views, seed, target, crop_borders)
 
     def index(self) -> StudyIndex:
         table = self._table()

@@ -1,14 +1,19 @@
 """The generated corpus as a source: nothing to fetch, every film is drawn when it is read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from cmcgns.data.framing import Film, whole, without_borders
 from cmcgns.data.index import StudyIndex, index_table
+from cmcgns.data.order import Arrangement, arranged
+from cmcgns.data.reports import ParsedReport, parse_report
+from cmcgns.data.transforms import Scan
 from cmcgns.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +28,14 @@ KEPT_BYTES = 64 * 2**20
 class PhantomSource:
     """``studies`` generated studies, films of ``height`` x ``width`` pixels."""
 
+    in_groups: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
+
     studies: int
     seed: int
     height: int
     width: int
+    crop_borders: bool = True
     uri: str = "phantom"
     format: str = "phantom"
 
@@ -34,12 +43,22 @@ class PhantomSource:
         corpus = _corpus(self)
         return StudyIndex(table=index_table([_row(corpus, number) for number in range(self.studies)]))
 
-    def read_film(self, path: str) -> NDArray[np.uint8]:
+    def arrange(self, studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
+        return arranged(studies, group_studies)
+
+    def reader(self, paths: Sequence[str], films: bool = True) -> "PhantomSource":
+        return self
+
+    def read_film(self, path: str) -> Film:
         study, film = path.split("/")
-        return _renderer(self)(int(study), int(film))
+        scan = Scan(_renderer(self)(int(study), int(film)), self.height, self.width)
+        return without_borders(scan) if self.crop_borders else whole(scan)
 
     def read_report(self, study: dict[str, Any]) -> str:
         return str(study["report"])
+
+    def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
+        return parse_report(self.read_report(study))
 
 
 @functools.lru_cache(maxsize=4)

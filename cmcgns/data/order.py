@@ -1,0 +1,84 @@
+"""The order of an epoch: a function of (seed, epoch) and of the studies alone, the same for a raw and a prepared set.
+
+Studies lie in groups (the row groups of a prepared set; as many studies each of a raw one). An epoch permutes the groups,
+joins ``groups_per_window`` of them at a time, and shuffles within each such window. Since groups are themselves random
+samples of the corpus, that is as good as a shuffle of everything, and a window is all that a reader has to hold.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+GROUP_STUDIES = 256
+"""Studies of one group, and of one row group of a prepared set."""
+VALIDATION_EPOCH = -1
+"""Stands for validation where draws are keyed by epoch, so that they never change."""
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the S studies of a split lie, one row each in the order of its table."""
+
+    key_S: NDArray[np.int64]
+    """Hash of each study's id."""
+    group_S: NDArray[np.int32]
+    """Group of each study, counted from 0; never falls."""
+    groups: int
+    """Groups in all; one may be left without a study that can be used."""
+
+    def first(self, studies: int | None) -> "Arrangement":
+        """The first ``studies`` of them."""
+        return Arrangement(self.key_S[:studies], self.group_S[:studies], self.groups)
+
+    def epoch(self, seed: int, epoch: int, groups_per_window: int) -> "EpochOrder":
+        """The rows of ``epoch`` in their order; validation keeps the table's own."""
+        if epoch == VALIDATION_EPOCH:
+            window_S, row_S = self.group_S.astype(np.int64) // groups_per_window, np.arange(len(self.key_S))
+        else:
+            random = np.random.Generator(np.random.PCG64([seed % 2**64, epoch]))
+            turn_G = random.permutation(self.groups)
+            window_S = turn_G[self.group_S] // groups_per_window
+            # by a hash, not by a permutation: a study that is missing leaves the others in their order
+            row_S = np.lexsort((_mixed(self.key_S, random.integers(2**63)), window_S))
+        return EpochOrder(row_S, np.searchsorted(window_S[row_S], np.arange(window_S.max(initial=-1) + 2)))
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """The rows of a split in an epoch's order, and where its windows begin (their end comes last)."""
+
+    row_S: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+
+def _mixed(key_S: NDArray[np.int64], salt: np.int64) -> NDArray[np.uint64]:
+    """A hash of each key and ``salt``: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
+    x = key_S.view(np.uint64) ^ np.uint64(salt)
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def study_key(study_id: str) -> int:
+    """Signed 64-bit hash of a study's id."""
+    return int.from_bytes(hashlib.blake2b(study_id.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def study_keys(studies: pa.Table) -> NDArray[np.int64]:
+    """``study_key`` of each row of an index table."""
+    return np.fromiter(map(study_key, studies["study_id"].to_pylist()), np.int64, len(studies))
+
+
+def arranged(studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
+    """The studies of a raw split in the order of their keys, in groups of ``group_studies``.
+
+    That order mixes patients and years, so that each group is a random sample of the corpus.
+    """
+    key_S = study_keys(studies)
+    row_S = np.argsort(key_S, kind="stable")
+    group_S = (np.arange(len(row_S)) // group_studies).astype(np.int32)
+    return studies.take(row_S), Arrangement(key_S[row_S], group_S, -(-len(row_S) // group_studies))

@@ -1,0 +1,190 @@
+"""One shard: studies in, a committed Parquet file out, and its account, which also stands in the file's footer."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cmcgns.data import storage
+from cmcgns.data.framing import shrink
+from cmcgns.data.manifest import SHARD_SCHEMA, RowGroup, Shard, content_hash
+from cmcgns.data.reports import parse_report
+from cmcgns.data.sources import Reader, Source
+from cmcgns.errors import BadRow
+from cmcgns.prepare.job_config import PrepareConfig
+from cmcgns.prepare.pseudonyms import Pseudonyms
+
+FETCH_THREADS = 8
+"""Studies of one shard that are fetched at the same time."""
+FOOTER_KEY = b"cmcgns.account"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which groups of a split go into one shard."""
+
+    name: str
+    split: str
+    first_group: int
+    end_group: int
+
+
+@dataclass(frozen=True)
+class ShardAccount:
+    """What became of a shard's studies; it lies in the footer, so that a shard speaks for itself."""
+
+    row_groups: list[RowGroup]
+    bad_rows: dict[str, str]
+    """Reason by study, or by study/film where the study has others."""
+    views: dict[str, int] = field(default_factory=dict)
+    sentences: dict[int, int] = field(default_factory=dict)
+    """Rows by number of sentences."""
+    words: dict[int, int] = field(default_factory=dict)
+    """Rows by number of words."""
+    sides: dict[int, int] = field(default_factory=dict)
+    """Rows by longer side in pixels."""
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.row_groups)
+
+    def to_json(self) -> str:
+        """The account as it lies in the footer."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ShardAccount":
+        """The account that ``to_json`` gave."""
+        given = json.loads(text)
+        row_groups = [RowGroup(**group) for group in given["row_groups"]]
+        numbers = ({int(key): count for key, count in given[name].items()} for name in ("sentences", "words", "sides"))
+        return cls(row_groups, given["bad_rows"], given["views"], *numbers)
+
+
+@dataclass(frozen=True)
+class MadeShard:
+    """A shard that lies in the set."""
+
+    plan: ShardPlan
+    account: ShardAccount
+    bytes: int
+
+    def entry(self) -> Shard:
+        """The manifest's entry for it."""
+        return Shard(self.plan.name, self.plan.split, self.bytes, self.account.row_groups)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes shards of one corpus; travels into Ray tasks."""
+
+    source: Source
+    settings: PrepareConfig
+    pseudonyms: Pseudonyms
+
+    def write(self, plan: ShardPlan, groups: Iterator[list[dict[str, Any]]]) -> MadeShard:
+        """Make the shard of ``plan`` out of the studies of each of its groups, and commit it."""
+        uri = storage.join(self.settings.out, plan.name)
+        with storage.scratch_file(uri) as local:
+            account = self._write_local(local, plan, groups)
+            size = local.stat().st_size
+            storage.put_file(local, uri, if_absent=True)
+        return MadeShard(plan, account, size)
+
+    def _write_local(self, path: Path, plan: ShardPlan, groups: Iterator[list[dict[str, Any]]]) -> ShardAccount:
+        account = ShardAccount([], {})
+        counters = {name: Counter[Any]() for name in ("views", "sentences", "words", "sides")}
+        with pq.ParquetWriter(path, SHARD_SCHEMA, **_PARQUET) as writer:
+            for number, studies in enumerate(groups, start=plan.first_group):
+                rows, bad = self.rows(studies)
+                account.bad_rows.update(bad)
+                if len(rows):
+                    writer.write_table(rows, row_group_size=len(rows))
+                    of_group = len(rows["study_id"].unique())
+                    account.row_groups.append(RowGroup(number, len(rows), of_group, content_hash(rows)))
+                _count(counters, rows)
+            for name, counter in counters.items():
+                getattr(account, name).update(sorted(counter.items()))
+            writer.add_key_value_metadata({FOOTER_KEY: account.to_json()})
+        return account
+
+    def rows(self, studies: Sequence[dict[str, Any]]) -> tuple[pa.Table, dict[str, str]]:
+        """Rows of ``SHARD_SCHEMA``, and the reason of each film or study that cannot be used."""
+        reader = self.source.reader([film["path"] for study in studies for film in study["films"]])
+        with ThreadPoolExecutor(FETCH_THREADS if reader.waits else 1) as threads:
+            made = list(threads.map(partial(self._study_rows, reader), studies))
+        good = [row for rows, _ in made for row in rows]
+        bad = {source: reason for _, reasons in made for source, reason in reasons.items()}
+        return pa.Table.from_pylist(good, schema=SHARD_SCHEMA), bad
+
+    def _study_rows(self, reader: Reader, study: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """One row a film that can be used, and the reasons of the others, or of the whole study."""
+        ids = {key: self.pseudonyms(study[key]) for key in ("patient_id", "study_id", "group")}
+        try:
+            report = self.source.read_report(study)
+            text = {"report": report, "sentences": parse_report(report).sentences, "labels": study["labels"]}
+        except BadRow as reason:
+            return [], {ids["study_id"]: str(reason)}
+        rows, bad = [], {}
+        for film in study["films"]:
+            try:
+                rows.append(ids | text | self._film_row(reader, film) | {"split": study["split"]})
+            except BadRow as reason:
+                bad[f"{ids['study_id']}/{self.pseudonyms(film['image_id'])}"] = str(reason)
+        return rows, bad
+
+    def _film_row(self, reader: Reader, film: dict[str, str]) -> dict[str, Any]:
+        found = reader.read_film(film["path"])
+        # of a scan that is mostly border less may be left than asked for: it is not enlarged
+        grey_HW = shrink(found.grey_HW, self.settings.image_size)
+        return {
+            "image_id": self.pseudonyms(film["image_id"]),
+            "view": film["view"],
+            "image": encode(grey_HW, self.settings),
+            "height": grey_HW.shape[0],
+            "width": grey_HW.shape[1],
+            "crop": list(found.frame),
+            "source": self.pseudonyms(film["path"]),
+        }
+
+
+_PARQUET: dict[str, Any] = {
+    # films are compressed already; statistics of films and reports would be copies of them
+    "compression": {name: "none" if name == "image" else "zstd" for name in SHARD_SCHEMA.names},
+    "use_dictionary": ["patient_id", "group", "view", "split"],
+    "write_statistics": ["study_id", "split"],
+    "write_page_checksum": True,
+}
+
+
+def encode(grey_HW: NDArray[np.uint8], settings: PrepareConfig) -> bytes:
+    """``grey_HW`` as a PNG or a JPEG."""
+    if settings.encoding == "png":
+        return cv2.imencode(".png", grey_HW)[1].tobytes()
+    return cv2.imencode(".jpg", grey_HW, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])[1].tobytes()
+
+
+def _count(counters: dict[str, Counter[Any]], rows: pa.Table) -> None:
+    """Add what the summary says of ``rows``."""
+    sentences = rows["sentences"].to_pylist()
+    counters["views"].update(rows["view"].to_pylist())
+    counters["sentences"].update(len(each) for each in sentences)
+    counters["words"].update(sum(len(sentence.split(" ")) for sentence in each) for each in sentences)
+    counters["sides"].update(map(max, zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)))
+
+
+def find_made(plan: ShardPlan, out: str) -> MadeShard:
+    """The shard of ``plan`` that lies in the set, with what its footer says of it."""
+    uri = storage.join(out, plan.name)
+    metadata = storage.read_parquet(uri, lambda file: file.metadata)
+    return MadeShard(plan, ShardAccount.from_json(metadata.metadata[FOOTER_KEY]), storage.file_size(uri))

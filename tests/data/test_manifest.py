@@ -1,0 +1,70 @@
+"""The hash of a prepared set: of its values, not of how Arrow holds them."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
+from cmcgns.errors import UserError
+
+
+def row(number: int) -> dict[str, object]:
+    texts = {name: f"{name} {number}" for name in ("patient_id", "study_id", "group", "image_id", "report", "source")}
+    return texts | {
+        "view": "PA", "split": "train", "image": bytes([number]) * number, "height": 10 + number, "width": 20,
+        "crop": [0, 1, 2, number], "sentences": ["one two"] * number, "labels": [("Edema", float(number))] * (number % 2),
+    }  # fmt: skip
+
+
+ROWS = pa.Table.from_pylist([row(number) for number in range(7)], schema=SHARD_SCHEMA)
+
+
+def test_equal_rows_have_one_hash_however_they_are_held(tmp_path: Path) -> None:
+    wanted = content_hash(ROWS)
+    pq.write_table(ROWS, tmp_path / "rows.parquet", row_group_size=2)
+    padded = pa.concat_tables([ROWS.slice(3), ROWS, ROWS])
+    for held in (
+        pa.concat_tables([ROWS.slice(0, 3), ROWS.slice(3)]),
+        padded.slice(4, 7),
+        pa.Table.from_pylist(ROWS.to_pylist(), schema=SHARD_SCHEMA),
+        pq.read_table(tmp_path / "rows.parquet"),
+    ):
+        assert content_hash(held.select(SHARD_SCHEMA.names)) == wanted
+
+
+@pytest.mark.parametrize("column", SHARD_SCHEMA.names)
+def test_any_other_value_has_another_hash(column: str) -> None:
+    values = ROWS[column].to_pylist()
+    values[2], values[3] = values[3], values[2]
+    field = SHARD_SCHEMA.field(column)
+    changed = ROWS.set_column(ROWS.schema.get_field_index(column), field, pa.array(values, field.type))
+    same = ROWS[column].to_pylist()[2] == ROWS[column].to_pylist()[3]
+    assert (content_hash(changed) == content_hash(ROWS)) == same
+
+
+def test_where_a_text_ends_counts() -> None:
+    schema = pa.schema([pa.field("report", pa.string())])
+    hashes = {
+        content_hash(pa.table({"report": texts}, schema=schema)) for texts in (["ab", "c"], ["a", "bc"], ["abc", ""])
+    }
+    assert len(hashes) == 3
+    assert joint_hash(["ab", "c"]) != joint_hash(["c", "ab"])
+
+
+def test_a_manifest_reads_back_as_itself(tmp_path: Path) -> None:
+    shard = Shard("train-0.parquet", "train", 123, [RowGroup(0, 7, 6, "ab"), RowGroup(2, 1, 1, "cd")])
+    manifest = Manifest(
+        8, 7, "ef", {"train": 3}, [shard], {"uri": "x"}, {"image_size": 512}, 2, {"view L": 3}, {"a": [1]}
+    )
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    assert read_manifest(str(tmp_path)) == manifest
+    assert (shard.rows, shard.studies) == (8, 7)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 99}', '{"version": 1, "shards": [{}]}'])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        read_manifest(str(tmp_path))

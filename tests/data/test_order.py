@@ -1,0 +1,70 @@
+"""The order of an epoch: every study once, groups together in windows, and nothing moved by a study that is missing."""
+
+import numpy as np
+import pyarrow as pa
+
+from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, arranged, study_keys
+
+STUDIES, GROUP, WINDOW = 1000, 32, 4
+
+
+def arrangement(studies: int = STUDIES) -> tuple[pa.Table, Arrangement]:
+    return arranged(pa.table({"study_id": [f"s{number}" for number in range(studies)]}), GROUP)
+
+
+def test_an_epoch_shows_every_study_once_in_windows_of_whole_groups() -> None:
+    _, found = arrangement()
+    order = found.epoch(seed=3, epoch=1, groups_per_window=WINDOW)
+    assert sorted(order.row_S) == list(range(STUDIES))
+    assert order.starts[0] == 0
+    assert order.starts[-1] == STUDIES
+    groups = [set(found.group_S[order.row_S[a:b]]) for a, b in zip(order.starts, order.starts[1:], strict=False)]
+    assert all(len(each) == WINDOW for each in groups)
+    assert sum(map(len, groups)) == len(set().union(*groups)) == found.groups
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    _, found = arrangement()
+    orders = [tuple(found.epoch(seed, epoch, WINDOW).row_S) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+    assert tuple(found.epoch(0, 1, WINDOW).row_S) == orders[1]
+
+
+def test_within_a_window_nothing_is_left_of_the_order_before() -> None:
+    _, found = arrangement()
+    first = found.epoch(0, 0, WINDOW).row_S[: GROUP * WINDOW]
+    neighbours = np.abs(np.diff(first)) == 1
+    assert neighbours.mean() < 0.05
+
+
+def test_a_missing_study_moves_no_other() -> None:
+    _, whole = arrangement()
+    kept = np.random.default_rng(0).random(STUDIES) > 0.1
+    part = Arrangement(whole.key_S[kept], whole.group_S[kept], whole.groups)
+    for epoch in (0, 5, VALIDATION_EPOCH):
+        order = whole.epoch(7, epoch, WINDOW).row_S
+        assert (np.flatnonzero(kept)[part.epoch(7, epoch, WINDOW).row_S] == order[kept[order]]).all()
+
+
+def test_the_order_of_a_raw_set_is_that_of_hashes_and_not_that_of_its_files() -> None:
+    table, found = arrangement()
+    shuffled = table.take(np.random.default_rng(1).permutation(STUDIES))
+    again, _ = arranged(shuffled, GROUP)
+    assert again.equals(table)
+    assert (np.diff(found.key_S) > 0).all()
+    assert (study_keys(table) == found.key_S).all()
+
+
+def test_validation_keeps_the_order_and_goes_by_windows() -> None:
+    _, found = arrangement()
+    order = found.epoch(0, VALIDATION_EPOCH, WINDOW)
+    assert (order.row_S == np.arange(STUDIES)).all()
+    assert list(order.starts) == [*range(0, STUDIES, GROUP * WINDOW), STUDIES]
+
+
+def test_few_studies_and_none() -> None:
+    for studies in (0, 1, GROUP + 1):
+        _, found = arrangement(studies)
+        order = found.epoch(0, 0, WINDOW)
+        assert sorted(order.row_S) == list(range(studies))
+        assert order.starts[-1] == studies
