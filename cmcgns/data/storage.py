@@ -79,8 +79,11 @@ def read(uri: str, reader: Callable[[Any], Result]) -> Result:
             return attempt()
     try:
         return patiently(uri, attempt)
-    except (MissingFileError, ForbiddenFileError):
-        reason = s3.reason(uri)
+    except BrokenFileError:
+        raise
+    except UserError as error:
+        # Arrow begins with a HEAD, whose answer says no more than a number
+        reason = None if error.__cause__ is not None and passes(error.__cause__) else s3.reason(uri)
         if reason is None:
             raise
         with explained(uri):
