@@ -10,6 +10,8 @@ from typing import Any
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from cmcgns.data.faults import PATIENCE_S, PATIENCE_VARIABLE
+
 LOCAL_CLUSTER = {
     # data tasks come in bursts: keep their processes, and what they have imported, between epochs
     "idle_worker_killing_time_threshold_ms": 600_000,
@@ -52,6 +54,8 @@ def submitted_variables() -> dict[str, str]:
 
 def job_environment(variables: dict[str, str]) -> dict[str, str]:
     """Environment of every process of a job: ``variables``, what keeps libraries quiet, and access to object storage."""
-    own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | variables
+    # the driver has had its answer by now: to other processes a silent server is a fault, not a wrong address
+    patience = {PATIENCE_VARIABLE: str(PATIENCE_S)}
+    own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | patience | variables
     chosen = {name: os.environ.get(name, value) for name, value in own.items()}
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

@@ -13,11 +13,28 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cmcgns.command_line import load_config
 from cmcgns.data import storage
 from cmcgns.data.manifest import read_manifest
+from cmcgns.prepare.job_config import PrepareJobConfig
+from cmcgns.prepare.run import prepare
 from tests.jobs import REPOSITORY
 
-GROUP = 16
+STUDIES, SIZE, GROUP = 150, 96, 16
+
+
+def settings(raw: Path, out: Path | str, *more: str) -> list[str]:
+    """Settings that make a set of ``raw`` at ``out``."""
+    return [
+        f"--data.uri={raw}", f"--prepare.out={out}", f"--prepare.image_size={SIZE}", "--data.max_bad_fraction=0.1",
+        "--prepare.encoding=png", *more,
+    ]  # fmt: skip
+
+
+def prepare_here(raw: Path, out: Path | str, *more: str) -> int:
+    """The job in this process, on the Ray that runs in it."""
+    arguments = [f"--data.group_studies={GROUP}", *settings(raw, out, *more)]
+    return prepare(load_config(arguments, PrepareJobConfig, None))
 
 
 def command(*settings: str) -> list[str]:

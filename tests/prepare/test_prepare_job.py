@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +9,28 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from cmcgns.command_line import load_config
 from cmcgns.data.framing import shrink
 from cmcgns.data.manifest import SHARD_SCHEMA, read_manifest
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
 from cmcgns.data.reports import parse_report
 from cmcgns.data.sources import open_source
 from cmcgns.data.transforms import Target
 from cmcgns.errors import BadRow, UserError
-from cmcgns.prepare.job_config import PrepareJobConfig
-from cmcgns.prepare.run import prepare
-from tests.prepare.sets import GROUP, files, fingerprint, kill_when, rows, run, shards
+from tests.prepare.sets import (
+    GROUP,
+    SIZE,
+    STUDIES,
+    files,
+    fingerprint,
+    kill_when,
+    prepare_here,
+    rows,
+    run,
+    settings,
+    shards,
+)
 
 pytestmark = pytest.mark.ray
-STUDIES, SIZE = 150, 96
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of which three films are broken, one of a study that has another."""
-    folder = tmp_path_factory.mktemp("raw")
-    write_pairs_csv(PhantomCorpus(STUDIES, seed=3, height=160, width=128), folder)
-    studies = open_source(str(folder)).index().table.to_pylist()
-    alone = [study for study in studies if len(study["films"]) == 1][:2]
-    pair = next(study for study in studies if len(study["films"]) == 2)
-    (folder / alone[0]["films"][0]["path"]).write_bytes(b"")
-    (folder / alone[1]["films"][0]["path"]).unlink()
-    (folder / pair["films"][1]["path"]).write_bytes(b"GIF89a")
-    return folder
-
-
-def settings(raw: Path, out: Path, *more: str) -> list[str]:
-    return [
-        f"--data.uri={raw}", f"--prepare.out={out}", f"--prepare.image_size={SIZE}", "--data.max_bad_fraction=0.1",
-        "--prepare.encoding=png", *more,
-    ]  # fmt: skip
-
-
-def prepare_here(raw: Path, out: Path, *more: str) -> int:
-    """The job in this process, on this module's Ray."""
-    arguments = [f"--data.group_studies={GROUP}", *settings(raw, out, *more)]
-    return prepare(load_config(arguments, PrepareJobConfig, None))
-
-
-@pytest.fixture(scope="module")
-def prepared(local_ray: None, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "set"
-    assert prepare_here(raw, out) == 0
-    return out
 
 
 def test_each_row_is_the_pair_that_the_raw_set_gives(raw: Path, prepared: Path) -> None:
