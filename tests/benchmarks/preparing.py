@@ -1,0 +1,62 @@
+"""`jobs/prepare.py` to a local folder beside a bare loop of two processes that decodes, shrinks and encodes the same films.
+
+Run alone: python -m tests.benchmarks.preparing
+"""
+
+import contextlib
+import io
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from cmcgns.command_line import load_config
+from cmcgns.data.framing import shrink, without_borders
+from cmcgns.data.manifest import read_manifest
+from cmcgns.data.transforms import Target, decode_scan
+from cmcgns.prepare.job_config import PrepareConfig, PrepareJobConfig
+from cmcgns.prepare.run import prepare
+from cmcgns.prepare.shard import encode
+from tests.benchmarks.corpora import write_raw_films
+from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
+from tests.benchmarks.streaming import local_ray
+
+SIDE = 512
+
+
+def prepare_film(path: Path) -> int:
+    """What must be done for a film, and nothing else; the bytes that come out."""
+    scan = decode_scan(path.read_bytes(), path.name, Target(SIDE, "shorter"))
+    return len(encode(shrink(without_borders(scan).grey_HW, SIDE), PrepareConfig(image_size=SIDE)))
+
+
+def lines(films: int = 600, rounds: int = 3) -> list[Line]:
+    """Films a second of both, interleaved."""
+    with tempfile.TemporaryDirectory(prefix="cmcgns-bench-") as scratch, local_ray():
+        raw = Path(scratch) / "raw"
+        write_raw_films(raw, films)
+        paths = sorted((raw / "images").iterdir())
+        with ProcessPoolExecutor(2) as pool:
+
+            def bare() -> None:
+                assert sum(pool.map(prepare_film, paths, chunksize=4)) > 0
+
+            def job() -> None:
+                out = Path(scratch) / f"set-{time.monotonic_ns()}"
+                settings = [f"--data.uri={raw}", f"--prepare.out={out}", "--data.group_studies=32"]
+                with contextlib.redirect_stdout(io.StringIO()):
+                    assert prepare(load_config(settings, PrepareJobConfig, None)) == 0
+                assert read_manifest(str(out)).rows == films
+
+            seconds = interleaved({"job": job, "bare": bare}, rounds, warm_up=1)
+    share = 1 / ratio_of_medians(seconds, "job", "bare")
+    speeds = {name: films / sorted(each)[len(each) // 2] for name, each in seconds.items()}
+    measured = f"{share:.2f} ({speeds['job']:.0f} and {speeds['bare']:.0f} /s)"
+    return [
+        Line(f"prepare {films} JPEGs of 2500 x 3000, share of a bare loop's speed", measured, ">= 0.85", share >= 0.85)
+    ]
+
+
+if __name__ == "__main__":
+    print(where())
+    print(*lines(), sep="\n")

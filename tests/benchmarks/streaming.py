@@ -1,0 +1,226 @@
+"""The stream beside a torch DataLoader of two workers that does the same work: raw films out of S3, and prepared sets.
+
+Run alone: python -m tests.benchmarks.streaming [raw] [prepared] [memory] [manifest]
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from cmcgns.config import DataConfig
+from cmcgns.data.blocks import ReadStudy
+from cmcgns.data.dataset import Stream, read_study, stream_split
+from cmcgns.data.order import Arrangement
+from cmcgns.data.sources import Source
+from cmcgns.data.transforms import Target, drawn_film
+from cmcgns.models.tokenizer import ReportTokenizer, train_tokenizer
+from cmcgns.session import LOCAL_CLUSTER
+from cmcgns.train.board import start_board
+from cmcgns.train.corpus import open_index
+from cmcgns.train.worker import RayBlocks
+from tests.benchmarks.corpora import prepared_set, raw_films
+from tests.benchmarks.measure import Line, where
+from tests.streaming import pss
+
+BLOCK = 16
+"""Studies of a microbatch."""
+AHEAD = 40
+"""Microbatches before an epoch's end at which training begins to read the next one."""
+LOADER_WORKERS = 2
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One corpus, read by both."""
+
+    source: Source
+    studies: pa.Table
+    arrangement: Arrangement
+    tokenizer: ReportTokenizer
+    config: DataConfig
+
+
+def open_contest(uri: str, **settings: Any) -> Contest:
+    """The training split of the corpus at ``uri``; words are the tokens of a vocabulary of its own."""
+    config = DataConfig(uri=uri, **settings)
+    source, index = open_index("data.uri", config, Target(config.resize, "longer"))
+    studies, arrangement = source.arrange(index.split("train"), config.group_studies)
+    sample = studies.slice(0, 400).to_pylist()
+    reader = source.reader([study["films"][0]["path"] for study in sample], films=False)
+    reports = [reader.read_sentences(study, study["films"][0]["path"]) for study in sample]
+    words = train_tokenizer((sentence for report in reports for sentence in report.sentences), 4096, 256, 32)
+    return Contest(source, studies, arrangement, words, config)
+
+
+class OurEpochs:
+    """Epochs as a training rank gets them: the next one is begun while this one ends."""
+
+    def __init__(self, contest: Contest) -> None:
+        board = start_board(len(contest.studies), 0.0, {})
+        ahead = 8 * 64 + 3 * (
+            contest.config.groups_per_window * contest.config.group_studies if contest.source.in_groups else 64
+        )
+        self.stream: Stream = stream_split(
+            contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, board,
+            studies_ahead=ahead,
+        )  # fmt: skip
+        self.blocks = RayBlocks(self.stream, self.stream, BLOCK)
+        self.epoch = 0
+
+    def __call__(self) -> int:
+        studies = 0
+        for block in self.blocks.open(self.epoch, 0):
+            studies += len(block)
+            if self.stream.studies - studies <= AHEAD * BLOCK:
+                self.blocks.prepare(self.epoch + 1)
+        self.epoch += 1
+        return studies
+
+
+class LoaderStudies(IterableDataset[Any]):
+    """The same studies in the same order for a worker of a DataLoader: every second piece of the order."""
+
+    def __init__(self, contest: Contest) -> None:
+        self.contest, self.epoch = contest, 0
+        self.stream = Stream(contest.source, None, len(contest.studies), contest.tokenizer, contest.config, None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        config = self.contest.config
+        order = self.contest.arrangement.epoch(config.seed, self.epoch, config.groups_per_window)
+        size = len(order.row_S)
+        bounds = (
+            order.starts if self.contest.source.in_groups else np.append(np.arange(0, size, config.window_size), size)
+        )
+        for number in range(info.id, len(bounds) - 1, info.num_workers):
+            yield from self.batches(order.row_S[bounds[number] : bounds[number + 1]])
+        self.epoch += 1
+
+    def batches(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        config, source = self.contest.config, self.contest.source
+        studies = self.contest.studies.take(rows).to_pylist()
+        shown = [drawn_film(config.seed, self.epoch, study["study_id"], len(study["films"])) for study in studies]
+        reader = source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
+        for start in range(0, len(studies), BLOCK):
+            part = slice(start, start + BLOCK)
+            read = [
+                read_study(study, film, reader, self.stream, self.epoch)
+                for study, film in zip(studies[part], shown[part], strict=True)
+            ]
+            good = [study for study in read if isinstance(study, ReadStudy)]
+            yield {
+                "images": torch.from_numpy(np.stack([study.image_RR for study in good])),
+                "tokens": [torch.from_numpy(study.tokens_T) for study in good],
+                "owners": [torch.from_numpy(study.sentence_of_token_T) for study in good],
+                "hashes": [study.sentence_hashes for study in good],
+            }
+
+
+class LoaderEpochs:
+    """Epochs of a DataLoader whose workers stay."""
+
+    def __init__(self, contest: Contest) -> None:
+        self.loader = DataLoader(
+            LoaderStudies(contest),
+            batch_size=None,
+            num_workers=LOADER_WORKERS,
+            persistent_workers=True,
+            prefetch_factor=4,
+        )
+
+    def __call__(self) -> int:
+        return sum(len(batch["images"]) for batch in self.loader)
+
+
+def race(contest: Contest, rounds: int) -> dict[str, list[float]]:
+    """Studies a second of each epoch by contender, interleaved; the first epochs are left out."""
+    contenders: dict[str, Callable[[], int]] = {"ours": OurEpochs(contest), "loader": LoaderEpochs(contest)}
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, epoch in contenders.items():
+            began = time.perf_counter()
+            studies = epoch()
+            assert studies == len(contest.studies), (name, studies)
+            if number:
+                found[name].append(studies / (time.perf_counter() - began))
+    return found
+
+
+@contextmanager
+def local_ray(object_store_mib: int = 600) -> Iterator[None]:
+    """A Ray of two CPUs as a job makes it."""
+    ray.init(
+        num_cpus=2, address="local", log_to_driver=False, logging_level="ERROR", object_store_memory=object_store_mib * MIB,
+        _system_config=LOCAL_CLUSTER, runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}},
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def raw_lines(uri: str, rounds: int = 3) -> list[Line]:
+    """Raw films of 2500 x 3000 out of S3."""
+    contest = open_contest(uri, resize=256, window_size=16)
+    found = race(contest, rounds)
+    return [_beside(f"raw JPEG 2500 x 3000 from S3, epochs of {len(contest.studies)}", found, 0.80)]
+
+
+def prepared_lines(uri: str, rounds: int = 3) -> list[Line]:
+    """A prepared set of 256 pixels."""
+    contest = open_contest(uri, resize=256)
+    found = race(contest, rounds)
+    ours = median(found["ours"])
+    return [
+        _beside(f"prepared, 256 pixels, epochs of {len(contest.studies)}", found, 0.55),
+        Line("the same in studies a second", f"{ours:.0f}", ">= 1800", ours >= 1800),
+    ]
+
+
+def _beside(what: str, found: dict[str, list[float]], wanted: float) -> Line:
+    ours, loader = median(found["ours"]), median(found["loader"])
+    measured = f"{ours / loader:.2f} ({ours:.0f} and {loader:.0f} /s)"
+    return Line(f"{what}: share of a DataLoader's speed", measured, f">= {wanted}", ours / loader >= wanted)
+
+
+def held_mib() -> float:
+    """Memory of this process and of all that it has started, shared pages counted once, MiB."""
+    own = psutil.Process()
+    return sum(map(pss, [own, *own.children(recursive=True)])) / MIB
+
+
+def lines(
+    studies: int = 16_000, films: int = 240, rounds: int = 3, what: tuple[str, ...] = ("raw", "prepared")
+) -> list[Line]:
+    """Both contests, on corpora made for them."""
+    found: list[Line] = []
+    with tempfile.TemporaryDirectory(prefix="cmcgns-bench-") as scratch:
+        if "prepared" in what:
+            uri = prepared_set(Path(scratch) / "prepared", studies)
+            with local_ray():
+                found += prepared_lines(uri, rounds)
+        if "raw" in what:
+            with raw_films(Path(scratch), films) as uri, local_ray():
+                found += raw_lines(uri, rounds)
+    return found
+
+
+if __name__ == "__main__":
+    print(where())
+    chosen = tuple(sys.argv[1:]) or ("raw", "prepared")
+    print(*lines(what=chosen), sep="\n")
