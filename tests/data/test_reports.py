@@ -34,13 +34,14 @@ def test_where_the_reference_parser_finds_its_sections_ours_finds_the_same() -> 
     texts = [golden["text"] for golden in GOLDEN if reads(golden["text"])]
     corpus = PhantomCorpus(200, seed=11)
     texts += [report_file(corpus.study(number).report, Draws(number)) for number in range(200)]
-    assert len(texts) >= 208
+    compared = 0
     for text in texts:
         theirs, ours = reference_sections(text), sections(text)
         found = [name for name in ("impression", "findings") if name in theirs]
-        assert found, text
+        compared += len(found)
         for name in found:
             assert ours[name].split() == theirs[name].split(), text
+    assert compared >= 400
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
