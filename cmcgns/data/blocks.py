@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
@@ -111,11 +112,29 @@ def blank_block(size: int, resize: int) -> Block:
     return Block(zeros, zeros, images_BRR, [token] * size, [owner] * size, [text] * size, zeros)
 
 
-def blocks(iterator: Any, resize: int) -> Iterator[Block]:
-    """The blocks that one rank's Ray Data iterator delivers, in order."""
-    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=4):
-        if table.num_rows:
-            yield to_block(table.combine_chunks(), resize)
+def deal(rows: pa.Table, ranks: int, block_size: int) -> pa.Table:
+    """``rows``, cut into blocks that go round the ranks, in the order of the ranks: all of rank 0's first.
+
+    Each rank gets equally many, so that the table can be cut into equal parts; what is missing at an epoch's end is filled
+    with rows of position -1.
+    """
+    rounds = -(-len(rows) // (ranks * block_size))
+    index_RWB = np.arange(rounds * ranks * block_size).reshape(rounds, ranks, block_size)
+    index = index_RWB.transpose(1, 0, 2).ravel()
+    absent = index >= len(rows)
+    dealt = rows.take(np.where(absent, 0, index))
+    positions = np.where(absent, -1, dealt["position"].to_numpy())
+    return dealt.set_column(dealt.schema.get_field_index("position"), "position", pa.array(positions))
+
+
+def blocks(iterator: Any, resize: int, size: int) -> Iterator[Block]:
+    """The blocks of ``size`` studies that one rank's Ray Data iterator delivers, one or more at a time, in order."""
+    for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if table.num_rows and table["position"][-1].as_py() < 0:
+            table = table.filter(pc.greater_equal(table["position"], 0))
+        whole = table.combine_chunks()
+        for start in range(0, len(whole), size):
+            yield to_block(whole.slice(start, size), resize)
 
 
 def to_block(table: pa.Table, resize: int) -> Block:

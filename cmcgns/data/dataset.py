@@ -20,7 +20,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
 from cmcgns.config import DataConfig
-from cmcgns.data.blocks import ReadStudy, row_table
+from cmcgns.data.blocks import ReadStudy, deal, row_table
 from cmcgns.data.order import Arrangement, EpochOrder
 from cmcgns.data.sources import Reader, Source
 from cmcgns.data.transforms import draw_key, drawn_film, resize_film
@@ -30,6 +30,13 @@ from cmcgns.models.tokenizer import ReportTokenizer
 FETCH_THREADS = 8
 """Films of one piece that are fetched from storage at the same time."""
 SCHEDULER_PAUSE_S = 0.02
+HANDED_ON = {True: 512, False: 64}
+"""Studies that are handed on together, of a prepared set and of a raw one: each block on its way costs Ray Data 15 ms of CPU
+time, and a film of a raw set takes 15 ms to decode."""
+BLOCK_BYTES = 32 * 2**20
+"""Size at which what a task has made is handed on."""
+BLOCKS_WAITING = 2
+"""Blocks of one task that may wait for the scheduler; with fewer a task of many blocks stands still between its turns."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,17 @@ class Stream:
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
         """One Ray Data iterator for each rank over the epoch from ``position`` on, in blocks of ``block_size``."""
+        rounds = rounds_at_a_time(self.source, block_size, ranks)
+        own = rounds * block_size
         with self.context():
-            blocks = self.rows(epoch, position).repartition(target_num_rows_per_block=block_size, strict=True)
-            return list(blocks.streaming_split(ranks))
+            rows = self.rows(epoch, position).repartition(target_num_rows_per_block=ranks * own, strict=True)
+            if ranks > 1:
+                dealing = {"ranks": ranks, "block_size": block_size}
+                dealt = rows.map_batches(
+                    deal, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=0.5, fn_kwargs=dealing
+                )
+                rows = dealt.repartition(target_num_rows_per_block=own, strict=True)
+            return list(rows.streaming_split(ranks))
 
     def rows(self, epoch: int, position: int) -> Any:
         """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
@@ -66,7 +81,8 @@ class Stream:
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=self.config.cpus_per_task,
-            fn_kwargs={"stream": self, "epoch": epoch, "position": position},
+            # by reference: what stands here is unpickled by every task, and a vocabulary takes as long as a piece
+            fn_kwargs={"stream_ref": ray.put(self), "epoch": epoch, "position": position},
         )
 
     def context(self) -> Any:
@@ -96,6 +112,8 @@ def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
     with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
+    context.target_max_block_size = BLOCK_BYTES
+    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_WAITING
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [Unhurried]
@@ -114,17 +132,22 @@ def stream_split(
     return Stream(source, split_ref, len(studies), tokenizer, config, board, **options)
 
 
-@lru_cache(maxsize=4)
-def split_of(split_ref: Any) -> tuple[pa.Table, Arrangement]:
-    """A split's table and arrangement, fetched once by each process."""
-    found: tuple[pa.Table, Arrangement] = ray.get(split_ref)
-    return found
+@lru_cache(maxsize=8)
+def fetched(reference: Any) -> Any:
+    """What ``reference`` refers to, fetched once by each process."""
+    return ray.get(reference)
 
 
 @lru_cache(maxsize=4)
 def epoch_order(split_ref: Any, seed: int, epoch: int, groups_per_window: int) -> EpochOrder:
     """The order of an epoch, worked out once by each process."""
-    return split_of(split_ref)[1].epoch(seed, epoch, groups_per_window)
+    order: EpochOrder = fetched(split_ref)[1].epoch(seed, epoch, groups_per_window)
+    return order
+
+
+def rounds_at_a_time(source: Source, block_size: int, ranks: int) -> int:
+    """Microbatches that each rank is handed at once: as many as make ``HANDED_ON`` studies of all ranks together."""
+    return max(HANDED_ON[source.in_groups] // (ranks * block_size), 1)
 
 
 def piece_studies(source: Source, config: DataConfig) -> int:
@@ -142,8 +165,9 @@ def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
     return np.unique(np.maximum(starts, position))
 
 
-def read_pieces(numbers: pa.Table, stream: Stream, epoch: int, position: int) -> Iterator[pa.Table]:
+def read_pieces(numbers: pa.Table, stream_ref: Any, epoch: int, position: int) -> Iterator[pa.Table]:
     """The good studies of the pieces whose numbers come in, fetched, decoded and tokenised, in order."""
+    stream = fetched(stream_ref)
     bounds = piece_bounds(stream, epoch, position)
     try:
         for number in numbers["id"].to_pylist():
@@ -156,7 +180,7 @@ def read_pieces(numbers: pa.Table, stream: Stream, epoch: int, position: int) ->
 
 def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Table]:
     """The good studies at ``positions`` of the epoch's order, a table for each ``window_size`` of them."""
-    config, (table, _) = stream.config, split_of(stream.split_ref)
+    config, (table, _) = stream.config, fetched(stream.split_ref)
     order = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window)
     studies = table.take(order.row_S[positions.start : positions.stop]).to_pylist()
     shown = [drawn_film(config.seed, epoch, study["study_id"], len(study["films"])) for study in studies]

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -17,6 +18,9 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+
+KNOWN_SENTENCES = 50_000
+"""Sentences whose pieces each process remembers."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class ReportTokenizer:
         if cls is None or sep is None or pad is None:
             raise UserError(f"the tokenizer lacks one of {', '.join(self.names.values())}; a BERT-like one is needed")
         self.cls_id, self.sep_id, self.pad_id = int(cls), int(sep), int(pad)
+        self._known: dict[str, list[int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": {}}  # what one process has seen does not travel
 
     @property
     def vocabulary_size(self) -> int:
@@ -53,15 +61,27 @@ class ReportTokenizer:
     def encode(self, sentences: Sequence[str]) -> EncodedReport:
         """``sentences`` in order until one would not fit whole; ``BadRow`` where none does."""
         tokens, owners, kept = [self.cls_id], [-1], 0
-        for piece in self.pieces.encode_batch(list(sentences[: self.max_sentences]), add_special_tokens=False):
-            if not piece.ids or len(tokens) + len(piece.ids) + 1 > self.max_tokens:
+        for ids in self._ids(sentences[: self.max_sentences]):
+            if not ids or len(tokens) + len(ids) + 1 > self.max_tokens:
                 break
-            tokens += piece.ids
-            owners += [kept] * len(piece.ids)
+            tokens += ids
+            owners += [kept] * len(ids)
             kept += 1
         if not kept:
             raise BadRow(f"report has no sentence that fits into {self.max_tokens} tokens")
         return EncodedReport(np.array([*tokens, self.sep_id], np.int32), np.array([*owners, -1], np.int16), kept)
+
+    def _ids(self, sentences: Sequence[str]) -> list[list[int]]:
+        """The pieces of each sentence; those of ``KNOWN_SENTENCES`` are looked up, since reports say the same again."""
+        known = self._known
+        new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in known]
+        if len(known) + len(new) > KNOWN_SENTENCES:  # other threads may go on with the old ones
+            known = self._known = {}
+            new = list(dict.fromkeys(sentences))
+        if new:
+            encoded = self.pieces.encode_batch(new, add_special_tokens=False)
+            known.update({sentence: each.ids for sentence, each in zip(new, encoded, strict=True)})
+        return [known[sentence] for sentence in sentences]
 
     def save(self, folder: Path) -> None:
         """A Hugging Face tokenizer folder."""

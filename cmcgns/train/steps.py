@@ -1,5 +1,6 @@
 """The microbatches of each optimizer step on this rank: agreed between ranks on the host, moved to the device."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,22 @@ from cmcgns.data.batch import ImageReportBatch, pad_reports
 from cmcgns.data.blocks import Block, blank_block
 
 STEPS_AHEAD = 40
-"""Steps before an epoch's end at which the next one begins to be read."""
+"""Steps before an epoch's end at which the next one begins to be read, at the latest."""
+START_S = 8.0
+"""Seconds that an epoch may take to start: it begins to be read so long before it is needed."""
+
+
+class Foresight:
+    """Tells when the next epoch has to begin to be read, by how fast this one goes."""
+
+    def __init__(self, studies: int, position: int, least: int) -> None:
+        self._studies, self._first, self._least = studies, position, least
+        self._began = time.monotonic()
+
+    def is_time(self, position: int) -> bool:
+        """Whether to begin, with this epoch read up to ``position``."""
+        speed = (position - self._first) / max(time.monotonic() - self._began, 1e-9)
+        return self._studies - position <= max(self._least, speed * START_S)
 
 
 class BlockSource(Protocol):
@@ -93,7 +109,13 @@ class StepReader:
     ) -> None:
         self.source, self.batcher, self.place = source, batcher, place
         self.accumulation, self.stop = accumulation, stop
-        self._blocks = source.open(place.epoch, place.position)
+        self._open(place)
+
+    def _open(self, place: Place) -> None:
+        self.place = place
+        self._blocks = self.source.open(place.epoch, place.position)
+        least = STEPS_AHEAD * self.batcher.config.train.global_batch_size
+        self._foresight = Foresight(self.source.studies, place.position, least)
 
     def next_step(self) -> StepData:
         """The next step's batches. Collective; goes on to the next epoch where this one has no full step left."""
@@ -102,8 +124,7 @@ class StepReader:
             empty_epochs += 1
             if empty_epochs == 2:
                 raise RuntimeError("an epoch holds less than one global batch of usable studies")
-            self.place = Place(self.place.epoch + 1, 0)
-            self._blocks = self.source.open(self.place.epoch, 0)
+            self._open(Place(self.place.epoch + 1, 0))
             found = self._gather()
         return found
 
@@ -115,13 +136,14 @@ class StepReader:
             row[:] = block.sentence_counts.sum(), block.positions[0], block.positions[-1], digest(block)
         size = self.batcher.config.train.microbatch_size
         short = len(held) < self.accumulation or any(len(block) != size for block in held)
-        ranks = np.array(distributed.exchange([int(short), int(self.stop()), *facts.ravel().tolist()]))
+        hurry = self._foresight.is_time(self.place.position)
+        ranks = np.array(distributed.exchange([int(short), int(self.stop()), int(hurry), *facts.ravel().tolist()]))
         if ranks[:, 0].any():
             return None
-        facts_WA4 = ranks[:, 2:].reshape(len(ranks), self.accumulation, 4)
+        facts_WA4 = ranks[:, 3:].reshape(len(ranks), self.accumulation, 4)
         check_order(facts_WA4)
         self.place = Place(self.place.epoch, int(facts_WA4[:, :, 2].max()) + 1)
-        if self.source.studies - self.place.position <= STEPS_AHEAD * self.batcher.config.train.global_batch_size:
+        if ranks[:, 2].any():  # collective: the ranks' clocks differ
             self.source.prepare(self.place.epoch + 1)
         microbatches = [
             self.batcher(block, tuple(int(count) for count in facts_WA4[:, i, 0]), training=True)

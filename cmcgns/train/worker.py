@@ -89,7 +89,7 @@ class RayBlocks:
         distributed.exchange([epoch])  # nobody takes before all is there
         own = ray.get(self.board.take.remote(distributed.rank()))
         # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
-        return Ahead(blocks(own, stream.config.resize), keep_alive=split)
+        return Ahead(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
 
 
 class Ahead:

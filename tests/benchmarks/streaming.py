@@ -31,6 +31,7 @@ from cmcgns.models.tokenizer import ReportTokenizer, train_tokenizer
 from cmcgns.session import LOCAL_CLUSTER
 from cmcgns.train.board import start_board
 from cmcgns.train.corpus import open_index
+from cmcgns.train.steps import STEPS_AHEAD, Foresight
 from cmcgns.train.worker import RayBlocks
 from tests.benchmarks.corpora import prepared_set, raw_films
 from tests.benchmarks.measure import Line, where
@@ -38,8 +39,6 @@ from tests.streaming import pss
 
 BLOCK = 16
 """Studies of a microbatch."""
-AHEAD = 40
-"""Microbatches before an epoch's end at which training begins to read the next one."""
 LOADER_WORKERS = 2
 MIB = 2**20
 
@@ -83,10 +82,10 @@ class OurEpochs:
         self.epoch = 0
 
     def __call__(self) -> int:
-        studies = 0
+        studies, foresight = 0, Foresight(self.stream.studies, 0, STEPS_AHEAD * BLOCK)
         for block in self.blocks.open(self.epoch, 0):
             studies += len(block)
-            if self.stream.studies - studies <= AHEAD * BLOCK:
+            if foresight.is_time(studies):
                 self.blocks.prepare(self.epoch + 1)
         self.epoch += 1
         return studies
@@ -123,12 +122,16 @@ class LoaderStudies(IterableDataset[Any]):
                 for study, film in zip(studies[part], shown[part], strict=True)
             ]
             good = [study for study in read if isinstance(study, ReadStudy)]
+            flat = {
+                "tokens": [study.tokens_T for study in good],
+                "owners": [study.sentence_of_token_T for study in good],
+                "hashes": [np.array(study.sentence_hashes) for study in good],
+            }
+            # few large tensors: each one that crosses to the main process costs as much as decoding a small film
             yield {
                 "images": torch.from_numpy(np.stack([study.image_RR for study in good])),
-                "tokens": [torch.from_numpy(study.tokens_T) for study in good],
-                "owners": [torch.from_numpy(study.sentence_of_token_T) for study in good],
-                "hashes": [study.sentence_hashes for study in good],
-            }
+                "lengths": torch.tensor([[len(part) for part in parts] for parts in flat.values()]),
+            } | {name: torch.from_numpy(np.concatenate(parts)) for name, parts in flat.items()}
 
 
 class LoaderEpochs:

@@ -57,7 +57,7 @@ def test_ranks_get_the_good_studies_of_the_order_block_by_block(local_ray: None,
     bad_positions = set()
     for epoch, start in ((0, 0), (1, 10)):
         (iterator,) = stream.split(epoch, start, BLOCK, ranks=1)
-        found = list(blocks(iterator, stream.config.resize))
+        found = list(blocks(iterator, stream.config.resize, BLOCK))
         assert all(len(block) == BLOCK for block in found[:-1])
         positions = np.concatenate([block.positions for block in found])
         assert (np.diff(positions) > 0).all()
@@ -80,7 +80,7 @@ def test_too_many_bad_studies_stop_the_stream_with_the_first_reasons(local_ray: 
     stream, board = stream_of(folder, max_bad_fraction=0.0)
     (iterator,) = stream.split(0, 0, BLOCK, ranks=1)
     with pytest.raises(Exception, match="max_bad_fraction"):
-        list(blocks(iterator, stream.config.resize))
+        list(blocks(iterator, stream.config.resize, BLOCK))
     failure = ray.get(board.failure.remote())
     assert "data.max_bad_fraction 0.0" in failure
     assert "film file" in failure
