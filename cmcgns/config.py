@@ -50,12 +50,12 @@ class DataConfig(CorpusConfig):
     groups_per_window: PositiveInt = 4
     """Groups whose studies are then shuffled among each other; a task that reads a prepared set holds so many."""
     window_size: PositiveInt = 64
-    """Studies fetched and decoded by one Ray Data task, or at a time where it reads whole groups."""
+    """Studies of a raw set that are fetched and decoded by one Ray Data task; of a prepared set it takes a whole window."""
     cpus_per_task: float = Field(0.5, gt=0.0)
     """CPUs that Ray reserves for one fetch-and-decode task."""
     studies_ahead: PositiveInt | None = None
-    """Decoded studies that may wait for training, a bound on memory; by default 8 optimizer steps and 4 windows for each
-    decoding task that finds a CPU."""
+    """Decoded studies that may wait for training, a bound on memory; by default 8 optimizer steps, and 4 tasks' studies for
+    each decoding task that finds a CPU, or 6 windows of a prepared set."""
     validation_studies: PositiveInt | None = None
     """Validate on that many studies of the validation split, the first by index; by default on all."""
 

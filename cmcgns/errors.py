@@ -12,6 +12,10 @@ class BadRow(ValueError):
     """One study that cannot be used, with the reason; the run records it and goes on."""
 
 
+DEEPEST = 8
+"""Layers of errors that are looked through for their cause."""
+
+
 def starting_with(value: str, message: str) -> str:
     """``message``, with ``value`` before it where it does not begin with it by itself."""
     return message if message.startswith(value) else f"{value}: {message}"
@@ -25,3 +29,15 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of an error's message, where Ray puts the cause; the error's own form where it has none."""
     return (str(error).strip().splitlines() or [repr(error)])[-1]
+
+
+def cause(error: BaseException) -> str:
+    """What to tell of an error that Ray has wrapped: the message of the ``UserError`` inside it, else its last line."""
+    inner: BaseException | None = error
+    for _ in range(DEEPEST):
+        if inner is None:
+            break
+        inner = getattr(inner, "cause", None) or inner.__cause__
+        if type(inner) is UserError or (isinstance(inner, UserError) and not hasattr(inner, "cause")):
+            return first_line(inner)  # Ray Data adds hints of its own to it
+    return last_line(error)

@@ -112,13 +112,12 @@ def blank_block(size: int, resize: int) -> Block:
     return Block(zeros, zeros, images_BRR, [token] * size, [owner] * size, [text] * size, zeros)
 
 
-def deal(rows: pa.Table, ranks: int, block_size: int) -> pa.Table:
+def deal(rows: pa.Table, ranks: int, block_size: int, rounds: int) -> pa.Table:
     """``rows``, cut into blocks that go round the ranks, in the order of the ranks: all of rank 0's first.
 
-    Each rank gets equally many, so that the table can be cut into equal parts; what is missing at an epoch's end is filled
-    with rows of position -1.
+    Each rank gets ``rounds`` blocks, so that the table can be cut into equal parts; what is missing at an epoch's end is
+    filled with rows of position -1.
     """
-    rounds = -(-len(rows) // (ranks * block_size))
     index_RWB = np.arange(rounds * ranks * block_size).reshape(rounds, ranks, block_size)
     index = index_RWB.transpose(1, 0, 2).ravel()
     absent = index >= len(rows)

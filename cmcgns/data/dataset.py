@@ -33,6 +33,10 @@ SCHEDULER_PAUSE_S = 0.02
 HANDED_ON = {True: 512, False: 64}
 """Studies that are handed on together, of a prepared set and of a raw one: each block on its way costs Ray Data 15 ms of CPU
 time, and a film of a raw set takes 15 ms to decode."""
+AHEAD_PIECES = 6
+"""Windows of a prepared set that may wait for training: with half as many only one task finds room at a time."""
+GROUPED_ROWS = 256
+"""Studies that a task which reads whole groups hands on at once."""
 BLOCK_BYTES = 32 * 2**20
 """Size at which what a task has made is handed on."""
 BLOCKS_WAITING = 2
@@ -65,7 +69,7 @@ class Stream:
         with self.context():
             rows = self.rows(epoch, position).repartition(target_num_rows_per_block=ranks * own, strict=True)
             if ranks > 1:
-                dealing = {"ranks": ranks, "block_size": block_size}
+                dealing = {"ranks": ranks, "block_size": block_size, "rounds": rounds}
                 dealt = rows.map_batches(
                     deal, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=0.5, fn_kwargs=dealing
                 )
@@ -155,6 +159,12 @@ def piece_studies(source: Source, config: DataConfig) -> int:
     return config.groups_per_window * config.group_studies if source.in_groups else config.window_size
 
 
+def most_ahead(source: Source, config: DataConfig, global_batch_size: int, decoders: int) -> int:
+    """Decoded studies that may wait for training where nothing else is asked for: enough to keep both sides busy."""
+    pieces = AHEAD_PIECES if source.in_groups else 4 * decoders
+    return 8 * global_batch_size + pieces * piece_studies(source, config)
+
+
 def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
     """Positions at which the tasks' pieces begin, from ``position`` on, and the end: windows of a prepared set, whose row
     groups are read whole; ``window_size`` studies of one that can be read at any place."""
@@ -179,7 +189,7 @@ def read_pieces(numbers: pa.Table, stream_ref: Any, epoch: int, position: int) -
 
 
 def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Table]:
-    """The good studies at ``positions`` of the epoch's order, a table for each ``window_size`` of them."""
+    """The good studies at ``positions`` of the epoch's order, some hundred in each table."""
     config, (table, _) = stream.config, fetched(stream.split_ref)
     order = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window)
     studies = table.take(order.row_S[positions.start : positions.stop]).to_pylist()
@@ -187,8 +197,9 @@ def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Tabl
     reader = stream.source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
     read = partial(read_study, reader=reader, stream=stream, epoch=epoch)
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        for start in range(0, len(studies), config.window_size):
-            part = slice(start, start + config.window_size)
+        at_once = GROUPED_ROWS if stream.source.in_groups else config.window_size
+        for start in range(0, len(studies), at_once):
+            part = slice(start, start + at_once)
             rows = list((threads.map if reader.waits else map)(read, studies[part], shown[part]))
             bad = [
                 {"source": study["study_id"], "reason": str(row)}

@@ -18,7 +18,7 @@ from cmcgns.data.dataset import piece_studies, stream_split
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
 from cmcgns.data.sources import Source
 from cmcgns.data.transforms import Target
-from cmcgns.errors import UserError, last_line
+from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.exported import PretrainedRun, open_run
 from cmcgns.evaluate.job_config import EmbedConfig, EmbedJobConfig
 from cmcgns.evaluate.sentences import SentenceEmbedder, sentence_table
@@ -81,7 +81,7 @@ def embed_sentences(config: EmbedJobConfig) -> int:
         except KeyboardInterrupt:
             result = {"status": "stopped"}
         except Exception as error:  # whatever Ray Data wraps a task's error in
-            reason = ray.get(board.failure.remote()) or last_line(error)
+            reason = ray.get(board.failure.remote()) or cause(error)
             result = {"status": "failed", "failure": reason}
         if result["status"] != "finished":
             storage.delete_folder(folder.file("sentences"))  # a part might be taken for the whole

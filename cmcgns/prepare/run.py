@@ -20,7 +20,7 @@ from cmcgns.data.index import StudyIndex, too_many_bad
 from cmcgns.data.manifest import BAD_ROWS, MANIFEST, PLAN, Manifest, joint_hash, read_manifest
 from cmcgns.data.sources import Source
 from cmcgns.data.transforms import Target
-from cmcgns.errors import UserError, last_line
+from cmcgns.errors import UserError, cause
 from cmcgns.prepare.job_config import PrepareJobConfig
 from cmcgns.prepare.plan import Plan, Split, arrange_splits, open_plan, refuse_another_set
 from cmcgns.prepare.pseudonyms import Pseudonyms
@@ -140,7 +140,7 @@ def make_missing(
     except KeyboardInterrupt:
         return say_stopped(terminal, progress, of, "stopped", STATUS_INTERRUPTED)
     except Exception as error:  # whatever Ray Data wraps a task's error in
-        return say_stopped(terminal, progress, of, last_line(error).removeprefix("cmcgns.errors."), STATUS_FAILED)
+        return say_stopped(terminal, progress, of, cause(error), STATUS_FAILED)
     complaint = too_many_bad(progress.bad_rows, progress.studies, config.data.max_bad_fraction)
     return say_stopped(terminal, progress, of, complaint, STATUS_FAILED) if complaint else 0
 
@@ -166,21 +166,28 @@ def shards_as_made(
             fn_kwargs={"maker": maker, "splits": ray.put(splits), "plans": missing},
         )
         for row in rows.iter_rows():
+            if row["failure"]:
+                raise UserError(row["failure"])
             account = ShardAccount.from_json(row["account"])
             yield MadeShard(missing[row["number"]], account, row["bytes"]), row["retries"]
 
 
 def make_shards(numbers: pa.Table, maker: Maker, splits: Any, plans: Sequence[ShardPlan]) -> pa.Table:
-    """A Ray Data task: the shards whose numbers come in are made, their accounts go out."""
+    """A Ray Data task: the shards whose numbers come in are made, their accounts go out.
+
+    What would end every other task too goes out as a row: of what is raised Ray Data leaves a traceback.
+    """
     held: dict[str, Split] = ray.get(splits)
     rows = []
     for number in numbers["id"].to_pylist():
         plan, before = plans[number], storage.retries()
-        shard = maker.write(plan, map(held[plan.split].group, range(plan.first_group, plan.end_group)))
-        rows.append(
-            {"number": number, "bytes": shard.bytes, "retries": storage.retries() - before}
-            | {"account": shard.account.to_json()}
-        )
+        row = {"number": number, "bytes": 0, "account": "", "failure": ""}
+        try:
+            shard = maker.write(plan, map(held[plan.split].group, range(plan.first_group, plan.end_group)))
+            row |= {"bytes": shard.bytes, "account": shard.account.to_json()}
+        except UserError as error:
+            row["failure"] = str(error)
+        rows.append(row | {"retries": storage.retries() - before})
     return pa.Table.from_pylist(rows)
 
 

@@ -5,7 +5,7 @@ import os
 import ray
 
 from cmcgns.config import Config
-from cmcgns.data.dataset import piece_studies
+from cmcgns.data.dataset import most_ahead
 from cmcgns.errors import UserError
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.run_folder import RunFolder
@@ -42,8 +42,7 @@ def studies_ahead(config: Config, corpus: Corpus, cpus: float) -> int:
         return data.studies_ahead
     # one CPU cuts what the decoders deliver into microbatches
     decoders = max(int((cpus - taken_cpus(config) - 1) / data.cpus_per_task), 1)
-    pieces = 3 if corpus.source.in_groups else 4 * decoders  # a whole window is much: one in use, two to be filled
-    return 8 * config.train.global_batch_size + pieces * piece_studies(corpus.source, data)
+    return most_ahead(corpus.source, data, config.train.global_batch_size, decoders)
 
 
 def threads_per_worker(config: Config) -> int:

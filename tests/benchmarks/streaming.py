@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import ReadStudy
-from cmcgns.data.dataset import Stream, read_study, stream_split
+from cmcgns.data.dataset import Stream, most_ahead, read_study, stream_split
 from cmcgns.data.order import Arrangement
 from cmcgns.data.sources import Source
 from cmcgns.data.transforms import Target, drawn_film
@@ -71,9 +71,7 @@ class OurEpochs:
 
     def __init__(self, contest: Contest) -> None:
         board = start_board(len(contest.studies), 0.0, {})
-        ahead = 8 * 64 + 3 * (
-            contest.config.groups_per_window * contest.config.group_studies if contest.source.in_groups else 64
-        )
+        ahead = most_ahead(contest.source, contest.config, 64, decoders=2)
         self.stream: Stream = stream_split(
             contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, board,
             studies_ahead=ahead,
@@ -165,7 +163,7 @@ def race(contest: Contest, rounds: int) -> dict[str, list[float]]:
 
 
 @contextmanager
-def local_ray(object_store_mib: int = 600) -> Iterator[None]:
+def local_ray(object_store_mib: int = 1500) -> Iterator[None]:
     """A Ray of two CPUs as a job makes it."""
     ray.init(
         num_cpus=2, address="local", log_to_driver=False, logging_level="ERROR", object_store_memory=object_store_mib * MIB,

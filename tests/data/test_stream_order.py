@@ -1,0 +1,122 @@
+"""The promise of the stream: the good studies of an epoch's order, in global batches that do not depend on the workers."""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from cmcgns.config import Config
+from cmcgns.data.blocks import ReadStudy, blocks, deal, row_table
+from cmcgns.data.dataset import Stream, stream_split
+from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
+from cmcgns.data.sources import open_source
+from cmcgns.train.board import start_board
+from cmcgns.train.corpus import make_tokenizer, open_corpus, sample_reports
+from tests.prepare.sets import prepare_here
+from tests.small import small_config
+
+STUDIES, GROUP, WINDOW, GLOBAL = 200, 16, 3, 24
+
+
+def numbered(rows: int) -> pa.Table:
+    """Rows whose position is their number, and whose film holds it."""
+    studies = [
+        ReadStudy(
+            number, np.full((2, 2), number, np.uint8), np.arange(3, dtype=np.int32), np.zeros(3, np.int16), [1], 2, []
+        )
+        for number in range(rows)
+    ]
+    return row_table(range(rows), studies, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24, 30, 48])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_blocks_are_dealt_round_the_ranks(rows: int, ranks: int) -> None:
+    """Against dealing them one after another."""
+    size = 4
+    wanted: list[list[int]] = [[] for _ in range(ranks)]
+    for number, start in enumerate(range(0, rows, size)):
+        wanted[number % ranks] += range(start, min(start + size, rows))
+    dealt = deal(numbered(rows), ranks, size, rounds=12)
+    assert len(dealt) == ranks * size * 12
+    parts = np.array(dealt["position"]).reshape(ranks, -1)
+    assert [[place for place in part if place >= 0] for part in parts.tolist()] == wanted
+    films = [
+        film[0]
+        for film, place in zip(dealt["image"].to_pylist(), dealt["position"].to_pylist(), strict=True)
+        if place >= 0
+    ]
+    assert films == [place for part in wanted for place in part]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def corpora(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A raw set with some broken films, and what was prepared of it."""
+    raw = tmp_path_factory.mktemp("raw")
+    write_pairs_csv(PhantomCorpus(STUDIES, seed=9, height=64, width=64), raw)
+    alone = [s for s in open_source(str(raw)).index().split("train").to_pylist() if len(s["films"]) == 1]
+    for study in alone[3:60:9]:
+        (raw / study["films"][0]["path"]).write_bytes(b"")
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    assert prepare_here(raw, out) == 0
+    return {"raw": raw, "prepared": out}
+
+
+def stream_of(folder: Path, format: str) -> Stream:
+    config: Config = small_config(
+        data__uri=str(folder), data__window_size=8, data__group_studies=GROUP, data__groups_per_window=WINDOW,
+        data__format=format, data__max_bad_fraction=0.2,
+    )  # fmt: skip
+    corpus = open_corpus(config)
+    board = start_board(len(corpus.train), 0.2, {})
+    tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
+    return stream_split(corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, board)
+
+
+def global_batches(stream: Stream, epoch: int, position: int, ranks: int) -> list[set[int]]:
+    """The films' keys of each full global batch, gathered from ranks that take their blocks in turn."""
+    iterators = stream.split(epoch, position, GLOBAL // ranks, ranks)
+    readers = [reading.remote(iterator, stream.config.resize, GLOBAL // ranks) for iterator in iterators]
+    of_rank = ray.get(readers)
+    steps = min(len(found) for found in of_rank)
+    found = [[found[step] for found in of_rank] for step in range(steps)]
+    return [set(chain.from_iterable(parts)) for parts in found if all(len(part) == GLOBAL // ranks for part in parts)]
+
+
+@ray.remote(num_cpus=0)
+def reading(iterator: Any, resize: int, size: int) -> list[list[int]]:
+    """The keys of each block that a rank gets."""
+    return [block.draw_keys.tolist() for block in blocks(iterator, resize, size)]
+
+
+@pytest.mark.ray
+def test_global_batches_are_the_same_on_any_number_of_workers_raw_or_prepared(corpora: dict[str, Path]) -> None:
+    raw, prepared = stream_of(corpora["raw"], "pairs-csv"), stream_of(corpora["prepared"], "parquet")
+    for epoch, others in ((0, ((raw, 2), (prepared, 3))), (1, ((prepared, 1),))):
+        wanted = global_batches(raw, epoch, 0, 1)
+        assert len(wanted) >= 5
+        assert len(set().union(*wanted)) == GLOBAL * len(wanted)
+        for stream, ranks in others:
+            assert global_batches(stream, epoch, 0, ranks) == wanted, (stream.source.format, ranks)
+
+
+@pytest.mark.ray
+def test_a_restart_in_mid_epoch_goes_on_with_the_same_batches(corpora: dict[str, Path]) -> None:
+    stream = stream_of(corpora["prepared"], "parquet")
+    (iterator,) = stream.split(2, 0, GLOBAL, 1)
+    whole = list(blocks(iterator, stream.config.resize, GLOBAL))
+    after = int(whole[1].positions[-1]) + 1
+    wanted = [set(block.draw_keys.tolist()) for block in whole[2:] if len(block) == GLOBAL]
+    assert global_batches(stream, 2, after, 2) == wanted
