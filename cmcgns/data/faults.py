@@ -68,7 +68,6 @@ HINTS = (
     ("timed out", _NO_ANSWER),
     ("timeout", _NO_ANSWER),
     ("Connection was closed", _NO_ANSWER),
-    ("is a directory", "a folder, where a file was wanted"),
     ("No space left", "the disk is full"),
     ("SLOW_DOWN", _BUSY),
     ("SlowDown", _BUSY),
@@ -170,6 +169,10 @@ def explained(uri: str) -> Iterator[None]:
         if not _is_remote(error):
             raise
         message = str(error)
+        if "Too many levels of symbolic links" in message:
+            raise BrokenFileError(f"{uri} is a symbolic link that leads in a circle; mend it") from None
+        if "is a directory" in message:
+            raise MissingFileError(f"{uri}: a folder, where a file was wanted") from None
         hint = next((way_out for sign, way_out in HINTS if sign in message), None)
         if hint is None and any(sign in message for sign in ("(404)", "NoSuchKey")):
             raise MissingFileError(f"{uri} does not exist; give an existing file or folder") from None

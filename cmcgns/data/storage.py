@@ -238,6 +238,22 @@ def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
     with explained(uri):
         if is_s3(uri):
             return sorted(s3.entries(uri, recursive))
-        found = files.get_file_info(arrow_fs.FileSelector(path, recursive=recursive))
+        found = files.get_file_info(arrow_fs.FileSelector(path))
+        if recursive:
+            return [(name, False) for name in _walk(path)]
     prefix = len(path.rstrip("/")) + 1
     return sorted((entry.path[prefix:], entry.type == arrow_fs.FileType.Directory) for entry in found)
+
+
+def _walk(root: str) -> list[str]:
+    """Files under ``root``, relative to it and sorted; a folder that a link leads back to is entered once."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders.sort()
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+    return sorted(found)

@@ -121,6 +121,8 @@ class FileSource:
             raise BadRow(f"{what} file is missing") from None
         except storage.ForbiddenFileError:
             raise BadRow(f"{what} file may not be read") from None
+        except storage.BrokenFileError:
+            raise BadRow(f"{what} file is a symbolic link that leads in a circle") from None
 
 
 def decode_text(data: bytes) -> str:
