@@ -91,6 +91,16 @@ def write_raw_films(folder: Path, films: int, height: int = 2500, width: int = 3
     (folder / "pairs.csv").write_text("\n".join(["image,report,split", *lines]) + "\n")
 
 
+def many_rows(folder: Path, rows: int, films: int = 32) -> Path:
+    """``folder`` with a pairs.csv of ``rows`` training studies that show ``films`` small films in turn."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(films):
+        (folder / "images" / f"{number}.jpg").write_bytes(jpeg(grainy_film(number, 64, 64)))
+    lines = (f"images/{number % films}.jpg,Nodule {number} is seen.,s{number},train" for number in range(rows))
+    (folder / "pairs.csv").write_text("image,report,study,split\n" + "\n".join(lines) + "\n")
+    return folder
+
+
 @contextmanager
 def raw_films(scratch: Path, films: int) -> Iterator[str]:
     """URI of ``films`` raw films on the S3 server, which runs meanwhile; its keys are in the environment."""

@@ -5,6 +5,7 @@ Run alone: python -m tests.benchmarks.streaming [raw] [prepared] [memory] [manif
 
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from cmcgns.train.board import start_board
 from cmcgns.train.corpus import open_index
 from cmcgns.train.steps import STEPS_AHEAD, Foresight
 from cmcgns.train.worker import RayBlocks
-from tests.benchmarks.corpora import prepared_set, raw_films
+from tests.benchmarks.corpora import many_rows, prepared_set, raw_films
 from tests.benchmarks.measure import Line, where
 from tests.streaming import pss
 
@@ -199,6 +200,69 @@ def _beside(what: str, found: dict[str, list[float]], wanted: float) -> Line:
     return Line(f"{what}: share of a DataLoader's speed", measured, f">= {wanted}", ours / loader >= wanted)
 
 
+def manifest_lines(folder: Path, rows: int = 377_110, last: int = 4_000) -> list[Line]:
+    """A manifest as long as MIMIC-CXR's: until the first microbatch, and from the last one of an epoch to the next."""
+    contest = open_contest(str(many_rows(folder, rows)), resize=64)
+    began = time.perf_counter()
+    ours = OurEpochs(contest)
+    next(ours.blocks.open(0, 0))
+    first = time.perf_counter() - began
+    start, studies = ours.stream.studies - last, 0
+    foresight = Foresight(ours.stream.studies, start, STEPS_AHEAD * BLOCK)
+    for block in ours.blocks.open(1, start):
+        studies += len(block)
+        if foresight.is_time(start + studies):
+            ours.blocks.prepare(2)
+    assert studies == last
+    ended = time.perf_counter()
+    next(ours.blocks.open(2, 0))
+    second = time.perf_counter() - ended
+    return [
+        Line(f"manifest of {rows} rows: first microbatch", f"{first:.1f} s", "<= 10", first <= 10),
+        Line("from the end of an epoch to the next one's first microbatch", f"{second:.2f} s", "<= 2", second <= 2),
+    ]
+
+
+def memory_lines(scratch: Path, sizes: tuple[int, int] = (5_000, 20_000)) -> list[Line]:
+    """Peak memory of this process, Ray and all tasks over two epochs of a prepared set, for both sizes."""
+    peaks, idle = [], []
+    for studies in sizes:
+        uri = prepared_set(scratch / f"of{studies}", studies)
+        with local_ray(600):
+            contest = open_contest(uri, resize=256)
+            idle.append(held_mib())
+            ours = OurEpochs(contest)
+            watch = Watch()
+            for _ in range(2):
+                assert ours() == studies
+            peaks.append(watch.end())
+    ratio = peaks[1] / peaks[0]
+    return [
+        Line(f"peak memory, {sizes[0]} studies, Ray and driver included", f"{peaks[0]:.0f} MiB ({idle[0]:.0f} before)",
+             "<= 1500", peaks[0] <= 1500),
+        Line(f"the same with {sizes[1]}", f"{peaks[1]:.0f} MiB ({idle[1]:.0f} before)", "<= 1.1 x", ratio <= 1.1),
+    ]  # fmt: skip
+
+
+class Watch:
+    """Samples ``held_mib`` until ``end``."""
+
+    def __init__(self) -> None:
+        self._peak, self._done = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.3):
+            self._peak = max(self._peak, held_mib())
+
+    def end(self) -> float:
+        """The greatest sample."""
+        self._done.set()
+        self._thread.join()
+        return self._peak
+
+
 def held_mib() -> float:
     """Memory of this process and of all that it has started, shared pages counted once, MiB."""
     own = psutil.Process()
@@ -215,6 +279,11 @@ def lines(
             uri = prepared_set(Path(scratch) / "prepared", studies)
             with local_ray():
                 found += prepared_lines(uri, rounds)
+        if "manifest" in what:
+            with local_ray():
+                found += manifest_lines(Path(scratch) / "manifest")
+        if "memory" in what:
+            found += memory_lines(Path(scratch))
         if "raw" in what:
             with raw_films(Path(scratch), films) as uri, local_ray():
                 found += raw_lines(uri, rounds)
@@ -223,5 +292,5 @@ def lines(
 
 if __name__ == "__main__":
     print(where())
-    chosen = tuple(sys.argv[1:]) or ("raw", "prepared")
+    chosen = tuple(sys.argv[1:]) or ("raw", "prepared", "memory", "manifest")
     print(*lines(what=chosen), sep="\n")

@@ -1,6 +1,7 @@
 """`jobs/prepare.py`: what a prepared set holds, and that it is the same however often its making was broken off."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -191,21 +192,23 @@ def test_too_many_bad_films_end_it_and_what_is_made_stays(
     [
         (["--prepare.out="], "prepare.out is missing"),
         (["--prepare.out=gs://bucket/x"], "prepare.out gs://bucket/x"),
-        (["--data.uri=nowhere"], "nowhere does not exist"),
         (["--prepare.pseudonymise_key_file=nowhere"], "pseudonymise_key_file nowhere"),
         (["--prepare.encoding=gif"], "prepare.encoding"),
         (["--data.format=parquet"], "already"),
         (["--prepare.size=3"], "there is no setting 'prepare.size'"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_with_one_message(
-    raw: Path, tmp_path: Path, change: list[str], says: str
-) -> None:
-    done = run(*settings(raw, tmp_path / "set"), *change)
+def test_what_cannot_be_prepared_is_refused(raw: Path, tmp_path: Path, change: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        prepare_here(raw, tmp_path / "set", *change)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_refusal_is_one_message_and_status_2(raw: Path, tmp_path: Path) -> None:
+    done = run(*settings(raw, tmp_path / "set"), "--data.uri=nowhere")
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert says in done.stderr
-    assert not (tmp_path / "set").exists()
+    assert "nowhere does not exist" in done.stderr
 
 
 def test_a_folder_with_other_files_is_left_alone(local_ray: None, raw: Path, tmp_path: Path) -> None:
