@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
@@ -80,11 +81,18 @@ class Stream:
         """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
         within ``context()``."""
         pieces = len(piece_bounds(self, epoch, position)) - 1
-        return ray.data.range(pieces, override_num_blocks=pieces).map_batches(
+        # with the same CPUs as the tasks that follow, so that Ray Data joins the two: else it first counts through all pieces
+        cpus = self.config.cpus_per_task
+        numbers = ray.data.read_datasource(
+            RangeDatasource(n=pieces, block_format="arrow", column_name="id"),
+            override_num_blocks=pieces,
+            ray_remote_args={"num_cpus": cpus},
+        )
+        return numbers.map_batches(
             read_pieces,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            num_cpus=self.config.cpus_per_task,
+            num_cpus=cpus,
             # by reference: what stands here is unpickled by every task, and a vocabulary takes as long as a piece
             fn_kwargs={"stream_ref": ray.put(self), "epoch": epoch, "position": position},
         )
