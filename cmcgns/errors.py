@@ -32,12 +32,12 @@ def last_line(error: BaseException) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """What to tell of an error that Ray has wrapped: the message of the ``UserError`` inside it, else its last line."""
+    """What to tell of an error that Ray may have wrapped: the message of the ``UserError`` in it, else its last line."""
     inner: BaseException | None = error
     for _ in range(DEEPEST):
+        if isinstance(inner, UserError) and not hasattr(inner, "cause"):  # Ray's wrapping is of the same class
+            return first_line(inner)  # Ray Data adds hints of its own to it
         if inner is None:
             break
         inner = getattr(inner, "cause", None) or inner.__cause__
-        if type(inner) is UserError or (isinstance(inner, UserError) and not hasattr(inner, "cause")):
-            return first_line(inner)  # Ray Data adds hints of its own to it
     return last_line(error)

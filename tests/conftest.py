@@ -13,6 +13,16 @@ from tests.ray_head import RayHead, running_head
 from tests.s3 import S3Server, running_server
 
 
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs in this process, gone with the module."""
+    import ray
+
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """The one S3 server of this session; its endpoint and keys are in the environment."""

@@ -40,8 +40,6 @@ GROUPED_ROWS = 256
 """Studies that a task which reads whole groups hands on at once."""
 BLOCK_BYTES = 32 * 2**20
 """Size at which what a task has made is handed on."""
-BLOCKS_WAITING = 2
-"""Blocks of one task that may wait for the scheduler; with fewer a task of many blocks stands still between its turns."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,6 @@ def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
     context.target_max_block_size = BLOCK_BYTES
-    context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_WAITING
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [Unhurried]

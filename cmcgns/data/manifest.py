@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,6 @@ from cmcgns.errors import UserError
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 """Lies in a set until it is complete."""
-BAD_ROWS = "bad_rows.jsonl"
 VERSION = 1
 SPLITS = ("train", "valid", "test")
 
@@ -89,7 +89,7 @@ class Manifest:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """The manifest as it lies in the set; lists of numbers on one line."""
+        """The manifest as it lies in the set; each shard on one line."""
         shards = [asdict(shard) | {"rows": shard.rows, "studies": shard.studies} for shard in self.shards]
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "shards"}
         lines = ",\n  ".join(json.dumps(shard) for shard in shards)
@@ -99,7 +99,7 @@ class Manifest:
 def read_manifest(uri: str) -> Manifest:
     """The manifest of the prepared set at ``uri``; ``UserError`` where it is none of ours."""
     place = storage.join(uri, MANIFEST)
-    try:
+    with well_formed(place, "manifest of a prepared set", "prepare the set again"):
         given: dict[str, Any] = json.loads(storage.read_bytes(place))
         if given["version"] != VERSION:
             raise UserError(
@@ -110,12 +110,17 @@ def read_manifest(uri: str) -> Manifest:
             for each in given.pop("shards")
         ]
         return Manifest(shards=shards, **given)
+
+
+@contextmanager
+def well_formed(uri: str, what: str, way_out: str) -> Iterator[None]:
+    """What does not hold the keys of ``what`` in the JSON file at ``uri`` becomes one message with the ``way_out``."""
+    try:
+        yield
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{place} is no manifest of a prepared set ({type(error).__name__}); prepare the set again"
-        ) from None
+        raise UserError(f"{uri} is no {what} ({type(error).__name__}); {way_out}") from None
 
 
 def content_hash(rows: pa.Table) -> str:

@@ -12,8 +12,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-GROUP_STUDIES = 256
-"""Studies of one group, and of one row group of a prepared set."""
 VALIDATION_EPOCH = -1
 """Stands for validation where draws are keyed by epoch, so that they never change."""
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

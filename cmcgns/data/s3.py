@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,21 @@ def upload(local: Path, uri: str, if_absent: bool = False) -> bool:
             numbers = range(1, -(-local.stat().st_size // PART_BYTES) + 1)
             parts = list(threads.map(lambda number: _upload_part(uri, target, local, number), numbers))
         complete = functools.partial(client().complete_multipart_upload, MultipartUpload={"Parts": parts}, **condition)
-        return _unless_there(uri, lambda: complete(**target))
+        written = _unless_there(uri, lambda: complete(**target))
     except BaseException:
-        client().abort_multipart_upload(**target)
+        _abort(target)
         raise
+    if not written:
+        _abort(target)
+    return written
+
+
+def _abort(target: dict[str, str]) -> None:
+    """Give an upload up; where that fails too, ``abort_uploads`` finds it later."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    with suppress(ClientError, BotoCoreError):
+        client().abort_multipart_upload(**target)
 
 
 def _upload_part(uri: str, target: dict[str, str], local: Path, number: int) -> dict[str, Any]:
@@ -217,9 +229,9 @@ def _unless_there(uri: str, request: Any) -> bool:
 def abort_uploads(uri: str) -> int:
     """End all unfinished uploads under ``uri``, which a killed process has left; how many there were."""
     bucket, key = split(uri)
-    aborted = 0
+    prefix, aborted = f"{key}/" if key else "", 0
     while True:
-        page = patiently(uri, lambda: client().list_multipart_uploads(Bucket=bucket, Prefix=f"{key}/"))
+        page = patiently(uri, lambda: client().list_multipart_uploads(Bucket=bucket, Prefix=prefix))
         uploads = page.get("Uploads", [])
         for each in uploads:
             target = {"Bucket": bucket, "Key": each["Key"], "UploadId": each["UploadId"]}

@@ -17,7 +17,6 @@ from PIL import Image
 from cmcgns.command_line import STATUS_FAILED
 from cmcgns.data import storage
 from cmcgns.data.manifest import (
-    BAD_ROWS,
     MANIFEST,
     SHARD_SCHEMA,
     Manifest,
@@ -33,6 +32,7 @@ from cmcgns.prepare.run import task_context
 from cmcgns.prepare.summary import summary_table
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, quiet_terminal
+from cmcgns.train.folder import BAD_ROWS
 
 FINDINGS = "findings.jsonl"
 SHOWN = 5

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,15 +9,13 @@ import pyarrow as pa
 
 from cmcgns.data import storage
 from cmcgns.data.index import StudyIndex
-from cmcgns.data.manifest import MANIFEST, PLAN, SPLITS, VERSION
+from cmcgns.data.manifest import PLAN, SPLITS, VERSION, read_manifest, well_formed
 from cmcgns.data.order import Arrangement
 from cmcgns.data.sources import Source
 from cmcgns.errors import UserError
 from cmcgns.prepare.job_config import PrepareJobConfig
 from cmcgns.prepare.pseudonyms import Pseudonyms
 from cmcgns.prepare.shard import Maker, ShardPlan
-
-log = logging.getLogger(__name__)
 
 SAMPLE_STUDIES = 16
 """Studies prepared beforehand, to tell how many go into a shard."""
@@ -124,7 +121,7 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
         plan = read_plan(place)
         _refuse_another(f"prepare.out {out} was begun", plan.source, plan.settings, config, source, splits, pseudonyms)
         return plan
-    others = [name for name in _files(out) if name != MANIFEST]
+    others = _files(out)
     if others:
         raise UserError(
             f"prepare.out {out} is not empty ({len(others)} files such as {others[0]}) and holds no prepare that could be "
@@ -137,24 +134,16 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
 
 def read_plan(uri: str) -> Plan:
     """The plan at ``uri``."""
-    try:
+    with well_formed(uri, "plan of ours", "delete the folder, or give a new one"):
         given = json.loads(storage.read_bytes(uri))
         shards = [ShardPlan(**shard) for shard in given.pop("shards")]
         return Plan(shards=shards, **given)
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{uri} is no plan of ours ({type(error).__name__}); delete the folder, or give a new one"
-        ) from None
 
 
 def refuse_another_set(
     config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms
 ) -> None:
     """Refuse a complete set at ``prepare.out`` that is of another corpus or of other settings."""
-    from cmcgns.data.manifest import read_manifest
-
     manifest = read_manifest(config.prepare.out)
     what = f"prepare.out {config.prepare.out} holds a complete set"
     _refuse_another(what, manifest.source, manifest.settings, config, source, splits, pseudonyms)

@@ -1,7 +1,5 @@
 """The driver of `jobs/prepare.py`: plans shards, has Ray Data make those that are missing, writes the manifest last."""
 
-import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data  # before ray_session, which quiets its log
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.console import Console
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.data import storage
 from cmcgns.data.index import StudyIndex, too_many_bad
-from cmcgns.data.manifest import BAD_ROWS, MANIFEST, PLAN, Manifest, joint_hash, read_manifest
+from cmcgns.data.manifest import MANIFEST, PLAN, Manifest, joint_hash, read_manifest
 from cmcgns.data.sources import Source
 from cmcgns.data.transforms import Target
 from cmcgns.errors import UserError, cause
@@ -29,8 +28,7 @@ from cmcgns.prepare.summary import summarise, summary_table
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 from cmcgns.train.corpus import open_index
-
-log = logging.getLogger(__name__)
+from cmcgns.train.folder import write_bad_rows
 
 READ_THREADS = 16
 
@@ -204,8 +202,7 @@ def task_context() -> AbstractContextManager[Any]:
 
 def write_manifest(out: str, plan: Plan, index: StudyIndex, made: list[MadeShard], bad_rows: dict[str, str]) -> None:
     """bad_rows.jsonl, then the manifest, which makes the set complete."""
-    lines = [json.dumps({"source": source, "reason": reason}) + "\n" for source, reason in sorted(bad_rows.items())]
-    storage.write_bytes(storage.join(out, BAD_ROWS), "".join(lines).encode())
+    write_bad_rows(out, bad_rows)
     shards = [each.entry() for each in made]
     manifest = Manifest(
         rows=sum(shard.rows for shard in shards),
@@ -232,7 +229,7 @@ def describe_plan(
     config: PrepareJobConfig, source: Source, index: StudyIndex, plan: Plan, missing: list[ShardPlan]
 ) -> dict[str, str]:
     """What is about to happen, for the user to read before it does."""
-    films = sum(len(each) for each in index.table["films"].to_pylist())
+    films = pc.sum(pc.list_value_length(index.table["films"])).as_py()
     left_out = ", ".join(f"{count} {reason}" for reason, count in index.filtered.items()) or "none"
     settings = config.prepare
     encoding = "PNG" if settings.encoding == "png" else f"JPEG of quality {settings.quality}"
@@ -252,7 +249,7 @@ def say_complete(terminal: Console, out: str, how: str) -> int:
     terminal.print(summary_table(manifest))
     terminal.print(
         f"{out} {how}: {manifest.rows} films of {manifest.studies} studies, {manifest.bad_rows} bad rows; "
-        f"content hash {manifest.content_hash}\nuse it with --data.uri={out}",
+        f"content hash {manifest.content_hash}\nuse it with --data.uri={out} --data.format=parquet",
         highlight=False,
     )
     return 0

@@ -1,6 +1,5 @@
 """The stream through Ray Data: exact blocks in the order of the index, bad rows recorded and left out."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from tests.small import small_config
 
 pytestmark = pytest.mark.ray
 BLOCK = 4
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

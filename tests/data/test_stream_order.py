@@ -1,6 +1,5 @@
 """The promise of the stream: the good studies of an epoch's order, in global batches that do not depend on the workers."""
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,6 @@ def test_blocks_are_dealt_round_the_ranks(rows: int, ranks: int) -> None:
         if place >= 0
     ]
     assert films == [place for part in wanted for place in part]
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

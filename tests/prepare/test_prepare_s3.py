@@ -20,8 +20,8 @@ from tests.s3 import S3Server
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 
-def settings_of(server: S3Server, monkeypatch: pytest.MonkeyPatch, endpoint: str | None = None) -> None:
-    """This module's Ray, told of the S3 server; processes of Ray that runs already know of none."""
+def forget_clients(monkeypatch: pytest.MonkeyPatch, endpoint: str | None = None) -> None:
+    """No client of another endpoint is left, nor a Ray whose processes know of none; ``endpoint`` is the one in force."""
     for cache in (s3._arrow_filesystem, s3._client, s3._profile_value):
         cache.cache_clear()
     if endpoint is not None:
@@ -34,7 +34,7 @@ def test_a_jpeg_tree_and_its_dicom_twin_become_the_same_set(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = s3_server.make_bucket("twins")
-    settings_of(s3_server, monkeypatch)
+    forget_clients(monkeypatch)
     corpus = PhantomCorpus(40, seed=6, height=320, width=384)
     write_mimic_cxr_jpg(corpus, tmp_path / "jpg")
     write_mimic_cxr(corpus, tmp_path / "dicom")
@@ -63,7 +63,7 @@ def test_through_a_server_that_misbehaves_the_same_set_comes_out_and_retries_are
     bucket = s3_server.make_bucket("rough")
     s3_server.upload(raw, f"{bucket}/raw")
     with running_proxy(s3_server.endpoint, seed=1) as proxy:
-        settings_of(s3_server, monkeypatch, proxy.endpoint)
+        forget_clients(monkeypatch, proxy.endpoint)
         proxy.faults = Faults(errors=0.10, cuts=0.02)
         ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
         try:
@@ -89,7 +89,7 @@ def test_a_bucket_that_goes_away_in_mid_run_is_told_once_and_in_time(
     bucket = s3_server.make_bucket("passing")
     s3_server.upload(raw, f"{bucket}/raw")
     with running_proxy(s3_server.endpoint) as proxy:
-        settings_of(s3_server, monkeypatch, proxy.endpoint)
+        forget_clients(monkeypatch, proxy.endpoint)
         monkeypatch.setenv(faults.PATIENCE_VARIABLE, "10")
         ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
         gone: list[float] = []

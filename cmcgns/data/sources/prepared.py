@@ -1,7 +1,6 @@
 """``parquet``: a set that `jobs/prepare.py` has made, read by row group."""
 
 import functools
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from cmcgns.data.order import Arrangement, study_keys
 from cmcgns.data.reports import ParsedReport, as_parsed
 from cmcgns.data.sources.base import DEFAULT_VIEWS, filter_views, study_table
 from cmcgns.errors import BadRow, UserError
-
-log = logging.getLogger(__name__)
 
 INDEX_COLUMNS = ("patient_id", "study_id", "group", "image_id", "view", "split", "labels")
 READ_THREADS = 16

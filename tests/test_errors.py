@@ -1,0 +1,24 @@
+"""What is told of an error that Ray has wrapped."""
+
+import pytest
+
+from cmcgns.data.faults import MissingFileError
+from cmcgns.errors import UserError, cause
+
+
+def test_an_error_of_our_own_is_told_by_its_first_line() -> None:
+    assert cause(MissingFileError("x does not exist\nand a hint")) == "x does not exist"
+    assert cause(RuntimeError("first\nlast")) == "last"
+
+
+@pytest.mark.ray
+def test_what_a_data_task_raised_is_told_as_it_was_said(local_ray: None) -> None:
+    import ray.data
+
+    def fail(rows: dict[str, object]) -> dict[str, object]:
+        raise UserError("s3://x: the bucket does not exist")
+        yield rows
+
+    with pytest.raises(UserError) as raised:
+        ray.data.range(1).map_batches(fail).take()
+    assert cause(raised.value) == "s3://x: the bucket does not exist"
