@@ -47,10 +47,10 @@ class DataConfig(CorpusConfig):
     """Longest report in tokens, [CLS] and [SEP] included; sentences that do not fit whole are dropped."""
     max_sentences: PositiveInt = 32
     """Most sentences kept of a report."""
-    groups_per_window: PositiveInt = 4
+    groups_per_window: PositiveInt = 2
     """Groups whose studies are then shuffled among each other; a task that reads a prepared set holds so many."""
     window_size: PositiveInt = 64
-    """Studies of a raw set that are fetched and decoded by one Ray Data task; of a prepared set it takes a whole window."""
+    """Studies of a raw set that a Ray Data task fetches and decodes at a time; of a prepared set it takes a whole window."""
     cpus_per_task: float = Field(0.5, gt=0.0)
     """CPUs that Ray reserves for one fetch-and-decode task."""
     studies_ahead: PositiveInt | None = None

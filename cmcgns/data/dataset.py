@@ -36,6 +36,8 @@ HANDED_ON = {True: 512, False: 64}
 time, and a film of a raw set takes 15 ms to decode."""
 AHEAD_PIECES = 6
 """Windows of a prepared set that may wait for training: with half as many only one task finds room at a time."""
+MOST_PIECES = 600
+"""Pieces of an epoch of a raw set: each one costs 2 ms before the first is read."""
 GROUPED_ROWS = 256
 """Studies that a task which reads whole groups hands on at once."""
 BLOCK_BYTES = 32 * 2**20
@@ -123,6 +125,8 @@ def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
     context.target_max_block_size = BLOCK_BYTES
+    # else a task that waits for room keeps its CPU: validation would wait for it, and training for validation
+    context._max_num_blocks_in_streaming_gen_buffer = None
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [Unhurried]
@@ -159,23 +163,28 @@ def rounds_at_a_time(source: Source, block_size: int, ranks: int) -> int:
     return max(HANDED_ON[source.in_groups] // (ranks * block_size), 1)
 
 
-def piece_studies(source: Source, config: DataConfig) -> int:
-    """Studies of one task's piece, about."""
-    return config.groups_per_window * config.group_studies if source.in_groups else config.window_size
+def piece_studies(source: Source, config: DataConfig, studies: int) -> int:
+    """Studies of one task's piece, about: a window of a prepared set; of a raw one as many windows as leave an epoch of
+    ``studies`` with no more than ``MOST_PIECES``."""
+    if source.in_groups:
+        return config.groups_per_window * config.group_studies
+    return config.window_size * max(-(-studies // (config.window_size * MOST_PIECES)), 1)
 
 
-def most_ahead(source: Source, config: DataConfig, global_batch_size: int, decoders: int) -> int:
+def most_ahead(source: Source, config: DataConfig, studies: int, global_batch_size: int, decoders: int) -> int:
     """Decoded studies that may wait for training where nothing else is asked for: enough to keep both sides busy."""
-    pieces = AHEAD_PIECES if source.in_groups else 4 * decoders
-    return 8 * global_batch_size + pieces * piece_studies(source, config)
+    piece = piece_studies(source, config, studies)
+    waiting = AHEAD_PIECES * piece if source.in_groups else decoders * max(4 * config.window_size, 2 * piece)
+    return 8 * global_batch_size + waiting
 
 
 def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
-    """Positions at which the tasks' pieces begin, from ``position`` on, and the end: windows of a prepared set, whose row
-    groups are read whole; ``window_size`` studies of one that can be read at any place."""
+    """Positions at which the tasks' pieces begin, from ``position`` on, and the end; a prepared set's row groups are read
+    whole, a raw one can be read from any place on."""
     config = stream.config
     if not stream.source.in_groups:
-        return np.append(np.arange(position, stream.studies, config.window_size), stream.studies)
+        size = piece_studies(stream.source, config, stream.studies)
+        return np.append(np.arange(position, stream.studies, size), stream.studies)
     starts = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window).starts
     return np.unique(np.maximum(starts, position))
 

@@ -134,7 +134,7 @@ def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, boa
         run.tokenizer,
         split.config.data,
         board,
-        studies_ahead=STUDIES_AHEAD + 2 * piece_studies(split.source, split.config.data),
+        studies_ahead=STUDIES_AHEAD + 2 * piece_studies(split.source, split.config.data, len(split.studies)),
         with_text=True,
     )
     files, path = storage.filesystem(uri)

@@ -1,36 +1,12 @@
-"""Small and standard encoder shapes that are trained from scratch, and the way from a setting to an encoder."""
+"""The way from a setting to an encoder: a preset's shape with fresh weights, or a pretrained one."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, BertConfig, PreTrainedModel, ResNetConfig, ViTConfig
 
 from cmcgns.errors import UserError
-
-IMAGE_PRESETS: dict[str, dict[str, Any]] = {
-    "resnet-tiny": {
-        "embedding_size": 32,
-        "hidden_sizes": [32, 64, 128, 192],
-        "depths": [1, 1, 1, 1],
-        "layer_type": "basic",
-    },
-    "resnet-small": {
-        "embedding_size": 64,
-        "hidden_sizes": [64, 128, 256, 512],
-        "depths": [2, 2, 2, 2],
-        "layer_type": "basic",
-    },
-    "resnet-50": {},
-    "vit-tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
-    "vit-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
-    "vit-base": {},
-}
-TEXT_PRESETS: dict[str, dict[str, int]] = {
-    "bert-tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
-    "bert-mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
-    "bert-base": {},
-}
+from cmcgns.models.shapes import IMAGE_PRESETS, TEXT_PRESETS
 
 
 def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from cmcgns.data.reports import ParsedReport
 from cmcgns.data.sources import Reader, Source, open_source
 from cmcgns.data.transforms import Target
 from cmcgns.errors import BadRow, UserError, starting_with
-from cmcgns.models.presets import TEXT_PRESETS
+from cmcgns.models.shapes import TEXT_PRESETS
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer, train_tokenizer
 
 FETCH_THREADS = 16

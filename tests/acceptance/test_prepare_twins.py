@@ -69,7 +69,7 @@ def test_the_first_five_losses_are_the_same_raw_or_prepared(corpora: dict[str, s
         job = Job(
             tmp_path, f"--data.uri={uri}", f"--run.name=run{number}", f"--train.stage1_steps={STEPS}",
             "--train.stage2_steps=0", "--train.warmup_steps=0", "--train.log_every=1", "--data.validation_studies=32",
-            "--data.resize=128", "--data.image_size=112",
+            "--data.resize=128", "--data.image_size=96",
             env={key: value for key, value in os.environ.items() if key.startswith("AWS_")},
         )  # fmt: skip
         said = job.wait()

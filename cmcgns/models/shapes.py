@@ -1,0 +1,27 @@
+"""Shapes of the encoders that are trained from scratch; without torch, which drivers and data tasks have no use for."""
+
+from typing import Any
+
+IMAGE_PRESETS: dict[str, dict[str, Any]] = {
+    "resnet-tiny": {
+        "embedding_size": 32,
+        "hidden_sizes": [32, 64, 128, 192],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+    },
+    "resnet-small": {
+        "embedding_size": 64,
+        "hidden_sizes": [64, 128, 256, 512],
+        "depths": [2, 2, 2, 2],
+        "layer_type": "basic",
+    },
+    "resnet-50": {},
+    "vit-tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
+    "vit-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
+    "vit-base": {},
+}
+TEXT_PRESETS: dict[str, dict[str, int]] = {
+    "bert-tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512},
+    "bert-mini": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024},
+    "bert-base": {},
+}

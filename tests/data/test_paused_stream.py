@@ -1,0 +1,57 @@
+"""Training's stream waits while validation is read: it must leave room for that, or both would wait for ever."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+
+from cmcgns.config import DataConfig
+from cmcgns.data.blocks import blocks
+from cmcgns.data.dataset import Stream, stream_split
+from cmcgns.data.transforms import Target
+from cmcgns.models.tokenizer import train_tokenizer
+from cmcgns.train.board import start_board
+from cmcgns.train.corpus import open_index
+from tests.benchmarks.corpora import prepared_set
+
+pytestmark = pytest.mark.ray
+
+STUDIES, SIDE, BLOCK = 6_000, 48, 16
+TAKEN_CPUS = 0.7
+"""Of two: what workers and pool of a small run hold."""
+PATIENCE_S = 90
+STILL_S = 4
+
+
+@pytest.fixture(scope="module")
+def stream(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Stream:
+    config = DataConfig(uri=prepared_set(tmp_path_factory.mktemp("prepared") / "set", STUDIES, SIDE), resize=SIDE)
+    source, index = open_index("data.uri", config, Target(SIDE, "longer"))
+    studies, arrangement = source.arrange(index.split("train"), config.group_studies)
+    words = train_tokenizer(["nodule in the left lung", "no effusion"] * 10, 256, 256, 32)
+    board = start_board(STUDIES, 0.0, {})
+    return stream_split(
+        source, studies, arrangement, words, config, board, taken_cpus=TAKEN_CPUS, studies_ahead=3 * 512
+    )  # fmt: skip
+
+
+def free_cpus_once_still() -> float:
+    """CPUs of the cluster that are free, once they have not changed for ``STILL_S``."""
+    end, since, before = time.monotonic() + PATIENCE_S, time.monotonic(), -1.0
+    while time.monotonic() < min(end, since + STILL_S):
+        free = ray.available_resources().get("CPU", 0.0)
+        if free != before:
+            since, before = time.monotonic(), free
+        time.sleep(0.1)
+    assert time.monotonic() < end
+    return before
+
+
+def test_a_stream_that_waits_holds_no_cpu(stream: Stream) -> None:
+    readers = [blocks(part, SIDE, BLOCK) for part in stream.split(0, 0, BLOCK, ranks=2)]
+    with ThreadPoolExecutor() as threads:
+        first = list(threads.map(next, readers))  # the readers stay: an epoch that nobody reads is given up
+    assert [len(block) for block in first] == [BLOCK, BLOCK]
+    assert free_cpus_once_still() == ray.cluster_resources()["CPU"]
+    assert all(len(next(reader)) == BLOCK for reader in readers)
