@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.benchmarks import decoding, heads, streaming, trainer
-from tests.benchmarks.corpora import prepared_set
+from tests.benchmarks import decoding, heads, trainer
 from tests.jobs import REPOSITORY
 
 ABSENT = (
@@ -69,11 +67,3 @@ def test_films_decode_as_exactly_as_they_should() -> None:
     by_what = {line.what: line for line in decoding.lines(films=1, rounds=1)}
     assert all(line.good for what, line in by_what.items() if "error" in what or "difference" in what)
     print(*by_what.values(), sep="\n")
-
-
-@pytest.mark.ray
-def test_the_stream_runs_beside_a_torch_loader_and_reads_each_study_once(tmp_path: Path) -> None:
-    uri = prepared_set(tmp_path / "set", 600)
-    with streaming.local_ray():
-        found = streaming.race(streaming.open_contest(uri, resize=64), rounds=1)
-    assert {name: len(speeds) for name, speeds in found.items()} == {"ours": 1, "loader": 1}
