@@ -1,4 +1,4 @@
-"""Shapes of the encoders that are trained from scratch; without torch, which drivers and data tasks have no use for."""
+"""Shapes of the encoders that are trained from scratch; without torch, so that prepare and its tasks do not load it."""
 
 from typing import Any
 

@@ -1,9 +1,15 @@
 """The order of an epoch: every study once, groups together in windows, and nothing moved by a study that is missing."""
 
+from typing import Any, cast
+
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from cmcgns.config import DataConfig
+from cmcgns.data.dataset import MOST_PIECES, Stream, piece_bounds
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, arranged, study_keys
+from cmcgns.data.sources import open_source
 
 STUDIES, GROUP, WINDOW = 1000, 32, 4
 
@@ -68,3 +74,16 @@ def test_few_studies_and_none() -> None:
         order = found.epoch(0, 0, WINDOW)
         assert sorted(order.row_S) == list(range(studies))
         assert order.starts[-1] == studies
+
+
+@pytest.mark.parametrize("studies", [1, 64, 1_000, 64 * MOST_PIECES, 64 * MOST_PIECES + 1, 377_110])
+@pytest.mark.parametrize("position", [0, 37])
+def test_however_long_a_raw_set_is_its_epoch_has_few_pieces_that_leave_nothing_out(studies: int, position: int) -> None:
+    tokenizer = cast("Any", None)  # pieces are cut by number alone
+    stream = Stream(open_source("phantom"), None, max(studies, position + 1), tokenizer, DataConfig(), None)
+    bounds = piece_bounds(stream, 0, position)
+    assert bounds[0] == position
+    assert bounds[-1] == stream.studies
+    assert (np.diff(bounds) > 0).all()
+    assert len(bounds) - 1 <= MOST_PIECES
+    assert (np.diff(bounds[:-1]) % DataConfig().window_size == 0).all()
