@@ -1,5 +1,6 @@
 """What goes wrong with object storage: tried again where that helps, else one message with the way out."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ PATIENCE_S = 60.0
 FIRST_CONTACT_S = 5.0
 """The same until a process has had its first answer: until then a wrong address is likelier than a fault."""
 LONGEST_PAUSE_S = 8.0
+LONGEST_SHOWN = 80
+"""Characters of a name that is too long for any file."""
 
 Result = TypeVar("Result")
 
@@ -80,7 +83,7 @@ _PASSING = (
     "HTTP status 50", "HTTP status 429", "SLOW_DOWN", "SlowDown", "INTERNAL_FAILURE", "InternalError", "SERVICE_UNAVAILABLE",
     "ServiceUnavailable", "THROTTLING", "Throttling", "RequestTimeout", "REQUEST_TIMEOUT", "NETWORK_CONNECTION", "curlCode",
     "Could not connect", "timed out", "timeout", "Connection was closed", "Connection broken", "IncompleteRead",
-    "(500)", "(502)", "(503)", "(504)", "more bytes expected",
+    "(500)", "(502)", "(503)", "(504)", "ConditionalRequestConflict", "more bytes expected",
 )  # fmt: skip
 
 
@@ -169,6 +172,8 @@ def explained(uri: str) -> Iterator[None]:
         if not _is_remote(error):
             raise
         message = str(error)
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise MissingFileError(f"{uri[:LONGEST_SHOWN]}... is longer than any file's name; mend the path") from None
         if "Too many levels of symbolic links" in message:
             raise BrokenFileError(f"{uri} is a symbolic link that leads in a circle; mend it") from None
         if "is a directory" in message:

@@ -1,12 +1,13 @@
 """The study index: one Arrow table that says what a corpus holds and where, without its pixels."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-FIRST_REASONS = 5
+SHOWN_REASONS = 5
 
 FILM_TYPE = pa.struct([pa.field("image_id", pa.string()), pa.field("path", pa.string()), pa.field("view", pa.string())])
 
@@ -42,14 +43,17 @@ class StudyIndex:
         return self.table.filter(pc.equal(self.table["split"], name))
 
 
-def too_many_bad(bad: Mapping[str, str], studies: int, most: float) -> str | None:
-    """What to tell the user when more than the share ``most`` of ``studies`` is bad (reason by source); else None."""
-    if len(bad) <= most * studies:
+def too_many_bad(bad: int, studies: int, most: float, reasons: Iterable[str]) -> str | None:
+    """What to tell the user when ``bad``, more than the share ``most`` of ``studies``, cannot be used; else None.
+
+    Which ones they are is left to bad_rows.jsonl: the name of a film may be a person's.
+    """
+    if bad <= most * studies:
         return None
-    first = "; ".join(f"{source}: {reason}" for source, reason in list(bad.items())[:FIRST_REASONS])
+    commonest = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(SHOWN_REASONS))
     return (
-        f"{len(bad)} of {studies} studies cannot be used, more than data.max_bad_fraction {most} allows. "
-        f"First reasons: {first}"
+        f"{bad} of {studies} studies cannot be used, more than data.max_bad_fraction {most} allows. "
+        f"Commonest reasons: {commonest}"
     )
 
 

@@ -6,6 +6,7 @@ samples of the corpus, that is as good as a shuffle of everything, and a window 
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,17 +67,17 @@ def study_key(study_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(study_id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def study_keys(studies: pa.Table) -> NDArray[np.int64]:
-    """``study_key`` of each row of an index table."""
-    return np.fromiter(map(study_key, studies["study_id"].to_pylist()), np.int64, len(studies))
+def study_keys(studies: pa.Table, rename: Callable[[str], str] = str) -> NDArray[np.int64]:
+    """``study_key`` of each row of an index table, whose ids ``rename`` replaces first."""
+    return np.fromiter((study_key(rename(study)) for study in studies["study_id"].to_pylist()), np.int64, len(studies))
 
 
-def arranged(studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
-    """The studies of a raw split in the order of their keys, in groups of ``group_studies``.
+def arranged(studies: pa.Table, group_studies: int, rename: Callable[[str], str] = str) -> tuple[pa.Table, Arrangement]:
+    """The studies of a raw split in the order of the keys of their renamed ids, in groups of ``group_studies``.
 
     That order mixes patients and years, so that each group is a random sample of the corpus.
     """
-    key_S = study_keys(studies)
+    key_S = study_keys(studies, rename)
     row_S = np.argsort(key_S, kind="stable")
     group_S = (np.arange(len(row_S)) // group_studies).astype(np.int32)
     return studies.take(row_S), Arrangement(key_S[row_S], group_S, -(-len(row_S) // group_studies))

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow import fs as arrow_fs
 
-from cmcgns.data.faults import ENDPOINT_VARIABLES, HINTS, patiently
+from cmcgns.data.faults import ENDPOINT_VARIABLES, HINTS, passes, patiently
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,9 @@ def _unless_there(uri: str, request: Any) -> bool:
         try:
             request()
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            # 409: another writer is about to finish, or has been refused in its turn
+            if status == 412 or (status == 409 and size(uri) is not None):
                 return False
             raise
         return True
@@ -227,18 +229,21 @@ def _unless_there(uri: str, request: Any) -> bool:
 
 
 def abort_uploads(uri: str) -> int:
-    """End all unfinished uploads under ``uri``, which a killed process has left; how many there were."""
+    """End all unfinished uploads into the folder ``uri`` itself, which a killed process has left; how many there were."""
     bucket, key = split(uri)
     prefix, aborted = f"{key}/" if key else "", 0
+    request: dict[str, str] = {"Bucket": bucket, "Prefix": prefix}
     while True:
-        page = patiently(uri, lambda: client().list_multipart_uploads(Bucket=bucket, Prefix=prefix))
-        uploads = page.get("Uploads", [])
-        for each in uploads:
+        page = patiently(uri, functools.partial(client().list_multipart_uploads, **request))
+        for each in page.get("Uploads", []):
+            if "/" in each["Key"][len(prefix) :]:  # somebody else's folder
+                continue
             target = {"Bucket": bucket, "Key": each["Key"], "UploadId": each["UploadId"]}
             patiently(uri, functools.partial(client().abort_multipart_upload, **target))
-        aborted += len(uploads)
+            aborted += 1
         if not page.get("IsTruncated"):
             return aborted
+        request |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
 def reason(uri: str) -> str | None:
@@ -249,11 +254,17 @@ def reason(uri: str) -> str | None:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key = split(uri)
-    try:
-        client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].read()
-    except (ClientError, BotoCoreError) as error:
-        message = str(error)
-        if "NoSuchKey" in message or "AccessDenied" in message:
+
+    def attempt() -> str | None:
+        try:
+            client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")["Body"].read()
             return None
-        return message if any(sign in message for sign, _ in HINTS) else None
-    return None
+        except (ClientError, BotoCoreError) as error:
+            if passes(error):
+                raise
+            message = str(error)
+            if "NoSuchKey" in message or "AccessDenied" in message:
+                return None
+            return message if any(sign in message for sign, _ in HINTS) else None
+
+    return patiently(uri, attempt)

@@ -1,10 +1,14 @@
 """One small door to local folders and ``s3://``; everything travels as a URI and is opened where it is used."""
 
+import fcntl
 import functools
 import os
+import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,6 +32,10 @@ __all__ = ["BrokenFileError", "ForbiddenFileError", "MissingFileError", "explain
 
 ARROW_ATTEMPTS = 4
 """Times that Arrow tries a request by itself where we hand its file system on."""
+
+SCRATCH = "cmcgns-write-"
+JUST_MADE_S = 60
+"""So long after it was made a folder may not be locked yet."""
 
 Result = TypeVar("Result")
 
@@ -74,11 +82,16 @@ def read(uri: str, reader: Callable[[Any], Result]) -> Result:
         with files.open_input_file(path) as file:
             return reader(file)
 
+    return _with_reason(uri, attempt)
+
+
+def _with_reason(uri: str, request: Callable[[], Result]) -> Result:
+    """What Arrow's ``request`` returns, tried again while its faults pass; else an error that says why."""
     if not is_s3(uri):
         with explained(uri):
-            return attempt()
+            return request()
     try:
-        return patiently(uri, attempt)
+        return patiently(uri, request)
     except BrokenFileError:
         raise
     except UserError as error:
@@ -103,9 +116,10 @@ def read_parquet(uri: str, reader: Callable[[pq.ParquetFile], Result], footer: p
 
     def parse(file: Any) -> Result:
         try:
-            return reader(pq.ParquetFile(file, metadata=footer, pre_buffer=True))
+            return reader(pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True))
         except (pa.ArrowException, OSError, EOFError) as error:
-            if passes(error) or isinstance(error, FileNotFoundError | PermissionError):
+            # the file's own faults come without a number of the operating system
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or "AWS Error" in str(error):
                 raise
             kind = type(error).__name__
             raise BrokenFileError(f"{uri} is no Parquet file, or truncated ({kind}); write it again") from None
@@ -120,40 +134,79 @@ def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> bool:
     """
     if is_s3(uri):
         return s3.put(uri, data, if_absent)
-    if if_absent and exists(uri):
-        return False
-    with writing(uri) as file:
-        file.write(data)
-    return True
+    with scratch_file(uri) as local:
+        with explained(uri):
+            local.write_bytes(data)
+        return put_file(local, uri, if_absent)
 
 
-def put_file(local: Path, uri: str, if_absent: bool = False) -> None:
+def put_file(local: Path, uri: str, if_absent: bool = False) -> bool:
     """Move the finished file ``local`` to ``uri``, where it appears complete.
 
-    ``if_absent``: an object that lies there already stays.
+    ``if_absent``: False, and what lies there stays, where something does.
     """
     if is_s3(uri):
-        s3.upload(local, uri, if_absent)
-        return
+        return s3.upload(local, uri, if_absent)
+    path = filesystem(uri)[1]
     with explained(uri):
-        os.replace(local, filesystem(uri)[1])
+        if if_absent:
+            try:
+                os.link(local, path)  # unlike a rename it fails where a file is
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                if os.path.exists(path):
+                    return False
+                os.replace(local, path)
+        else:
+            os.replace(local, path)
+    return True
 
 
 @contextmanager
 def scratch_file(uri: str) -> Iterator[Path]:
     """A local file to write what is to lie at ``uri``: beside it where that is a local folder, and hidden."""
     if is_s3(uri):
-        with tempfile.TemporaryDirectory(prefix="cmcgns-write-") as scratch:
-            yield Path(scratch) / uri.rpartition("/")[2]
+        with _scratch_folder() as folder:
+            yield folder / uri.rpartition("/")[2]
         return
     path = Path(filesystem(uri)[1])
     with explained(uri):
         path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for what is on its way to object storage; what killed processes have left of theirs is deleted first."""
+    for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        with suppress(OSError):  # another process was faster, or it is another user's
+            if time.time() - old.stat().st_mtime > JUST_MADE_S and _abandoned(old):
+                shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
+        lock = os.open(name, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process
+        try:
+            yield Path(name)
+        finally:
+            os.close(lock)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether nobody holds the lock of ``folder``."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 def clear_leftovers(uri: str) -> int:
@@ -207,13 +260,13 @@ def is_folder(uri: str) -> bool:
 
 def _type(uri: str) -> arrow_fs.FileType:
     files, path = filesystem(uri, attempts=1)
-    return patiently(uri, lambda: files.get_file_info(path).type)
+    return _with_reason(uri, lambda: files.get_file_info(path).type)
 
 
 def file_size(uri: str) -> int:
     """Bytes of the file at ``uri``."""
     files, path = filesystem(uri, attempts=1)
-    return int(patiently(uri, lambda: files.get_file_info(path).size))
+    return int(_with_reason(uri, lambda: files.get_file_info(path).size))
 
 
 def delete_file(uri: str) -> None:
@@ -248,7 +301,7 @@ def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
 def _walk(root: str) -> list[str]:
     """Files under ``root``, relative to it and sorted; a folder that a link leads back to is entered once."""
     found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
         place = os.stat(folder)
         if (place.st_dev, place.st_ino) in seen:
             folders.clear()
@@ -257,3 +310,9 @@ def _walk(root: str) -> list[str]:
         folders.sort()
         found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
     return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    """What cannot be listed is not left out in silence."""
+    with explained(str(error.filename)):
+        raise error

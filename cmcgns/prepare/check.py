@@ -26,6 +26,7 @@ from cmcgns.data.manifest import (
     read_manifest,
 )
 from cmcgns.data.reports import as_parsed
+from cmcgns.data.sources.prepared import decode_prepared
 from cmcgns.errors import UserError
 from cmcgns.prepare.leaks import Finding, leaks
 from cmcgns.prepare.run import task_context
@@ -93,21 +94,27 @@ def read_shards(uri: str, shards: Sequence[Shard]) -> tuple[pd.DataFrame, list[F
             read_numbered, batch_format="pyarrow", num_cpus=1, fn_kwargs={"uri": uri, "shards": shards}
         )
         for row in rows.iter_rows():
+            if row["failure"]:
+                raise UserError(row["failure"])
             findings += [Finding(**each) for each in json.loads(row["findings"])]
             facts.append(pa.ipc.open_stream(row["facts"]).read_all())
     return pa.concat_tables(facts).to_pandas(), findings
 
 
 def read_numbered(numbers: pa.Table, uri: str, shards: Sequence[Shard]) -> pa.Table:
-    """A Ray Data task: facts and findings of the shards whose numbers come in."""
+    """A Ray Data task: facts and findings of the shards whose numbers come in; storage that fails goes out as a row too."""
     rows = []
     for number in numbers["id"].to_pylist():
-        facts, findings = read_shard(uri, shards[number])
+        try:
+            facts, findings = read_shard(uri, shards[number])
+        except UserError as error:
+            rows.append({"facts": b"", "findings": "", "failure": str(error)})
+            continue
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, FACT_SCHEMA) as writer:
             writer.write_table(facts)
         said = json.dumps([asdict(finding) for finding in findings])
-        rows.append({"facts": sink.getvalue().to_pybytes(), "findings": said})
+        rows.append({"facts": sink.getvalue().to_pybytes(), "findings": said, "failure": ""})
     return pa.Table.from_pylist(rows)
 
 
@@ -120,8 +127,12 @@ def read_shard(uri: str, shard: Shard) -> tuple[pa.Table, list[Finding]]:
         if footer.num_row_groups != len(shard.row_groups):
             return facts[0], [Finding("shard", [shard.name], f"has {footer.num_row_groups} row groups")]
         for number, wanted in enumerate(shard.row_groups):
-            rows = storage.read_parquet(place, lambda file, number=number: file.read_row_group(number), footer)  # type: ignore[misc]
             name = f"{shard.name}#{number}"
+            try:
+                rows = storage.read_parquet(place, lambda file, number=number: file.read_row_group(number), footer)  # type: ignore[misc]
+            except storage.BrokenFileError:
+                findings.append(Finding("row group", [name], "is broken"))
+                continue
             if len(rows) != wanted.rows or content_hash(rows.select(SHARD_SCHEMA.names)) != wanted.content_hash:
                 findings.append(
                     Finding("row group", [name], f"is not what was written ({len(rows)} of {wanted.rows} rows)")
@@ -138,8 +149,8 @@ def facts_of(rows: pa.Table) -> tuple[pa.Table, list[Finding]]:
     """What is remembered of ``rows``, and films that are not what the row says."""
     facts, findings = [], []
     for row in rows.to_pylist():
-        grey_HW = cv2.imdecode(np.frombuffer(row["image"], np.uint8), cv2.IMREAD_UNCHANGED)
-        if grey_HW is None or grey_HW.shape != (row["height"], row["width"]) or grey_HW.dtype != np.uint8:
+        grey_HW = decode_prepared(row["image"])
+        if grey_HW is None or grey_HW.shape != (row["height"], row["width"]):
             findings.append(Finding("film", [row["study_id"], row["image_id"]], "cannot be decoded to its size"))
             continue
         bits = imagehash.phash(Image.fromarray(grey_HW)).hash.ravel()

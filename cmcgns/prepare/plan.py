@@ -10,7 +10,7 @@ import pyarrow as pa
 from cmcgns.data import storage
 from cmcgns.data.index import StudyIndex
 from cmcgns.data.manifest import PLAN, SPLITS, VERSION, read_manifest, well_formed
-from cmcgns.data.order import Arrangement
+from cmcgns.data.order import Arrangement, arranged
 from cmcgns.data.sources import Source
 from cmcgns.errors import UserError
 from cmcgns.prepare.job_config import PrepareJobConfig
@@ -21,6 +21,8 @@ SAMPLE_STUDIES = 16
 """Studies prepared beforehand, to tell how many go into a shard."""
 GUESSED_BYTES = 100_000
 """Bytes of a film where no film of the sample can be used."""
+DIGEST_STUDIES = 4096
+"""Studies that are hashed together."""
 WHERE_AND_HOW_FAST = ("out", "cpus_per_task", "pseudonymise_key_file", "check")
 """Settings that a prepare may be gone on with differently."""
 
@@ -50,9 +52,10 @@ class Plan:
     version: int = VERSION
 
 
-def arrange_splits(source: Source, index: StudyIndex, group_studies: int) -> dict[str, Split]:
-    """Train, valid and test of a corpus."""
-    return {name: Split(*source.arrange(index.split(name), group_studies)) for name in SPLITS}
+def arrange_splits(index: StudyIndex, group_studies: int, pseudonyms: Pseudonyms) -> dict[str, Split]:
+    """Train, valid and test of a raw corpus, in the order of the ids that will stand in the set: by their own order the
+    pseudonyms could be matched with a list of the ids."""
+    return {name: Split(*arranged(index.split(name), group_studies, pseudonyms)) for name in SPLITS}
 
 
 def make_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms) -> Plan:
@@ -75,13 +78,13 @@ def make_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
 
 
 def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
-    """What a set says of the corpus that it was made of; the digest tells whether that is still the same."""
+    """What a set says of the corpus that it was made of; the digest, of all that its index says, tells whether that is still
+    the same."""
     digest = hashlib.blake2b(digest_size=16)
     for name, split in splits.items():
-        for column in ("study_id", "patient_id", "group"):
-            digest.update("\n".join([name, *split.studies[column].to_pylist()]).encode())
-        for films in split.studies["films"].to_pylist():
-            digest.update("".join(f"\n{film['path']}" for film in films).encode())
+        digest.update(name.encode())
+        for batch in split.studies.to_batches(max_chunksize=DIGEST_STUDIES):
+            digest.update(json.dumps(batch.to_pylist()).encode())
     studies = sum(len(split.studies) for split in splits.values())
     return {"uri": source.uri, "format": source.format, "studies": studies, "digest": digest.hexdigest()}
 
@@ -94,6 +97,7 @@ def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, A
         "crop_borders": config.data.crop_borders,
         "group_studies": config.data.group_studies,
         "seed": config.data.seed,
+        "phantom_size": config.data.phantom_size,
         "pseudonym_key": pseudonyms.fingerprint,
     }
 
@@ -121,6 +125,7 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
         plan = read_plan(place)
         _refuse_another(f"prepare.out {out} was begun", plan.source, plan.settings, config, source, splits, pseudonyms)
         return plan
+    storage.clear_leftovers(out)  # of one that was killed while it wrote its plan
     others = _files(out)
     if others:
         raise UserError(
@@ -128,7 +133,8 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
             "gone on with; give a new folder"
         )
     plan = make_plan(config, source, splits, pseudonyms)
-    storage.write_bytes(place, (json.dumps(asdict(plan), indent=1) + "\n").encode())
+    if not storage.write_bytes(place, (json.dumps(asdict(plan), indent=1) + "\n").encode(), if_absent=True):
+        return open_plan(config, source, splits, pseudonyms)  # another prepare was faster
     return plan
 
 

@@ -1,5 +1,6 @@
 """The driver of `jobs/prepare.py`: plans shards, has Ray Data make those that are missing, writes the manifest last."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,9 @@ class Progress:
     studies: int
     """Studies of the corpus, those included that could not be used at first sight."""
     bad_rows: dict[str, str]
+    """Reason by study, or by study/film where the study has others."""
+    lost: int
+    """Studies that cannot be used."""
     made: dict[str, MadeShard] = field(default_factory=dict)
     retries: int = 0
 
@@ -47,6 +51,11 @@ class Progress:
         """Take a shard in."""
         self.made[shard.plan.name] = shard
         self.bad_rows |= shard.account.bad_rows
+        self.lost += shard.account.lost
+
+    def complaint(self, most: float) -> str | None:
+        """What to tell the user when more than the share ``most`` of the studies is lost; else None."""
+        return too_many_bad(self.lost, self.studies, most, self.bad_rows.values())
 
 
 def prepare(config: PrepareJobConfig) -> int:
@@ -58,7 +67,7 @@ def prepare(config: PrepareJobConfig) -> int:
     with log_on(terminal):
         source, index = open_index("data.uri", config.data, Target(config.prepare.image_size, "shorter"))
         refuse_useless(config, source, index)
-        splits = arrange_splits(source, index, config.data.group_studies)
+        splits = arrange_splits(index, config.data.group_studies, pseudonyms)
         if storage.exists(storage.join(out, MANIFEST)):
             refuse_another_set(config, source, splits, pseudonyms)
             clear(out)
@@ -68,7 +77,8 @@ def prepare(config: PrepareJobConfig) -> int:
         missing = [shard for shard in plan.shards if shard.name not in progress.made]
         print_plan(terminal, describe_plan(config, source, index, plan, missing))
         maker, began = Maker(source, config.prepare, pseudonyms), time.perf_counter()
-        with quiet_terminal(), ray_session():
+        with quiet_terminal(), ray_session() as cpus:
+            refuse_large_tasks(config.prepare.cpus_per_task, cpus)
             status = make_missing(terminal, config, maker, splits, missing, progress)
         if status:
             return status
@@ -99,11 +109,18 @@ def refuse_useless(config: PrepareJobConfig, source: Source, index: StudyIndex) 
         )
 
 
+def refuse_large_tasks(cpus_per_task: float, cpus: float) -> None:
+    """Refuse tasks that would wait for ever for a machine that is large enough; a cluster may still get one."""
+    if cpus_per_task > cpus and not os.environ.get("RAY_ADDRESS"):
+        raise UserError(
+            f"prepare.cpus_per_task {cpus_per_task:g} is more than the {cpus:g} CPUs of this machine; lower it"
+        )
+
+
 def look_around(plan: Plan, index: StudyIndex, out: str, pseudonyms: Pseudonyms) -> Progress:
-    """The shards that lie in the set already; what a killed prepare has left half-done is deleted."""
-    storage.clear_leftovers(out)
+    """The shards that lie in the set already."""
     bad_rows = {pseudonyms(row["source"]): row["reason"] for row in index.bad_rows}
-    progress = Progress(len(index.table) + len(index.bad_rows), bad_rows)
+    progress = Progress(len(index.table) + len(index.bad_rows), bad_rows, lost=len(bad_rows))
     there = set(storage.list_files(out))
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for shard in threads.map(lambda shard: find_made(shard, out), [s for s in plan.shards if s.name in there]):
@@ -132,21 +149,22 @@ def make_missing(
                 f"{len(progress.bad_rows)} bad rows, {progress.retries} requests tried again",
                 highlight=False,
             )
-            complaint = too_many_bad(progress.bad_rows, progress.studies, config.data.max_bad_fraction)
-            if complaint:
+            if complaint := progress.complaint(config.data.max_bad_fraction):
                 return say_stopped(terminal, progress, of, complaint, STATUS_FAILED)
     except KeyboardInterrupt:
         return say_stopped(terminal, progress, of, "stopped", STATUS_INTERRUPTED)
     except Exception as error:  # whatever Ray Data wraps a task's error in
         return say_stopped(terminal, progress, of, cause(error), STATUS_FAILED)
-    complaint = too_many_bad(progress.bad_rows, progress.studies, config.data.max_bad_fraction)
+    complaint = progress.complaint(config.data.max_bad_fraction)
     return say_stopped(terminal, progress, of, complaint, STATUS_FAILED) if complaint else 0
 
 
 def say_stopped(terminal: Console, progress: Progress, of: int, reason: str, status: int) -> int:
     """Tell why the set is not complete; ``status``."""
     terminal.print(reason, style="red", highlight=False, markup=False)
-    terminal.print(f"{len(progress.made)} of {of} shards are made; the same command goes on with the others")
+    terminal.print(
+        f"{len(progress.made)} of {of} shards are made and stay as they are; the same command goes on with the others"
+    )
     return status
 
 

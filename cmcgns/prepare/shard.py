@@ -46,6 +46,8 @@ class ShardAccount:
     row_groups: list[RowGroup]
     bad_rows: dict[str, str]
     """Reason by study, or by study/film where the study has others."""
+    lost: int = 0
+    """Studies of which nothing is left."""
     views: dict[str, int] = field(default_factory=dict)
     sentences: dict[int, int] = field(default_factory=dict)
     """Rows by number of sentences."""
@@ -68,7 +70,7 @@ class ShardAccount:
         given = json.loads(text)
         row_groups = [RowGroup(**group) for group in given["row_groups"]]
         numbers = ({int(key): count for key, count in given[name].items()} for name in ("sentences", "words", "sides"))
-        return cls(row_groups, given["bad_rows"], given["views"], *numbers)
+        return cls(row_groups, given["bad_rows"], given["lost"], given["views"], *numbers)
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,22 @@ class Maker:
         return MadeShard(plan, account, size)
 
     def _write_local(self, path: Path, plan: ShardPlan, groups: Iterator[list[dict[str, Any]]]) -> ShardAccount:
-        account = ShardAccount([], {})
+        row_groups: list[RowGroup] = []
+        bad_rows: dict[str, str] = {}
+        lost = 0
         counters = {name: Counter[Any]() for name in ("views", "sentences", "words", "sides")}
         with pq.ParquetWriter(path, SHARD_SCHEMA, **_PARQUET) as writer:
             for number, studies in enumerate(groups, start=plan.first_group):
                 rows, bad = self.rows(studies)
-                account.bad_rows.update(bad)
+                bad_rows |= bad
+                of_group = len(rows["study_id"].unique())
+                lost += len(studies) - of_group
                 if len(rows):
                     writer.write_table(rows, row_group_size=len(rows))
-                    of_group = len(rows["study_id"].unique())
-                    account.row_groups.append(RowGroup(number, len(rows), of_group, content_hash(rows)))
+                    row_groups.append(RowGroup(number, len(rows), of_group, content_hash(rows)))
                 _count(counters, rows)
-            for name, counter in counters.items():
-                getattr(account, name).update(sorted(counter.items()))
+            counts = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
+            account = ShardAccount(row_groups, bad_rows, lost, **counts)
             writer.add_key_value_metadata({FOOTER_KEY: account.to_json()})
         return account
 
@@ -168,10 +173,12 @@ _PARQUET: dict[str, Any] = {
 
 
 def encode(grey_HW: NDArray[np.uint8], settings: PrepareConfig) -> bytes:
-    """``grey_HW`` as a PNG or a JPEG."""
-    if settings.encoding == "png":
-        return cv2.imencode(".png", grey_HW)[1].tobytes()
-    return cv2.imencode(".jpg", grey_HW, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])[1].tobytes()
+    """``grey_HW`` as a PNG or a JPEG; ``BadRow`` where the format cannot hold it."""
+    quality = [cv2.IMWRITE_JPEG_QUALITY, settings.quality] if settings.encoding == "jpeg" else []
+    encoded, data_N = cv2.imencode(f".{settings.encoding}", grey_HW, quality)
+    if not encoded:
+        raise BadRow(f"film of {grey_HW.shape[1]} x {grey_HW.shape[0]} pixels is too long for {settings.encoding}")
+    return data_N.tobytes()
 
 
 def _count(counters: dict[str, Counter[Any]], rows: pa.Table) -> None:

@@ -27,7 +27,7 @@ class Board:
     def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
         """Remember each unusable study once; too many of them end the run."""
         self.bad |= {row["source"]: row["reason"] for row in rows}
-        complaint = too_many_bad(self.bad, self.studies, self.max_bad_fraction)
+        complaint = too_many_bad(len(self.bad), self.studies, self.max_bad_fraction, self.bad.values())
         if complaint is not None:
             self.fail(complaint)
             raise UserError(complaint)

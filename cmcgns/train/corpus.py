@@ -74,7 +74,7 @@ def open_corpus(config: Config) -> Corpus:
     valid, valid_arrangement = source.arrange(index.split("valid"), data.group_studies)
     most = data.validation_studies
     corpus = Corpus(source, index, train, train_arrangement, valid.slice(0, most), valid_arrangement.first(most))
-    complaint = too_many_bad(corpus.bad_rows, corpus.studies, data.max_bad_fraction)
+    complaint = too_many_bad(len(corpus.bad_rows), corpus.studies, data.max_bad_fraction, corpus.bad_rows.values())
     if complaint is not None:
         raise UserError(f"data.uri {data.uri}: {complaint}. Mend them, or raise data.max_bad_fraction")
     if not len(corpus.train) or not len(corpus.valid):

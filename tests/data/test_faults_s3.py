@@ -73,10 +73,13 @@ def test_what_a_killed_upload_left_is_cleared(bucket: str, s3_server: S3Server) 
     client = s3_server.client()
     for number in range(3):
         client.create_multipart_upload(Bucket="misbehaving", Key=f"killed/{number}")
-    client.create_multipart_upload(Bucket="misbehaving", Key="others/1")
+    others = ["killed/by/1", "others/1"]
+    for key in others:
+        client.create_multipart_upload(Bucket="misbehaving", Key=key)
     assert storage.clear_leftovers(f"{bucket}/killed") == 3
-    assert [each["Key"] for each in client.list_multipart_uploads(Bucket="misbehaving")["Uploads"]] == ["others/1"]
-    assert storage.clear_leftovers(f"{bucket}/others") == 1
+    assert storage.clear_leftovers(bucket) == 0
+    assert [each["Key"] for each in client.list_multipart_uploads(Bucket="misbehaving")["Uploads"]] == others
+    assert storage.clear_leftovers(f"{bucket}/others") == storage.clear_leftovers(f"{bucket}/killed/by") == 1
 
 
 def test_a_conditional_write_keeps_what_lies_there(
@@ -133,6 +136,9 @@ def test_where_nothing_can_work_the_reason_is_told_at_once(
     ):
         with pytest.raises(UserError, match=says):
             request()
+    if refusal != NO_BUCKET:  # to HEAD, where nothing lies: so the answer is no
+        with pytest.raises(UserError, match=says):
+            storage.exists(f"{bucket}/films/1.bin")
     assert time.monotonic() - began < 5
 
 
@@ -140,6 +146,11 @@ def test_one_object_that_is_gone_or_closed_is_a_bad_row(bucket: str, proxy: Faul
     source = open_source(bucket, format="pairs-csv")
     with pytest.raises(BadRow, match="film file is missing"):
         source.read_film("films/nothing.png")
+    proxy.faults = Faults(errors=0.4)
+    for number in range(10):
+        with pytest.raises(BadRow, match="film file is missing"):
+            source.read_film(f"films/nothing{number}.png")
+    assert proxy.counts["error"] > 0
     proxy.faults = Faults(refusal=DENIED, only="1[.]bin")
     with pytest.raises(BadRow, match="film file may not be read"):
         source.read_film("films/1.bin")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cmcgns.data.index import too_many_bad
 from cmcgns.data.sources import PairsSource, open_source
 from cmcgns.data.sources.base import canonical_view, draw_split, escapes
 from cmcgns.errors import BadRow, UserError
@@ -110,6 +111,21 @@ def test_bad_rows_have_a_source_and_a_reason(tmp_path: Path) -> None:
     for path, reason in (("b.png", "missing"), ("../pairs.csv", "leaves"), ("pairs.csv", "neither")):
         with pytest.raises(BadRow, match=reason):
             source.read_film(path)
+
+
+def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
+    report = "The heart of John Doe is enlarged. " * 40
+    index = index_of(tmp_path, "image,report,view", f"{report},Clear lungs.,PA", "a.png,Clear lungs,JOHN DOE IS WELL")
+    assert index.filtered == {"view of another name": 1}
+    for name in (report, report[:300], "x\0y.png"):
+        with pytest.raises(BadRow) as caught:
+            open_source(str(tmp_path)).read_film(name)
+        assert len(str(caught.value)) < 60
+        assert "John" not in str(caught.value)
+    reasons = {f"{name}.png": "film file is missing" for name in "JKL"} | {"M.png": "row has no report"}
+    complaint = too_many_bad(4, 10, 0.1, reasons.values())
+    assert complaint is not None
+    assert complaint.endswith("Commonest reasons: 3 x film file is missing; 1 x row has no report")
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "~/x", "C:\\x", "\\\\host\\x", "s3://b/x", "file:///x"])

@@ -143,6 +143,8 @@ def open_i(folder: Path) -> Path:
     open_i_report(folder, 5, "Clear.", "Normal.", "CXR5_IM-0001-1001", "CXR5_IM-0001-2001")
     open_i_report(folder, 6, "Clear.", "Normal.", "CXR6_IM-0001-1001")
     (folder / "7.xml").write_text("<eCitation><Abstract>")
+    (folder / "8.xml").write_text('<?xml version="1.0" encoding="no-such-code"?><eCitation/>')
+    (folder / "9.xml").symlink_to("gone.xml")
     picture(folder / "images/CXR1_1_IM-0001-3001.png")
     picture(folder / "images/CXR1_1_IM-0001-4001.png")
     picture(folder / "CXR2_IM-0652-1001.jpg")
@@ -167,6 +169,8 @@ def test_open_i_with_and_without_its_table_of_views(tmp_path: Path) -> None:
         "4.xml": "report names no image",
         "6.xml": "no image of the report lies in the folder",
         "7.xml": "XML cannot be parsed (line 1)",
+        "8.xml": "XML cannot be parsed (its encoding is unknown or not as declared)",
+        "9.xml": "report file is missing",
     }
     assert index.filtered == {"image file is missing": 1}
     assert source.read_film(first["films"][0]["path"]).grey_HW.shape == (20, 30)

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.manifest import read_manifest
-from cmcgns.prepare.check import check_set
+from cmcgns.errors import UserError
+from cmcgns.prepare.check import check_set, read_shards
 from tests.prepare.sets import run, shards
 
 pytestmark = pytest.mark.ray
@@ -71,6 +72,13 @@ def test_a_changed_value_is_found_though_the_file_is_whole(copied: Path) -> None
     assert check_set(str(copied)) == 1
     kinds = {each["kind"] for each in findings(copied)}
     assert "shard" in kinds  # of another size now, so it is not read
+
+
+def test_storage_that_fails_in_the_middle_is_one_message(copied: Path) -> None:
+    manifest = read_manifest(str(copied))
+    (copied / manifest.shards[1].name).unlink()
+    with pytest.raises(UserError, match=f"{manifest.shards[1].name} does not exist"):
+        read_shards(str(copied), manifest.shards)
 
 
 def test_a_patient_moved_into_another_split_is_found(copied: Path) -> None:

@@ -13,10 +13,14 @@ import pytest
 
 from cmcgns.data.framing import shrink
 from cmcgns.data.manifest import SHARD_SCHEMA, read_manifest
+from cmcgns.data.order import study_key
 from cmcgns.data.reports import parse_report
 from cmcgns.data.sources import open_source
+from cmcgns.data.sources.prepared import decode_prepared
 from cmcgns.data.transforms import Target
 from cmcgns.errors import BadRow, UserError
+from cmcgns.prepare.job_config import PrepareConfig
+from cmcgns.prepare.shard import encode
 from tests.prepare.sets import (
     GROUP,
     SIZE,
@@ -161,14 +165,20 @@ def test_ids_become_keyed_hashes(local_ray: None, raw: Path, prepared: Path, tmp
     assert prepare_here(raw, tmp_path / "set", secret) == 0
     plain, hashed = rows(str(prepared)), rows(str(tmp_path / "set"))
     names = {}
-    for before, after in zip(plain, hashed, strict=True):
+    renamed = {row["image"]: row for row in hashed}
+    assert len(renamed) == len(plain) == len(hashed)
+    for before in plain:
+        after = renamed[before["image"]]
         for column in ("patient_id", "study_id", "group", "image_id", "source"):
             assert names.setdefault(before[column], after[column]) == after[column]
             assert len(after[column]) == 20
-        assert before["image"] == after["image"]
     assert len(set(names.values())) == len(names)
     written = "".join(path.read_text() for path in (tmp_path / "set").glob("*.json*"))
     assert not any(name in written for name in names)
+    # they lie in an order of their own: by that of the ids one could be matched with the other
+    for split in ("train", "valid", "test"):
+        studies = list(dict.fromkeys(row["study_id"] for row in hashed if row["split"] == split))
+        assert studies == sorted(studies, key=study_key)
     # the same key gives the same names; another one is refused where a set has begun
     key.write_text("a secret of another hospital")
     with pytest.raises(UserError, match="pseudonym_key"):
@@ -196,6 +206,7 @@ def test_too_many_bad_films_end_it_and_what_is_made_stays(
         (["--prepare.encoding=gif"], "prepare.encoding"),
         (["--data.format=parquet"], "already"),
         (["--prepare.size=3"], "there is no setting 'prepare.size'"),
+        (["--data.max_bad_fraction=2"], "data.max_bad_fraction"),
     ],
 )
 def test_what_cannot_be_prepared_is_refused(raw: Path, tmp_path: Path, change: list[str], says: str) -> None:
@@ -216,6 +227,27 @@ def test_a_folder_with_other_files_is_left_alone(local_ray: None, raw: Path, tmp
     with pytest.raises(UserError, match="is not empty"):
         prepare_here(raw, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_set_is_not_gone_on_with_from_changed_reports(raw: Path, prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(raw, tmp_path / "raw")
+    table = tmp_path / "raw" / "pairs.csv"
+    table.write_text(table.read_text().replace("effusion", "oedema", 1))
+    with pytest.raises(UserError, match=r"now has \d+ or others; give a new folder"):
+        prepare_here(tmp_path / "raw", prepared)
+
+
+def test_tasks_larger_than_the_machine_are_refused(local_ray: None, raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prepare.cpus_per_task 64 is more than the 2 CPUs"):
+        prepare_here(raw, tmp_path / "set", "--prepare.cpus_per_task=64")
+
+
+def test_a_film_too_long_for_its_format_is_a_bad_row() -> None:
+    long_HW = np.zeros((70_000, 4), np.uint8)
+    with pytest.raises(BadRow, match="film of 4 x 70000 pixels is too long for jpeg"):
+        encode(long_HW, PrepareConfig())
+    assert np.array_equal(decode_prepared(encode(long_HW, PrepareConfig(encoding="png"))), long_HW)
+    assert decode_prepared(b"") is None
 
 
 def test_a_prepared_set_is_not_prepared_again(local_ray: None, prepared: Path, tmp_path: Path) -> None:

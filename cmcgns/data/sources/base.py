@@ -29,6 +29,14 @@ SPLIT_NAMES = {
     "valid": "valid", "val": "valid", "validate": "valid", "validation": "valid",
     "test": "test", "testing": "test",
 }  # fmt: skip
+LONGEST_PATH = 1024
+"""Bytes of a key of S3."""
+NAMED_VIEWS = frozenset({
+    "AP", "AXIAL", "COSTAL", "DECUB", "DECUBITUS", "ERECT", "EXCLUDE", "FRONTAL", "HORIZONTAL", "L", "LAO", "LAT", "LATERAL",
+    "LEFT", "LL", "LLD", "LPO", "OBLIQUE", "PA", "PEDIATRIC", "PORTABLE", "R", "RAO", "RIGHT", "RL", "RLD", "RPO", "SUPINE",
+    "SWIMMERS", "UPRIGHT", "XTABLE",
+})  # fmt: skip
+"""Words of views that are told on the terminal; any other may be a report's, where a table's columns have slipped."""
 SPLIT_SHARES = (("train", 0.8), ("valid", 0.9), ("test", 1.0))  # upper ends
 
 
@@ -115,6 +123,8 @@ class FileSource:
     def _read(self, path: str, what: str) -> bytes:
         if escapes(path):
             raise BadRow(f"{what} path leaves the corpus's folder")
+        if len(path.encode()) > LONGEST_PATH:
+            raise BadRow(f"{what} path is longer than any file's name")
         try:
             return storage.read_bytes(storage.join(self.uri, path))
         except storage.MissingFileError:
@@ -134,9 +144,14 @@ def decode_text(data: bytes) -> str:
 
 
 def escapes(path: str) -> bool:
-    """Whether ``path`` is absolute or climbs out of the folder it is relative to."""
+    """Whether ``path`` is absolute, climbs out of the folder it is relative to, or can be no path."""
     parts = path.replace("\\", "/").split("/")
-    return ".." in parts or path.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z][\w+.-]*:", path) is not None
+    return (
+        ".." in parts
+        or "\0" in path
+        or path.startswith(("/", "\\", "~"))
+        or re.match(r"[A-Za-z][\w+.-]*:", path) is not None
+    )
 
 
 def canonical_view(view: str) -> str:
@@ -164,8 +179,15 @@ def filter_views(
     if keep_unknown:
         wanted.add("")
     kept = view.isin(list(wanted))
-    filtered = Counter(view[~kept])
-    return films.assign(view=view)[kept], {f"view {name or 'unknown'}": filtered[name] for name in sorted(filtered)}
+    filtered = Counter(_named(name) for name in view[~kept])
+    return films.assign(view=view)[kept], dict(sorted(filtered.items()))
+
+
+def _named(view: str) -> str:
+    """What is said of a view that is left out."""
+    if not view:
+        return "view unknown"
+    return f"view {view}" if NAMED_VIEWS.issuperset(re.split(r"[ -]+", view)) else "view of another name"
 
 
 def read_table(uri: str) -> pd.DataFrame:

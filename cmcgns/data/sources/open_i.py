@@ -31,7 +31,7 @@ class OpenISource(FileSource):
         missing = 0
         for path in (name for name in files if name.endswith(".xml")):
             try:
-                report, image_ids = _parse(storage.read_bytes(storage.join(self.uri, path)))
+                report, image_ids = _parse(self._read(path, "report"))
                 found = [image for image in image_ids if image in films_by_id]
                 if not found:
                     raise BadRow("no image of the report lies in the folder" if image_ids else "report names no image")
@@ -88,6 +88,8 @@ def _parse(data: bytes) -> tuple[str, list[str]]:
         root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
         raise BadRow(f"XML cannot be parsed (line {error.position[0]})") from None
+    except (LookupError, ValueError):
+        raise BadRow("XML cannot be parsed (its encoding is unknown or not as declared)") from None
     texts = {
         (part.get("Label") or "").strip().upper(): " ".join("".join(part.itertext()).split())
         for part in root.iter("AbstractText")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cmcgns.data import storage
 from cmcgns.data.framing import Film, Frame
@@ -84,10 +85,10 @@ class RowGroups:
 
     def read_film(self, path: str) -> Film:
         """The film as it was prepared."""
-        grey_HW = cv2.imdecode(np.frombuffer(self.value(path, "image"), np.uint8), cv2.IMREAD_GRAYSCALE)
+        grey_HW = decode_prepared(self.value(path, "image"))
         if grey_HW is None:
             raise BadRow("prepared film is broken")
-        return Film(np.asarray(grey_HW), Frame(0, 0, grey_HW.shape[1], grey_HW.shape[0]))
+        return Film(grey_HW, Frame(0, 0, grey_HW.shape[1], grey_HW.shape[0]))
 
     def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
         """The report as it was parsed when the set was prepared."""
@@ -99,6 +100,16 @@ class RowGroups:
         if isinstance(group, BadRow):
             raise group
         return group[column][int(path.rpartition("/")[2])].as_py()
+
+
+def decode_prepared(image: bytes) -> NDArray[np.uint8] | None:
+    """The film of a row, 8-bit grey; None where it is broken."""
+    try:
+        grey_HW = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # not a byte, or of an impossible size
+        return None
+    sound = grey_HW is not None and grey_HW.ndim == 2 and grey_HW.dtype == np.uint8
+    return np.asarray(grey_HW) if sound else None
 
 
 def _row_group_of(path: str) -> str:
@@ -148,5 +159,7 @@ def _read_group(uri: str, name: str, columns: tuple[str, ...]) -> pa.Table | Bad
         return table.combine_chunks()
     except storage.MissingFileError:
         return BadRow(f"shard {shard} is missing")
+    except storage.ForbiddenFileError:
+        return BadRow(f"shard {shard} may not be read")
     except storage.BrokenFileError:
         return BadRow(f"shard {shard} is truncated or broken")
