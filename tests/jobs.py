@@ -115,6 +115,19 @@ def registered(folder: Path) -> bool:
     return snapshot.exists() and "checkpoint_0" in snapshot.read_text()
 
 
+def check_failed(job: Job, folder: Path, *words: str) -> str:
+    """The job ended with status 1 and says why once, as its result.json does."""
+    said = job.wait()
+    assert job.process.returncode == 1, said[-3000:]
+    assert "Traceback" not in said
+    failure = str(result(folder)["failure"])
+    for word in words:
+        assert word in failure, failure
+        assert word in said
+    assert result(folder)["status"] == "failed"
+    return said
+
+
 def check_learned(folder: Path) -> None:
     """What the default run must have reached: recall, centroid versions, features that have not collapsed."""
     outcome = result(folder)

@@ -19,6 +19,8 @@ FILM, STORED = 64, 160
 """Pixels of a film in the bucket, and of what the run makes of it: 25 KB, as much as a real film at 160."""
 SETTLED = 0.5
 """Share of the steps after which memory counts as steady."""
+LEAST_PAUSE_S = 0.5
+"""Between samples of memory."""
 
 
 def fill_bucket(server: S3Server, bucket: str, studies: int, scratch: Path, workers: int = 2) -> tuple[str, int]:
@@ -99,8 +101,12 @@ class MemoryWatch:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._done.wait(0.5):
-            self.samples.append((time.time(), self.held_mib()))
+        pause = LEAST_PAUSE_S
+        while not self._done.wait(pause):
+            began = time.time()
+            self.samples.append((began, self.held_mib()))
+            # a sample walks the pages of two dozen processes: it must not be what slows them
+            pause = max(LEAST_PAUSE_S, 9 * (time.time() - began))
 
     def held_mib(self) -> float:
         """Proportional set sizes of all processes, MiB."""

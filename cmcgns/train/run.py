@@ -1,38 +1,23 @@
 """The driver of a pretraining run: checks, plan, workers and pool, and the run's last word."""
 
-import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.train
-import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from cmcgns.clustering.bank_pool import PoolHandles, start_pool
 from cmcgns.clustering.kmeans import check_faiss
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
-from cmcgns.data.dataset import Stream, stream_split
-from cmcgns.data.order import Arrangement
 from cmcgns.errors import last_line
-from cmcgns.models.tokenizer import ReportTokenizer
-from cmcgns.models.vision_language import build_model
 from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
 from cmcgns.train.board import log_to_board, start_board
-from cmcgns.train.corpus import Corpus, check_sizes, make_tokenizer, open_corpus, sample_reports
+from cmcgns.train.corpus import check_sizes, make_tokenizer, open_corpus, sample_reports
 from cmcgns.train.display import Display
 from cmcgns.train.folder import (
     FREE_TO_CHANGE,
@@ -43,12 +28,9 @@ from cmcgns.train.folder import (
     write_bad_rows,
     write_start,
 )
-from cmcgns.train.plan import check_cpus, describe_plan, studies_ahead, taken_cpus, threads_per_worker
-from cmcgns.train.schedule import Schedule, build_schedule
-from cmcgns.train.worker import Assignment, work
+from cmcgns.train.plan import check_cpus, describe_plan
+from cmcgns.train.schedule import build_schedule
 
-GROUP_TIMEOUT_S = 1800
-"""Longest time that ranks wait for one another: an export or a slow bucket on rank 0."""
 PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 
 
@@ -64,6 +46,10 @@ def pretrain(config: Config) -> int:
     sample = sample_reports(corpus, config.model.vocabulary_reports)
     check_sizes(config, corpus, sample)
     tokenizer = read_tokenizer(folder, config) if folder.resumed else make_tokenizer(config, sample)
+    # only now: torch and transformers take seconds to load, and what is wrong so far has been told without them
+    from cmcgns.clustering.bank_pool import start_pool
+    from cmcgns.train.launch import assign, count_parameters, fit
+
     parameters = count_parameters(config, tokenizer)
     with quiet_terminal(), ray_session(worker_variables(config)) as cpus:
         check_cpus(config, cpus)
@@ -99,13 +85,6 @@ def pretrain(config: Config) -> int:
         return status
 
 
-def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
-    """Learnable numbers of the model; building it without memory also proves that the settings fit together."""
-    with torch.device("meta"):
-        model = build_model(config, tokenizer.vocabulary_size)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def worker_variables(config: Config) -> dict[str, str]:
     """Environment variables of every process of the run, beside those of every job."""
     own = {
@@ -114,87 +93,9 @@ def worker_variables(config: Config) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+    if not os.environ.get("RAY_ADDRESS"):
+        own["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away with a notice
     return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}
-
-
-def assign(
-    config: Config,
-    folder: RunFolder,
-    corpus: Corpus,
-    schedule: Schedule,
-    tokenizer: ReportTokenizer,
-    pool: PoolHandles,
-    board: Any,
-    cpus: float,
-) -> Assignment:
-    """What every worker is told."""
-
-    def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
-        limits = {"taken_cpus": taken_cpus(config), "studies_ahead": studies_ahead(config, corpus, cpus)}
-        return stream_split(corpus.source, studies, arrangement, tokenizer, config.data, board, **limits)
-
-    train = stream(corpus.train, corpus.train_arrangement)
-    valid = stream(corpus.valid, corpus.valid_arrangement)
-    return Assignment(config, folder.uri, schedule, train, valid, pool, board, threads_per_worker(config))
-
-
-def fit(config: Config, folder: RunFolder, assignment: Assignment, board: Any) -> tuple[str | None, Exception | None]:
-    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run.
-
-    The first Ctrl-C asks the ranks to save and stop, the second gives up at once.
-    """
-    filesystem, path = storage.filesystem(folder.storage)
-    trainer = TorchTrainer(
-        lambda loop: work(loop["assignment"]),
-        train_loop_config={"assignment": assignment},
-        scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers,
-            use_gpu=config.train.use_gpu,
-            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
-    )
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append(trainer.fit())
-        except Exception as error:
-            outcome.append(error)
-
-    # in a thread of its own: in the main one Ray Train would answer Ctrl-C by aborting, without a checkpoint
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    with stop_on_interrupt(board):
-        thread.start()
-        while thread.is_alive():
-            thread.join(timeout=0.5)
-    found = outcome[0]
-    if isinstance(found, Exception):
-        return None, found
-    return (found.checkpoint.path if found.checkpoint else None), found.error
-
-
-@contextmanager
-def stop_on_interrupt(board: Any) -> Iterator[None]:
-    """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
-
-    def ask(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        board.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
-        board.request_stop.remote()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def conclude(

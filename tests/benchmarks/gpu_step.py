@@ -6,6 +6,7 @@ all four losses and centroids in force. B studies, T tokens, S sentences, P patc
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from tests.benchmarks.measure import Line, where
 
 MOST_DIFFERENCE = 2e-2
 """Largest relative difference between the losses of bf16 and of fp32."""
-LOSS_STEPS, BATCHES = 20, 4
+BATCHES = 4
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 """Dense bf16 peaks by part of the device's name, from the makers' data sheets (SXM parts)."""
 
@@ -46,16 +47,29 @@ class Shape:
     sentences: int = 6
     embed_dim: int = 768
     num_clusters: int = 128
+    vocabulary: int = 28_996
+    """Entries of Bio_ClinicalBERT's."""
+    loss_steps: int = 20
+    """Steps whose losses are compared."""
 
 
 FULL = (Shape("resnet-50", "bert-base"), Shape("vit-base", "bert-base"))
 SMALL = tuple(
-    Shape(name, "bert-tiny", studies=8, image_size=64, tokens=32, sentences=4, embed_dim=64, num_clusters=8)
+    Shape(
+        name,
+        "bert-tiny",
+        studies=2,
+        image_size=64,
+        tokens=32,
+        sentences=4,
+        embed_dim=64,
+        num_clusters=8,
+        vocabulary=1000,
+        loss_steps=4,
+    )
     for name in ("resnet-tiny", "vit-tiny")
 )
 """For a look without a GPU."""
-VOCABULARY = 28_996
-"""Entries of Bio_ClinicalBERT's vocabulary."""
 
 
 def settings(shape: Shape, precision: str, engine: str, device: torch.device) -> Config:
@@ -88,7 +102,7 @@ def random_batches(shape: Shape, patches: int, mask_ratio: float, device: torch.
         draw = lambda high, *size: torch.randint(5, high, size, generator=generator)
         return ImageReportBatch(
             image_B1HW=torch.rand(studies, 1, shape.image_size, shape.image_size, generator=generator) * 2 - 1,
-            token_BT=draw(VOCABULARY, studies, tokens),
+            token_BT=draw(shape.vocabulary, studies, tokens),
             token_mask_BT=torch.ones(studies, tokens, dtype=torch.bool),
             sentence_of_token_BT=owner_T.expand(studies, -1),
             sentence_mask_BS=torch.ones(studies, sentences, dtype=torch.bool),
@@ -128,7 +142,7 @@ def build_run(shape: Shape, precision: str, engine: str, device: torch.device) -
     """The same weights and batches for every precision."""
     torch.manual_seed(0)
     config = settings(shape, precision, engine, device)
-    model = build_model(config, VOCABULARY)
+    model = build_model(config, shape.vocabulary)
     patches = model.image_encoder.patches
     centroids_KD = F.normalize(torch.randn(shape.num_clusters, shape.embed_dim), dim=1).to(device)
     built = build_engine(model, config.train, device)
@@ -176,7 +190,7 @@ def measure(shape: Shape, engine: str, device: torch.device, steps: int) -> list
     ]
     for precision in ("fp32", "bf16"):
         run = build_run(shape, precision, engine, device)
-        for _ in range(LOSS_STEPS):
+        for _ in range(shape.loss_steps):
             run()
         losses[precision] = torch.stack(run.losses).tolist()
         if device.type == "cuda":
@@ -191,7 +205,7 @@ def measure(shape: Shape, engine: str, device: torch.device, steps: int) -> list
             lines.append(Line("    peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"))
         del run
     apart = max(abs(bf16 - fp32) / abs(fp32) for bf16, fp32 in zip(losses["bf16"], losses["fp32"], strict=True))
-    name = f"  losses of {LOSS_STEPS} steps, bf16 from fp32"
+    name = f"  losses of {shape.loss_steps} steps, bf16 from fp32"
     lines.append(Line(name, f"{apart:.1e} relative", f"<= {MOST_DIFFERENCE:g}", apart <= MOST_DIFFERENCE))
     return lines
 
@@ -201,6 +215,7 @@ def choose_engine(device: torch.device) -> str:
     if importlib.util.find_spec("deepspeed") is None:
         return "torch"
     backend = "nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return "deepspeed"
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,15 +83,17 @@ def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> 
     (tmp_path / "young" / "export").mkdir(parents=True)
     (tmp_path / "young" / "config.yaml").write_text(to_yaml(small_config()))
     (tmp_path / "empty").mkdir()
-    for settings, message in (
+    wrong: list[tuple[list[str], str]] = [
         ([], "embed.run is missing"),
         (["--embed.run=nowhere"], "nowhere is no run folder"),
         (["--embed.run=young"], "has no export: the run has not finished"),
         (["--embed.run=good", "--embed.uri=empty"], "empty: no corpus is recognised"),
         (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),
         (["--embed.run=good", "--run.resume=x"], "there is no run of that name"),
-    ):
-        done = embed(tmp_path, *settings)
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(lambda each: embed(tmp_path, *each[0]), wrong))
+    for done, (_, message) in zip(answers, wrong, strict=True):
         assert done.returncode == 2, done.stdout + done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert message in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""A run that loses all that a run can lose ends as if nothing had happened; the acceptance test takes it one by one."""
+"""A run that loses workers and is stopped ends as if nothing had happened; the acceptance test takes it one by one."""
 
 from pathlib import Path
 
@@ -10,14 +10,11 @@ from tests.survival import check_stopped, compare, resume, run_undisturbed, star
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_survives_a_killed_worker_a_killed_driver_ctrl_c_and_another_number_of_workers(tmp_path: Path) -> None:
+def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = start(tmp_path, steps=4)
     job.workers()[0].kill()
-    job.wait_for(lambda: "goes on after step" in job.text() and len(rows(folder)) >= 9)
-    job.kill()
-    job = resume(tmp_path)
-    job.wait_for(lambda: len(rows(folder)) >= 13)
+    job.wait_for(lambda: "goes on after step" in job.text() and len(rows(folder)) >= 11)
     job.interrupt()
     steps = check_stopped(job, folder)
     assert checkpoints(folder)[-1].name.startswith(f"checkpoint_{steps:08d}_")

@@ -1,0 +1,119 @@
+"""What the driver of a pretraining run does with torch at hand: it counts the model, tells the workers, and runs them.
+
+Apart from ``run``, since torch and transformers take seconds to load: what is wrong with the settings is told before.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cmcgns.clustering.bank_pool import PoolHandles
+from cmcgns.config import Config
+from cmcgns.data import storage
+from cmcgns.data.dataset import Stream, stream_split
+from cmcgns.data.order import Arrangement
+from cmcgns.models.tokenizer import ReportTokenizer
+from cmcgns.models.vision_language import build_model
+from cmcgns.run_folder import RunFolder
+from cmcgns.train.corpus import Corpus
+from cmcgns.train.plan import studies_ahead, taken_cpus, threads_per_worker
+from cmcgns.train.schedule import Schedule
+from cmcgns.train.worker import Assignment, work
+
+GROUP_TIMEOUT_S = 1800
+"""Longest time that ranks wait for one another: an export or a slow bucket on rank 0."""
+
+
+def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
+    """Learnable numbers of the model; building it without memory also proves that the settings fit together."""
+    with torch.device("meta"):
+        model = build_model(config, tokenizer.vocabulary_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def assign(
+    config: Config,
+    folder: RunFolder,
+    corpus: Corpus,
+    schedule: Schedule,
+    tokenizer: ReportTokenizer,
+    pool: PoolHandles,
+    board: Any,
+    cpus: float,
+) -> Assignment:
+    """What every worker is told."""
+
+    def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
+        limits = {"taken_cpus": taken_cpus(config), "studies_ahead": studies_ahead(config, corpus, cpus)}
+        return stream_split(corpus.source, studies, arrangement, tokenizer, config.data, board, **limits)
+
+    train = stream(corpus.train, corpus.train_arrangement)
+    valid = stream(corpus.valid, corpus.valid_arrangement)
+    return Assignment(config, folder.uri, schedule, train, valid, pool, board, threads_per_worker(config))
+
+
+def fit(config: Config, folder: RunFolder, assignment: Assignment, board: Any) -> tuple[str | None, Exception | None]:
+    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run.
+
+    The first Ctrl-C asks the ranks to save and stop, the second gives up at once.
+    """
+    filesystem, path = storage.filesystem(folder.storage)
+    trainer = TorchTrainer(
+        # by closure, not as train_loop_config: that is unpickled by the controller too, which would load all of the model's code
+        lambda: work(assignment),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=config.train.use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),
+    )
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except Exception as error:
+            outcome.append(error)
+
+    # in a thread of its own: in the main one Ray Train would answer Ctrl-C by aborting, without a checkpoint
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    with stop_on_interrupt(board):
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+    found = outcome[0]
+    if isinstance(found, Exception):
+        return None, found
+    return (found.checkpoint.path if found.checkpoint else None), found.error
+
+
+@contextmanager
+def stop_on_interrupt(board: Any) -> Iterator[None]:
+    """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
+
+    def ask(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        board.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
+        board.request_stop.remote()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
