@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,29 +29,6 @@ LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module="pydicom")
-
-
-@dataclass(frozen=True)
-class DicomHeader:
-    """What a corpus's index may need of a file, and nothing that says who the patient is."""
-
-    view: str
-    """ViewPosition as written; empty where absent."""
-    modality: str
-    height: int
-    width: int
-
-
-def dicom_header(data: bytes) -> DicomHeader:
-    """View, modality and size of the film in ``data``; the pixels need not be there."""
-    with _refusing_what_breaks():
-        film = _read(data, stop_before_pixels=True)
-        return DicomHeader(
-            view=str(film.get("ViewPosition") or "").strip(),
-            modality=str(film.get("Modality") or "").strip(),
-            height=_integer(film, "Rows"),
-            width=_integer(film, "Columns"),
-        )
 
 
 def dicom_to_grey(data: bytes) -> NDArray[np.uint8]:
@@ -98,8 +74,8 @@ def _refusing_what_breaks() -> Iterator[None]:
         raise BadRow(f"DICOM file is truncated or broken ({type(error).__name__})") from None
 
 
-def _read(data: bytes, stop_before_pixels: bool = False) -> pydicom.Dataset:
-    film = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=stop_before_pixels)
+def _read(data: bytes) -> pydicom.Dataset:
+    film = pydicom.dcmread(io.BytesIO(data), force=True)
     if not hasattr(film, "file_meta"):
         film.file_meta = pydicom.dataset.FileMetaDataset()
     if "TransferSyntaxUID" not in film.file_meta:

@@ -1,7 +1,7 @@
 """A proxy that fails 10 % of the requests and cuts 2 %: prepare ends with the content hash of an undisturbed one, retries
-counted; with the bucket gone in mid-run there is one clear message within the stated time.
+counted.
 
-A larger corpus through the tests of tests/prepare/test_prepare_s3.py.
+A bucket that goes away in mid-run is in tests/prepare/test_prepare_s3.py.
 """
 
 from pathlib import Path
@@ -12,7 +12,6 @@ from cmcgns.data.manifest import read_manifest
 from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
 from tests.faulty_proxy import Faults, running_proxy
 from tests.prepare.sets import files, run
-from tests.prepare.test_prepare_s3 import test_a_bucket_that_goes_away_in_mid_run_is_told_once_and_in_time  # noqa: F401
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]

@@ -23,7 +23,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from cmcgns.data.dicom import dicom_header, dicom_to_grey
+from cmcgns.data.dicom import dicom_to_grey
 from cmcgns.errors import BadRow
 
 SECRET = "Doe^Jane"
@@ -237,11 +237,6 @@ def test_what_is_no_film_is_refused_with_a_reason_that_names_nobody(make: Any, r
     with pytest.raises(BadRow, match=reason) as error:
         dicom_to_grey(make())
     assert SECRET not in str(error.value)
-
-
-def test_the_header_says_view_and_size_without_pixels() -> None:
-    header = dicom_header(written(_without_pixels()))
-    assert (header.view, header.modality, header.height, header.width) == ("PA", "CR", 40, 50)
 
 
 @pytest.fixture(scope="module")
