@@ -18,12 +18,13 @@ SLOW_DOWN = (503, "SlowDown", "Please reduce your request rate.")
 INTERNAL_ERROR = (500, "InternalError", "We encountered an internal error. Please try again.")
 EXPIRED = (400, "ExpiredToken", "The provided token has expired.")
 NO_BUCKET = (404, "NoSuchBucket", "The specified bucket does not exist")
+NO_KEY = (404, "NoSuchKey", "The specified key does not exist.")
 DENIED = (403, "AccessDenied", "Access Denied")
 
 
 @dataclass
 class Faults:
-    """What the proxy does to requests whose target matches ``only``; shares lie between 0 and 1."""
+    """What the proxy does to requests that match ``only``; shares lie between 0 and 1."""
 
     errors: float = 0.0
     """Share answered with 500 and 503 in turn, without reaching the server."""
@@ -34,7 +35,7 @@ class Faults:
     refusal: tuple[int, str, str] | None = None
     """Status, code and message that answer everything."""
     only: str = ""
-    """Regular expression."""
+    """Regular expression, of such as ``GET /bucket/key?query``."""
 
 
 class FaultyProxy:
@@ -64,7 +65,7 @@ class FaultyProxy:
             head = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head)
         body = await connection.readexactly(_length(head))
         method, target = head.split(b" ", 2)[:2]
-        fault = self._draw(target.decode())
+        fault = self._draw(f"{method.decode()} {target.decode()}")
         if fault == "cut" and method != b"GET":  # its answer has no body
             fault = "passed"
         self.counts[fault] += 1
@@ -85,8 +86,8 @@ class FaultyProxy:
         await answers.drain()
         return True
 
-    def _draw(self, target: str) -> str:
-        if not re.search(self.faults.only, target):
+    def _draw(self, request: str) -> str:
+        if not re.search(self.faults.only, request):
             return "passed"
         if self.faults.refusal:
             return "refusal"

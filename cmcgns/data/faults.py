@@ -87,6 +87,10 @@ _PASSING = (
 )  # fmt: skip
 
 
+# An object that is not there, or no longer once it has been found.
+_GONE = ("(404)", "NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND")
+
+
 class _Tally:
     """Requests of this process that were tried again, and the places that have answered one."""
 
@@ -179,7 +183,7 @@ def explained(uri: str) -> Iterator[None]:
         if "is a directory" in message:
             raise MissingFileError(f"{uri}: a folder, where a file was wanted") from None
         hint = next((way_out for sign, way_out in HINTS if sign in message), None)
-        if hint is None and any(sign in message for sign in ("(404)", "NoSuchKey")):
+        if hint is None and any(sign in message for sign in _GONE):
             raise MissingFileError(f"{uri} does not exist; give an existing file or folder") from None
         kind = ForbiddenFileError if hint == DENIED else UserError
         raise kind(f"{uri}: {hint or _said(error)}") from error

@@ -12,7 +12,7 @@ import pytest
 from cmcgns.data import faults, s3, storage
 from cmcgns.data.sources import open_source
 from cmcgns.errors import BadRow, UserError
-from tests.faulty_proxy import DENIED, EXPIRED, NO_BUCKET, Faults, FaultyProxy, running_proxy
+from tests.faulty_proxy import DENIED, EXPIRED, NO_BUCKET, NO_KEY, Faults, FaultyProxy, running_proxy
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.s3
@@ -151,6 +151,9 @@ def test_one_object_that_is_gone_or_closed_is_a_bad_row(bucket: str, proxy: Faul
         with pytest.raises(BadRow, match="film file is missing"):
             source.read_film(f"films/nothing{number}.png")
     assert proxy.counts["error"] > 0
+    proxy.faults = Faults(refusal=NO_KEY, only="^GET .*/2[.]bin")  # deleted after the HEAD that Arrow begins with
+    with pytest.raises(BadRow, match="film file is missing"):
+        source.read_film("films/2.bin")
     proxy.faults = Faults(refusal=DENIED, only="1[.]bin")
     with pytest.raises(BadRow, match="film file may not be read"):
         source.read_film("films/1.bin")
