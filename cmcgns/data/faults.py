@@ -83,7 +83,7 @@ _PASSING = (
     "HTTP status 50", "HTTP status 429", "SLOW_DOWN", "SlowDown", "INTERNAL_FAILURE", "InternalError", "SERVICE_UNAVAILABLE",
     "ServiceUnavailable", "THROTTLING", "Throttling", "RequestTimeout", "REQUEST_TIMEOUT", "NETWORK_CONNECTION", "curlCode",
     "Could not connect", "timed out", "timeout", "Connection was closed", "Connection broken", "IncompleteRead",
-    "(500)", "(502)", "(503)", "(504)", "ConditionalRequestConflict", "more bytes expected",
+    "(500)", "(502)", "(503)", "(504)", "more bytes expected",
 )  # fmt: skip
 
 

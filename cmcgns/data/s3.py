@@ -6,6 +6,7 @@ Both go by the standard AWS environment: AWS_ENDPOINT_URL, AWS_PROFILE, roles, A
 import functools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +24,7 @@ DEFAULT_REGION = "us-east-1"
 CONNECT_SECONDS = 5.0
 STALLED_SECONDS = 15.0
 """A request that brings nothing for so long has failed."""
+CONFLICT_S = 10.0
 PART_BYTES = 16 * 2**20
 PART_THREADS = 4
 
@@ -219,13 +221,22 @@ def _unless_there(uri: str, request: Any) -> bool:
             request()
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            # 409: another writer is about to finish, or has been refused in its turn
-            if status == 412 or (status == 409 and size(uri) is not None):
+            if status == 412 or (status == 409 and _appears(uri)):  # 409: another writer is about to finish
                 return False
             raise
         return True
 
     return patiently(uri, attempt)
+
+
+def _appears(uri: str) -> bool:
+    """Whether an object lies at ``uri`` within ``CONFLICT_S``."""
+    end = time.monotonic() + CONFLICT_S
+    while size(uri) is None:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def abort_uploads(uri: str) -> int:

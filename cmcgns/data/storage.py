@@ -33,7 +33,7 @@ __all__ = ["BrokenFileError", "ForbiddenFileError", "MissingFileError", "explain
 ARROW_ATTEMPTS = 4
 """Times that Arrow tries a request by itself where we hand its file system on."""
 
-SCRATCH = "cmcgns-write-"
+SCRATCH, LOCK = "cmcgns-write-", "lock"
 JUST_MADE_S = 60
 """So long after it was made a folder may not be locked yet."""
 
@@ -116,7 +116,7 @@ def read_parquet(uri: str, reader: Callable[[pq.ParquetFile], Result], footer: p
 
     def parse(file: Any) -> Result:
         try:
-            return reader(pq.ParquetFile(file, metadata=footer, pre_buffer=True, page_checksum_verification=True))
+            return reader(pq.ParquetFile(file, metadata=footer, pre_buffer=True))
         except (pa.ArrowException, OSError, EOFError) as error:
             # the file's own faults come without a number of the operating system
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or "AWS Error" in str(error):
@@ -187,26 +187,25 @@ def _scratch_folder() -> Iterator[Path]:
         with suppress(OSError):  # another process was faster, or it is another user's
             if time.time() - old.stat().st_mtime > JUST_MADE_S and _abandoned(old):
                 shutil.rmtree(old)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH) as name:
-        lock = os.open(name, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process
-        try:
-            yield Path(name)
-        finally:
-            os.close(lock)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as name, (Path(name) / LOCK).open("w") as lock:
+        with suppress(OSError):  # a file system without locks: then nobody takes it for abandoned either
+            fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process
+        yield Path(name)
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether nobody holds the lock of ``folder``."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(descriptor)
+    """Whether nobody holds the lock of ``folder``; ``OSError`` where that cannot be told."""
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of that name is what a killed writer has left in a local folder."""
+    return name.startswith(".") and ".partial-" in name
 
 
 def clear_leftovers(uri: str) -> int:
@@ -313,6 +312,8 @@ def _walk(root: str) -> list[str]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    """What cannot be listed is not left out in silence."""
+    """What cannot be listed is not left out in silence, save the system's own and hidden folders."""
+    if Path(error.filename).name.startswith(("lost+found", ".")):
+        return
     with explained(str(error.filename)):
         raise error

@@ -81,6 +81,8 @@ def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
     """What a set says of the corpus that it was made of; the digest, of all that its index says, tells whether that is still
     the same."""
     digest = hashlib.blake2b(digest_size=16)
+    if source.format == "phantom":
+        digest.update(repr(source).encode())  # the size of the films that it draws
     for name, split in splits.items():
         digest.update(name.encode())
         for batch in split.studies.to_batches(max_chunksize=DIGEST_STUDIES):
@@ -97,7 +99,6 @@ def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, A
         "crop_borders": config.data.crop_borders,
         "group_studies": config.data.group_studies,
         "seed": config.data.seed,
-        "phantom_size": config.data.phantom_size,
         "pseudonym_key": pseudonyms.fingerprint,
     }
 
@@ -125,8 +126,7 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
         plan = read_plan(place)
         _refuse_another(f"prepare.out {out} was begun", plan.source, plan.settings, config, source, splits, pseudonyms)
         return plan
-    storage.clear_leftovers(out)  # of one that was killed while it wrote its plan
-    others = _files(out)
+    others = [name for name in _files(out) if not storage.is_leftover(name)]  # of one killed while it wrote its plan
     if others:
         raise UserError(
             f"prepare.out {out} is not empty ({len(others)} files such as {others[0]}) and holds no prepare that could be "

@@ -46,7 +46,7 @@ def pretrain(config: Config) -> int:
     sample = sample_reports(corpus, config.model.vocabulary_reports)
     check_sizes(config, corpus, sample)
     tokenizer = read_tokenizer(folder, config) if folder.resumed else make_tokenizer(config, sample)
-    # only now: torch and transformers take seconds to load, and what is wrong so far has been told without them
+    # only now, see ``launch``
     from cmcgns.clustering.bank_pool import start_pool
     from cmcgns.train.launch import assign, count_parameters, fit
 

