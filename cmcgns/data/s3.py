@@ -169,6 +169,12 @@ def put(uri: str, data: bytes, if_absent: bool = False) -> bool:
     return _unless_there(uri, lambda: client().put_object(Bucket=bucket, Key=key, Body=data, **condition))
 
 
+def delete(uri: str) -> None:
+    """Delete the object at ``uri``, where there is one; unlike Arrow's deletion it may be tried again."""
+    bucket, key = split(uri)
+    patiently(uri, lambda: client().delete_object(Bucket=bucket, Key=key))
+
+
 def upload(local: Path, uri: str, if_absent: bool = False) -> bool:
     """Write the file ``local`` to ``uri`` in parts; it appears whole or not at all.
 

@@ -270,9 +270,11 @@ def file_size(uri: str) -> int:
 
 def delete_file(uri: str) -> None:
     """Delete the file at ``uri``, where there is one."""
-    files, path = filesystem(uri, attempts=1)
-    if exists(uri):
-        patiently(uri, lambda: files.delete_file(path))
+    if is_s3(uri):
+        s3.delete(uri)
+        return
+    with explained(uri):
+        Path(filesystem(uri)[1]).unlink(missing_ok=True)
 
 
 def list_files(uri: str, recursive: bool = True) -> list[str]:

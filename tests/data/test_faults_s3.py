@@ -55,6 +55,17 @@ def test_errors_and_cut_connections_are_tried_again_and_counted(bucket: str, pro
     assert storage.retries() - before == proxy.counts["error"] + proxy.counts["cut"]
 
 
+def test_a_file_is_deleted_once_however_often_it_is_tried(bucket: str, proxy: FaultyProxy) -> None:
+    proxy.faults = Faults(errors=0.4)
+    for number in range(10):
+        place = f"{bucket}/passing/{number}"
+        storage.write_bytes(place, b"1")
+        storage.delete_file(place)
+        storage.delete_file(place)
+    proxy.faults = Faults()
+    assert not storage.exists(f"{bucket}/passing")
+
+
 def test_uploads_in_parts_survive_errors_and_leave_nothing_behind(
     bucket: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
