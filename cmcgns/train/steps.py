@@ -18,18 +18,23 @@ STEPS_AHEAD = 40
 """Steps before an epoch's end at which the next one begins to be read, at the latest."""
 START_S = 8.0
 """Seconds that an epoch may take to start: it begins to be read so long before it is needed."""
+MEASURED_S = 2.0
+"""Seconds of an epoch that tell its speed: what lay ready at its start comes faster than it can be read."""
 
 
 class Foresight:
     """Tells when the next epoch has to begin to be read, by how fast this one goes."""
 
-    def __init__(self, studies: int, position: int, least: int) -> None:
-        self._studies, self._first, self._least = studies, position, least
-        self._began = time.monotonic()
+    def __init__(self, studies: int, least: int) -> None:
+        self._studies, self._least = studies, least
+        self._first: tuple[float, int] | None = None
 
     def is_time(self, position: int) -> bool:
         """Whether to begin, with this epoch read up to ``position``."""
-        speed = (position - self._first) / max(time.monotonic() - self._began, 1e-9)
+        now = time.monotonic()
+        # from the first call on: until then the epoch has been starting, which says nothing of its speed
+        began, first = self._first = self._first or (now, position)
+        speed = (position - first) / (now - began) if now - began > MEASURED_S else 0.0
         return self._studies - position <= max(self._least, speed * START_S)
 
 
@@ -115,7 +120,7 @@ class StepReader:
         self.place = place
         self._blocks = self.source.open(place.epoch, place.position)
         least = STEPS_AHEAD * self.batcher.config.train.global_batch_size
-        self._foresight = Foresight(self.source.studies, place.position, least)
+        self._foresight = Foresight(self.source.studies, least)
 
     def next_step(self) -> StepData:
         """The next step's batches. Collective; goes on to the next epoch where this one has no full step left."""

@@ -89,7 +89,7 @@ class OurEpochs:
         self.epoch = 0
 
     def __call__(self) -> int:
-        studies, foresight = 0, Foresight(self.stream.studies, 0, STEPS_AHEAD * BLOCK)
+        studies, foresight = 0, Foresight(self.stream.studies, STEPS_AHEAD * BLOCK)
         for block in self.blocks.open(self.epoch, 0):
             studies += len(block)
             if foresight.is_time(studies):
@@ -202,7 +202,7 @@ def _beside(what: str, found: dict[str, list[float]], wanted: float) -> Line:
     return Line(f"{what}: share of a DataLoader's speed", measured, f">= {wanted}", ours / loader >= wanted)
 
 
-def manifest_lines(folder: Path, rows: int = 377_110, last: int = 4_000) -> list[Line]:
+def manifest_lines(folder: Path, rows: int = 377_110, last: int = 20_000) -> list[Line]:
     """A manifest as long as MIMIC-CXR's: until the first microbatch, and from the last one of an epoch to the next."""
     contest = open_contest(str(many_rows(folder, rows)), resize=64)
     with local_ray():
@@ -212,7 +212,7 @@ def manifest_lines(folder: Path, rows: int = 377_110, last: int = 4_000) -> list
         first = time.perf_counter() - began
     with local_ray():  # of its own: the epoch that was left in the middle would go on beside this one
         ours, start, studies = OurEpochs(contest), len(contest.studies) - last, 0
-        foresight = Foresight(len(contest.studies), start, STEPS_AHEAD * BLOCK)
+        foresight = Foresight(len(contest.studies), STEPS_AHEAD * BLOCK)
         for block in ours.blocks.open(1, start):
             studies += len(block)
             if foresight.is_time(start + studies):

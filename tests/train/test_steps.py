@@ -10,7 +10,8 @@ from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.data.blocks import Block
-from cmcgns.train.steps import Batcher, Place, StepReader, validation_batches
+from cmcgns.train import steps
+from cmcgns.train.steps import Batcher, Foresight, Place, StepReader, validation_batches
 from tests.ranks import run_on_ranks
 from tests.small import small_config
 from tests.train.memory import MemoryBlocks, order_of, studies_of
@@ -154,3 +155,22 @@ def test_validation_crops_the_middle() -> None:
     expected = torch.from_numpy(stored_BRR[:, 4:36, 4:36].astype(np.float32)) / 127.5 - 1
     assert (real, whole) == (4, True)
     torch.testing.assert_close(batch.image_B1HW[:, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("speed", "left"), [(1000, 8000), (10, 640)])
+def test_the_next_epoch_begins_so_long_before_it_is_needed(
+    speed: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 s at the speed of this epoch, its slow start and what lay ready at it left out, and not fewer studies than asked for."""
+    clock = [0.0]
+    monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
+    foresight, position = Foresight(100_000, least=640), 0
+    clock[0] += 30  # until the first block
+    for _ in range(5):  # what lay ready
+        position += 100
+        assert not foresight.is_time(position)
+        clock[0] += 0.01
+    while not foresight.is_time(position):
+        position += 10
+        clock[0] += 10 / speed
+    assert 100_000 - position == pytest.approx(left, rel=0.02)
