@@ -16,7 +16,7 @@ LOCAL_CLUSTER = {
     # data tasks come in bursts: keep their processes, and what they have imported, between epochs
     "idle_worker_killing_time_threshold_ms": 600_000,
     "num_workers_soft_limit": 16,
-    # by default what the stream has done with stays for a second: at 2,500 films/s half a GB
+    # by default what the stream has done with stays in the object store for up to a second
     "free_objects_period_milliseconds": 100,
 }
 """Settings of a Ray made for one run on this machine."""

@@ -156,5 +156,8 @@ def _add(digest: Any, values: pa.Array) -> None:
         inner = [values.values] if pa.types.is_list(kind) else [values.keys, values.items]
         for each in inner:
             _add(digest, each.slice(offsets[0], offsets[-1] - offsets[0]))
+    elif pa.types.is_struct(kind):
+        for each in values.flatten():
+            _add(digest, each)
     else:
         digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())

@@ -212,7 +212,7 @@ def clear_leftovers(uri: str) -> int:
     """Delete what killed writers have left under the folder ``uri``; how many there were."""
     if is_s3(uri):
         return s3.abort_uploads(uri)
-    found = list(Path(filesystem(uri)[1]).glob(".*.partial-*"))
+    found = [path for path in Path(filesystem(uri)[1]).glob("*") if is_leftover(path.name)]
     for path in found:
         path.unlink(missing_ok=True)
     return len(found)

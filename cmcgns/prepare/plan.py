@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from cmcgns.data import storage
 from cmcgns.data.index import StudyIndex
-from cmcgns.data.manifest import PLAN, SPLITS, VERSION, read_manifest, well_formed
+from cmcgns.data.manifest import PLAN, SPLITS, VERSION, content_hash, read_manifest, well_formed
 from cmcgns.data.order import Arrangement, arranged
 from cmcgns.data.sources import Source
 from cmcgns.errors import UserError
@@ -21,8 +21,6 @@ SAMPLE_STUDIES = 16
 """Studies prepared beforehand, to tell how many go into a shard."""
 GUESSED_BYTES = 100_000
 """Bytes of a film where no film of the sample can be used."""
-DIGEST_STUDIES = 4096
-"""Studies that are hashed together."""
 WHERE_AND_HOW_FAST = ("out", "cpus_per_task", "pseudonymise_key_file", "check")
 """Settings that a prepare may be gone on with differently."""
 
@@ -84,9 +82,7 @@ def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
     if source.format == "phantom":
         digest.update(repr(source).encode())  # the size of the films that it draws
     for name, split in splits.items():
-        digest.update(name.encode())
-        for batch in split.studies.to_batches(max_chunksize=DIGEST_STUDIES):
-            digest.update(json.dumps(batch.to_pylist()).encode())
+        digest.update(f"{name} {content_hash(split.studies)}".encode())
     studies = sum(len(split.studies) for split in splits.values())
     return {"uri": source.uri, "format": source.format, "studies": studies, "digest": digest.hexdigest()}
 

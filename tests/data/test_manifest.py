@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cmcgns.data.index import index_table
 from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
 from cmcgns.errors import UserError
 
@@ -68,3 +69,16 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json"):
         read_manifest(str(tmp_path))
+
+
+def test_an_index_has_one_hash_however_it_is_held_and_a_path_changes_it() -> None:
+    def study(number: int, film: str = "") -> dict[str, object]:
+        films = [{"image_id": f"i{number}", "path": f"{number}{film}.png", "view": None if number % 2 else "PA"}]
+        return {"study_id": f"s{number}", "films": films * (1 + number % 3), "labels": [("Edema", 1.0)]}
+
+    table = index_table([study(number) for number in range(9)])
+    again = index_table([study(number) for number in range(9)])
+    cut = pa.concat_tables([table.slice(0, 4), table.slice(4)])
+    padded = pa.concat_tables([table.slice(5), table]).combine_chunks().slice(4)
+    assert content_hash(table) == content_hash(again) == content_hash(cut) == content_hash(padded)
+    assert content_hash(index_table([study(n, "x" if n == 8 else "") for n in range(9)])) != content_hash(table)

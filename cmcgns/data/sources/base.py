@@ -179,7 +179,9 @@ def filter_views(
     if keep_unknown:
         wanted.add("")
     kept = view.isin(list(wanted))
-    filtered = Counter(_named(name) for name in view[~kept])
+    filtered: Counter[str] = Counter()
+    for name, count in view[~kept].value_counts().items():
+        filtered[_named(str(name))] += count
     return films.assign(view=view)[kept], dict(sorted(filtered.items()))
 
 
