@@ -127,13 +127,18 @@ def deal(rows: pa.Table, ranks: int, block_size: int, rounds: int) -> pa.Table:
 
 
 def blocks(iterator: Any, resize: int, size: int) -> Iterator[Block]:
-    """The blocks of ``size`` studies that one rank's Ray Data iterator delivers, one or more at a time, in order."""
+    """The studies that one rank's Ray Data iterator delivers, in order, in blocks of ``size``; the last may be smaller."""
+    rest = pa.table({})
     for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         if table.num_rows and table["position"][-1].as_py() < 0:
             table = table.filter(pc.greater_equal(table["position"], 0))
-        whole = table.combine_chunks()
-        for start in range(0, len(whole), size):
+        whole = (pa.concat_tables([rest, table]) if rest.num_rows else table).combine_chunks()
+        full = len(whole) - len(whole) % size
+        for start in range(0, full, size):
             yield to_block(whole.slice(start, size), resize)
+        rest = whole.slice(full)
+    if rest.num_rows:
+        yield to_block(rest, resize)
 
 
 def to_block(table: pa.Table, resize: int) -> Block:

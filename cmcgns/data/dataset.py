@@ -1,8 +1,8 @@
 """A corpus as a stream of microbatches: Ray Data fetches and decodes, each rank receives whole blocks in a fixed order.
 
 The order is a function of (seed, epoch) and the index (see ``order``), known before anything is read. Each task takes one
-piece of it. After bad rows are dropped the stream is cut again into blocks of exactly ``microbatch_size`` studies; block b
-goes to rank b mod world.
+piece of it. What is left after bad rows are dropped is cut into blocks of exactly ``microbatch_size`` studies; block b goes
+to rank b mod world.
 """
 
 import time
@@ -34,14 +34,15 @@ SCHEDULER_PAUSE_S = 0.02
 HANDED_ON = {True: 512, False: 64}
 """Studies that are handed on together, of a prepared set and of a raw one: each block on its way costs Ray Data 15 ms of CPU
 time, and a film of a raw set takes 15 ms to decode."""
-AHEAD_PIECES = 6
-"""Windows of a prepared set that may wait for training: with half as many only one task finds room at a time."""
+DEALING_CPUS = 0.1
+"""CPUs of a task that deals studies to the ranks: it copies memory."""
 MOST_PIECES = 600
 """Pieces of an epoch of a raw set: each one costs 2 ms before the first is read."""
-GROUPED_ROWS = 256
+GROUPED_ROWS = 128
 """Studies that a task which reads whole groups hands on at once."""
-BLOCK_BYTES = 32 * 2**20
-"""Size at which what a task has made is handed on."""
+BLOCK_BYTES = 8 * 2**20
+"""Size at which what a task has made is handed on: a third of the memory that blocks of four times the size take, at the same
+speed."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,10 @@ class Stream:
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
         """One Ray Data iterator for each rank over the epoch from ``position`` on, in blocks of ``block_size``."""
-        rounds = rounds_at_a_time(self.source, block_size, ranks)
-        own = rounds * block_size
         with self.context():
-            rows = self.rows(epoch, position).repartition(target_num_rows_per_block=ranks * own, strict=True)
+            rows = self.rows(epoch, position)
             if ranks > 1:
-                dealing = {"ranks": ranks, "block_size": block_size, "rounds": rounds}
-                dealt = rows.map_batches(
-                    deal, batch_format="pyarrow", batch_size=None, zero_copy_batch=True, num_cpus=0.5, fn_kwargs=dealing
-                )
-                rows = dealt.repartition(target_num_rows_per_block=own, strict=True)
+                rows = dealt(rows, ranks, block_size, rounds_at_a_time(self.source, block_size, ranks))
             return list(rows.streaming_split(ranks))
 
     def rows(self, epoch: int, position: int) -> Any:
@@ -102,11 +97,37 @@ class Stream:
         return ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(self.config))
 
 
-class Unhurried(ExecutionCallback):
-    """Rests after each turn of Ray Data's scheduler: while training holds the stream back it would turn without a pause,
-    and take a third of a CPU from it."""
+def dealt(rows: Any, ranks: int, block_size: int, rounds: int) -> Any:
+    """``rows`` in blocks of ``rounds`` microbatches of one rank each, in turn."""
+    hand = rounds * block_size
+    dealing = {"ranks": ranks, "block_size": block_size, "rounds": rounds}
+    in_turn = rows.map_batches(
+        deal,
+        batch_format="pyarrow",
+        batch_size=ranks * hand,
+        zero_copy_batch=True,
+        num_cpus=DEALING_CPUS,
+        fn_kwargs=dealing,
+    )
+    # Ray Data joins the two into one task, which is handed multiples of batch_size, if both ask for the same; no parameter
+    # says how much the second asks for: a whole CPU, which beside another epoch on a small machine is never free
+    hands = in_turn.repartition(target_num_rows_per_block=hand, strict=True)
+    hands._logical_plan.dag.ray_remote_args["num_cpus"] = DEALING_CPUS
+    return hands
+
+
+class Beside(ExecutionCallback):
+    """Fits Ray Data's scheduler to streams that run beside training and beside each other."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Lets the stream count on every CPU that training leaves: Ray Data would give it its part of all, and subtract from
+        that the whole of what training holds. A stream left without a CPU for one of its steps fills the object store."""
+        executor._resource_manager._get_total_resources = lambda: ray.data.ExecutionResources.from_resource_dict(
+            ray.cluster_resources()
+        )
 
     def on_execution_step(self, executor: Any) -> None:
+        """Rests: while training holds the stream back the scheduler would turn without a pause, and take a third of a CPU."""
         time.sleep(SCHEDULER_PAUSE_S)
 
 
@@ -129,7 +150,7 @@ def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
     context._max_num_blocks_in_streaming_gen_buffer = None
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
-    context.custom_execution_callback_classes = [Unhurried]
+    context.custom_execution_callback_classes = [Beside]
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
@@ -174,8 +195,7 @@ def piece_studies(source: Source, config: DataConfig, studies: int) -> int:
 def most_ahead(source: Source, config: DataConfig, studies: int, global_batch_size: int, decoders: int) -> int:
     """Decoded studies that may wait for training where nothing else is asked for: enough to keep both sides busy."""
     piece = piece_studies(source, config, studies)
-    waiting = AHEAD_PIECES * piece if source.in_groups else decoders * max(4 * config.window_size, 2 * piece)
-    return 8 * global_batch_size + waiting
+    return 8 * global_batch_size + decoders * (piece if source.in_groups else max(4 * config.window_size, 2 * piece))
 
 
 def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:

@@ -20,9 +20,9 @@ from pydicom.uid import (
 )
 
 from cmcgns.data.expendable import ExpendableDecoder
+from cmcgns.data.transforms import MAX_PIXELS
 from cmcgns.errors import BadRow
 
-MAX_PIXELS = 100_000_000
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 # pydicom's warnings quote the values it stumbles over, and those may be a patient's: none leave this module.

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cmcgns.data.dicom import MAX_PIXELS, dicom_to_grey
 from cmcgns.errors import BadRow
 
+MAX_PIXELS = 100_000_000
+"""Of a film; larger ones are refused before they are decoded."""
 PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 _MAGIC = (
     (b"\xff\xd8\xff", "picture"),
@@ -68,6 +69,9 @@ def decode_scan(data: bytes, name: str, target: Target | None = None) -> Scan:
     """
     kind = _kind(data, name)
     if kind == "dicom":
+        # in here: pydicom is two thirds of what a process of a stream would load, for sets that have no DICOM
+        from cmcgns.data.dicom import dicom_to_grey
+
         grey_HW = dicom_to_grey(data)
         return Scan(grey_HW, *grey_HW.shape)
     if kind == "picture":

@@ -40,8 +40,7 @@ def studies_ahead(config: Config, corpus: Corpus, cpus: float) -> int:
     data = config.data
     if data.studies_ahead is not None:
         return data.studies_ahead
-    # one CPU cuts what the decoders deliver into microbatches
-    decoders = max(int((cpus - taken_cpus(config) - 1) / data.cpus_per_task), 1)
+    decoders = max(int((cpus - taken_cpus(config)) / data.cpus_per_task), 1)
     return most_ahead(corpus.source, data, len(corpus.train), config.train.global_batch_size, decoders)
 
 

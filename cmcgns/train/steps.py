@@ -27,6 +27,11 @@ class Foresight:
 
     def __init__(self, studies: int, least: int) -> None:
         self._studies, self._least = studies, least
+        self._speed = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """An epoch begins; until its own speed is known the last one's counts: it may be over by then."""
         self._first: tuple[float, int] | None = None
 
     def is_time(self, position: int) -> bool:
@@ -34,8 +39,9 @@ class Foresight:
         now = time.monotonic()
         # from the first call on: until then the epoch has been starting, which says nothing of its speed
         began, first = self._first = self._first or (now, position)
-        speed = (position - first) / (now - began) if now - began > MEASURED_S else 0.0
-        return self._studies - position <= max(self._least, speed * START_S)
+        if now - began > MEASURED_S or position == self._studies > first:
+            self._speed = (position - first) / (now - began)
+        return self._studies - position <= max(self._least, self._speed * START_S)
 
 
 class BlockSource(Protocol):
@@ -114,13 +120,13 @@ class StepReader:
     ) -> None:
         self.source, self.batcher, self.place = source, batcher, place
         self.accumulation, self.stop = accumulation, stop
+        self._foresight = Foresight(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
         self._open(place)
 
     def _open(self, place: Place) -> None:
         self.place = place
         self._blocks = self.source.open(place.epoch, place.position)
-        least = STEPS_AHEAD * self.batcher.config.train.global_batch_size
-        self._foresight = Foresight(self.source.studies, least)
+        self._foresight.begin()
 
     def next_step(self) -> StepData:
         """The next step's batches. Collective; goes on to the next epoch where this one has no full step left."""

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import internal_api
 
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import blocks
-from cmcgns.data.dataset import Stream, stream_split
+from cmcgns.data.dataset import Stream, bytes_per_study, stream_split
 from cmcgns.data.transforms import Target
 from cmcgns.models.tokenizer import train_tokenizer
 from cmcgns.train.board import start_board
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.ray
 STUDIES, SIDE, BLOCK = 6_000, 48, 16
 TAKEN_CPUS = 0.7
 """Of two: what workers and pool of a small run hold."""
+AHEAD = 2 * 512
 PATIENCE_S = 90
 STILL_S = 4
 
@@ -32,7 +34,7 @@ def stream(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Stream:
     words = train_tokenizer(["nodule in the left lung", "no effusion"] * 10, 256, 256, 32)
     board = start_board(STUDIES, 0.0, {})
     return stream_split(
-        source, studies, arrangement, words, config, board, taken_cpus=TAKEN_CPUS, studies_ahead=3 * 512
+        source, studies, arrangement, words, config, board, taken_cpus=TAKEN_CPUS, studies_ahead=AHEAD
     )  # fmt: skip
 
 
@@ -57,6 +59,23 @@ def free_cpus_once_still() -> float:
         time.sleep(0.1)
     assert time.monotonic() < end
     return before
+
+
+def held_bytes() -> int:
+    """What the object store of this machine holds."""
+    node = ray.nodes()[0]
+    stats = internal_api.node_stats(node["NodeManagerAddress"], node["NodeManagerPort"])
+    return int(stats.store_stats.object_store_bytes_used)
+
+
+def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(stream: Stream) -> None:
+    before = held_bytes()
+    begun = [Rank.remote(stream.split(epoch, 0, BLOCK, ranks=1)[0]) for epoch in (0, 1)]
+    assert ray.get([rank.studies_of_next_block.remote() for rank in begun]) == [BLOCK, BLOCK]
+    free_cpus_once_still()
+    # each may go over by what its tasks and its reader have in hand
+    most = 2 * (AHEAD + 4 * 512) * bytes_per_study(stream.config)
+    assert held_bytes() - before < most < 2 * STUDIES * stream.config.resize**2
 
 
 def test_a_stream_that_waits_holds_no_cpu(stream: Stream) -> None:

@@ -174,3 +174,21 @@ def test_the_next_epoch_begins_so_long_before_it_is_needed(
         position += 10
         clock[0] += 10 / speed
     assert 100_000 - position == pytest.approx(left, rel=0.02)
+
+
+def test_an_epoch_that_is_over_at_once_goes_by_the_speed_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, foresight = [0.0], Foresight(1_000, least=10)
+    monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
+    begun_at = []
+    for _ in range(2):
+        foresight.begin()
+        for position in range(1, 1_001):
+            clock[0] += 0.001  # a second in all
+            if foresight.is_time(position):
+                begun_at.append(position)
+                break
+        while position < 1_000:
+            position += 1
+            clock[0] += 0.001
+            foresight.is_time(position)
+    assert begun_at == [990, 1]
