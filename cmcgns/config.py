@@ -55,7 +55,7 @@ class DataConfig(CorpusConfig):
     """CPUs that Ray reserves for one fetch-and-decode task."""
     studies_ahead: PositiveInt | None = None
     """Decoded studies that may wait for training, a bound on memory; by default 8 optimizer steps, and 4 tasks' studies for
-    each decoding task that finds a CPU, or 6 windows of a prepared set."""
+    each decoding task that finds a CPU, of a prepared set a window for each."""
     validation_studies: PositiveInt | None = None
     """Validate on that many studies of the validation split, the first by index; by default on all."""
 

@@ -69,7 +69,9 @@ class Stream:
         with self.context():
             rows = self.rows(epoch, position)
             if ranks > 1:
-                rows = dealt(rows, ranks, block_size, rounds_at_a_time(self.source, block_size, ranks))
+                # never as many as a reading task's: Ray Data would join the two, and read a piece for each study to deal
+                cpus = DEALING_CPUS if self.config.cpus_per_task != DEALING_CPUS else DEALING_CPUS / 2
+                rows = dealt(rows, ranks, block_size, rounds_at_a_time(self.source, block_size, ranks), cpus)
             return list(rows.streaming_split(ranks))
 
     def rows(self, epoch: int, position: int) -> Any:
@@ -97,7 +99,7 @@ class Stream:
         return ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(self.config))
 
 
-def dealt(rows: Any, ranks: int, block_size: int, rounds: int) -> Any:
+def dealt(rows: Any, ranks: int, block_size: int, rounds: int, cpus: float) -> Any:
     """``rows`` in blocks of ``rounds`` microbatches of one rank each, in turn."""
     hand = rounds * block_size
     dealing = {"ranks": ranks, "block_size": block_size, "rounds": rounds}
@@ -106,13 +108,13 @@ def dealt(rows: Any, ranks: int, block_size: int, rounds: int) -> Any:
         batch_format="pyarrow",
         batch_size=ranks * hand,
         zero_copy_batch=True,
-        num_cpus=DEALING_CPUS,
+        num_cpus=cpus,
         fn_kwargs=dealing,
     )
     # Ray Data joins the two into one task, which is handed multiples of batch_size, if both ask for the same; no parameter
     # says how much the second asks for: a whole CPU, which beside another epoch on a small machine is never free
     hands = in_turn.repartition(target_num_rows_per_block=hand, strict=True)
-    hands._logical_plan.dag.ray_remote_args["num_cpus"] = DEALING_CPUS
+    hands._logical_plan.dag.ray_remote_args["num_cpus"] = cpus
     return hands
 
 

@@ -13,7 +13,7 @@ from tests.streaming import Watched, fill_bucket, watch_run
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 STUDIES = {"small": 2_000, "large": 20_000}
-STEPS = 40
+STEPS = 120
 OBJECT_STORE_MIB = 512
 
 

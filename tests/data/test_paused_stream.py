@@ -1,6 +1,7 @@
 """Training's stream waits while validation is read: it must leave room for that, or both would wait for ever."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from ray._private import internal_api
 
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import blocks
-from cmcgns.data.dataset import Stream, bytes_per_study, stream_split
+from cmcgns.data.dataset import DEALING_CPUS, Stream, bytes_per_study, stream_split
 from cmcgns.data.transforms import Target
 from cmcgns.models.tokenizer import train_tokenizer
 from cmcgns.train.board import start_board
@@ -68,10 +69,14 @@ def held_bytes() -> int:
     return int(stats.store_stats.object_store_bytes_used)
 
 
-def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(stream: Stream) -> None:
+@pytest.mark.parametrize(("ranks", "cpus_per_task"), [(1, 0.5), (2, DEALING_CPUS)])
+def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(
+    stream: Stream, ranks: int, cpus_per_task: float
+) -> None:
+    stream = replace(stream, config=stream.config.model_copy(update={"cpus_per_task": cpus_per_task}))
     before = held_bytes()
-    begun = [Rank.remote(stream.split(epoch, 0, BLOCK, ranks=1)[0]) for epoch in (0, 1)]
-    assert ray.get([rank.studies_of_next_block.remote() for rank in begun]) == [BLOCK, BLOCK]
+    begun = [Rank.remote(part) for epoch in (0, 1) for part in stream.split(epoch, 0, BLOCK, ranks)]
+    assert ray.get([rank.studies_of_next_block.remote() for rank in begun]) == [BLOCK] * len(begun)
     free_cpus_once_still()
     # each may go over by what its tasks and its reader have in hand
     most = 2 * (AHEAD + 4 * 512) * bytes_per_study(stream.config)
