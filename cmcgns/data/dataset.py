@@ -32,8 +32,8 @@ FETCH_THREADS = 8
 """Films of one piece that are fetched from storage at the same time."""
 SCHEDULER_PAUSE_S = 0.02
 HANDED_ON = {True: 512, False: 64}
-"""Studies that are handed on together, of a prepared set and of a raw one: each block on its way costs Ray Data 15 ms of CPU
-time, and a film of a raw set takes 15 ms to decode."""
+"""Studies that are dealt to all ranks together, of a prepared set and of a raw one: each block on its way costs Ray Data some
+15 ms of CPU time, and a film of a raw set takes 15 ms to decode."""
 DEALING_CPUS = 0.1
 """CPUs of a task that deals studies to the ranks: it copies memory."""
 MOST_PIECES = 600
@@ -41,8 +41,8 @@ MOST_PIECES = 600
 GROUPED_ROWS = 128
 """Studies that a task which reads whole groups hands on at once."""
 BLOCK_BYTES = 8 * 2**20
-"""Size at which what a task has made is handed on: a third of the memory that blocks of four times the size take, at the same
-speed."""
+"""Size at which what a task has made is handed on: two epochs at once took 450 MiB of object store in blocks of 32 MiB, 220 in
+these."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Stream:
     """Rows carry the sentences' words too."""
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
-        """One Ray Data iterator for each rank over the epoch from ``position`` on, in blocks of ``block_size``."""
+        """One Ray Data iterator for each rank over the epoch from ``position`` on: with several, blocks of ``block_size`` go
+        round them; a lone one gets all, to be cut by ``blocks``."""
         with self.context():
             rows = self.rows(epoch, position)
             if ranks > 1:

@@ -22,7 +22,6 @@ def searcher(search: Search, space: Space, metric: str, trials: int, seed: int) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = _sampler(search, space, trials, seed)
-        # space by name, not by Tune's own domains: those it would draw from itself, and Optuna would only see the results
         return OptunaSearch(space, metric=metric, mode="max", sampler=sampler)
 
 

@@ -31,7 +31,8 @@ class Foresight:
         self.begin()
 
     def begin(self) -> None:
-        """An epoch begins; until its own speed is known the last one's counts: it may be over by then."""
+        """An epoch begins; the last one's speed counts until its own is known: it may be over by then."""
+        self._speed_before = self._speed
         self._first: tuple[float, int] | None = None
 
     def is_time(self, position: int) -> bool:
@@ -39,9 +40,10 @@ class Foresight:
         now = time.monotonic()
         # from the first call on: until then the epoch has been starting, which says nothing of its speed
         began, first = self._first = self._first or (now, position)
-        if now - began > MEASURED_S or position == self._studies > first:
+        if now > began:
             self._speed = (position - first) / (now - began)
-        return self._studies - position <= max(self._least, self._speed * START_S)
+        speed = self._speed if now - began > MEASURED_S else self._speed_before
+        return self._studies - position <= max(self._least, speed * START_S)
 
 
 class BlockSource(Protocol):

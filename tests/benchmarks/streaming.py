@@ -217,10 +217,9 @@ def manifest_lines(folder: Path, rows: int = 377_110, last: int = 20_000) -> lis
         first = time.perf_counter() - began
     with local_ray():  # of its own: the epoch that was left in the middle would go on beside this one
         ours, start, studies = OurEpochs(contest), len(contest.studies) - last, 0
-        foresight = Foresight(len(contest.studies), STEPS_AHEAD * BLOCK)
         for block in ours.blocks.open(1, start):
             studies += len(block)
-            if foresight.is_time(start + studies):
+            if ours.foresight.is_time(start + studies):
                 ours.blocks.prepare(2)
         assert studies == last
         ended = time.perf_counter()

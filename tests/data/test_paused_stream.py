@@ -1,4 +1,5 @@
-"""Training's stream waits while validation is read: it must leave room for that, or both would wait for ever."""
+"""Training's stream waits while validation is read: it must leave room for that, or both would wait for ever, and
+read no further ahead than it may."""
 
 import time
 from dataclasses import replace
