@@ -1,6 +1,6 @@
 """Studies as they travel from the decoder to a rank: rows of an Arrow table, then numpy views of one microbatch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ def deal(rows: pa.Table, ranks: int, block_size: int, rounds: int) -> pa.Table:
     return dealt.set_column(dealt.schema.get_field_index("position"), "position", pa.array(positions))
 
 
-def blocks(iterator: Any, resize: int, size: int) -> Iterator[Block]:
+def blocks(iterator: Any, resize: int, size: int) -> Generator[Block]:
     """The studies that one rank's Ray Data iterator delivers, in order, in blocks of ``size``; the last may be smaller."""
     rest = pa.table({})
     for table in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

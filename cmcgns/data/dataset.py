@@ -69,11 +69,12 @@ class Stream:
         round them; a lone one gets all, to be cut by ``blocks``."""
         with self.context():
             rows = self.rows(epoch, position)
-            if ranks > 1:
-                # never as many as a reading task's: Ray Data would join the two, and read a piece for each study to deal
-                cpus = DEALING_CPUS if self.config.cpus_per_task != DEALING_CPUS else DEALING_CPUS / 2
-                rows = dealt(rows, ranks, block_size, rounds_at_a_time(self.source, block_size, ranks), cpus)
-            return list(rows.streaming_split(ranks))
+            if ranks == 1:
+                return [rows.iterator()]  # scheduled in this process: one of its own would take 140 MiB
+            # never as many as a reading task's: Ray Data would join the two, and read a piece for each study to deal
+            cpus = DEALING_CPUS if self.config.cpus_per_task != DEALING_CPUS else DEALING_CPUS / 2
+            in_turn = dealt(rows, ranks, block_size, rounds_at_a_time(self.source, block_size, ranks), cpus)
+            return list(in_turn.streaming_split(ranks))
 
     def rows(self, epoch: int, position: int) -> Any:
         """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
@@ -84,7 +85,7 @@ class Stream:
         numbers = ray.data.read_datasource(
             RangeDatasource(n=pieces, block_format="arrow", column_name="id"),
             override_num_blocks=pieces,
-            ray_remote_args={"num_cpus": cpus},
+            num_cpus=cpus,
         )
         return numbers.map_batches(
             read_pieces,

@@ -1,11 +1,13 @@
 """One Ray Train worker: builds the parts around the trainer, runs it, exports what came out."""
 
+import contextlib
 import logging
 import queue
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,12 +35,14 @@ from cmcgns.train.checkpoint import export_model, load_progress
 from cmcgns.train.folder import write_bad_rows
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import Batcher
+from cmcgns.train.steps import Batcher, BlockSource
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
 logger = logging.getLogger(__name__)
 
 STOP_POLL_S = 1.0
+CLOSE_S, CLOSE_POLL_S = 5.0, 0.05
+"""Longest wait for a stream to stop: its thread may wait for a film that is still being read."""
 BLOCKS_AHEAD = 4
 """Decoded microbatches that wait on the host of each rank."""
 
@@ -66,6 +70,12 @@ class RayBlocks:
         self.board = train.board
         self.studies = train.studies
         self._prepared: dict[tuple[int, int], Iterator[Block]] = {}
+        self._begun: list[Ahead] = []
+
+    def close(self) -> None:
+        """Stop reading whatever has begun."""
+        for ahead in self._begun:
+            ahead.close()
 
     def prepare(self, epoch: int) -> None:
         if (epoch, 0) not in self._prepared:
@@ -81,29 +91,53 @@ class RayBlocks:
     def _open(self, stream: Stream, epoch: int, position: int) -> Iterator[Block]:
         if position >= stream.studies:
             return iter(())
-        split: list[Any] = []
+        ranks, split = distributed.world_size(), []
         if distributed.rank() == 0:
-            split = stream.split(epoch, position, self.block_size, distributed.world_size())
+            split = stream.split(epoch, position, self.block_size, ranks)
+        own = split[0] if ranks == 1 else self._hand_out(split)
+        # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
+        ahead = Ahead(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
+        self._begun = [*(other for other in self._begun if other.reading), ahead]
+        return ahead
+
+    def _hand_out(self, split: list[Any]) -> Any:
+        """This rank's of rank 0's iterators."""
+        if distributed.rank() == 0:
             # by way of an actor: what is pickled by hand keeps the iterators' actor alive for ever
             ray.get(self.board.hand_out.remote(split))
-        distributed.exchange([epoch])  # nobody takes before all is there
-        own = ray.get(self.board.take.remote(distributed.rank()))
-        # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
-        return Ahead(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
+        distributed.exchange([0])  # nobody takes before all is there
+        return ray.get(self.board.take.remote(distributed.rank()))
 
 
 class Ahead:
     """Reads a few blocks ahead in a thread, from the moment it is made: an epoch takes seconds to start."""
 
-    def __init__(self, source: Iterator[Block], keep_alive: Any) -> None:
+    def __init__(self, source: Generator[Block], keep_alive: Any) -> None:
         self._ready: queue.Queue[Block | Exception | None] = queue.Queue(maxsize=BLOCKS_AHEAD)
         self._keep_alive = keep_alive
-        threading.Thread(target=self._read, args=(source,), name="blocks-ahead", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._read, args=(source,), name="blocks-ahead", daemon=True)
+        self._thread.start()
 
-    def _read(self, source: Iterator[Block]) -> None:
+    @property
+    def reading(self) -> bool:
+        """False once everything has been read."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Read no further, so that Ray Data ends its tasks; what was not taken is lost."""
+        self._closed, began = True, time.monotonic()
+        while self.reading and time.monotonic() - began < CLOSE_S:
+            with contextlib.suppress(queue.Empty):  # the thread may wait for room
+                self._ready.get(timeout=CLOSE_POLL_S)
+
+    def _read(self, source: Generator[Block]) -> None:
         try:
-            for block in source:
-                self._ready.put(block)
+            with contextlib.closing(source):
+                for block in source:
+                    if self._closed:
+                        return
+                    self._ready.put(block)
             self._ready.put(None)
         except Exception as error:  # belongs to whoever waits for the block
             self._ready.put(error)
@@ -143,7 +177,9 @@ def _train(assignment: Assignment) -> None:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmcgns-run-")))
         step = 0 if folder is None else load_progress(folder).step
         log = RunLog(assignment.folder, scratch, step) if distributed.rank() == 0 else None
-        parts = build_parts(assignment, RayPool(assignment.pool), device, log)
+        source = RayBlocks(assignment.train, assignment.valid, config.train.microbatch_size)
+        stack.callback(source.close)
+        parts = build_parts(assignment, source, RayPool(assignment.pool), device, log)
         trainer = Trainer(config, parts, folder)
         if folder is None:
             parts.guide.empty_bank(0)  # the pool may still hold what replaced workers have pushed
@@ -158,7 +194,9 @@ def _train(assignment: Assignment) -> None:
             ray.get(assignment.board.finish.remote(outcome))
 
 
-def build_parts(assignment: Assignment, pool: Pool, device: torch.device, log: RunLog | None) -> Parts:
+def build_parts(
+    assignment: Assignment, source: BlockSource, pool: Pool, device: torch.device, log: RunLog | None
+) -> Parts:
     """Everything around the loop, from what the driver sent."""
     config, stream = assignment.config, assignment.train
 
@@ -171,7 +209,7 @@ def build_parts(assignment: Assignment, pool: Pool, device: torch.device, log: R
         patches = build_model(config, stream.tokenizer.vocabulary_size).image_encoder.patches
     return Parts(
         build_model=model,
-        blocks=RayBlocks(stream, assignment.valid, config.train.microbatch_size),
+        blocks=source,
         batcher=Batcher(config, patches, stream.tokenizer.pad_id, device),
         guide=Guide(config.clustering, centroids, pool),
         schedule=assignment.schedule,
