@@ -17,9 +17,12 @@ STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
 
 WORDS = (
     "run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri", "prepare.out",
-    "prepare.pseudonymise_key_file",
+    "prepare.pseudonymise_key_file", "sweep.resume",
 )  # fmt: skip
 """Keys whose values stay words, also those like 2024-01-01 or 007."""
+
+RESUME_KEYS = ("run.resume", "sweep.resume")
+"""Keys that name a run to go on with; each begins from the settings of that run."""
 
 Settings = TypeVar("Settings", bound=Section)
 """The settings of one job: a section whose fields are sections."""
@@ -54,7 +57,7 @@ def run_job(
 def load_config(arguments: Sequence[str], kind: type[Settings], default_config: Path | None) -> Settings:
     """Settings from the YAML file named by ``--config`` (else ``default_config``) with the command line on top.
 
-    ``--run.resume=NAME`` without ``--config`` begins from the settings that the run was started with.
+    ``--run.resume=NAME`` or ``--sweep.resume=NAME`` without ``--config`` begins from the settings that the run was started with.
     """
     path, overrides = None, {}
     words = iter(arguments)
@@ -73,9 +76,10 @@ def load_config(arguments: Sequence[str], kind: type[Settings], default_config: 
             overrides[key] = _parse_value(key, value)
     source = path or default_config
     settings = read_yaml(source) if source else {}
-    if path is None and "run.resume" in overrides:
+    resumed = next((key for key in RESUME_KEYS if key in overrides), None)
+    if path is None and resumed:
         storage = overrides.get("run.storage") or settings.get("run", {}).get("storage") or RunConfig().storage
-        settings = read_run(str(storage), str(overrides["run.resume"]))
+        settings = read_run(str(storage), str(overrides[resumed]), resumed)
     return resolve(settings, overrides, kind)
 
 
@@ -132,14 +136,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings or {}
 
 
-def read_run(storage: str, name: str) -> dict[str, Any]:
-    """The settings that a run under ``storage`` was started with, unchecked."""
+def read_run(storage: str, name: str, key: str) -> dict[str, Any]:
+    """The settings that a run under ``storage``, which the setting ``key`` names, was started with, unchecked."""
     from cmcgns.data.storage import MissingFileError, join, read_bytes  # Arrow: --help needs none of it
 
     try:
         settings: dict[str, Any] = yaml.safe_load(read_bytes(join(storage, f"{name}/config.yaml")))
     except MissingFileError:
-        raise UserError(f"run.resume {name}: there is no run of that name in {storage}; look at run.storage") from None
+        raise UserError(f"{key} {name}: there is no run of that name in {storage}; look at run.storage") from None
     return settings
 
 

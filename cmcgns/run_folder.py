@@ -44,9 +44,9 @@ class RunFolder:
         storage.write_bytes(self.file(name), (json.dumps(value, indent=1) + "\n").encode())
 
 
-def open_folder(run: RunConfig, job: str) -> RunFolder:
+def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
     """The folder of ``run``, by default named for the ``job`` and the time; a name that is taken, or one that is to be
-    resumed and is not there or has finished, is refused."""
+    resumed and is not there or has finished, is refused. ``resume_key`` is the setting that asks to resume."""
     # absolute here: workers start in another folder
     root = run.storage if storage.is_s3(run.storage) else str(Path(run.storage).expanduser().resolve())
     name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -60,25 +60,25 @@ def open_folder(run: RunConfig, job: str) -> RunFolder:
     except UserError as error:
         raise UserError(f"run.storage {starting_with(run.storage, str(error))}") from None
     if folder.resumed and not there:
-        raise UserError(f"run.resume {name}: there is no run of that name in {root}; look at run.storage")
+        raise UserError(f"{resume_key} {name}: there is no run of that name in {root}; look at run.storage")
     if not folder.resumed and there:
-        raise UserError(name_taken(folder))
+        raise UserError(name_taken(folder, resume_key))
     if folder.resumed:
-        _refuse_finished(folder)
+        _refuse_finished(folder, resume_key)
     return folder
 
 
-def name_taken(folder: RunFolder) -> str:
+def name_taken(folder: RunFolder, resume_key: str = "run.resume") -> str:
     """What to say of a new run whose name is taken."""
     name = folder.name
-    return f"run.name {name} is taken in {folder.storage}; choose another, or go on with --run.resume={name}"
+    return f"run.name {name} is taken in {folder.storage}; choose another, or go on with --{resume_key}={name}"
 
 
-def _refuse_finished(folder: RunFolder) -> None:
+def _refuse_finished(folder: RunFolder, resume_key: str) -> None:
     if storage.exists(folder.file("result.json")):
         status = json.loads(storage.read_bytes(folder.file("result.json"))).get("status")
         if status == "finished":
-            raise UserError(f"run.resume {folder.name}: that run has finished; its result is in {folder.uri}")
+            raise UserError(f"{resume_key} {folder.name}: that run has finished; its result is in {folder.uri}")
 
 
 def refuse_changes(config: Section, folder: RunFolder, free_to_change: Mapping[str, Collection[str]]) -> None:

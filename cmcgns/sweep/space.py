@@ -15,6 +15,11 @@ Space = dict[str, BaseDistribution]
 
 FORMS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
 MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
+FIXED = (
+    "train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
+    "clustering.cpus_per_actor", "clustering.gpus_per_actor", "data.cpus_per_task", "data.seed",
+)  # fmt: skip
+"""What all trials share: what they hold of the cluster, the drawn splits, and the seed, which repetitions change."""
 LEARNT = {"objective.temperature": "objective.learn_temperature"}
 """Settings that count only where another one is false."""
 
@@ -41,6 +46,8 @@ def read_space(written: dict[str, Any], base: Config) -> Space:
         raise UserError("sweep.space is empty; name a setting, such as objective.mask_ratio: {uniform: [0.25, 0.85]}")
     space = {}
     for key, form in written.items():
+        if key in FIXED or key.startswith("run."):
+            raise UserError(f"sweep.space {key}: it is the same for all trials; set it beside the space")
         if not isinstance(form, dict) or len(form) != 1 or next(iter(form)) not in FORMS:
             raise UserError(
                 f"sweep.space {key}: {form!r} is no range; write one of {', '.join(FORMS)} and its values, such as "

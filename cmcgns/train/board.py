@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from typing import Any
 
 import ray
@@ -23,6 +24,8 @@ class Board:
         self.failed: str | None = None
         self.outcome: dict[str, Any] | None = None
         self.parts: dict[int, Any] = {}
+        self.validations: list[dict[str, Any]] = []
+        self.marks: dict[str, float] = {}
 
     def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
         """Remember each unusable study once; too many of them end the run."""
@@ -41,8 +44,14 @@ class Board:
         return self.failed
 
     def update(self, row: dict[str, Any]) -> None:
-        """Remember the latest row of metrics."""
+        """Remember the latest row of metrics, and each validation until it is asked for."""
         self.row = row
+        if row.get("split") == "val":
+            self.validations.append(row)
+
+    def mark(self, moment: str) -> None:
+        """Remember when the run came to ``moment`` last."""
+        self.marks[moment] = time.time()
 
     def log(self, level: int, line: str) -> None:
         """Keep a line for the driver's terminal."""
@@ -69,13 +78,20 @@ class Board:
         self.outcome = outcome
 
     def news(self) -> dict[str, Any]:
-        """The latest row, and the log lines since the last call."""
-        lines, self.lines = self.lines, []
-        return {"row": self.row, "lines": lines, "bad_rows": len(self.bad)}
+        """The latest row, the moments that were marked, and the log lines and validations since the last call."""
+        lines, validations = self.lines, self.validations
+        self.lines, self.validations = [], []
+        return {"row": self.row, "lines": lines, "validations": validations, "marks": self.marks}
 
     def account(self) -> dict[str, Any]:
-        """Outcome, failure, bad rows, and the last row of metrics."""
-        return {"outcome": self.outcome, "failure": self.failed, "bad_rows": dict(self.bad), "row": self.row}
+        """Outcome, failure, bad rows, the last row of metrics, and the moments that were marked."""
+        return {
+            "outcome": self.outcome,
+            "failure": self.failed,
+            "bad_rows": dict(self.bad),
+            "row": self.row,
+            "marks": self.marks,
+        }
 
 
 class BoardHandler(logging.Handler):

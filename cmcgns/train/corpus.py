@@ -128,13 +128,13 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
     return train_tokenizer(sentences, model.vocabulary_size, *limits)
 
 
-def check_sizes(config: Config, corpus: Corpus, sample: ReportSample) -> None:
+def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:
     """Refuse settings that this corpus cannot carry, with the numbers."""
     clusters = config.objective.num_clusters
-    if 4 * clusters > sample.sentences:
+    if 4 * clusters > sentences:
         raise UserError(
             f"objective.num_clusters {clusters} needs at least 4 x {clusters} = {4 * clusters} training sentences; "
-            f"the corpus has {sample.sentences}, enough for {sample.sentences // 4}"
+            f"the corpus has {sentences}, enough for {sentences // 4}"
         )
     if config.train.global_batch_size > len(corpus.train):
         raise UserError(

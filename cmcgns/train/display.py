@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -77,5 +79,24 @@ class Display:
                 return
             self._shown = row
             bar.update(task, completed=row.get("step", 0), description=describe(row))
-            if not self.console.is_terminal or row.get("split") == "val":
-                self.console.print(f"step {row.get('step', 0)}/{self.schedule.total} {describe(row)}", highlight=False)
+            others = [] if self.console.is_terminal or row in news["validations"] else [row]
+            for each in (*news["validations"], *others):
+                self.console.print(
+                    f"step {each.get('step', 0)}/{self.schedule.total} {describe(each)}", highlight=False
+                )
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(board: Any) -> Iterator[None]:
+    """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
+
+    def ask(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        board.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
+        board.request_stop.remote()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

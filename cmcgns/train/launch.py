@@ -3,11 +3,7 @@
 Apart from ``run``, since torch and transformers take seconds to load: what is wrong with the settings is told before.
 """
 
-import logging
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -23,9 +19,8 @@ from cmcgns.data.order import Arrangement
 from cmcgns.models.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import build_model
 from cmcgns.run_folder import RunFolder
-from cmcgns.train.corpus import Corpus
-from cmcgns.train.plan import studies_ahead, taken_cpus, threads_per_worker
-from cmcgns.train.schedule import Schedule
+from cmcgns.train.opened import Pretraining
+from cmcgns.train.plan import Share, studies_ahead, threads_per_worker
 from cmcgns.train.worker import Assignment, work
 
 GROUP_TIMEOUT_S = 1800
@@ -39,32 +34,21 @@ def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assign(
-    config: Config,
-    folder: RunFolder,
-    corpus: Corpus,
-    schedule: Schedule,
-    tokenizer: ReportTokenizer,
-    pool: PoolHandles,
-    board: Any,
-    cpus: float,
-) -> Assignment:
+def assign(run: Pretraining, pool: PoolHandles, board: Any, cpus: Share) -> Assignment:
     """What every worker is told."""
+    config, corpus = run.config, run.corpus
 
     def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
-        limits = {"taken_cpus": taken_cpus(config), "studies_ahead": studies_ahead(config, corpus, cpus)}
-        return stream_split(corpus.source, studies, arrangement, tokenizer, config.data, board, **limits)
+        limits = {"taken_cpus": cpus.all - cpus.data, "studies_ahead": studies_ahead(config, corpus, cpus.data)}
+        return stream_split(corpus.source, studies, arrangement, run.tokenizer, config.data, board, **limits)
 
     train = stream(corpus.train, corpus.train_arrangement)
     valid = stream(corpus.valid, corpus.valid_arrangement)
-    return Assignment(config, folder.uri, schedule, train, valid, pool, board, threads_per_worker(config))
+    return Assignment(config, run.folder.uri, run.schedule, train, valid, pool, board, threads_per_worker(config))
 
 
-def fit(config: Config, folder: RunFolder, assignment: Assignment, board: Any) -> tuple[str | None, Exception | None]:
-    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run.
-
-    The first Ctrl-C asks the ranks to save and stop, the second gives up at once.
-    """
+def fit(config: Config, folder: RunFolder, assignment: Assignment) -> tuple[str | None, Exception | None]:
+    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run."""
     filesystem, path = storage.filesystem(folder.storage)
     trainer = TorchTrainer(
         # by closure, not as train_loop_config: that is unpickled by the controller too, which would load all of the model's code
@@ -93,27 +77,10 @@ def fit(config: Config, folder: RunFolder, assignment: Assignment, board: Any) -
 
     # in a thread of its own: in the main one Ray Train would answer Ctrl-C by aborting, without a checkpoint
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    with stop_on_interrupt(board):
-        thread.start()
-        while thread.is_alive():
-            thread.join(timeout=0.5)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
     found = outcome[0]
     if isinstance(found, Exception):
         return None, found
     return (found.checkpoint.path if found.checkpoint else None), found.error
-
-
-@contextmanager
-def stop_on_interrupt(board: Any) -> Iterator[None]:
-    """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
-
-    def ask(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        board.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
-        board.request_stop.remote()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

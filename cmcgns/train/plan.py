@@ -1,16 +1,15 @@
 """The plan of a run: what goes where, on how much, and whether the cluster can carry it."""
 
 import os
+from dataclasses import dataclass
 
 import ray
 
 from cmcgns.config import Config
 from cmcgns.data.dataset import most_ahead
 from cmcgns.errors import UserError
-from cmcgns.models.tokenizer import ReportTokenizer
-from cmcgns.run_folder import RunFolder
 from cmcgns.train.corpus import Corpus
-from cmcgns.train.schedule import Schedule
+from cmcgns.train.opened import Pretraining
 
 
 def check_cpus(config: Config, cpus: float) -> None:
@@ -35,12 +34,25 @@ def taken_cpus(config: Config) -> float:
     return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
 
 
-def studies_ahead(config: Config, corpus: Corpus, cpus: float) -> int:
+@dataclass(frozen=True)
+class Share:
+    """CPUs of the cluster, and those of them that a run's data tasks may count on."""
+
+    all: float
+    data: float
+
+
+def whole_cluster(config: Config, cpus: float) -> Share:
+    """The share of a run that has a cluster of ``cpus`` to itself."""
+    return Share(cpus, cpus - taken_cpus(config))
+
+
+def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
     """Decoded studies that may wait for training: ``data.studies_ahead``, or enough to keep both sides busy."""
     data = config.data
     if data.studies_ahead is not None:
         return data.studies_ahead
-    decoders = max(int((cpus - taken_cpus(config)) / data.cpus_per_task), 1)
+    decoders = max(int(data_cpus / data.cpus_per_task), 1)
     return most_ahead(corpus.source, data, len(corpus.train), config.train.global_batch_size, decoders)
 
 
@@ -52,27 +64,20 @@ def threads_per_worker(config: Config) -> int:
     return max((os.cpu_count() or 1) // on_one_machine, 1)
 
 
-def describe_plan(
-    config: Config,
-    folder: RunFolder,
-    corpus: Corpus,
-    schedule: Schedule,
-    sentences: int,
-    tokenizer: ReportTokenizer,
-    parameters: int,
-    cpus: float,
-) -> dict[str, str]:
+def describe_plan(run: Pretraining, parameters: int, cpus: float) -> dict[str, str]:
     """What is about to happen, for the user to read before it does."""
+    config, folder, corpus, schedule = run.config, run.folder, run.corpus, run.schedule
     train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
+    ahead = studies_ahead(config, corpus, whole_cluster(config, cpus).data)
     left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
     return {
         "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
         "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
-        f"validation studies, about {sentences} training sentences; films left out: {left_out}; "
-        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {studies_ahead(config, corpus, cpus)} studies are "
+        f"validation studies, about {run.materials.sentences} training sentences; films left out: {left_out}; "
+        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {ahead} studies are "
         "decoded ahead of training",
         "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
-        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocabulary_size} word pieces",
+        f"{parameters / 1e6:.1f} M parameters, {run.tokenizer.vocabulary_size} word pieces",
         "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"
         f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
         f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "

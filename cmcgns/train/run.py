@@ -2,87 +2,85 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from cmcgns.clustering.kmeans import check_faiss
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import last_line
-from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
+from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
 from cmcgns.train.board import log_to_board, start_board
-from cmcgns.train.corpus import check_sizes, make_tokenizer, open_corpus, sample_reports
-from cmcgns.train.display import Display
-from cmcgns.train.folder import (
-    FREE_TO_CHANGE,
-    latest_checkpoint,
-    read_bad_rows,
-    read_tokenizer,
-    with_absolute_paths,
-    write_bad_rows,
-    write_start,
-)
-from cmcgns.train.plan import check_cpus, describe_plan
-from cmcgns.train.schedule import build_schedule
+from cmcgns.train.display import Display, stop_on_interrupt
+from cmcgns.train.folder import latest_checkpoint, read_bad_rows, write_bad_rows, write_start
+from cmcgns.train.opened import Pretraining, open_pretraining
+from cmcgns.train.plan import Share, check_cpus, describe_plan, whole_cluster
 
 PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 
 
 def pretrain(config: Config) -> int:
     """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved."""
-    terminal, config = console(), with_absolute_paths(config)
-    check_faiss(config.clustering.device)
-    folder = open_folder(config.run, "pretrain")
-    if folder.resumed:
-        refuse_changes(config, folder, FREE_TO_CHANGE)
-    corpus = open_corpus(config)
-    schedule = build_schedule(config.train, len(corpus.train))
-    sample = sample_reports(corpus, config.model.vocabulary_reports)
-    check_sizes(config, corpus, sample)
-    tokenizer = read_tokenizer(folder, config) if folder.resumed else make_tokenizer(config, sample)
-    # only now, see ``launch``
-    from cmcgns.clustering.bank_pool import start_pool
-    from cmcgns.train.launch import assign, count_parameters, fit
+    terminal, run = console(), open_pretraining(config)
+    from cmcgns.train.launch import count_parameters  # only now, see ``launch``
 
-    parameters = count_parameters(config, tokenizer)
+    parameters = count_parameters(run.config, run.tokenizer)
     with quiet_terminal(), ray_session(worker_variables(config)) as cpus:
         check_cpus(config, cpus)
-        print_plan(
-            terminal, describe_plan(config, folder, corpus, schedule, sample.sentences, tokenizer, parameters, cpus)
-        )
-        warn_of_passing_folder(terminal, folder)
-        write_start(folder, config, corpus.digest, tokenizer)
-        known_bad = corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
-        board = start_board(corpus.studies, config.data.max_bad_fraction, known_bad)
-        log_to_board(board)
-        pool = start_pool(config.clustering, config.train.num_workers, board)
-        display = Display(board, schedule, terminal)
-        gave_up = False
-        try:
-            checkpoint, error = fit(
-                config, folder, assign(config, folder, corpus, schedule, tokenizer, pool, board, cpus), board
-            )
-        except KeyboardInterrupt:  # the second one
-            checkpoint, error, gave_up = None, None, True
-        finally:
-            display.close()
-            pool.stop()
-        account = ray.get(board.account.remote())
-        if gave_up and account["outcome"] is None:
-            account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
-        status = conclude(terminal, folder, account, checkpoint or latest_checkpoint(folder), error)
-        if gave_up:
+        print_plan(terminal, describe_plan(run, parameters, cpus))
+        warn_of_passing_folder(terminal, run.folder)
+
+        @contextmanager
+        def follow(board: Any) -> Iterator[None]:
+            display = Display(board, run.schedule, terminal)
+            try:
+                with stop_on_interrupt(board):
+                    yield
+            finally:
+                display.close()
+
+        result = train(run, whole_cluster(config, cpus), follow)
+        report(terminal, run.folder, result)
+        status = {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(result["status"], STATUS_FAILED)
+        if result["gave_up"]:
             # Ray Train's thread still waits in Ray, which answers a shutdown under it by ending the process with
             # status 1. Ray's processes end with their driver.
             sys.stdout.flush()
             os._exit(status)
         return status
+
+
+def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
+    """What result.json says of the run, once it has come to its end; ``follow`` is given the board while it lasts."""
+    from cmcgns.clustering.bank_pool import start_pool
+    from cmcgns.train.launch import assign, fit
+
+    config, folder = run.config, run.folder
+    write_start(folder, config, run.corpus.digest, run.tokenizer)
+    known_bad = run.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
+    board = start_board(run.corpus.studies, config.data.max_bad_fraction, known_bad)
+    log_to_board(board)
+    pool = start_pool(config.clustering, config.train.num_workers, board)
+    gave_up = False
+    try:
+        with follow(board):
+            checkpoint, error = fit(config, folder, assign(run, pool, board, cpus))
+    except KeyboardInterrupt:  # the second one
+        checkpoint, error, gave_up = None, None, True
+    finally:
+        pool.stop()
+    account = ray.get(board.account.remote())
+    if gave_up and account["outcome"] is None:
+        account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
+    result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
+    return result | {"gave_up": gave_up, "marks": account["marks"]}
 
 
 def worker_variables(config: Config) -> dict[str, str]:
@@ -99,9 +97,9 @@ def worker_variables(config: Config) -> dict[str, str]:
 
 
 def conclude(
-    terminal: Console, folder: RunFolder, account: dict[str, Any], checkpoint: str | None, error: Exception | None
-) -> int:
-    """Write result.json and bad_rows.jsonl, say where everything is; the exit status."""
+    folder: RunFolder, account: dict[str, Any], checkpoint: str | None, error: Exception | None
+) -> dict[str, Any]:
+    """What went into result.json; writes bad_rows.jsonl too."""
     outcome = account["outcome"] or {}
     failure = account["failure"] or (last_line(error) if error else None)
     status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"
@@ -122,8 +120,7 @@ def conclude(
     }
     folder.write_json("result.json", result)
     write_bad_rows(folder.uri, account["bad_rows"])
-    report(terminal, folder, result)
-    return {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(status, STATUS_FAILED)
+    return result
 
 
 def report(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> None:

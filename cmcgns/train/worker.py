@@ -185,9 +185,11 @@ def _train(assignment: Assignment) -> None:
             parts.guide.empty_bank(0)  # the pool may still hold what replaced workers have pushed
         elif distributed.rank() == 0:
             logger.info("goes on after step %d of %d", step, assignment.schedule.total)
+        assignment.board.mark.remote("training")
         finished = trainer.train()
         if finished and trainer.last_validation is None:
             trainer.validate()  # a restart after the last checkpoint: only the export is left
+        assignment.board.mark.remote("trained")
         outcome = conclude(assignment, trainer, finished)
         if log is not None:
             log.close()

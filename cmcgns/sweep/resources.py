@@ -1,0 +1,73 @@
+"""How many trials a cluster has room for at the same time, each with its workers, its pool, and CPUs for its data."""
+
+from dataclasses import dataclass
+
+import ray
+
+from cmcgns.config import Config
+from cmcgns.data.dataset import DEALING_CPUS
+from cmcgns.errors import UserError
+from cmcgns.train.plan import Share, taken_cpus
+
+TRIAL_CPUS = 0.01
+"""CPUs of the process by which Tune holds a trial: it waits."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Trials that fit beside each other, and what each one may count on."""
+
+    trials: int
+    share: Share
+
+
+def nodes_of_cluster() -> list[dict[str, float]]:
+    """CPUs and GPUs of each living node."""
+    return [
+        {name: float(node["Resources"].get(name, 0.0)) for name in ("CPU", "GPU")}
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def trial_bundles(config: Config) -> list[dict[str, float]]:
+    """What one trial holds, piece by piece: each piece has to fit on one node."""
+    train, pool = config.train, config.clustering
+    worker = {"CPU": train.cpus_per_worker, "GPU": float(train.use_gpu)}
+    actor = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
+    reading = {"CPU": config.data.cpus_per_task, "GPU": 0.0}
+    rest = {"CPU": TRIAL_CPUS + DEALING_CPUS * (train.num_workers > 1), "GPU": 0.0}
+    return [*[worker] * train.num_workers, *[actor] * pool.actors, reading, rest]
+
+
+def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:
+    """How many of at most ``most`` trials fit on ``nodes`` as a whole: so none ever waits for what another one holds.
+
+    Raises:
+        UserError: not even one fits.
+    """
+    bundles = sorted(trial_bundles(config), key=lambda bundle: (-bundle["GPU"], -bundle["CPU"]))
+    free, trials = [dict(node) for node in nodes], 0
+    while trials < most and _place(bundles, free):
+        trials += 1
+    cpus = sum(node["CPU"] for node in nodes)
+    if not trials:
+        needed = {name: sum(bundle[name] for bundle in bundles) for name in ("CPU", "GPU")}
+        machines = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes)
+        raise UserError(
+            f"not one trial fits: its {config.train.num_workers} workers, {config.clustering.actors} clustering actors and "
+            f"data tasks need {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs; the cluster has {machines}. Lower "
+            "train.num_workers, train.cpus_per_worker, clustering.cpus_per_actor or data.cpus_per_task"
+        )
+    return Room(trials, Share(cpus, cpus / trials - taken_cpus(config) - TRIAL_CPUS))
+
+
+def _place(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> bool:
+    """Take all of ``bundles`` out of what is ``free``, each from the first node that has it."""
+    for bundle in bundles:
+        node = next((node for node in free if all(node[k] + 1e-9 >= bundle[k] for k in bundle)), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True

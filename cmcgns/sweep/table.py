@@ -1,0 +1,115 @@
+"""What the terminal shows of a sweep: a table of its trials that moves, or a line for each change where it is a file."""
+
+import logging
+import threading
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cmcgns.sweep.ledger import Ledger, Trial
+
+POLL_S = 1.0
+COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
+
+
+class Watch:
+    """A small actor on the driver's node: how far each running trial is, and what its processes have said."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, tuple[int, int]] = {}
+        self.lines: list[tuple[int, int, str]] = []
+
+    def tell(self, number: int, step: int, total: int, lines: list[tuple[int, str]]) -> None:
+        """Trial ``number`` has come to ``step`` of ``total``."""
+        self.steps[number] = step, total
+        self.lines += [(number, level, line) for level, line in lines]
+
+    def news(self) -> tuple[dict[int, tuple[int, int]], list[tuple[int, int, str]]]:
+        """Step and total by trial, and the lines since the last call."""
+        lines, self.lines = self.lines, []
+        return dict(self.steps), lines
+
+
+class SweepTable:
+    """Follows ledger and watch until closed."""
+
+    def __init__(self, ledger: Ledger, watch: Any, metric: str, console: Console) -> None:
+        self.ledger, self.watch, self.metric, self.console = ledger, watch, metric, console
+        self._steps: dict[int, tuple[int, int]] = {}
+        self._shown: dict[int, tuple[Any, ...]] = {
+            trial.number: self._state(trial) for trial in ledger.trials if trial.status != "waiting"
+        }
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="sweep-table", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Show what has not been shown yet, and stop."""
+        self._done.set()
+        self._thread.join(timeout=10)
+
+    def _follow(self) -> None:
+        with Live(self._table(), console=self.console, auto_refresh=False, transient=True) as live:
+            over = False
+            while not over:
+                over = self._done.wait(POLL_S)
+                self._read()
+                if self.console.is_terminal:
+                    live.update(self._table(), refresh=True)
+
+    def _read(self) -> None:
+        try:
+            self._steps, lines = ray.get(self.watch.news.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return
+        for number, level, line in lines:
+            if level >= logging.WARNING:
+                self.console.print(f"trial {number}: {line}", style="yellow", highlight=False, markup=False)
+        for trial in list(self.ledger.trials):
+            state = self._state(trial)
+            if trial.status != "waiting" and self._shown.get(trial.number) != state:
+                self._shown[trial.number] = state
+                if not self.console.is_terminal:
+                    self.console.print(self._line(trial), highlight=False, markup=False)
+
+    @staticmethod
+    def _state(trial: Trial) -> tuple[Any, ...]:
+        return trial.status, len(trial.values)
+
+    def _line(self, trial: Trial) -> str:
+        repeats = "" if trial.repeats is None else f" (trial {trial.repeats} with seed {trial.seed})"
+        what = f"trial {trial.number}{repeats} {trial.status} at step {trial.step}"
+        if trial.values:
+            what += f", {self.metric} {trial.value:.4f}"
+        return what + (f": {trial.reason}" if trial.reason else "" if trial.values else f": {settings_line(trial)}")
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for name in ("trial", "status", "step", self.metric, "settings"):
+            table.add_column(name)
+        for trial in list(self.ledger.trials):
+            step, total = self._steps.get(trial.number, (trial.step, 0))
+            step = max(step, trial.step)
+            name = str(trial.number) if trial.repeats is None else f"{trial.number} = {trial.repeats}"
+            value = "" if trial.value is None else f"{trial.value:.4f}"
+            table.add_row(
+                name,
+                f"[{COLOURS[trial.status]}]{trial.status}[/]",
+                f"{step}/{total}" if total else str(step),
+                value,
+                trial.reason or settings_line(trial),
+            )
+        return table
+
+
+def settings_line(trial: Trial) -> str:
+    """What a trial drew, in a line."""
+    return ", ".join(f"{key.split('.', 1)[1]} {shortly(value)}" for key, value in trial.drawn.items())
+
+
+def shortly(value: Any) -> str:
+    """A drawn value with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,177 @@
+"""One trial of a sweep: a whole pretraining run that tells Tune of each validation, and may be ended at any of them."""
+
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from cmcgns.command_line import resolve
+from cmcgns.config import Config
+from cmcgns.data import storage
+from cmcgns.errors import UserError, last_line
+from cmcgns.sweep.measures import measure
+from cmcgns.sweep.space import drawn_settings
+from cmcgns.train.opened import Materials, open_pretraining
+from cmcgns.train.plan import Share
+
+POLL_S = 0.2
+STOP_S = 60.0
+"""Longest wait for a trial to end after its current step; then it is killed."""
+MOST_LOSSES = 3
+"""Times that a trial whose processes are lost goes on from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """What all trials of a sweep share."""
+
+    base: Config
+    runs: str
+    """URI of the folder that their run folders go to."""
+    metric: str
+    materials: Any
+    """Object reference of their ``Materials``."""
+    share: Share
+    watch: Any
+    """The actor that the driver's table is read from."""
+
+
+def trial_config(task: TrialTask, told: dict[str, Any]) -> Config:
+    """The settings of a trial; that of a run folder that is there already resumes it."""
+    drawn = drawn_settings(task.base, told["drawn"])
+    there = storage.exists(storage.join(task.runs, f"{told['folder']}/config.yaml"))
+    own = {"train.seed": told["seed"], "run.storage": task.runs, f"run.{'resume' if there else 'name'}": told["folder"]}
+    return resolve(drawn.model_dump(mode="json"), own, Config)
+
+
+def finished_before(task: TrialTask, folder: str) -> dict[str, Any] | None:
+    """Step and metric of a trial whose run has finished already; None where it has not."""
+    uri = storage.join(task.runs, f"{folder}/result.json")
+    result = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    if result.get("status") != "finished":
+        return None
+    return {"step": result["steps"], task.metric: measure(task.metric, result["metrics"])}
+
+
+class TrialRunner:
+    """The driver of one trial's run. Its actors and placement groups are its own: they end with its process."""
+
+    def __init__(self, task: TrialTask, told: dict[str, Any], asked_at: float) -> None:
+        self.task, self.told = task, told
+        self.costs = {"process": time.time() - asked_at}
+        self.board: Any = None
+        self._rows: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
+        self._thread.start()
+
+    def next(self) -> dict[str, Any]:
+        """The next validation before the last one, or the end, once it is there."""
+        return self._rows.get()
+
+    def stop(self) -> None:
+        """End the run after its current step, as Ctrl-C does: killed, Ray Train would leave processes behind."""
+        while self._thread.is_alive():
+            if self.board is not None:
+                self.board.request_stop.remote()
+            self._thread.join(timeout=1.0)
+
+    def _run(self) -> None:
+        try:
+            ended = self._train()
+        except UserError as error:
+            ended = {"failure": str(error)}
+        except Exception as error:  # the sweep goes on
+            ended = {"failure": last_line(error)}
+        self._rows.put(ended | {"ended": True, "costs": self.costs})
+
+    def _train(self) -> dict[str, Any]:
+        began, before = time.time(), finished_before(self.task, self.told["folder"])
+        if before is not None:  # its driver, or Tune's process of it, was lost at the very end
+            return before
+        own = any(key.startswith(("data.", "model.")) for key in self.told["drawn"])
+        materials: Materials | None = None if own else ray.get(self.task.materials)
+        run = open_pretraining(trial_config(self.task, self.told), materials)
+        from cmcgns.train.run import train  # torch: what is wrong with the settings is told before
+
+        self.total = run.schedule.total
+        self.opened_at = time.time()
+        self.costs["opening"] = self.opened_at - began
+        result = train(run, self.task.share, self._follow)
+        if "trained" in result["marks"]:
+            self.costs["training"] = result["marks"]["trained"] - result["marks"]["training"]
+            self.costs["ending"] = time.time() - result["marks"]["trained"]
+        if result["status"] != "finished":
+            return {"failure": result["failure"] or result["status"], "step": result["steps"] or 0}
+        return {"step": result["steps"], self.task.metric: measure(self.task.metric, result["metrics"])}
+
+    @contextmanager
+    def _follow(self, board: Any) -> Iterator[None]:
+        self.board, done, began = board, threading.Event(), time.time()
+        self.costs["pool"] = began - self.opened_at
+
+        def poll() -> None:
+            while not done.wait(POLL_S):
+                news = ray.get(board.news.remote())
+                step = news["row"].get("step", 0)
+                self.task.watch.tell.remote(self.told["number"], step, self.total, news["lines"])
+                if "training" in news["marks"]:
+                    self.costs["workers"] = news["marks"]["training"] - began
+                for row in news["validations"]:
+                    if row["step"] < self.total:  # the last one comes with the end: Tune might stop the run before it
+                        value = measure(self.task.metric, row)
+                        self._rows.put({"step": row["step"], self.task.metric: value, "costs": dict(self.costs)})
+
+        thread = threading.Thread(target=poll, name="trial-follow", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+class SweepTrial(tune.Trainable):
+    """Tune's handle of a trial; each step of it is one validation."""
+
+    def setup(self, config: dict[str, Any], task: TrialTask) -> None:
+        self.task, self.told, self.losses = task, config, 0
+        self.began = time.time()
+        self._start()
+
+    def _start(self) -> None:
+        # spread, and so outside of Tune's placement group: all that the run starts would have to fit into it
+        make = ray.remote(TrialRunner).options(num_cpus=0, scheduling_strategy="SPREAD", max_concurrency=2)
+        self.runner = make.remote(self.task, self.told, time.time())
+
+    def step(self) -> dict[str, Any]:
+        row = self._next()
+        return row | {"seconds": time.time() - self.began, "done": row.get("ended", False)}
+
+    def _next(self) -> dict[str, Any]:
+        while True:
+            try:
+                return ray.get(self.runner.next.remote())
+            except ray.exceptions.RayActorError:
+                self.losses += 1
+                if self.losses > MOST_LOSSES:
+                    raise
+                self._start()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the run's own checkpoints are what a trial goes on from."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing, see ``save_checkpoint``."""
+
+    def cleanup(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # lost, or not to be stopped
+            ray.get(self.runner.stop.remote(), timeout=STOP_S)
+        ray.kill(self.runner)

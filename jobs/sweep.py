@@ -1,0 +1,20 @@
+"""Sweep settings of pretraining: `python jobs/sweep.py [--config FILE.yaml] [--sweep.key=value ...]`; see --help."""
+
+import sys
+from pathlib import Path
+
+from cmcgns.command_line import run_job
+from cmcgns.sweep.job_config import SweepJobConfig
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
+
+
+def main(config: SweepJobConfig) -> int:
+    """Exit status of a sweep."""
+    from cmcgns.sweep.run import sweep  # heavy: --help and --print-config need none of it
+
+    return sweep(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, SweepJobConfig, DEFAULT_CONFIG))

@@ -1,0 +1,56 @@
+"""Trials at the same time: as many as fit whole, so that none waits for what another one holds."""
+
+import pytest
+
+from cmcgns.command_line import resolve
+from cmcgns.config import Config
+from cmcgns.errors import UserError
+from cmcgns.sweep.resources import TRIAL_CPUS, room_for
+
+WORKERS = {
+    "train.num_workers": 2,
+    "train.cpus_per_worker": 1.0,
+    "clustering.actors": 2,
+    "clustering.cpus_per_actor": 0.5,
+}
+LENGTH = {"train.stage1_steps": 4, "train.stage2_steps": 0, "train.warmup_steps": 1, "train.global_batch_size": 32}
+
+
+def config(**changes: object) -> Config:
+    return resolve({}, WORKERS | LENGTH | {key.replace("__", "."): value for key, value in changes.items()}, Config)
+
+
+def nodes(*cpus: float, gpus: float = 0) -> list[dict[str, float]]:
+    return [{"CPU": count, "GPU": gpus} for count in cpus]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "trials"),
+    [
+        (nodes(4), 1),  # 3 for workers and pool, half a one for data
+        (nodes(8), 2),
+        (nodes(4, 4, 4), 3),
+        (nodes(1, 1, 1, 1), 1),  # workers on two nodes, the pool on a third, data on the fourth
+        (nodes(3, 0.9), 1),
+        (nodes(64), 8),  # no more than were asked for
+    ],
+)
+def test_trials_fit_whole(cluster: list[dict[str, float]], trials: int) -> None:
+    assert room_for(config(), cluster, most=8).trials == trials
+
+
+def test_each_trial_counts_on_its_part_of_what_is_left_for_data() -> None:
+    room = room_for(config(), nodes(8, 8), most=4)
+    assert room.trials == 4
+    assert room.share.all == 16
+    assert room.share.data == pytest.approx(4 - 3 - TRIAL_CPUS)
+
+
+def test_gpus_bound_trials_too() -> None:
+    assert room_for(config(train__use_gpu=True), nodes(32, 32, gpus=3), most=8).trials == 3
+
+
+@pytest.mark.parametrize("cluster", [nodes(3.4), nodes(0.9, 0.9, 0.9, 0.9, 0.9)])
+def test_no_room_for_one_is_refused_with_numbers(cluster: list[dict[str, float]]) -> None:
+    with pytest.raises(UserError, match=r"not one trial fits: its 2 workers, 2 clustering actors .* need 3\.6"):
+        room_for(config(), cluster, most=8)

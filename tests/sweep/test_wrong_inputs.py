@@ -1,0 +1,52 @@
+"""What a sweep cannot be run on is refused with status 2 and one message that names it, before Ray is started."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from cmcgns.command_line import run_job
+from cmcgns.sweep.job_config import SweepJobConfig
+from cmcgns.sweep.run import sweep
+from tests.jobs import TINY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sweep.space={objective.mask_ration: {uniform: [0.2, 0.8]}}"], "did you mean objective.mask_ratio?"),
+        (["--sweep.space={objective.mask_ratio: {uniform: [0.8, 0.2]}}"], "uniform from 0.8 to 0.2 is empty"),
+        (["--sweep.space={objective.mask_ratio: {uniform: [0.2, 1.2]}}"], "objective.mask_ratio = 1.2 must be"),
+        (["--sweep.space={objective.mask_ratio: {choice: []}}"], "choice needs a list of values, not []"),
+        (["--sweep.space={objective.mask_ratio: 0.5}"], "0.5 is no range"),
+        (["--sweep.space={train.num_workers: {choice: [1, 2]}}"], "the same for all trials"),
+        (["--sweep.space={}"], "sweep.space is empty"),
+        (["--sweep.metric=accuracy"], "sweep.metric accuracy is never reported; choose one of mean_recall_at_1"),
+        (["--sweep.metric=loss"], "losses do not compare"),
+        (["--sweep.trials=0"], "sweep.trials = 0 must be more than 0"),
+        (["--sweep.trial=4"], "did you mean sweep.trials?"),
+        (["--sweep.search=grid"], "sweep.search grid takes no range, and objective.mask_ratio is one"),
+        (["--sweep.resume=gone"], "sweep.resume gone: there is no run of that name"),
+        (["--run.resume=some"], "goes on with --sweep.resume=<name>"),
+        (["--objective.num_clusters=512"], "objective.num_clusters 512 needs at least 4 x 512"),
+        (["--train.warmup_steps=30"], "a warm-up of 30 steps does not fit"),
+    ],
+)
+def test_wrong_input_ends_with_status_2_and_one_message(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", str(TINY), f"--run.storage={tmp_path}", "--data.phantom_studies=130", *arguments]
+    assert run_job(sweep, SweepJobConfig, None, given) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1
+    assert words in said.err
+    assert not said.out
+    assert not any(tmp_path.iterdir())
+    assert not ray.is_initialized()
+
+
+def test_help_and_settings_need_no_heavy_modules() -> None:
+    assert run_job(sweep, SweepJobConfig, None, ["--help"]) == 0
+    assert "cmcgns.sweep.run" in sys.modules  # this test's own import; jobs/sweep.py imports it only to work
