@@ -1,4 +1,4 @@
-"""Runs `jobs/pretrain.py` as a user does, in a process of its own, and reads what it leaves behind."""
+"""Runs `jobs/pretrain.py`, or another job, as a user does, in a process of its own, and reads what it leaves behind."""
 
 import json
 import os
@@ -21,12 +21,17 @@ class Job:
     """One running job; its output goes to a file beside the runs."""
 
     def __init__(
-        self, storage: Path, *arguments: str, config: Path | None = TINY, env: dict[str, str] | None = None
+        self,
+        storage: Path,
+        *arguments: str,
+        config: Path | None = TINY,
+        env: dict[str, str] | None = None,
+        job: str = "jobs/pretrain.py",
     ) -> None:
         storage.mkdir(parents=True, exist_ok=True)
         self.output = storage / f"output-{time.monotonic_ns()}.txt"
         settings = [] if config is None else ["--config", str(config)]
-        command = [sys.executable, "jobs/pretrain.py", *settings, f"--run.storage={storage}", *arguments]
+        command = [sys.executable, job, *settings, f"--run.storage={storage}", *arguments]
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,

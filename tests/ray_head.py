@@ -108,3 +108,81 @@ def stop(head: RayHead) -> None:
         process.kill()
     psutil.wait_procs(left, timeout=5)
     head.process.wait()
+
+
+@contextmanager
+def joined_node(head: RayHead, cpus: int = 2, object_store_mib: int = 200) -> Iterator[subprocess.Popen[bytes]]:
+    """Another node of the cluster on this machine: ``ray start --address``; killed at the end, with all that it started."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    with (folder / "start.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                Path(sys.executable).with_name("ray"), "start", f"--address={head.environment['RAY_ADDRESS']}", "--block",
+                "--disable-usage-stats", f"--num-cpus={cpus}", f"--object-store-memory={object_store_mib * MIB}",
+                f"--dashboard-agent-listen-port={free_port()}",
+            ],
+            env={**os.environ, **head.environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_node(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_node(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 of a node: ``ray start``, its raylet, and every process that runs on it."""
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process.pid)
+        doomed = [*first.children(recursive=True), first]
+        for each in doomed:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(doomed, timeout=10)
+    process.wait()
+
+
+STATE = """
+import json, ray
+from ray.util.state import list_actors
+ray.init(log_to_driver=False, logging_level="ERROR")
+groups = [group["state"] for group in ray.util.placement_group_table().values()]
+alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+actors = [(actor.class_name, actor.node_id) for actor in alive]
+nodes = sum(node["Alive"] for node in ray.nodes())
+print(json.dumps({"all": ray.cluster_resources(), "free": ray.available_resources(), "groups": groups, "actors": actors,
+                  "nodes": nodes}))
+"""
+
+
+@dataclass(frozen=True)
+class ClusterState:
+    """What a cluster holds."""
+
+    all: dict[str, float]
+    free: dict[str, float]
+    groups: list[str]
+    """State of each placement group that there ever was."""
+    actors: list[tuple[str, str]]
+    """Class and node of each living actor."""
+    nodes: int
+
+
+def state(head: RayHead) -> ClusterState:
+    """The cluster's state, asked by a driver of its own."""
+    asked = subprocess.run(
+        [sys.executable, "-c", STATE],
+        env={**os.environ, **head.environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return ClusterState(**json.loads(asked.stdout.splitlines()[-1]))
+
+
+def nodes_of_trials(head: RayHead) -> set[str]:
+    """The nodes on which actors of trials live."""
+    return {node for name, node in state(head).actors if name in ("TrialRunner", "BankActor", "RayTrainWorker")}

@@ -24,22 +24,28 @@ class Submission:
     """Ray's name for it."""
 
 
-JOB = ("python", "jobs/pretrain.py")
 README_LINES = ("ray start --head --num-cpus=2", "ray job submit --working-dir . -- python jobs/pretrain.py")
 """What the README tells its readers to type; the tests add ports of their own and the address of their cluster."""
 
 
 def submit(
-    head: RayHead, *arguments: str, variables: dict[str, str] | None = None, timeout_s: float = 900
+    head: RayHead,
+    *arguments: str,
+    variables: dict[str, str] | None = None,
+    timeout_s: float = 900,
+    job: str = "jobs/pretrain.py",
 ) -> Submission:
-    """``ray job submit --working-dir . -- python jobs/pretrain.py ARGUMENTS``, followed to its end.
+    """``ray job submit --working-dir . -- python JOB ARGUMENTS``, followed to its end.
 
     ``variables`` travel as the job's own environment, as credentials do.
     """
     environment = ["--runtime-env-json", json.dumps({"env_vars": variables})] if variables else []
     ray = str(Path(sys.executable).with_name("ray"))
     done = subprocess.run(
-        [ray, "job", "submit", "--address", head.dashboard, "--working-dir", ".", *environment, "--", *JOB, *arguments],
+        [
+            ray, "job", "submit", "--address", head.dashboard, "--working-dir", ".", *environment,
+            "--", "python", job, *arguments,
+        ],
         cwd=REPOSITORY,
         env={**os.environ, **head.environment},
         stdout=subprocess.PIPE,
@@ -47,7 +53,7 @@ def submit(
         text=True,
         timeout=timeout_s,
         check=False,
-    )
+    )  # fmt: skip
     name = next((word.strip("'") for word in done.stdout.split() if word.startswith("'raysubmit_")), "")
     return Submission(done.returncode, done.stdout, name)
 
