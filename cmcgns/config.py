@@ -260,11 +260,12 @@ class Config(Section):
             )
         if data.image_size > data.resize:
             yield f"data.image_size {data.image_size} is larger than data.resize {data.resize}; crops come out of it"
-        least_ahead = 2 * max(train.global_batch_size, data.window_size)
+        least_ahead = max(8 * block, 2 * train.global_batch_size, 2 * data.window_size)
         if data.studies_ahead is not None and data.studies_ahead < least_ahead:
             yield (
-                f"data.studies_ahead {data.studies_ahead} starves training: at least two global batches and two windows "
-                f"are needed (2 x {train.global_batch_size}, 2 x {data.window_size}), that is {least_ahead}"
+                f"data.studies_ahead {data.studies_ahead} starves training: 8 microbatches of each worker, two global batches "
+                f"and two windows are the least (8 x {block}, 2 x {train.global_batch_size}, 2 x {data.window_size}), that is "
+                f"{least_ahead}"
             )
         clusters, rows = self.objective.num_clusters, max(4 * self.objective.num_clusters, MIN_BANK)
         if rows > clustering.bank_size:

@@ -34,6 +34,9 @@ SCHEDULER_PAUSE_S = 0.02
 HANDED_ON = {True: 512, False: 64}
 """Studies that are dealt to all ranks together, of a prepared set and of a raw one: each block on its way costs Ray Data some
 15 ms of CPU time, and a film of a raw set takes 15 ms to decode."""
+HANDS_AHEAD = 8
+"""Least times that what is dealt together has to fit into what may wait for training: Ray Data counts what each rank has in hand
+and in advance twice, and holds back reading, for minutes, until there is room for the next hand and what it is made of."""
 DEALING_CPUS = 0.1
 """CPUs of a task that deals studies to the ranks: it copies memory."""
 MOST_PIECES = 600
@@ -73,8 +76,14 @@ class Stream:
                 return [rows.iterator()]  # scheduled in this process: one of its own would take 140 MiB
             # never as many as a reading task's: Ray Data would join the two, and read a piece for each study to deal
             cpus = DEALING_CPUS if self.config.cpus_per_task != DEALING_CPUS else DEALING_CPUS / 2
-            in_turn = dealt(rows, ranks, block_size, rounds_at_a_time(self.source, block_size, ranks), cpus)
+            in_turn = dealt(rows, ranks, block_size, self.rounds_at_a_time(block_size, ranks), cpus)
             return list(in_turn.streaming_split(ranks))
+
+    def rounds_at_a_time(self, block_size: int, ranks: int) -> int:
+        """Microbatches that each rank is handed at once: as many as make ``HANDED_ON`` studies of all ranks together, and
+        leave room for ``HANDS_AHEAD`` times as many."""
+        studies = min(HANDED_ON[self.source.in_groups], self.studies_ahead // HANDS_AHEAD)
+        return max(studies // (ranks * block_size), 1)
 
     def rows(self, epoch: int, position: int) -> Any:
         """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
@@ -183,11 +192,6 @@ def epoch_order(split_ref: Any, seed: int, epoch: int, groups_per_window: int) -
     return order
 
 
-def rounds_at_a_time(source: Source, block_size: int, ranks: int) -> int:
-    """Microbatches that each rank is handed at once: as many as make ``HANDED_ON`` studies of all ranks together."""
-    return max(HANDED_ON[source.in_groups] // (ranks * block_size), 1)
-
-
 def piece_studies(source: Source, config: DataConfig, studies: int) -> int:
     """Studies of one task's piece, about: a window of a prepared set; of a raw one as many windows as leave an epoch of
     ``studies`` with no more than ``MOST_PIECES``."""
@@ -199,7 +203,9 @@ def piece_studies(source: Source, config: DataConfig, studies: int) -> int:
 def most_ahead(source: Source, config: DataConfig, studies: int, global_batch_size: int, decoders: int) -> int:
     """Decoded studies that may wait for training where nothing else is asked for: enough to keep both sides busy."""
     piece = piece_studies(source, config, studies)
-    return 8 * global_batch_size + decoders * (piece if source.in_groups else max(4 * config.window_size, 2 * piece))
+    return HANDS_AHEAD * global_batch_size + decoders * (
+        piece if source.in_groups else max(4 * config.window_size, 2 * piece)
+    )
 
 
 def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:

@@ -22,7 +22,7 @@ STUDIES, STEPS, DELETED = 600, 60, 12
 SETTINGS = (
     "--data.format=pairs-csv", f"--train.stage1_steps={STEPS}", "--train.stage2_steps=0", "--train.warmup_steps=0",
     "--train.log_every=1", "--train.checkpoint_every=10", "--data.validation_studies=16", "--data.max_bad_fraction=0.1",
-    "--data.window_size=16", "--data.studies_ahead=64",
+    "--data.window_size=16", "--data.studies_ahead=256",
 )  # fmt: skip
 
 

@@ -70,16 +70,26 @@ def held_bytes() -> int:
     return int(stats.store_stats.object_store_bytes_used)
 
 
-@pytest.mark.parametrize(("ranks", "cpus_per_task"), [(1, 0.5), (2, DEALING_CPUS)])
+def store_emptied() -> bool:
+    """True once what the test before has left in the object store is gone."""
+    end = time.monotonic() + PATIENCE_S
+    while held_bytes() > 2 * 2**20 and time.monotonic() < end:
+        time.sleep(0.1)
+    return time.monotonic() < end
+
+
+@pytest.mark.parametrize(("ranks", "cpus_per_task", "taken_cpus"), [(1, 0.5, 0.7), (2, DEALING_CPUS, 1.6)])
 def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(
-    stream: Stream, ranks: int, cpus_per_task: float
+    stream: Stream, ranks: int, cpus_per_task: float, taken_cpus: float
 ) -> None:
-    stream = replace(stream, config=stream.config.model_copy(update={"cpus_per_task": cpus_per_task}))
+    config = stream.config.model_copy(update={"cpus_per_task": cpus_per_task})
+    stream = replace(stream, config=config, taken_cpus=taken_cpus)
+    assert store_emptied()
     before = held_bytes()
     begun = [Rank.remote(part) for epoch in (0, 1) for part in stream.split(epoch, 0, BLOCK, ranks)]
     assert ray.get([rank.studies_of_next_block.remote() for rank in begun]) == [BLOCK] * len(begun)
     free_cpus_once_still()
-    # each may go over by what its tasks and its reader have in hand
+    # each may go over by the pieces of its tasks, at most four of 512 studies: a task that has begun reads to its end
     most = 2 * (AHEAD + 4 * 512) * bytes_per_study(stream.config)
     assert held_bytes() - before < most < 2 * STUDIES * stream.config.resize**2
 
@@ -90,3 +100,13 @@ def test_a_stream_that_waits_holds_no_cpu(stream: Stream) -> None:
     assert free_cpus_once_still() == ray.cluster_resources()["CPU"]
     # the epoch still goes on: tasks that had given it up would hold no CPU either
     assert ray.get([rank.studies_of_next_block.remote() for rank in ranks]) == [BLOCK, BLOCK]
+
+
+def test_two_ranks_are_never_kept_waiting_by_the_bound_on_what_may_wait_for_them(stream: Stream) -> None:
+    least = replace(stream, studies_ahead=8 * 2 * BLOCK + 512)  # eight hands, and the piece of a task
+    ranks = [Rank.remote(part) for part in least.split(0, 0, BLOCK, ranks=2)]
+    began, studies = time.monotonic(), 0
+    while studies < 2_000:
+        studies += sum(ray.get([rank.studies_of_next_block.remote() for rank in ranks]))
+        # a hang, not a speed: where a rank's hand did not fit, each one took up to a minute
+        assert time.monotonic() - began < PATIENCE_S, studies
