@@ -6,34 +6,46 @@ from ray.tune.search import Searcher
 
 from cmcgns.sweep.ledger import Ledger, Trial
 
+LOST_TOO_OFTEN = "its processes were lost too often"
+
 
 class Proposals(Searcher):
     """A Tune searcher that goes by the ledger, and keeps it. ``inner`` may be None: then only what is in the ledger runs."""
 
-    def __init__(self, ledger: Ledger, inner: Any, trials: int, metric: str, seed: int) -> None:
+    def __init__(self, ledger: Ledger, waiting: list[Trial], inner: Any, trials: int, metric: str, seed: int) -> None:
         super().__init__(metric=metric, mode="max")
         self.ledger, self.inner, self.trials, self.seed = ledger, inner, trials, seed
         self._running: dict[str, Trial] = {}
-        self._waiting = ledger.unfinished
+        self._waiting = list(waiting)
+        self._proposed: set[str] = set()
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         """Tune's question whether it may choose metric and space: both are known already."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """What the next trial is told: number, drawn settings, seed."""
+        """What the next trial is told: number, drawn settings, seed, and the seconds that it has taken already."""
         trial = self._waiting.pop(0) if self._waiting else self._new(trial_id)
         if trial is None:
             return str(Searcher.FINISHED)
         self._running[trial_id], trial.status = trial, "running"
         self.ledger.save()
-        return {"number": trial.number, "folder": trial.folder, "drawn": trial.drawn, "seed": trial.seed}
+        return {
+            "number": trial.number,
+            "folder": trial.folder,
+            "drawn": trial.drawn,
+            "seed": trial.seed,
+            "seconds": trial.seconds,
+        }
 
     def _new(self, trial_id: str) -> Trial | None:
         if self.inner is None or len(self.ledger.first_runs) >= self.trials:
             return None
         drawn = self.inner.suggest(trial_id)
-        return None if drawn is None or drawn == Searcher.FINISHED else self.ledger.add(drawn, self.seed)
+        if drawn is None or drawn == Searcher.FINISHED:
+            return None
+        self._proposed.add(trial_id)
+        return self.ledger.add(drawn, self.seed)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write a rung's value down."""
@@ -45,12 +57,14 @@ class Proposals(Searcher):
         self._note(trial, found)
         trial.status = "finished" if found.get("ended") and not trial.reason else "stopped"
         if error and not trial.reason:
-            trial.reason = "its processes were lost too often"
+            trial.reason = LOST_TOO_OFTEN
         if trial.reason:
             trial.status = "failed"
         self.ledger.save()
-        if self.inner is not None and trial.repeats is None:
+        if trial_id in self._proposed:
             self.inner.on_trial_complete(trial_id, found, error=trial.status == "failed")
+        elif self.inner is not None and trial.value is not None and trial.status != "failed":
+            self.inner.add_evaluated_point(trial.drawn, trial.value)  # of an earlier driver's search
 
     def _note(self, trial: Trial, result: dict[str, Any]) -> None:
         if not result:

@@ -14,7 +14,7 @@ from cmcgns.data import storage
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.ledger import Ledger, Standing, Trial
 from cmcgns.sweep.picture import draw
-from cmcgns.sweep.space import Space, drawn_settings
+from cmcgns.sweep.space import LEARNT, Space, drawn_settings
 
 STYLE = (
     "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right}"
@@ -59,6 +59,8 @@ def settings_of(base: Config, trial: Trial) -> Config:
 
 def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd.DataFrame:
     """One row a trial, best first: how it went, what it drew, then every other setting."""
+    sections = base.model_dump(mode="json", exclude={"run"}).items()
+    every = {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
     rungs = sorted({step for trial in ledger.trials for step in trial.values})
     rows = []
     for trial in ledger.trials:
@@ -75,9 +77,9 @@ def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd
             "run": storage.join(folder.uri, f"trials/{trial.folder}"),
             **trial.drawn,
         }
-        settings = settings_of(base, trial).model_dump(mode="json", exclude={"run"})
-        every = {f"{section}.{key}": value for section, values in settings.items() for key, value in values.items()}
-        rows.append(row | {key: value for key, value in every.items() if key not in row})
+        # what a failed trial drew need not go together: nothing is checked here
+        own = {"train.seed": trial.seed} | {other: False for key, other in LEARNT.items() if key in trial.drawn}
+        rows.append(row | {key: value for key, value in (every | own).items() if key not in row})
     table = pd.DataFrame(rows)
     return table.sort_values(metric, ascending=False, na_position="last", kind="stable") if rows else table
 

@@ -1,5 +1,6 @@
 """The driver of `jobs/sweep.py`: trials by Tune, the best ones again with other seeds, and the answer."""
 
+import json
 import logging
 import math
 import os
@@ -13,14 +14,15 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from rich.console import Console
 
+from cmcgns.clustering.kmeans import check_faiss
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.data import storage
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, cause
 from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
-from cmcgns.sweep.ledger import Ledger, Trial
+from cmcgns.sweep.ledger import DONE, Ledger, Trial
 from cmcgns.sweep.measures import measure
 from cmcgns.sweep.proposals import Proposals
 from cmcgns.sweep.report import Answer, write_answer, write_table
@@ -29,12 +31,14 @@ from cmcgns.sweep.search import grid_axes, searcher
 from cmcgns.sweep.space import Space, default_space, read_space
 from cmcgns.sweep.table import SweepTable, Watch, settings_line
 from cmcgns.sweep.trial import SweepTrial, TrialTask, finished_before
-from cmcgns.terminal import console, print_plan, quiet_terminal
+from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 from cmcgns.train.folder import FREE_TO_CHANGE, with_absolute_paths
 from cmcgns.train.opened import Materials, make_materials
 from cmcgns.train.plan import check_cpus
 from cmcgns.train.run import worker_variables
 from cmcgns.train.schedule import build_schedule
+
+logger = logging.getLogger(__name__)
 
 TUNE_VARIABLES = {
     # a trial that fails reports no metric, and Ctrl-C is ours
@@ -52,40 +56,45 @@ def sweep(config: SweepJobConfig) -> int:
     """Exit status of one sweep: 0 finished, 1 no trial did, 130 stopped by the user."""
     terminal, settings = console(), config.sweep
     run = config.run.model_copy(update={"name": None, "resume": settings.resume}) if settings.resume else config.run
-    folder = open_folder(run, "sweep", "sweep.resume")
+    folder, config = open_folder(run, "sweep", "sweep.resume"), with_absolute_paths(config)
     if folder.resumed:
         refuse_changes(config, folder, FREE)
-    base = with_absolute_paths(config.pretraining()).model_copy(update={"run": RunConfig()})
+    base = config.pretraining().model_copy(update={"run": RunConfig()})
+    check_faiss(base.clustering.device)
     if settings.space is not None:
         read_space(settings.space, base)  # before the corpus is read
-    materials = make_materials(base)
-    most_clusters = min(materials.sentences, base.clustering.bank_size)
-    written = settings.space or default_space(most_clusters)
+    materials = make_materials(with_any_clusters(base, settings))
+    check_corpus(folder, materials, base)
+    written = settings.space or default_space(min(materials.sentences, base.clustering.bank_size))
     space = read_space(written, base)
     total = build_schedule(base.train, len(materials.corpus.train)).total
     base, rungs = with_rungs(base, settings, total)
-    ledger = Ledger(folder)
+    ledger, runs = Ledger(folder), storage.join(folder.uri, "trials")
+    take_up_ended(ledger, runs, settings.metric)
     search = propose(ledger, settings, space, base.train.seed)
     os.environ.update(TUNE_VARIABLES)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table says what failed, and why
-    with quiet_terminal(), ray_session(worker_variables(base)) as cpus:
+    with quiet_terminal(), log_on(terminal), ray_session(worker_variables(base)) as cpus:
         check_cpus(base, cpus)
-        room = room_for(base, nodes_of_cluster(), settings.max_concurrent or settings.trials)
-        print_plan(terminal, describe_plan(folder, settings, written, materials, rungs, room, total))
+        most = settings.trials if search is not None else len(ledger.first_runs)
+        room = room_for(base, nodes_of_cluster(), min(settings.max_concurrent or most, most))
+        print_plan(terminal, describe_plan(folder, base, settings, written, materials, rungs, room, total))
         warn_of_passing_folder(terminal, folder)
         if not folder.resumed:
+            folder.write_json("corpus.json", {"digest": materials.corpus.digest})
             storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
-        runs = storage.join(folder.uri, "trials")
+        ledger.save()
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         watch = ray.remote(Watch).options(num_cpus=0, label_selector=here).remote()
         task = TrialTask(base, runs, settings.metric, ray.put(materials), room.share, watch)
-        take_up_ended(ledger, task)
         table = SweepTable(ledger, watch, settings.metric, terminal)
         began = time.time()
         try:
             run_trials(task, ledger, search, settings, room, scheduler_of(settings, rungs, total, ledger))
-            run_trials(task, with_repeats(ledger, settings), None, settings, room, None)
-            answer = answer_of(ledger, settings, runs)
+            add_repeats(ledger, settings)
+            run_trials(task, ledger, None, settings, room, None)
+            write_table(ledger, base, settings.metric, folder)
+            answer = answer_of(ledger, settings, runs, materials)
         except KeyboardInterrupt:
             write_table(ledger, base, settings.metric, folder)
             table.close()
@@ -94,6 +103,25 @@ def sweep(config: SweepJobConfig) -> int:
         finally:
             table.close()
         return conclude(terminal, folder, base, settings, space, ledger, answer, time.time() - began)
+
+
+def with_any_clusters(base: Config, settings: SweepConfig) -> Config:
+    """``base`` for a look at the corpus: where clusters are drawn, no trial has its own number of them."""
+    if settings.space is not None and "objective.num_clusters" not in settings.space:
+        return base
+    return base.model_copy(update={"objective": base.objective.model_copy(update={"num_clusters": 2})})
+
+
+def check_corpus(folder: RunFolder, materials: Materials, base: Config) -> None:
+    """Refuse to go on with a sweep on another corpus than it began with: its trials would not compare."""
+    if not folder.resumed:
+        return
+    before = json.loads(storage.read_bytes(folder.file("corpus.json")))["digest"]
+    if before != materials.corpus.digest:
+        raise UserError(
+            f"sweep.resume {folder.name}: data.uri {base.data.uri} no longer holds the studies that the sweep began with "
+            f"({materials.corpus.digest} instead of {before})"
+        )
 
 
 def with_rungs(base: Config, settings: SweepConfig, total: int) -> tuple[Config, list[int]]:
@@ -129,45 +157,60 @@ def propose(ledger: Ledger, settings: SweepConfig, space: Space, seed: int) -> A
     return None
 
 
-def take_up_ended(ledger: Ledger, task: TrialTask) -> None:
+def take_up_ended(ledger: Ledger, runs: str, metric: str) -> None:
     """Note what ended while nobody was there to write it down."""
     for trial in ledger.unfinished:
-        before = finished_before(task, trial.folder)
+        before = finished_before(runs, trial.folder, metric)
         if before is not None:
             trial.status, trial.step = "finished", before["step"]
-            trial.values[trial.step] = before[task.metric]
-    ledger.save()
+            trial.values[trial.step] = before[metric]
 
 
 def scheduler_of(settings: SweepConfig, rungs: list[int], total: int, ledger: Ledger) -> TrialScheduler | None:
-    """ASHA over optimizer steps, with what earlier trials of the ledger have reached at its rungs."""
+    """ASHA over optimizer steps, which knows what trials of the ledger have reached at its rungs."""
     if settings.scheduler == "none":
         return None
-    scheduler = AsyncHyperBandScheduler(
+    scheduler = LedgerAsha(
+        ledger,
         time_attr="step",
         metric=settings.metric,
         mode="max",
         grace_period=rungs[0],
         reduction_factor=settings.reduction_factor,
-        max_t=total + 1,  # a trial ends by itself, with an export
+        max_t=total,
+        stop_last_trials=False,  # a trial ends by itself, with an export
     )
     for trial in ledger.first_runs:
-        before = SimpleNamespace(trial_id=f"before-{trial.number}", status="RUNNING")
-        scheduler.on_trial_add(None, before)
-        for step, value in sorted(trial.values.items()):
-            scheduler.on_trial_result(None, before, {"step": step, settings.metric: value})
+        if trial.status in DONE:
+            scheduler.on_trial_add(
+                None, SimpleNamespace(trial_id=f"before-{trial.number}", config={"number": trial.number})
+            )
     return scheduler
+
+
+class LedgerAsha(AsyncHyperBandScheduler):
+    """ASHA that gives each trial the values which the ledger has for it already: of an earlier driver's time."""
+
+    def __init__(self, ledger: Ledger, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.ledger = ledger
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """A trial begins or goes on."""
+        super().on_trial_add(tune_controller, trial)
+        for step, value in sorted(self.ledger.trials[trial.config["number"]].values.items()):
+            self.on_trial_result(tune_controller, trial, {"step": step, self.metric: value})
 
 
 def run_trials(
     task: TrialTask, ledger: Ledger, search: Any, settings: SweepConfig, room: Room, scheduler: TrialScheduler | None
 ) -> None:
-    """Run what waits in the ledger and what ``search`` proposes beside it, to the end."""
-    waiting = len(ledger.unfinished)
-    number = waiting + (max(settings.trials - len(ledger.first_runs), 0) if search is not None else 0)
+    """Run what ``search`` proposes beside the trials that wait in the ledger; without a ``scheduler`` repetitions too."""
+    waiting = [trial for trial in ledger.unfinished if trial.repeats is None or scheduler is None]
+    number = len(waiting) + (max(settings.trials - len(ledger.first_runs), 0) if search is not None else 0)
     if not number:
         return
-    proposals = Proposals(ledger, search, settings.trials, settings.metric, task.base.train.seed)
+    proposals = Proposals(ledger, waiting, search, settings.trials, settings.metric, task.base.train.seed)
     with tempfile.TemporaryDirectory(prefix="cmcgns-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(SweepTrial, task=task), {"CPU": TRIAL_CPUS}),
@@ -184,29 +227,27 @@ def run_trials(
         tuner.fit()
 
 
-def with_repeats(ledger: Ledger, settings: SweepConfig) -> Ledger:
-    """The ledger with what is missing of the finalists' repetitions."""
+def add_repeats(ledger: Ledger, settings: SweepConfig) -> None:
+    """Put what is missing of the finalists' repetitions into the ledger."""
     for trial in ledger.ranked()[: settings.finalists]:
         there = sum(other.repeats == trial.number for other in ledger.trials)
         for again in range(there, settings.repeats):
             ledger.add(trial.drawn, trial.seed + 1 + again, repeats=trial.number)
-    return ledger
 
 
-def answer_of(ledger: Ledger, settings: SweepConfig, runs: str) -> Answer | None:
-    """The finalists by the mean over their seeds, each with its scores on the test split; None where no trial finished."""
+def answer_of(ledger: Ledger, settings: SweepConfig, runs: str, materials: Materials) -> Answer | None:
+    """The finalists by the mean over their seeds, each with its metric on the test split; None where no trial finished."""
     standings = ledger.standings(settings.finalists)
     if not standings:
         return None
-    found = [test_scores.remote(storage.join(runs, standing.trial.folder)) for standing in standings]
-    tests: list[float | None] = []
-    for reference in found:
-        try:
-            tests.append(measure(settings.metric, ray.get(reference)))
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, UserError):
-                raise
-            tests.append(None)  # a corpus without a test split
+    tests: list[float | None] = [None] * len(standings)
+    if len(materials.corpus.index.split("test")):
+        for place, standing in enumerate(standings):  # one after the other: each needs a CPU beside those of its data
+            uri = storage.join(runs, standing.trial.folder)
+            try:
+                tests[place] = measure(settings.metric, ray.get(test_scores.remote(uri)))
+            except ray.exceptions.RayError as error:
+                logger.warning("trial %d has no score on the test split: %s", standing.trial.number, cause(error))
     return Answer(standings, tests)
 
 
@@ -220,6 +261,7 @@ def test_scores(uri: str) -> dict[str, Any]:
 
 def describe_plan(
     folder: RunFolder,
+    base: Config,
     settings: SweepConfig,
     written: dict[str, Any],
     materials: Materials,
@@ -229,7 +271,11 @@ def describe_plan(
 ) -> dict[str, str]:
     """What is about to be tried."""
     corpus = materials.corpus
-    stopping = f"asha at steps {', '.join(map(str, rungs))} of {total}" if rungs else f"none; {total} steps each"
+    stopping = (
+        f"asha at steps {', '.join(map(str, rungs))} of {total}, validations every {base.train.validate_every}"
+        if rungs
+        else f"none; {total} steps each"
+    )
     return {
         "sweep": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
         "data": f"{corpus.source.uri}: {len(corpus.train)} training, {len(corpus.valid)} validation studies, indexed once",
@@ -262,7 +308,9 @@ def conclude(
     if answer is None:
         folder.write_json("result.json", result)
         reasons = {trial.reason for trial in ledger.trials if trial.reason}
-        terminal.print(f"[red]failed[/red]: no trial finished: {'; '.join(sorted(reasons))}", highlight=False)
+        terminal.print(
+            f"failed: no trial finished: {'; '.join(sorted(reasons))}", style="red", highlight=False, markup=False
+        )
         return STATUS_FAILED
     write_answer(folder, base, settings.metric, space, ledger, answer)
     folder.write_json("result.json", result | answer.as_json(settings.metric))

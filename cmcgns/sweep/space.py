@@ -18,8 +18,9 @@ MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 FIXED = (
     "train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
     "clustering.cpus_per_actor", "clustering.gpus_per_actor", "data.cpus_per_task", "data.seed",
+    "train.validate_every",
 )  # fmt: skip
-"""What all trials share: what they hold of the cluster, the drawn splits, and the seed, which repetitions change."""
+"""What all trials share: what they hold of the cluster, the drawn splits, the rungs, and the seed, which repetitions change."""
 LEARNT = {"objective.temperature": "objective.learn_temperature"}
 """Settings that count only where another one is false."""
 
@@ -70,6 +71,8 @@ def _distribution(key: str, form: str, values: Any) -> BaseDistribution:
     if not isinstance(values, list) or not values:
         raise UserError(f"sweep.space {key}: {form} needs a list of values, not {values!r}")
     if form == "choice":
+        if not all(isinstance(value, (str, int, float)) for value in values):
+            raise UserError(f"sweep.space {key}: choice takes numbers, words, true and false, not {values!r}")
         return CategoricalDistribution(values)
     kind = int if form.endswith("integer") else (int, float)
     if len(values) != 2 or not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from cmcgns.sweep.ledger import Ledger, Trial
@@ -101,7 +102,7 @@ class SweepTable:
                 f"[{COLOURS[trial.status]}]{trial.status}[/]",
                 f"{step}/{total}" if total else str(step),
                 value,
-                trial.reason or settings_line(trial),
+                escape(trial.reason or settings_line(trial)),
             )
         return table
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import queue
 import threading
 import time
@@ -18,13 +19,14 @@ from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import UserError, last_line
 from cmcgns.sweep.measures import measure
+from cmcgns.sweep.proposals import LOST_TOO_OFTEN
 from cmcgns.sweep.space import drawn_settings
 from cmcgns.train.opened import Materials, open_pretraining
 from cmcgns.train.plan import Share
 
 POLL_S = 0.2
 STOP_S = 60.0
-"""Longest wait for a trial to end after its current step; then it is killed."""
+"""Longest wait for a trial to end after its current step; then it is killed. For the last one of a sweep Tune waits 10 s."""
 MOST_LOSSES = 3
 """Times that a trial whose processes are lost goes on from its last checkpoint."""
 
@@ -52,13 +54,13 @@ def trial_config(task: TrialTask, told: dict[str, Any]) -> Config:
     return resolve(drawn.model_dump(mode="json"), own, Config)
 
 
-def finished_before(task: TrialTask, folder: str) -> dict[str, Any] | None:
+def finished_before(runs: str, folder: str, metric: str) -> dict[str, Any] | None:
     """Step and metric of a trial whose run has finished already; None where it has not."""
-    uri = storage.join(task.runs, f"{folder}/result.json")
+    uri = storage.join(runs, f"{folder}/result.json")
     result = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
     if result.get("status") != "finished":
         return None
-    return {"step": result["steps"], task.metric: measure(task.metric, result["metrics"])}
+    return {"step": result["steps"], metric: measure(metric, result["metrics"])}
 
 
 class TrialRunner:
@@ -88,12 +90,14 @@ class TrialRunner:
             ended = self._train()
         except UserError as error:
             ended = {"failure": str(error)}
+        except ray.exceptions.RayActorError:
+            os._exit(1)  # lost with its node while the run began: whoever holds the trial starts it again
         except Exception as error:  # the sweep goes on
             ended = {"failure": last_line(error)}
         self._rows.put(ended | {"ended": True, "costs": self.costs})
 
     def _train(self) -> dict[str, Any]:
-        began, before = time.time(), finished_before(self.task, self.told["folder"])
+        began, before = time.time(), finished_before(self.task.runs, self.told["folder"], self.task.metric)
         if before is not None:  # its driver, or Tune's process of it, was lost at the very end
             return before
         own = any(key.startswith(("data.", "model.")) for key in self.told["drawn"])
@@ -118,16 +122,10 @@ class TrialRunner:
         self.costs["pool"] = began - self.opened_at
 
         def poll() -> None:
-            while not done.wait(POLL_S):
-                news = ray.get(board.news.remote())
-                step = news["row"].get("step", 0)
-                self.task.watch.tell.remote(self.told["number"], step, self.total, news["lines"])
-                if "training" in news["marks"]:
-                    self.costs["workers"] = news["marks"]["training"] - began
-                for row in news["validations"]:
-                    if row["step"] < self.total:  # the last one comes with the end: Tune might stop the run before it
-                        value = measure(self.task.metric, row)
-                        self._rows.put({"step": row["step"], self.task.metric: value, "costs": dict(self.costs)})
+            over = False
+            while not over:
+                over = done.wait(POLL_S)
+                self._hand_on(ray.get(board.news.remote()), began)
 
         thread = threading.Thread(target=poll, name="trial-follow", daemon=True)
         thread.start()
@@ -136,6 +134,16 @@ class TrialRunner:
         finally:
             done.set()
             thread.join()
+
+    def _hand_on(self, news: dict[str, Any], began: float) -> None:
+        step = news["row"].get("step", 0)
+        self.task.watch.tell.remote(self.told["number"], step, self.total, news["lines"])
+        if "training" in news["marks"]:
+            self.costs["workers"] = news["marks"]["training"] - began
+        for row in news["validations"]:
+            if row["step"] < self.total:  # the last one comes with the end: Tune might stop the run before it
+                value = measure(self.task.metric, row)
+                self._rows.put({"step": row["step"], self.task.metric: value, "costs": dict(self.costs)})
 
 
 class SweepTrial(tune.Trainable):
@@ -153,7 +161,8 @@ class SweepTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         row = self._next()
-        return row | {"seconds": time.time() - self.began, "done": row.get("ended", False)}
+        seconds = self.told["seconds"] + time.time() - self.began
+        return row | {"seconds": seconds, "done": row.get("ended", False)}
 
     def _next(self) -> dict[str, Any]:
         while True:
@@ -161,8 +170,9 @@ class SweepTrial(tune.Trainable):
                 return ray.get(self.runner.next.remote())
             except ray.exceptions.RayActorError:
                 self.losses += 1
+                ray.kill(self.runner)  # it may be out of reach alone, and two would write into one run folder
                 if self.losses > MOST_LOSSES:
-                    raise
+                    return {"ended": True, "failure": LOST_TOO_OFTEN}
                 self._start()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

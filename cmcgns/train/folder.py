@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import TypeVar
 
 from cmcgns.command_line import to_yaml
 from cmcgns.config import Config
@@ -11,6 +12,7 @@ from cmcgns.errors import UserError
 from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer
 from cmcgns.run_folder import RunFolder, name_taken
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 BAD_ROWS = "bad_rows.jsonl"
 FREE_TO_CHANGE = {
     "data": {"uri", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
@@ -24,7 +26,7 @@ FREE_TO_CHANGE = {
 """Settings that a resumed run may be given anew; all others decide what is learnt."""
 
 
-def with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     """``config`` with local folders made absolute: workers and data tasks start in other folders than the driver."""
     data, model = config.data, config.model
     uri = data.uri

@@ -1,9 +1,11 @@
 """The ledger: what is written down is read again, resumed sweeps go on where they were, and the best mean wins."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from cmcgns.run_folder import RunFolder
@@ -11,7 +13,7 @@ from cmcgns.sweep.job_config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.measures import MEAN_RECALL
 from cmcgns.sweep.proposals import Proposals
-from cmcgns.sweep.run import propose, scheduler_of, with_repeats
+from cmcgns.sweep.run import add_repeats, propose, scheduler_of
 from cmcgns.sweep.space import read_space
 from tests.sweep.test_search import BASE, CHOICES, SPACE
 
@@ -34,7 +36,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     settings = SweepConfig(trials=5, search="random")
     ledger = ledger_in(tmp_path)
     assert propose(ledger, settings, SPACE, seed=0) is None
-    proposals = Proposals(ledger, None, 5, MEAN_RECALL, 0)
+    proposals = Proposals(ledger, ledger.unfinished, None, 5, MEAN_RECALL, 0)
     run(proposals, "a", {15: 0.1, 60: 0.3}, ended=True, **{"costs/pool": 1.5})
     run(proposals, "b", {15: 0.05})
     run(proposals, "c", {}, ended=True, failure="objective.num_clusters 4096 needs more sentences")
@@ -47,7 +49,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     assert again.trials[0].costs == {"pool": 1.5}
     assert again.trials[2].reason == "objective.num_clusters 4096 needs more sentences"
     assert [trial.drawn for trial in again.trials] == [trial.drawn for trial in ledger.trials]
-    proposals = Proposals(again, None, 5, MEAN_RECALL, 0)
+    proposals = Proposals(again, again.unfinished, None, 5, MEAN_RECALL, 0)
     numbers = [run(proposals, name, {60: 0.2}, ended=True)["number"] for name in "ef"]
     assert numbers == [3, 4]
     assert proposals.suggest("g") == Searcher.FINISHED
@@ -70,15 +72,20 @@ def test_a_grid_is_as_long_as_its_points(tmp_path: Path) -> None:
 def test_optuna_goes_on_from_the_ledgers_results_and_proposes_nothing_twice(tmp_path: Path) -> None:
     settings = SweepConfig(trials=8)
     ledger = ledger_in(tmp_path)
-    proposals = Proposals(ledger, propose(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0)
+    proposals = Proposals(ledger, [], propose(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0)
     first = [run(proposals, f"a{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
+    proposals.suggest("a4")
+    proposals.on_trial_result("a4", {"step": 15, MEAN_RECALL: 0.1})  # and here the driver is killed
+
     again = ledger_in(tmp_path, resumed=True)
     search = propose(again, settings, SPACE, seed=0)
     assert len(search._ot_study.trials) == 4
-    proposals = Proposals(again, search, 8, MEAN_RECALL, 0)
+    proposals = Proposals(again, again.unfinished, search, 8, MEAN_RECALL, 0)
     second = [run(proposals, f"b{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
+    assert len(search._ot_study.trials) == 8
     assert proposals.suggest("c") == Searcher.FINISHED
     assert len({tuple(drawn.items()) for drawn in first + second}) == 8
+    assert second[0] == ledger.trials[4].drawn
 
 
 def test_a_resumed_asha_remembers_its_rungs(tmp_path: Path) -> None:
@@ -94,21 +101,38 @@ def test_a_resumed_asha_remembers_its_rungs(tmp_path: Path) -> None:
     assert not rungs[30]
 
 
+def test_a_trial_that_goes_on_counts_once_at_each_rung_with_what_it_had_there(tmp_path: Path) -> None:
+    settings = SweepConfig(trials=2, search="random")
+    ledger = ledger_in(tmp_path)
+    propose(ledger, settings, SPACE, seed=0)
+    ledger.trials[0].values, ledger.trials[0].status = {15: 0.1, 30: 0.2}, "running"
+    scheduler = scheduler_of(settings, [15, 30], 60, ledger)
+    assert scheduler is not None
+    trial: Any = SimpleNamespace(trial_id="new", config={"number": 0})
+    scheduler.on_trial_add(None, trial)
+    for step, value in ((30, 0.2), (45, 0.4), (120, 0.5)):  # far beyond the base's length too
+        assert scheduler.on_trial_result(None, trial, {"step": step, MEAN_RECALL: value}) == TrialScheduler.CONTINUE
+    rungs = dict(scheduler._brackets[0]._rungs)
+    assert (rungs[15], rungs[30]) == ({"new": 0.1}, {"new": 0.2})
+
+
 def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins(tmp_path: Path) -> None:
     settings = SweepConfig(trials=3, search="random", finalists=2, repeats=2)
     ledger = ledger_in(tmp_path)
     propose(ledger, settings, SPACE, seed=7)
-    proposals = Proposals(ledger, None, 3, MEAN_RECALL, 7)
+    proposals = Proposals(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7)
     for name, value in zip("abc", (0.30, 0.10, 0.28), strict=True):
         run(proposals, name, {60: value}, ended=True)
     assert [trial.number for trial in ledger.ranked()] == [0, 2, 1]
-    repeats = with_repeats(ledger, settings).trials[3:]
+    add_repeats(ledger, settings)
+    repeats = ledger.trials[3:]
     assert [(trial.repeats, trial.seed) for trial in repeats] == [(0, 8), (0, 9), (2, 8), (2, 9)]
-    proposals = Proposals(ledger, None, 3, MEAN_RECALL, 7)
+    proposals = Proposals(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7)
     for name, value in zip("defg", (0.10, 0.20, 0.28, 0.25), strict=True):
         run(proposals, name, {60: value}, ended=True)
     best, second = ledger.standings(2)
     assert (best.trial.number, best.mean) == (2, pytest.approx(0.27))
     assert (second.trial.number, second.mean) == (0, pytest.approx(0.20))
     assert best.spread == pytest.approx(0.017320508)
-    assert len(with_repeats(ledger, settings).trials) == 7  # all are there
+    add_repeats(ledger, settings)
+    assert len(ledger.trials) == 7  # all are there

@@ -1,5 +1,6 @@
 """What a sweep cannot be run on is refused with status 2 and one message that names it, before Ray is started."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import ray
 from cmcgns.command_line import run_job
 from cmcgns.sweep.job_config import SweepJobConfig
 from cmcgns.sweep.run import sweep
-from tests.jobs import TINY
+from tests.jobs import REPOSITORY, TINY
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,12 @@ from tests.jobs import TINY
         (["--sweep.search=grid"], "sweep.search grid takes no range, and objective.mask_ratio is one"),
         (["--sweep.resume=gone"], "sweep.resume gone: there is no run of that name"),
         (["--run.resume=some"], "goes on with --sweep.resume=<name>"),
-        (["--objective.num_clusters=512"], "objective.num_clusters 512 needs at least 4 x 512"),
+        (
+            ["--objective.num_clusters=512", "--sweep.space={objective.mask_ratio: {uniform: [0.2, 0.8]}}"],
+            "objective.num_clusters 512 needs at least 4 x 512",
+        ),
+        (["--sweep.space={data.views: {choice: [[PA], [PA, AP]]}}"], "choice takes numbers, words, true and false"),
+        (["--sweep.space={train.validate_every: {choice: [5, 10]}}"], "the same for all trials"),
         (["--train.warmup_steps=30"], "a warm-up of 30 steps does not fit"),
     ],
 )
@@ -47,6 +53,10 @@ def test_wrong_input_ends_with_status_2_and_one_message(
     assert not ray.is_initialized()
 
 
-def test_help_and_settings_need_no_heavy_modules() -> None:
-    assert run_job(sweep, SweepJobConfig, None, ["--help"]) == 0
-    assert "cmcgns.sweep.run" in sys.modules  # this test's own import; jobs/sweep.py imports it only to work
+def test_help_needs_no_heavy_modules() -> None:
+    code = "import runpy, sys; sys.argv = ['jobs/sweep.py', '--help']\n"
+    code += "try: runpy.run_path('jobs/sweep.py', run_name='__main__')\n"
+    code += "finally: assert not {'ray', 'torch', 'pyarrow', 'optuna'} & set(sys.modules), sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--sweep.first_rung" in done.stdout
