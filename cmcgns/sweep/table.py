@@ -67,9 +67,8 @@ class SweepTable:
         except ray.exceptions.RayError:
             return
         for number, level, line in lines:
-            if level >= logging.WARNING or not self.console.is_terminal:
-                style = "yellow" if level >= logging.WARNING else ""
-                self.console.print(f"trial {number}: {line}", style=style, highlight=False, markup=False)
+            if level >= logging.WARNING:
+                self.console.print(f"trial {number}: {line}", style="yellow", highlight=False, markup=False)
         for trial in list(self.ledger.trials):
             state = self._state(trial)
             if trial.status != "waiting" and self._shown.get(trial.number) != state:

@@ -184,7 +184,7 @@ def _train(assignment: Assignment) -> None:
         if folder is None:
             parts.guide.empty_bank(0)  # the pool may still hold what replaced workers have pushed
         elif distributed.rank() == 0:
-            logger.info("goes on after step %d of %d", step, assignment.schedule.total)
+            logger.warning("goes on after step %d of %d", step, assignment.schedule.total)
         assignment.board.mark.remote("training")
         finished = trainer.train()
         if finished and trainer.last_validation is None:
