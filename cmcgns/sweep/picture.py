@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from optuna import create_study
 from optuna.distributions import CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -23,12 +24,16 @@ def draw(space: Space, ledger: Ledger, metric: str) -> bytes:
     """The picture as PNG. Stopped trials are crosses at the metric of their last rung."""
     trials = [trial for trial in ledger.first_runs if trial.value is not None and trial.status in MARKERS]
     weights = importances(space, trials)
+    first = next(iter(space))
     panels = len(space) + 1 + (len(space) > 1)
     rows = -(-panels // COLUMNS)
     figure = Figure(figsize=(COLUMNS * INCHES, rows * INCHES * 0.85), layout="constrained")
     axes = iter(figure.subplots(rows, COLUMNS, squeeze=False).ravel())
     for key in space:
-        against(next(axes), key, space, trials, metric, weights.get(key))
+        axis = next(axes)
+        against(axis, key, space, trials, metric, weights.get(key))
+        if key == first:
+            axis.legend(fontsize="small")
     if len(space) > 1:
         together(next(axes), sorted(space, key=lambda key: -weights.get(key, 0.0))[:2], space, trials, metric, figure)
     curves(next(axes), ledger, metric)
@@ -69,8 +74,14 @@ def label(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
         (axis.set_yticks if vertical else axis.set_xticks)(
             range(len(distribution.choices)), [str(choice) for choice in distribution.choices]
         )
-    elif distribution.log:
-        axis.set_yscale("log") if vertical else axis.set_xscale("log")
+        return
+    (axis.set_ylim if vertical else axis.set_xlim)(distribution.low, distribution.high)
+    if distribution.log:
+        (axis.set_yscale if vertical else axis.set_xscale)("log")
+        ticks = axis.yaxis if vertical else axis.xaxis
+        ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ticks.set_major_formatter(FormatStrFormatter("%g"))
+        ticks.set_minor_formatter(NullFormatter())
 
 
 def against(axis: Axes, key: str, space: Space, trials: list[Trial], metric: str, weight: float | None) -> None:
@@ -81,7 +92,6 @@ def against(axis: Axes, key: str, space: Space, trials: list[Trial], metric: str
     label(axis, key, space)
     axis.set_ylabel(metric)
     axis.set_title("" if weight is None else f"importance {weight:.0%}", fontsize="medium")
-    axis.legend(fontsize="small")
 
 
 def together(axis: Axes, keys: list[str], space: Space, trials: list[Trial], metric: str, figure: Figure) -> None:
