@@ -2,6 +2,8 @@
 interrupted one."""
 
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,17 @@ LENGTH = (
 )  # fmt: skip
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Where a rank keeps its rows until a checkpoint; short, since Ray puts sockets into it."""
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 def test_a_killed_sweep_runs_every_trial_once_and_repeats_at_most_a_checkpoint_interval(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scratch: Path
 ) -> None:
-    scratch, runs = tmp_path / "scratch", tmp_path / "sweep" / "trials"
-    scratch.mkdir()
-    monkeypatch.setenv("TMPDIR", str(scratch))  # where a rank keeps its rows until a checkpoint
+    runs = tmp_path / "sweep" / "trials"
     options = (
         *LENGTH,
         "--sweep.scheduler=none",
@@ -31,7 +38,7 @@ def test_a_killed_sweep_runs_every_trial_once_and_repeats_at_most_a_checkpoint_i
         "--sweep.repeats=0",
         "--sweep.search=random",
     )
-    job = sweep(tmp_path, *options)
+    job = sweep(tmp_path, *options, env={"TMPDIR": str(scratch)})
     job.wait_for(lambda: len(rows(runs / "0001")) >= 2 * INTERVAL and registered(runs / "0001"))
     job.kill()
     before = trials(tmp_path / "sweep")
