@@ -113,7 +113,7 @@ def stop(head: RayHead) -> None:
 @contextmanager
 def joined_node(head: RayHead, cpus: int = 2, object_store_mib: int = 200) -> Iterator[subprocess.Popen[bytes]]:
     """Another node of the cluster on this machine: ``ray start --address``; killed at the end, with all that it started."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    folder, before = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), state(head).nodes
     with (folder / "start.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -127,10 +127,19 @@ def joined_node(head: RayHead, cpus: int = 2, object_store_mib: int = 200) -> It
             start_new_session=True,
         )  # fmt: skip
     try:
+        _wait_until_joined(head, before, process, folder)
         yield process
     finally:
         kill_node(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_joined(head: RayHead, before: int, process: subprocess.Popen[bytes], folder: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        if state(head).nodes > before:
+            return
+    raise RuntimeError(f"the node did not join: {(folder / 'start.log').read_text()[-2000:]}")
 
 
 def kill_node(process: subprocess.Popen[bytes]) -> None:
