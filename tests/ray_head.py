@@ -120,6 +120,8 @@ def joined_node(head: RayHead, cpus: int = 2, object_store_mib: int = 200) -> It
                 Path(sys.executable).with_name("ray"), "start", f"--address={head.environment['RAY_ADDRESS']}", "--block",
                 "--disable-usage-stats", f"--num-cpus={cpus}", f"--object-store-memory={object_store_mib * MIB}",
                 f"--dashboard-agent-listen-port={free_port()}",
+                # as on a machine of its own: in a folder for both, one node's end would take the other's copy of a job's files
+                f"--temp-dir={folder}/r",
             ],
             env={**os.environ, **head.environment},
             stdout=log,
