@@ -14,8 +14,8 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.job_config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.measures import MEAN_RECALL
+from cmcgns.sweep.opened import propose
 from cmcgns.sweep.report import Answer, write_answer, write_table
-from cmcgns.sweep.run import propose
 from tests.sweep.test_search import BASE, SPACE
 
 
