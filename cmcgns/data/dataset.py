@@ -62,6 +62,8 @@ class Stream:
     """Actor that keeps the list of bad rows."""
     taken_cpus: float = 0.0
     """CPUs of the cluster that workers and clustering pool hold, which data tasks must leave alone."""
+    most_cpus: float | None = None
+    """Most CPUs for data tasks, where other runs share the cluster; what is taken does not count then."""
     studies_ahead: int = 1024
     """Decoded studies that may wait in the object store for training."""
     with_text: bool = False
@@ -107,7 +109,7 @@ class Stream:
 
     def context(self) -> Any:
         """Ray Data's settings for this stream, while the block lasts."""
-        return ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(self.config))
+        return ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(self.config), self.most_cpus)
 
 
 def dealt(rows: Any, ranks: int, block_size: int, rounds: int, cpus: float) -> Any:
@@ -149,12 +151,14 @@ def bytes_per_study(config: DataConfig) -> int:
     return config.resize**2 + 6 * config.max_tokens + 8 * config.max_sentences
 
 
-def ordered_context(taken_cpus: float, most_bytes: int) -> Any:
+def ordered_context(taken_cpus: float, most_bytes: int, most_cpus: float | None) -> Any:
     """Ray Data's settings for a stream that training consumes at its own pace, at most ``most_bytes`` behind it."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     # by default it reads ahead until half the object store is full: of small films, much of the corpus
-    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=most_bytes)
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        cpu=most_cpus, object_store_memory=most_bytes
+    )
     with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)

@@ -41,7 +41,7 @@ def trial_bundles(config: Config) -> list[dict[str, float]]:
 
 
 def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:
-    """How many of at most ``most`` trials fit on ``nodes`` as a whole: so none ever waits for what another one holds.
+    """How many of at most ``most`` trials fit on ``nodes`` as a whole: so that, while the nodes stay, none waits for another.
 
     Raises:
         UserError: not even one fits.
@@ -59,7 +59,7 @@ def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:
             f"data tasks need {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs; the cluster has {machines}. Lower "
             "train.num_workers, train.cpus_per_worker, clustering.cpus_per_actor or data.cpus_per_task"
         )
-    return Room(trials, Share(cpus, cpus / trials - taken_cpus(config) - TRIAL_CPUS))
+    return Room(trials, Share(cpus, cpus / trials - taken_cpus(config) - TRIAL_CPUS, beside_others=True))
 
 
 def _place(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> bool:

@@ -39,7 +39,9 @@ def assign(run: Pretraining, pool: PoolHandles, board: Any, cpus: Share) -> Assi
     config, corpus = run.config, run.corpus
 
     def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
-        limits = {"taken_cpus": cpus.all - cpus.data, "studies_ahead": studies_ahead(config, corpus, cpus.data)}
+        # beside others a bound of its own, not what is left of all: that is less than nothing once a node is lost
+        cpu = {"most_cpus": cpus.data} if cpus.beside_others else {"taken_cpus": cpus.all - cpus.data}
+        limits = cpu | {"studies_ahead": studies_ahead(config, corpus, cpus.data)}
         return stream_split(corpus.source, studies, arrangement, run.tokenizer, config.data, board, **limits)
 
     train = stream(corpus.train, corpus.train_arrangement)

@@ -40,6 +40,8 @@ class Share:
 
     all: float
     data: float
+    beside_others: bool = False
+    """Other runs share the cluster: what is not this run's is not left for its data."""
 
 
 def whole_cluster(config: Config, cpus: float) -> Share:
