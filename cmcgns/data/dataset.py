@@ -36,7 +36,7 @@ HANDED_ON = {True: 512, False: 64}
 15 ms of CPU time, and a film of a raw set takes 15 ms to decode."""
 HANDS_AHEAD = 8
 """Least times that what is dealt together has to fit into what may wait for training: Ray Data counts what each rank has in hand
-and in advance twice, and holds back reading, for minutes, until there is room for the next hand and what it is made of."""
+and in advance twice, and holds back reading, for up to a minute, until there is room for the next hand and what it is made of."""
 DEALING_CPUS = 0.1
 """CPUs of a task that deals studies to the ranks: it copies memory."""
 MOST_PIECES = 600

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from cmcgns.config import Config, Section
-from cmcgns.sweep.measures import MEAN_RECALL, MEASURES
+from cmcgns.evaluate.measures import MEAN_RECALL, MEASURES
 
 
 class SweepConfig(Section):

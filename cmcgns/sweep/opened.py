@@ -1,6 +1,5 @@
 """A sweep before it begins: its settings, its space and its corpus found to go together, its ledger read."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +8,13 @@ from cmcgns.clustering.kmeans import check_faiss
 from cmcgns.command_line import to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.data import storage
-from cmcgns.errors import UserError
 from cmcgns.run_folder import RunFolder, open_folder, refuse_changes
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
 from cmcgns.sweep.search import grid_axes, searcher
 from cmcgns.sweep.space import Space, default_space, read_space
 from cmcgns.sweep.trial import finished_before
-from cmcgns.train.folder import FREE_TO_CHANGE, with_absolute_paths
+from cmcgns.train.folder import FREE_TO_CHANGE, check_corpus, with_absolute_paths, write_corpus
 from cmcgns.train.opened import Materials, make_materials
 from cmcgns.train.schedule import build_schedule
 
@@ -69,7 +67,7 @@ def open_sweep(config: SweepJobConfig) -> Sweep:
         read_space(settings.space, base)  # before the corpus is read
     materials = make_materials(with_any_clusters(base, settings))
     if folder.resumed:
-        check_corpus(folder, materials, base)
+        check_corpus(folder, base, materials.corpus.digest, "sweep.resume")
     written = settings.space or default_space(min(materials.sentences, base.clustering.bank_size))
     space = read_space(written, base)
     total = build_schedule(base.train, len(materials.corpus.train)).total
@@ -85,16 +83,6 @@ def with_any_clusters(base: Config, settings: SweepConfig) -> Config:
     if settings.space is not None and "objective.num_clusters" not in settings.space:
         return base
     return base.model_copy(update={"objective": base.objective.model_copy(update={"num_clusters": 2})})
-
-
-def check_corpus(folder: RunFolder, materials: Materials, base: Config) -> None:
-    """Refuse to go on with a sweep on another corpus than it began with: its trials would not compare."""
-    before = json.loads(storage.read_bytes(folder.file("corpus.json")))["digest"]
-    if before != materials.corpus.digest:
-        raise UserError(
-            f"sweep.resume {folder.name}: data.uri {base.data.uri} no longer holds the studies that the sweep began with "
-            f"({materials.corpus.digest} instead of {before})"
-        )
 
 
 def with_rungs(base: Config, settings: SweepConfig, total: int) -> tuple[Config, list[int]]:
@@ -142,6 +130,6 @@ def take_up_ended(ledger: Ledger, runs: str, metric: str) -> None:
 def write_start(opened: Sweep) -> None:
     """Write down what a resumed sweep needs."""
     if not opened.folder.resumed:
-        opened.folder.write_json("corpus.json", {"digest": opened.materials.corpus.digest})
+        write_corpus(opened.folder, opened.materials.corpus.digest)
         storage.write_bytes(opened.folder.file("config.yaml"), to_yaml(opened.config).encode())
     opened.ledger.save()

@@ -106,14 +106,14 @@ def together(axis: Axes, keys: list[str], space: Space, trials: list[Trial], met
 
 
 def curves(axis: Axes, ledger: Ledger, metric: str) -> None:
-    """The metric over the steps, repetitions dashed."""
+    """The metric over the steps, repetitions dotted."""
     colours = matplotlib.colormaps["tab20"]
     for trial in ledger.trials:
         if trial.values:
             steps, values = zip(*sorted(trial.values.items()), strict=True)
             same = trial.number if trial.repeats is None else trial.repeats
             style = "-" if trial.repeats is None else ":"
-            axis.plot(steps, values, style, marker=".", color=colours(same % 20), label=f"{trial.number}")
+            axis.plot(steps, values, style, marker=".", color=colours(same % 20))
     axis.set_xlabel("step")
     axis.set_ylabel(metric)
     axis.set_title("learning curves; dotted: other seeds", fontsize="medium")

@@ -143,10 +143,8 @@ def write_hparams(local: Path, ledger: Ledger, metric: str) -> None:
         if trial.value is None:
             continue
         with SummaryWriter(str(local / trial.folder)) as writer:
-            drawn = {
-                key: value if isinstance(value, (int, float, bool)) else str(value)
-                for key, value in trial.drawn.items()
-            }
-            writer.add_hparams(drawn | {"train.seed": trial.seed}, {f"hparams/{metric}": trial.value}, run_name=".")
+            writer.add_hparams(
+                trial.drawn | {"train.seed": trial.seed}, {f"hparams/{metric}": trial.value}, run_name="."
+            )
             for step, value in sorted(trial.values.items()):
                 writer.add_scalar(metric, value, step)

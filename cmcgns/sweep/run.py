@@ -14,12 +14,12 @@ from rich.console import Console
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.data import storage
 from cmcgns.errors import cause
+from cmcgns.evaluate.measures import measure
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.sweep.asha import scheduler_of
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.measures import measure
 from cmcgns.sweep.opened import Sweep, open_sweep, write_start
 from cmcgns.sweep.proposals import Proposals
 from cmcgns.sweep.report import Answer, write_answer, write_table
@@ -177,7 +177,9 @@ def conclude(terminal: Console, opened: Sweep, answer: Answer | None, seconds: f
     write_answer(folder, opened.base, metric, opened.space, ledger, answer)
     folder.write_json("result.json", result | answer.as_json(metric))
     facts = {"finished": ", ".join(f"{number} {status}" for status, number in counts.items()) + f", {seconds:.0f} s"}
-    for place, trial in enumerate(ledger.ranked()[:3], 1):
+    finalists = [standing.trial for standing in answer.standings]
+    others = [trial for trial in ledger.ranked() if trial not in finalists]
+    for place, trial in enumerate([*finalists, *others][:3], 1):
         standing = ledger.standing(trial)
         spread = "" if standing.spread is None else f" (mean {standing.mean:.4f} ± {standing.spread:.4f} of "
         spread += f"{len(standing.values)} seeds)" if spread else ""

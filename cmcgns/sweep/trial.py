@@ -18,7 +18,7 @@ from cmcgns.command_line import resolve
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import UserError, last_line
-from cmcgns.sweep.measures import measure
+from cmcgns.evaluate.measures import measure
 from cmcgns.sweep.proposals import LOST_TOO_OFTEN
 from cmcgns.sweep.space import drawn_settings
 from cmcgns.train.opened import Materials, open_pretraining
@@ -64,7 +64,7 @@ def finished_before(runs: str, folder: str, metric: str) -> dict[str, Any] | Non
 
 
 class TrialRunner:
-    """The driver of one trial's run. Its actors and placement groups are its own: they end with its process."""
+    """The driver of one trial's run. What the run holds of the cluster is freed when it ends or is stopped."""
 
     def __init__(self, task: TrialTask, told: dict[str, Any], asked_at: float) -> None:
         self.task, self.told = task, told
@@ -79,7 +79,7 @@ class TrialRunner:
         return self._rows.get()
 
     def stop(self) -> None:
-        """End the run after its current step, as Ctrl-C does: killed, Ray Train would leave processes behind."""
+        """End the run after its current step, as Ctrl-C does. Of a killed one Ray Train's cleaner of placement groups stays."""
         while self._thread.is_alive():
             if self.board is not None:
                 self.board.request_stop.remote()

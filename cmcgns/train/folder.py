@@ -59,14 +59,24 @@ def write_start(folder: RunFolder, config: Config, corpus_digest: str, tokenizer
         if storage.exists(folder.file("config.yaml")):  # another run of that name began while this one looked around
             raise UserError(name_taken(folder))
         write_tokenizer(folder, tokenizer)
-        folder.write_json("corpus.json", {"digest": corpus_digest})
+        write_corpus(folder, corpus_digest)
         # last: where it lies, everything lies that a resumed run needs
         storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
         return
+    check_corpus(folder, config, corpus_digest)
+
+
+def write_corpus(folder: RunFolder, corpus_digest: str) -> None:
+    """Keep what ``check_corpus`` needs."""
+    folder.write_json("corpus.json", {"digest": corpus_digest})
+
+
+def check_corpus(folder: RunFolder, config: Config, corpus_digest: str, resume_key: str = "run.resume") -> None:
+    """Refuse to go on with another corpus than the run, or the sweep, began with."""
     before = json.loads(storage.read_bytes(folder.file("corpus.json")))["digest"]
     if before != corpus_digest:
         raise UserError(
-            f"run.resume {folder.name}: data.uri {config.data.uri} no longer holds the studies that the run began with "
+            f"{resume_key} {folder.name}: data.uri {config.data.uri} no longer holds the studies that it began with "
             f"({corpus_digest} instead of {before})"
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmcgns import distributed
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.evaluate.measures import MEAN_RECALL, measure
 from cmcgns.models.outputs import Outputs
 from cmcgns.objectives.objective import LOSS_TERMS, STATISTICS, Objective
 from cmcgns.train.engine import Engine
@@ -30,7 +31,7 @@ class Validation:
     @property
     def mean_recall(self) -> float:
         """Mean of both directions' recall at 1, by which checkpoints are ranked."""
-        return float(self.scores["i2t_recall_at_1"] + self.scores["t2i_recall_at_1"]) / 2
+        return measure(MEAN_RECALL, self.scores)
 
 
 @dataclass

@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import ray
+import yaml
 from safetensors.torch import load_file
 
 from cmcgns.command_line import validate
 from cmcgns.config import Config
 from cmcgns.evaluate.exported import PretrainedRun
+from cmcgns.evaluate.measures import MEAN_RECALL, measure
 from cmcgns.evaluate.retrieval import model_retrieval
 from cmcgns.models.tokenizer import load_tokenizer
 from cmcgns.models.vision_language import build_model
-from cmcgns.sweep.measures import MEAN_RECALL, measure
 from tests.jobs import Job, checkpoints, result
 from tests.ray_head import RayHead
 from tests.sweeping import check_free, sweep, table, trials
@@ -70,8 +71,6 @@ def test_the_winner_beats_the_median_trial_on_the_test_split_and_its_spread_is_t
 
 def on_test(folder: Path) -> float:
     """A trial's metric on the test split, by the weights of its last checkpoint."""
-    import yaml
-
     config = validate(yaml.safe_load((folder / "config.yaml").read_text()), Config)
     tokenizer = load_tokenizer(
         str(folder / "tokenizer"), str(folder / "tokenizer"), config.data.max_tokens, config.data.max_sentences

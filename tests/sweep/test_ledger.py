@@ -8,11 +8,11 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from cmcgns.evaluate.measures import MEAN_RECALL
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.asha import scheduler_of
 from cmcgns.sweep.job_config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.measures import MEAN_RECALL
 from cmcgns.sweep.opened import propose
 from cmcgns.sweep.proposals import Proposals
 from cmcgns.sweep.run import add_repeats

@@ -10,10 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cmcgns.command_line import load_config
 from cmcgns.config import Config
+from cmcgns.evaluate.measures import MEAN_RECALL
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.job_config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.measures import MEAN_RECALL
 from cmcgns.sweep.opened import propose
 from cmcgns.sweep.report import Answer, write_answer, write_table
 from tests.sweep.test_search import BASE, SPACE

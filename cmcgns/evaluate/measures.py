@@ -1,4 +1,4 @@
-"""What a trial can be ranked by: retrieval on the validation split, which does not change its meaning with the settings."""
+"""What checkpoints and trials are ranked by: retrieval, whose meaning does not change with the settings."""
 
 from typing import Any
 
