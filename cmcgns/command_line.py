@@ -71,10 +71,10 @@ def load_config(arguments: Sequence[str], kind: type[Settings], default_config: 
                 raise UserError(f"--{key} has no value; write --{key}=value (see --help)")
             value = following
         if key == "config":
-            path = Path(value)
+            path = value
         else:
             overrides[key] = _parse_value(key, value)
-    source = path or default_config
+    source = path or (default_config and str(default_config))
     settings = read_yaml(source) if source else {}
     resumed = next((key for key in RESUME_KEYS if key in overrides), None)
     if path is None and resumed:
@@ -123,10 +123,10 @@ def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         raise UserError(f"{section}.{name} = {first['input']!r} {wanted} ({' '.join(meaning.split())})") from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, unchecked."""
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML file, local or on S3, unchecked."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(_read_text(path))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; the ones we ship lie in jobs/configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -134,6 +134,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings or {}, dict):
         raise UserError(f"--config {path} holds no sections; see --print-config for the layout")
     return settings or {}
+
+
+def _read_text(path: str) -> str:
+    if not path.startswith("s3://"):
+        return Path(path).read_text(encoding="utf-8")
+    from cmcgns.data.storage import MissingFileError, read_bytes  # Arrow: --help needs none of it
+
+    try:
+        return read_bytes(path).decode("utf-8")
+    except MissingFileError:
+        raise UserError(f"--config {path}: there is no such file") from None
 
 
 def read_run(storage: str, name: str, key: str) -> dict[str, Any]:

@@ -44,9 +44,17 @@ class RunFolder:
         storage.write_bytes(self.file(name), (json.dumps(value, indent=1) + "\n").encode())
 
 
-def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
+def open_folder(run: RunConfig, job: str) -> RunFolder:
+    """The folder of ``run``, see ``find_folder``; one that is to be resumed and has finished is refused."""
+    folder = find_folder(run, job)
+    if folder.resumed and has_finished(folder):
+        raise UserError(f"run.resume {folder.name}: that run has finished; its result is in {folder.uri}")
+    return folder
+
+
+def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
     """The folder of ``run``, by default named for the ``job`` and the time; a name that is taken, or one that is to be
-    resumed and is not there or has finished, is refused. ``resume_key`` is the setting that asks to resume."""
+    resumed and is not there, is refused. ``resume_key`` is the setting that asks to resume."""
     # absolute here: workers start in another folder
     root = run.storage if storage.is_s3(run.storage) else str(Path(run.storage).expanduser().resolve())
     name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -63,8 +71,6 @@ def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
         raise UserError(f"{resume_key} {name}: there is no run of that name in {root}; look at run.storage")
     if not folder.resumed and there:
         raise UserError(name_taken(folder, resume_key))
-    if folder.resumed:
-        _refuse_finished(folder, resume_key)
     return folder
 
 
@@ -74,11 +80,10 @@ def name_taken(folder: RunFolder, resume_key: str = "run.resume") -> str:
     return f"run.name {name} is taken in {folder.storage}; choose another, or go on with --{resume_key}={name}"
 
 
-def _refuse_finished(folder: RunFolder, resume_key: str) -> None:
-    if storage.exists(folder.file("result.json")):
-        status = json.loads(storage.read_bytes(folder.file("result.json"))).get("status")
-        if status == "finished":
-            raise UserError(f"{resume_key} {folder.name}: that run has finished; its result is in {folder.uri}")
+def has_finished(folder: RunFolder) -> bool:
+    """Whether its last word is there, and says so."""
+    uri = folder.file("result.json")
+    return storage.exists(uri) and json.loads(storage.read_bytes(uri)).get("status") == "finished"
 
 
 def refuse_changes(config: Section, folder: RunFolder, free_to_change: Mapping[str, Collection[str]]) -> None:

@@ -15,14 +15,14 @@ CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    config = validate(read_yaml(path), Config)
+    config = validate(read_yaml(str(path)), Config)
     train = config.train
     assert train.accumulation * train.microbatch_size * train.num_workers == train.global_batch_size
     assert config.clustering.bank_size >= max(4 * config.objective.num_clusters, 1024)
 
 
 def test_the_published_settings_are_those_of_the_paper() -> None:
-    config = validate(read_yaml(CONFIGS[0].parent / "published.yaml"), Config)
+    config = validate(read_yaml(str(CONFIGS[0].parent / "published.yaml")), Config)
     objective, train, clustering = config.objective, config.train, config.clustering
     assert (objective.num_clusters, clustering.start_cosine, clustering.momentum) == (128, 0.4, 1e-3)
     assert (objective.sentence_temperature, objective.temperature, objective.learn_temperature) == (1.0, 0.1, True)

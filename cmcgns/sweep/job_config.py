@@ -34,6 +34,8 @@ class SweepConfig(Section):
     """Decides what is drawn."""
     resume: str | None = None
     """Name of a sweep under `run.storage` to go on with."""
+    retry_failed: bool = False
+    """When resumed, trials that failed (for want of storage, say) go on from their last checkpoints."""
 
 
 class SweepJobConfig(Config):

@@ -84,6 +84,12 @@ class Ledger:
         """Trials that have not come to an end, in the order in which they were proposed."""
         return [trial for trial in self.trials if trial.status not in DONE]
 
+    def retry_failed(self) -> None:
+        """Let the trials that failed wait for another attempt."""
+        for trial in self.trials:
+            if trial.status == "failed":
+                trial.status, trial.reason = "waiting", None
+
     def add(self, drawn: dict[str, Any], seed: int, repeats: int | None = None) -> Trial:
         """A new trial."""
         trial = Trial(len(self.trials), drawn, seed, repeats)

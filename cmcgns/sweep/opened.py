@@ -8,7 +8,8 @@ from cmcgns.clustering.kmeans import check_faiss
 from cmcgns.command_line import to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.data import storage
-from cmcgns.run_folder import RunFolder, open_folder, refuse_changes
+from cmcgns.errors import UserError
+from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
 from cmcgns.sweep.search import grid_axes, searcher
@@ -18,7 +19,7 @@ from cmcgns.train.folder import FREE_TO_CHANGE, check_corpus, with_absolute_path
 from cmcgns.train.opened import Materials, make_materials
 from cmcgns.train.schedule import build_schedule
 
-FREE = FREE_TO_CHANGE | {"sweep": {"trials", "max_concurrent", "finalists", "repeats", "resume"}}
+FREE = FREE_TO_CHANGE | {"sweep": {"trials", "max_concurrent", "finalists", "repeats", "resume", "retry_failed"}}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def open_sweep(config: SweepJobConfig) -> Sweep:
     """
     settings = config.sweep
     run = config.run.model_copy(update={"name": None, "resume": settings.resume}) if settings.resume else config.run
-    folder, config = open_folder(run, "sweep", "sweep.resume"), with_absolute_paths(config)
+    folder, config = find_folder(run, "sweep", "sweep.resume"), with_absolute_paths(config)
     if folder.resumed:
         refuse_changes(config, folder, FREE)
     base = config.pretraining().model_copy(update={"run": RunConfig()})
@@ -73,8 +74,21 @@ def open_sweep(config: SweepJobConfig) -> Sweep:
     total = build_schedule(base.train, len(materials.corpus.train)).total
     base, rungs = with_rungs(base, settings, total)
     ledger = Ledger(folder)
+    if len(ledger.first_runs) > settings.trials:
+        raise UserError(
+            f"sweep.trials {settings.trials}: sweep {folder.name} has {len(ledger.first_runs)} trials already; give at "
+            "least as many"
+        )
+    if settings.retry_failed:
+        ledger.retry_failed()
     take_up_ended(ledger, storage.join(folder.uri, "trials"), settings.metric)
     search = propose(ledger, settings, space, base.train.seed)
+    to_do = ledger.unfinished or (search is not None and len(ledger.first_runs) < settings.trials)
+    if folder.resumed and has_finished(folder) and not to_do:
+        raise UserError(
+            f"sweep.resume {folder.name}: that sweep has finished; its result is in {folder.uri}. More of it with a larger "
+            "sweep.trials, or --sweep.retry_failed=true"
+        )
     return Sweep(config, base, folder, materials, written, space, total, rungs, ledger, search)
 
 
@@ -131,5 +145,7 @@ def write_start(opened: Sweep) -> None:
     """Write down what a resumed sweep needs."""
     if not opened.folder.resumed:
         write_corpus(opened.folder, opened.materials.corpus.digest)
-        storage.write_bytes(opened.folder.file("config.yaml"), to_yaml(opened.config).encode())
+    lasting = opened.settings.model_copy(update={"resume": None, "retry_failed": False})
+    config = opened.config.model_copy(update={"sweep": lasting})
+    storage.write_bytes(opened.folder.file("config.yaml"), to_yaml(config).encode())
     opened.ledger.save()

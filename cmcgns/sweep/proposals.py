@@ -1,5 +1,6 @@
 """What Tune runs next: trials of the ledger that are not done, then new ones that a search proposes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -10,10 +11,21 @@ LOST_TOO_OFTEN = "its processes were lost too often"
 
 
 class Proposals(Searcher):
-    """A Tune searcher that goes by the ledger, and keeps it. ``inner`` may be None: then only what is in the ledger runs."""
+    """A Tune searcher that goes by the ledger, and keeps it. ``inner`` may be None: then only what is in the ledger runs.
+    ``lost`` is told the number of each trial whose own process was lost for good."""
 
-    def __init__(self, ledger: Ledger, waiting: list[Trial], inner: Any, trials: int, metric: str, seed: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        waiting: list[Trial],
+        inner: Any,
+        trials: int,
+        metric: str,
+        seed: int,
+        lost: Callable[[int], Any],
+    ) -> None:
         super().__init__(metric=metric, mode="max")
+        self.lost = lost
         self.ledger, self.inner, self.trials, self.seed = ledger, inner, trials, seed
         self._running: dict[str, Trial] = {}
         self._waiting = list(waiting)
@@ -56,8 +68,9 @@ class Proposals(Searcher):
         trial, found = self._running.pop(trial_id), result or {}
         self._note(trial, found)
         trial.status = "finished" if found.get("ended") and not trial.reason else "stopped"
-        if error and not trial.reason:
-            trial.reason = LOST_TOO_OFTEN
+        if error:
+            self.lost(trial.number)
+            trial.reason = trial.reason or LOST_TOO_OFTEN
         if trial.reason:
             trial.status = "failed"
         self.ledger.save()

@@ -18,6 +18,7 @@ from cmcgns.evaluate.measures import measure
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.sweep.asha import scheduler_of
+from cmcgns.sweep.gate import Gate
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.opened import Sweep, open_sweep, write_start
@@ -57,8 +58,10 @@ def sweep(config: SweepJobConfig) -> int:
         warn_of_passing_folder(terminal, folder)
         write_start(opened)
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        watch = ray.remote(Watch).options(num_cpus=0, label_selector=here).remote()
-        task = TrialTask(opened.base, opened.runs, metric, ray.put(opened.materials), room.share, watch)
+        base, at_once = opened.base, room.trials
+        gate = Gate(lambda: room_for(base, nodes_of_cluster(), at_once))
+        watch = ray.remote(Watch).options(num_cpus=0, label_selector=here).remote(gate)
+        task = TrialTask(base, opened.runs, metric, ray.put(opened.materials), watch)
         table, began = SweepTable(ledger, watch, metric, terminal), time.time()
         try:
             run_trials(opened, task, room, opened.search, scheduler_of(settings, opened.rungs, opened.total, ledger))
@@ -66,6 +69,8 @@ def sweep(config: SweepJobConfig) -> int:
             run_trials(opened, task, room, None, None)
             write_table(ledger, opened.base, metric, folder)
             answer = answer_of(opened)
+            table.close()
+            return conclude(terminal, opened, answer, time.time() - began)
         except KeyboardInterrupt:
             write_table(ledger, opened.base, metric, folder)
             table.close()
@@ -73,7 +78,6 @@ def sweep(config: SweepJobConfig) -> int:
             return STATUS_INTERRUPTED
         finally:
             table.close()
-        return conclude(terminal, opened, answer, time.time() - began)
 
 
 def run_trials(opened: Sweep, task: TrialTask, room: Room, search: Any, scheduler: TrialScheduler | None) -> None:
@@ -83,7 +87,8 @@ def run_trials(opened: Sweep, task: TrialTask, room: Room, search: Any, schedule
     number = len(waiting) + (max(settings.trials - len(ledger.first_runs), 0) if search is not None else 0)
     if not number:
         return
-    proposals = Proposals(ledger, waiting, search, settings.trials, settings.metric, task.base.train.seed)
+    seed = task.base.train.seed
+    proposals = Proposals(ledger, waiting, search, settings.trials, settings.metric, seed, task.watch.leave.remote)
     with tempfile.TemporaryDirectory(prefix="cmcgns-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(SweepTrial, task=task), {"CPU": TRIAL_CPUS}),

@@ -10,23 +10,48 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from cmcgns.sweep.gate import Gate
 from cmcgns.sweep.ledger import Ledger, Trial
+from cmcgns.train.plan import Share
 
 POLL_S = 1.0
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
 
 
 class Watch:
-    """A small actor on the driver's node: how far each running trial is, and what its processes have said."""
+    """A small actor on the driver's node: how far each running trial is, what its processes have said, and who may run."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.complaint: str | None = None
         self.steps: dict[int, tuple[int, int]] = {}
         self.lines: list[tuple[int, int, str]] = []
 
     def tell(self, number: int, step: int, total: int, lines: list[tuple[int, str]]) -> None:
         """Trial ``number`` has come to ``step`` of ``total``."""
         self.steps[number] = step, total
-        self.lines += [(number, level, line) for level, line in lines]
+        for level, line in lines:
+            self.say(number, level, line)
+
+    def say(self, number: int, level: int, line: str) -> None:
+        """Keep a line of trial ``number`` for the driver's terminal."""
+        self.lines.append((number, level, line))
+
+    def enter(self, number: int) -> Share | None:
+        """See ``Gate.enter``; says once why nobody may."""
+        share, before = self.gate.enter(number), self.complaint
+        self.complaint = self.gate.complaint
+        if self.complaint and self.complaint != before:
+            self.say(number, logging.WARNING, f"waits for nodes: {self.complaint}")
+        return share
+
+    def leave(self, number: int) -> None:
+        """See ``Gate.leave``."""
+        self.gate.leave(number)
+
+    def must_leave(self, number: int) -> bool:
+        """See ``Gate.must_leave``."""
+        return self.gate.must_leave(number)
 
     def news(self) -> tuple[dict[int, tuple[int, int]], list[tuple[int, int, str]]]:
         """Step and total by trial, and the lines since the last call."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import threading
@@ -19,9 +20,10 @@ from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import UserError, last_line
 from cmcgns.evaluate.measures import measure
+from cmcgns.sweep.gate import LOOK_AGAIN_S
 from cmcgns.sweep.proposals import LOST_TOO_OFTEN
 from cmcgns.sweep.space import drawn_settings
-from cmcgns.train.opened import Materials, open_pretraining
+from cmcgns.train.opened import Materials, Pretraining, open_pretraining
 from cmcgns.train.plan import Share
 
 POLL_S = 0.2
@@ -41,9 +43,8 @@ class TrialTask:
     metric: str
     materials: Any
     """Object reference of their ``Materials``."""
-    share: Share
     watch: Any
-    """The actor that the driver's table is read from."""
+    """The actor with the gate, from which the driver's table is read too."""
 
 
 def trial_config(task: TrialTask, told: dict[str, Any]) -> Config:
@@ -64,13 +65,18 @@ def finished_before(runs: str, folder: str, metric: str) -> dict[str, Any] | Non
 
 
 class TrialRunner:
-    """The driver of one trial's run. What the run holds of the cluster is freed when it ends or is stopped."""
+    """The driver of one trial's run. What the run holds of the cluster is freed when it ends, is stopped or gives way.
+
+    After a loss the run frees all of it too, and comes to the gate again: trials that kept their pools while they wait for
+    workers could wait for one another without end.
+    """
 
     def __init__(self, task: TrialTask, told: dict[str, Any], asked_at: float) -> None:
         self.task, self.told = task, told
         self.costs = {"process": time.time() - asked_at}
         self.board: Any = None
         self._rows: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._stopped, self._sent_away = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
         self._thread.start()
 
@@ -80,10 +86,14 @@ class TrialRunner:
 
     def stop(self) -> None:
         """End the run after its current step, as Ctrl-C does. Of a killed one Ray Train's cleaner of placement groups stays."""
+        self._stopped.set()
         while self._thread.is_alive():
-            if self.board is not None:
-                self.board.request_stop.remote()
+            self._end_attempt()
             self._thread.join(timeout=1.0)
+
+    def _end_attempt(self) -> None:
+        if self.board is not None:
+            self.board.request_stop.remote()
 
     def _run(self) -> None:
         try:
@@ -97,29 +107,83 @@ class TrialRunner:
         self._rows.put(ended | {"ended": True, "costs": self.costs})
 
     def _train(self) -> dict[str, Any]:
-        began, before = time.time(), finished_before(self.task.runs, self.told["folder"], self.task.metric)
+        before = finished_before(self.task.runs, self.told["folder"], self.task.metric)
         if before is not None:  # its driver, or Tune's process of it, was lost at the very end
             return before
+        losses = 0
+        while not self._stopped.is_set():
+            run = self._open()
+            result = self._attempt(run)
+            if result["status"] == "finished":
+                return {"step": result["steps"], self.task.metric: measure(self.task.metric, result["metrics"])}
+            if not self._sent_away.is_set() and result["status"] == "failed":
+                losses += 1
+                if result["hopeless"] or 0 <= run.config.train.max_failures < losses:
+                    return {"failure": result["failure"] or "failed", "step": result["steps"] or 0}
+                self._say(f"goes on from its last checkpoint once there is room, after: {result['failure']}")
+        return {"failure": "stopped"}
+
+    def _open(self) -> Pretraining:
+        began = time.time()
         own = any(key.startswith(("data.", "model.")) for key in self.told["drawn"])
         materials: Materials | None = None if own else ray.get(self.task.materials)
         run = open_pretraining(trial_config(self.task, self.told), materials)
-        from cmcgns.train.run import train  # torch: what is wrong with the settings is told before
+        from cmcgns.train.run import train  # noqa: F401 - torch, with the opening: what is wrong with settings is told before
 
         self.total = run.schedule.total
-        self.opened_at = time.time()
-        self.costs["opening"] = self.opened_at - began
-        result = train(run, self.task.share, self._follow)
+        self.costs["opening"] = time.time() - began
+        return run
+
+    def _attempt(self, run: Pretraining) -> dict[str, Any]:
+        from cmcgns.train.run import train
+
+        share = self._enter()
+        if share is None:
+            return {"status": "stopped"}
+        self.entered_at, over = time.time(), threading.Event()
+        guard = threading.Thread(target=self._give_way, args=(over,), name="trial-guard", daemon=True)
+        guard.start()
+        try:
+            result = train(run, share, self._follow)
+        finally:
+            over.set()
+            guard.join()
+            self.board = None
+            self.task.watch.leave.remote(self.told["number"])
         if "trained" in result["marks"]:
             self.costs["training"] = result["marks"]["trained"] - result["marks"]["training"]
             self.costs["ending"] = time.time() - result["marks"]["trained"]
-        if result["status"] != "finished":
-            return {"failure": result["failure"] or result["status"], "step": result["steps"] or 0}
-        return {"step": result["steps"], self.task.metric: measure(self.task.metric, result["metrics"])}
+        return result
+
+    def _enter(self) -> Share | None:
+        """What this trial may count on, once there is room; None where it is stopped before."""
+        self._sent_away.clear()
+        while True:
+            share: Share | None = ray.get(self.task.watch.enter.remote(self.told["number"]))
+            if share is not None or self._stopped.wait(LOOK_AGAIN_S):
+                return share
+
+    def _give_way(self, over: threading.Event) -> None:
+        """End the attempt, with a checkpoint if it can still make one, where the cluster has become too small for it."""
+        sent_at: float | None = None
+        while not over.wait(LOOK_AGAIN_S):
+            if sent_at is None:
+                if not ray.get(self.task.watch.must_leave.remote(self.told["number"])):
+                    continue
+                sent_at = time.monotonic()
+                self._sent_away.set()
+                self._say("gives way, since nodes were lost; goes on from its checkpoint once there is room")
+            self._end_attempt()
+            if time.monotonic() - sent_at > STOP_S:
+                os._exit(1)  # it waits for what others hold: whoever holds the trial starts it again
+
+    def _say(self, line: str) -> None:
+        self.task.watch.say.remote(self.told["number"], logging.WARNING, line)
 
     @contextmanager
     def _follow(self, board: Any) -> Iterator[None]:
         self.board, done, began = board, threading.Event(), time.time()
-        self.costs["pool"] = began - self.opened_at
+        self.costs["pool"] = began - self.entered_at
 
         def poll() -> None:
             over = False
@@ -185,3 +249,4 @@ class SweepTrial(tune.Trainable):
         with contextlib.suppress(ray.exceptions.RayError):  # lost, or not to be stopped
             ray.get(self.runner.stop.remote(), timeout=STOP_S)
         ray.kill(self.runner)
+        self.task.watch.leave.remote(self.told["number"])

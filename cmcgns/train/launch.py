@@ -49,8 +49,10 @@ def assign(run: Pretraining, pool: PoolHandles, board: Any, cpus: Share) -> Assi
     return Assignment(config, run.folder.uri, run.schedule, train, valid, pool, board, threads_per_worker(config))
 
 
-def fit(config: Config, folder: RunFolder, assignment: Assignment) -> tuple[str | None, Exception | None]:
-    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run."""
+def fit(
+    config: Config, folder: RunFolder, assignment: Assignment, restarts: int
+) -> tuple[str | None, Exception | None]:
+    """Run the workers to their end; URI of the last checkpoint, and the error of a run that failed ``restarts`` times more."""
     filesystem, path = storage.filesystem(folder.storage)
     trainer = TorchTrainer(
         # by closure, not as train_loop_config: that is unpickled by the controller too, which would load all of the model's code
@@ -64,7 +66,7 @@ def fit(config: Config, folder: RunFolder, assignment: Assignment) -> tuple[str 
             name=folder.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(max_failures=restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
         ),
         torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),

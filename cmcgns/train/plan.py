@@ -41,7 +41,8 @@ class Share:
     all: float
     data: float
     beside_others: bool = False
-    """Other runs share the cluster: what is not this run's is not left for its data."""
+    """Other runs share the cluster: what is not this run's is not left for its data, and after a loss it gives up all that it
+    holds instead of waiting for more. Whoever runs it starts it again."""
 
 
 def whole_cluster(config: Config, cpus: float) -> Share:

@@ -58,7 +58,11 @@ def pretrain(config: Config) -> int:
 
 
 def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
-    """What result.json says of the run, once it has come to its end; ``follow`` is given the board while it lasts."""
+    """What result.json says of the run, once it has come to its end; ``follow`` is given the board while it lasts.
+
+    Beside it: ``gave_up`` after a second Ctrl-C, ``hopeless`` where another attempt would end as this one, and the ``marks``
+    of the board.
+    """
     from cmcgns.clustering.bank_pool import start_pool
     from cmcgns.train.launch import assign, fit
 
@@ -71,7 +75,8 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     gave_up = False
     try:
         with follow(board):
-            checkpoint, error = fit(config, folder, assign(run, pool, board, cpus))
+            restarts = 0 if cpus.beside_others else config.train.max_failures
+            checkpoint, error = fit(config, folder, assign(run, pool, board, cpus), restarts)
     except KeyboardInterrupt:  # the second one
         checkpoint, error, gave_up = None, None, True
     finally:
@@ -80,7 +85,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     if gave_up and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
-    return result | {"gave_up": gave_up, "marks": account["marks"]}
+    return result | {"gave_up": gave_up, "hopeless": account["failure"] is not None, "marks": account["marks"]}
 
 
 def worker_variables(config: Config) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""A sweep submitted to a cluster of three nodes: trials spread over them, one node is killed in the middle, the sweep ends."""
+"""Sweeps that lose a node in the middle: trials of one submitted to three nodes end on the other two; where what is left has
+room for one of two, they end one after the other."""
 
 import threading
 import time
@@ -6,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import registered, rows
 from tests.ray_head import joined_node, kill_node, nodes_of_trials, running_head
 from tests.submission import check_succeeded, submit
-from tests.sweeping import SHORT, check_free, table, trials
+from tests.sweeping import SHORT, check_free, sweep, table, trials
 
 pytestmark = pytest.mark.ray
 
@@ -37,3 +39,20 @@ def test_a_sweep_on_three_nodes_survives_the_loss_of_one(tmp_path: Path) -> None
         assert len(found[0]) >= 2
         assert table(tmp_path / "sweep")["status"].tolist() == ["finished"] * TRIALS
         assert check_free(head).nodes == 2
+
+
+def test_trials_that_lose_their_room_with_a_node_go_on_one_after_the_other(tmp_path: Path) -> None:
+    """Two trials on two nodes, of which one has room for one: what is left could be held by halves, for ever."""
+    options = (*SHORT, "--sweep.scheduler=none", "--sweep.search=random", "--sweep.trials=2", "--sweep.repeats=0")
+    with running_head() as head, joined_node(head) as node:
+        job, runs = sweep(tmp_path, *options, env=head.environment), tmp_path / "sweep" / "trials"
+        job.wait_for(lambda: all(registered(runs / name) for name in ("0000", "0001")))
+        kill_node(node)
+        said = job.wait()
+        assert job.process.returncode == 0, said[-3000:]
+        assert "2 trials at the same time" in said
+        assert "once there is room" in said
+        assert table(tmp_path / "sweep")["status"].tolist() == ["finished"] * 2
+        for name in ("0000", "0001"):
+            assert [row["step"] for row in rows(runs / name)] == list(range(1, 9))
+        check_free(head)

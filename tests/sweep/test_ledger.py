@@ -14,7 +14,7 @@ from cmcgns.sweep.asha import scheduler_of
 from cmcgns.sweep.job_config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.opened import propose
-from cmcgns.sweep.proposals import Proposals
+from cmcgns.sweep.proposals import LOST_TOO_OFTEN, Proposals
 from cmcgns.sweep.run import add_repeats
 from cmcgns.sweep.space import read_space
 from tests.sweep.test_search import BASE, CHOICES, SPACE
@@ -22,6 +22,10 @@ from tests.sweep.test_search import BASE, CHOICES, SPACE
 
 def ledger_in(folder: Path, resumed: bool = False) -> Ledger:
     return Ledger(RunFolder(str(folder), "sweep", resumed))
+
+
+def nobody(number: int) -> None:
+    """Told of trials whose own process was lost for good."""
 
 
 def run(proposals: Proposals, name: str, values: dict[int, float], **end: Any) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     settings = SweepConfig(trials=5, search="random")
     ledger = ledger_in(tmp_path)
     assert propose(ledger, settings, SPACE, seed=0) is None
-    proposals = Proposals(ledger, ledger.unfinished, None, 5, MEAN_RECALL, 0)
+    proposals = Proposals(ledger, ledger.unfinished, None, 5, MEAN_RECALL, 0, nobody)
     run(proposals, "a", {15: 0.1, 60: 0.3}, ended=True, **{"costs/pool": 1.5})
     run(proposals, "b", {15: 0.05})
     run(proposals, "c", {}, ended=True, failure="objective.num_clusters 4096 needs more sentences")
@@ -51,7 +55,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     assert again.trials[0].costs == {"pool": 1.5}
     assert again.trials[2].reason == "objective.num_clusters 4096 needs more sentences"
     assert [trial.drawn for trial in again.trials] == [trial.drawn for trial in ledger.trials]
-    proposals = Proposals(again, again.unfinished, None, 5, MEAN_RECALL, 0)
+    proposals = Proposals(again, again.unfinished, None, 5, MEAN_RECALL, 0, nobody)
     numbers = [run(proposals, name, {60: 0.2}, ended=True)["number"] for name in "ef"]
     assert numbers == [3, 4]
     assert proposals.suggest("g") == Searcher.FINISHED
@@ -74,7 +78,7 @@ def test_a_grid_is_as_long_as_its_points(tmp_path: Path) -> None:
 def test_optuna_goes_on_from_the_ledgers_results_and_proposes_nothing_twice(tmp_path: Path) -> None:
     settings = SweepConfig(trials=8)
     ledger = ledger_in(tmp_path)
-    proposals = Proposals(ledger, [], propose(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0)
+    proposals = Proposals(ledger, [], propose(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0, nobody)
     first = [run(proposals, f"a{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
     proposals.suggest("a4")
     proposals.on_trial_result("a4", {"step": 15, MEAN_RECALL: 0.1})  # and here the driver is killed
@@ -82,7 +86,7 @@ def test_optuna_goes_on_from_the_ledgers_results_and_proposes_nothing_twice(tmp_
     again = ledger_in(tmp_path, resumed=True)
     search = propose(again, settings, SPACE, seed=0)
     assert len(search._ot_study.trials) == 4
-    proposals = Proposals(again, again.unfinished, search, 8, MEAN_RECALL, 0)
+    proposals = Proposals(again, again.unfinished, search, 8, MEAN_RECALL, 0, nobody)
     second = [run(proposals, f"b{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
     assert len(search._ot_study.trials) == 8
     assert proposals.suggest("c") == Searcher.FINISHED
@@ -122,14 +126,14 @@ def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins(tmp_path: P
     settings = SweepConfig(trials=3, search="random", finalists=2, repeats=2)
     ledger = ledger_in(tmp_path)
     propose(ledger, settings, SPACE, seed=7)
-    proposals = Proposals(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7)
+    proposals = Proposals(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7, nobody)
     for name, value in zip("abc", (0.30, 0.10, 0.28), strict=True):
         run(proposals, name, {60: value}, ended=True)
     assert [trial.number for trial in ledger.ranked()] == [0, 2, 1]
     add_repeats(ledger, settings)
     repeats = ledger.trials[3:]
     assert [(trial.repeats, trial.seed) for trial in repeats] == [(0, 8), (0, 9), (2, 8), (2, 9)]
-    proposals = Proposals(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7)
+    proposals = Proposals(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7, nobody)
     for name, value in zip("defg", (0.10, 0.20, 0.28, 0.25), strict=True):
         run(proposals, name, {60: value}, ended=True)
     best, second = ledger.standings(2)
@@ -138,3 +142,19 @@ def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins(tmp_path: P
     assert best.spread == pytest.approx(0.017320508)
     add_repeats(ledger, settings)
     assert len(ledger.trials) == 7  # all are there
+
+
+def test_a_lost_trial_is_told_of_and_failed_ones_run_again_where_that_is_asked_for(tmp_path: Path) -> None:
+    settings, lost = SweepConfig(trials=2, search="random"), list[int]()
+    ledger = ledger_in(tmp_path)
+    propose(ledger, settings, SPACE, seed=0)
+    proposals = Proposals(ledger, ledger.unfinished, None, 2, MEAN_RECALL, 0, lost.append)
+    run(proposals, "a", {15: 0.1, 60: 0.3}, ended=True)
+    proposals.suggest("b")
+    proposals.on_trial_complete("b", None, error=True)
+    assert lost == [1]
+    assert [(trial.status, trial.reason) for trial in ledger.trials] == [("finished", None), ("failed", LOST_TOO_OFTEN)]
+    again = ledger_in(tmp_path, resumed=True)
+    assert not again.unfinished
+    again.retry_failed()
+    assert [(trial.number, trial.reason) for trial in again.unfinished] == [(1, None)]

@@ -52,4 +52,4 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path: Path) -> None:
     assert table(tmp_path / "sweep")["status"].tolist() == ["finished", "finished"]
     assert (runs / "0000" / "metrics.jsonl").stat().st_mtime == first.st_mtime
     assert [row["step"] for row in rows(runs / "0001")] == list(range(1, 9))
-    assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: that run has finished")
+    assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: that sweep has finished")
