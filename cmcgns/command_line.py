@@ -16,8 +16,8 @@ from cmcgns.errors import UserError
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
 
 WORDS = (
-    "run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri", "prepare.out",
-    "prepare.pseudonymise_key_file", "sweep.resume",
+    "run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri", "evaluate.run",
+    "prepare.out", "prepare.pseudonymise_key_file", "sweep.resume",
 )  # fmt: skip
 """Keys whose values stay words, also those like 2024-01-01 or 007."""
 

@@ -12,7 +12,7 @@ from cmcgns.command_line import validate
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import UserError
-from cmcgns.models.tokenizer import ReportTokenizer, load_tokenizer
+from cmcgns.models.tokenizer import SPECIAL_TOKENS, ReportTokenizer, load_tokenizer
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 
 
@@ -22,7 +22,26 @@ class PretrainedRun:
 
     uri: str
     config: Config
-    tokenizer: ReportTokenizer
+    vocabulary: ReportTokenizer | None
+    """None where its export has lost it."""
+
+    @property
+    def tokenizer(self) -> ReportTokenizer:
+        """What its reports are read with.
+
+        Raises:
+            UserError: an export without tokenizer.
+        """
+        if self.vocabulary is None:
+            raise UserError(
+                f"{self.export} has no tokenizer folder, so reports cannot be read; tasks on films alone need none"
+            )
+        return self.vocabulary
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Entries of the vocabulary; the least that a model takes where there is none."""
+        return self.vocabulary.vocabulary_size if self.vocabulary else len(SPECIAL_TOKENS)
 
     @property
     def export(self) -> str:
@@ -36,7 +55,7 @@ class PretrainedRun:
             storage.download_folder(self.export, local)
             encoders = {name: str(local / name) for name in ("image_encoder", "text_encoder")}
             built = self.config.model_copy(update={"model": self.config.model.model_copy(update=encoders)})
-            model = build_model(built, self.tokenizer.vocabulary_size)
+            model = build_model(built, self.vocabulary_size)
             left = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
         missing = [name for name in left.missing_keys if ".backbone." not in name]
         if missing or left.unexpected_keys:
@@ -57,7 +76,12 @@ def open_run(key: str, uri: str) -> PretrainedRun:
         )
     settings: dict[str, Any] = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
     config = validate(settings, Config)
+    return PretrainedRun(uri, config, _vocabulary(storage.join(uri, "export/tokenizer"), config))
+
+
+def _vocabulary(uri: str, config: Config) -> ReportTokenizer | None:
+    if not storage.exists(storage.join(uri, "tokenizer.json")):
+        return None
     with tempfile.TemporaryDirectory(prefix="cmcgns-tokenizer-") as scratch:
-        storage.download_folder(storage.join(uri, "export/tokenizer"), Path(scratch))
-        tokenizer = load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
-    return PretrainedRun(uri, config, tokenizer)
+        storage.download_folder(uri, Path(scratch))
+        return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)

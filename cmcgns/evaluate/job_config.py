@@ -1,6 +1,6 @@
-"""Settings of `jobs/embed.py`."""
+"""Settings of `jobs/embed.py` and `jobs/evaluate.py`."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -24,6 +24,87 @@ class EmbedConfig(Section):
     """CPUs that Ray reserves for one of them; torch uses as many threads."""
     use_gpu: bool = False
     """One GPU for each of them."""
+
+
+TaskName = Literal["retrieval", "zeroshot", "classification", "segmentation", "detection", "clusters", "grounding"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
+
+
+class EvaluateConfig(Section):
+    run: str = ""
+    """Folder of a finished pretraining run, or the `export` in it, local or `s3://`: what is evaluated."""
+    beside: tuple[str, ...] = ("random",)
+    """Encoders for the same table: `random` (the run's model before training), folders of other runs, Hugging Face folders."""
+    tasks: tuple[TaskName, ...] = TASKS
+    """What is measured. A task that a set has no truth for is left out, and said."""
+    sets: dict[str, str] = {}
+    """Downstream sets beside the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder or
+    `s3://` URI, such as `{rsna: /data/rsna}`."""
+    corpus: bool = True
+    """Evaluate on the run's own corpus too."""
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Shares of the training labels that classifiers are given."""
+    draws: PositiveInt = 5
+    """Times that labels are drawn for each share under 1."""
+    segmentation_fractions: tuple[float, ...] = (0.1,)
+    """Shares of the training masks that segmentation is given."""
+    detection_fractions: tuple[float, ...] = (1.0,)
+    """Shares of the training boxes that detection is given."""
+    encoder: tuple[Literal["frozen", "tuned"], ...] = ("frozen",)
+    """Whether encoders stay as they are under segmentation and detection heads, or are trained too."""
+    head_steps: PositiveInt = 300
+    """Most optimizer steps of a head; it ends sooner where the validation loss no longer falls."""
+    head_batch: PositiveInt = 16
+    """Films of one such step."""
+    head_rate: float = Field(1e-3, gt=0.0)
+    """Its learning rate; a tuned encoder has a tenth of it."""
+    prompts: str | None = None
+    """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; by default ours."""
+    resamples: int = Field(1000, ge=100)
+    """Bootstrap resamples of the test images behind each 95 % interval."""
+    seed: int = 0
+    """Decides label draws, resamples, drawn splits, and the weights of `random`."""
+    batch_size: PositiveInt = 32
+    """Films of one forward."""
+    workers: PositiveInt = 1
+    """Ray actors that hold the encoders."""
+    cpus_per_worker: float = Field(1.0, gt=0.0)
+    """CPUs that Ray reserves for one of them; torch uses as many threads."""
+    use_gpu: bool = False
+    """One GPU for each of them."""
+    features: str | None = None
+    """Folder where features of frozen encoders are kept for the next evaluation; by default `features/` in run.storage."""
+
+    @model_validator(mode="after")
+    def shares_are_shares(self) -> Self:
+        for name in ("fractions", "segmentation_fractions", "detection_fractions"):
+            for share in getattr(self, name):
+                if not 0.0 < share <= 1.0:
+                    raise ValueError(
+                        f"evaluate.{name} {share} is no share of the labels; give numbers above 0 and up to 1"
+                    )
+        return self
+
+
+class EvaluateJobConfig(Section):
+    """All settings of the job."""
+
+    evaluate: EvaluateConfig = EvaluateConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def parts_work_together(self) -> Self:
+        if not self.evaluate.run:
+            raise ValueError(
+                "evaluate.run is missing; name the folder of a finished pretraining run, such as runs/NAME"
+            )
+        if self.run.resume is not None:
+            raise ValueError(
+                "run.resume: an evaluation starts anew, and takes up the features that it has; leave it out"
+            )
+        for complaint in self.run.complaints():
+            raise ValueError(complaint)
+        return self
 
 
 class EmbedJobConfig(Section):

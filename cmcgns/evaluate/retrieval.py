@@ -1,45 +1,56 @@
-"""Retrieval by a finished run on a split that it has not seen: recall both ways, as its own validation measures it."""
+"""Retrieval on a split that a model has not seen: does a film find its report among all others, and the report its film.
 
-from typing import Any, Literal
+N studies.
+"""
 
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
 
-from cmcgns.data.blocks import blocks
-from cmcgns.data.dataset import stream_split
-from cmcgns.data.order import VALIDATION_EPOCH
-from cmcgns.evaluate.embed import STUDIES_AHEAD, open_split
 from cmcgns.evaluate.exported import PretrainedRun, open_run
-from cmcgns.evaluate.job_config import EmbedConfig
+from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
+from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.models.vision_language import VisionLanguageModel
-from cmcgns.train.board import start_board
-from cmcgns.train.metrics import recall
-from cmcgns.train.steps import Batcher
+from cmcgns.train.metrics import first_hits, recall
 
-Split = Literal["train", "valid", "test"]
+WAYS = {"i2t": "film to report", "t2i": "report to film"}
+DEPTHS = (1, 5, 10)
 
 
-def retrieval(uri: str, split: Split) -> dict[str, Any]:
+def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
     """``recall`` over ``split`` of the corpus of the finished run in the folder ``uri``, by its export; runs on one CPU."""
     run = open_run("run", uri)
     return model_retrieval(run.load_model(), run, split)
 
 
-def model_retrieval(model: VisionLanguageModel, run: PretrainedRun, split: Split) -> dict[str, Any]:
+def model_retrieval(model: VisionLanguageModel, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
     """The same by ``model``, with the settings and the vocabulary of ``run``."""
-    found = open_split(run, EmbedConfig(run=run.uri, split=split))
-    board = start_board(len(found.studies), found.config.data.max_bad_fraction, {})
-    stream = stream_split(
-        found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, board,
-        taken_cpus=1.0, studies_ahead=STUDIES_AHEAD,
-    )  # fmt: skip
-    batch_of = Batcher(run.config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
-    images, reports, hashes = [], [], []
-    (rows,) = stream.split(VALIDATION_EPOCH, 0, run.config.train.microbatch_size, ranks=1)
-    with torch.inference_mode():
-        for block in blocks(rows, run.config.data.resize, run.config.train.microbatch_size):
-            batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
-            outputs = model(batch)
-            images.append(outputs.image_BD.float())
-            reports.append(outputs.report_BD.float())
-            hashes.append(batch.report_hash_B)
-    return recall(torch.cat(images), torch.cat(reports), torch.cat(hashes))
+    return recall(*_tensors(embed_pairs(model, run, split)))
+
+
+def retrieval_scores(pairs: Pairs, encoder: str, images: str, resamples: int, seed: int) -> list[Score]:
+    """Recall at each of ``DEPTHS`` both ways, with intervals over the queries; a hit is any item with the same report."""
+    resampling, scores = Resampling.of(list(pairs.group_N), resamples, seed), []
+    for way, rank_N in first_hits(*_tensors(pairs)).items():
+        for depth in DEPTHS:
+            hit_N = (rank_N < depth).numpy().astype(np.float64)
+            scores.append(
+                Score(
+                    "retrieval",
+                    images,
+                    WAYS[way],
+                    f"recall@{depth}",
+                    encoder,
+                    float(hit_N.mean()),
+                    len(hit_N),
+                    resampling.mean(hit_N),
+                )
+            )
+    return scores
+
+
+def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    image_ND, report_ND, hash_N = pairs.image_ND, pairs.report_ND, pairs.report_hash_N
+    return torch.from_numpy(image_ND), torch.from_numpy(report_ND), torch.from_numpy(hash_N)

@@ -55,13 +55,22 @@ class CrossModalAttention(nn.Module):
             sigmoid_attention(query_B1D, text_key_BSD, text_value_BSD, sentence_mask_BS),
         )
 
+    def sentence_weights(self, patches_BPD: Tensor, sentences_BSD: Tensor) -> Tensor:
+        """How strongly each sentence attends to each patch of its study's film, (B, S, P) within 0 and 1."""
+        return attention_weights(self.text["query"](sentences_BSD), self.image["key"](patches_BPD))
+
 
 def sigmoid_attention(query_BLD: Tensor, key_BMD: Tensor, value_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
     """sigmoid(q k^T / sqrt(D)) v; masked keys take no part."""
-    weight_BLM = torch.sigmoid(query_BLD @ key_BMD.mT / math.sqrt(query_BLD.shape[-1]))
+    weight_BLM = attention_weights(query_BLD, key_BMD)
     if mask_BM is not None:
         weight_BLM = weight_BLM * mask_BM.unsqueeze(1)
     return weight_BLM @ value_BMD
+
+
+def attention_weights(query_BLD: Tensor, key_BMD: Tensor) -> Tensor:
+    """sigmoid(q k^T / sqrt(D)), (B, L, M)."""
+    return torch.sigmoid(query_BLD @ key_BMD.mT / math.sqrt(query_BLD.shape[-1]))
 
 
 class AttentionPool(nn.Module):

@@ -29,7 +29,9 @@ class ImageEncoder(nn.Module):
                 f"nearest: {near or self.stride} and {near + self.stride}"
             )
         self.grid = image_size // self.stride
-        self.pool = AttentionPool(self.dim, positions=self.patches) if self.is_convolutional else None
+        self.pool: nn.Module | None = None
+        if self.is_convolutional:
+            self.pool = AttentionPool(self.dim, positions=self.patches)
         self.fixed_batch_statistics = fixed_batch_statistics
         resized = getattr(config, "image_size", image_size) not in (image_size, [image_size, image_size])
         self.forward_options = {"interpolate_pos_encoding": True} if resized and not self.is_convolutional else {}

@@ -8,22 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
 
-from cmcgns.clustering.kmeans import Array, kmeans, numpy_assign
-from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import parallel_seeds
+from cmcgns.clustering.kmeans import Array
 from cmcgns.data.blocks import Block, ReadStudy, row_table, to_block
 from cmcgns.data.dataset import Stream, read_study
 from cmcgns.data.order import VALIDATION_EPOCH
-from cmcgns.data.phantom.sentence_truth import sentence_truth
 from cmcgns.data.transforms import Target, drawn_film
+from cmcgns.evaluate.clusters import purity, purity_by_chance, sentence_classes
 from cmcgns.evaluate.exported import PretrainedRun
 from cmcgns.evaluate.sentences import SentenceEmbedder
 from cmcgns.models.vision_language import VisionLanguageModel
 from cmcgns.train.corpus import open_index
 
-BATCH, SHUFFLES = 32, 20
+BATCH = 32
 
 
 class Agreement(NamedTuple):
@@ -39,27 +36,13 @@ class Agreement(NamedTuple):
 
 def agreement(cluster_n: Array, texts: Sequence[str]) -> Agreement:
     """Of the sentences that speak of a finding: clusters beside (finding, laterality, negated)."""
-    truths = [sentence_truth(text) for text in texts]
-    kept = np.array([truth is not None for truth in truths])
-    class_n = np.unique([str(truth) for truth in truths], return_inverse=True)[1][kept]
-    cluster_n = np.asarray(cluster_n)[kept]
-    random = np.random.default_rng(0)
-    shuffled = [purity(cluster_n, random.permutation(class_n)) for _ in range(SHUFFLES)]
+    class_n, kept_n = sentence_classes(texts)
+    cluster_n, class_n = np.asarray(cluster_n)[kept_n], class_n[kept_n]
     return Agreement(
-        float(adjusted_mutual_info_score(class_n, cluster_n)), purity(cluster_n, class_n), float(np.mean(shuffled))
+        float(adjusted_mutual_info_score(class_n, cluster_n)),
+        purity(cluster_n, class_n),
+        purity_by_chance(cluster_n, class_n),
     )
-
-
-def purity(cluster_n: Array, class_n: Array) -> float:
-    """Share of the rows that are of their cluster's commonest class."""
-    return float(contingency_matrix(class_n, cluster_n).max(axis=0).sum() / len(class_n))
-
-
-def own_clusters(rows_ND: Array, clusters: int) -> Array:
-    """The rows' clusters by a k-means of their own."""
-    rows = RowArray(rows_ND)
-    fit = kmeans(rows, parallel_seeds(rows, clusters, 0), 20, 1e-4)
-    return numpy_assign(rows_ND, fit.centroids_KD).nearest_N
 
 
 def attended(run: PretrainedRun, model: VisionLanguageModel, shift: int = 0) -> npt.NDArray[np.float32]:

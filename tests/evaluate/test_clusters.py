@@ -5,7 +5,8 @@ import numpy as np
 from cmcgns.data.phantom import PhantomCorpus
 from cmcgns.data.phantom.sentence_truth import sentence_truth
 from cmcgns.data.reports import parse_report
-from tests.evaluate.clusters import agreement, own_clusters
+from cmcgns.evaluate.clusters import own_clusters
+from tests.evaluate.clusters import agreement
 
 
 def test_the_classes_themselves_agree_wholly_and_chance_not_at_all() -> None:

@@ -1,0 +1,173 @@
+"""A U-Net decoder on an image encoder, frozen or tuned, and its training with early stopping: for segmentation and detection.
+
+B films, C channels, K classes, R pixels of the square.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmcgns.data.augment import normalise
+from cmcgns.evaluate.encoders import FilmEncoder
+from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.job_config import EvaluateConfig
+
+WIDTH, FINE_STRIDE = 64, 8
+"""Channels of the decoder; half as many where its maps are finer than an eighth of the film."""
+TUNED_RATE = 0.1
+"""Learning rate of a tuned encoder, as a share of its head's."""
+CHECKS = 10
+"""Validations of one training."""
+PATIENCE = 3
+"""Validations without a better loss after which training ends."""
+
+
+class DenseHead(nn.Module):
+    """Maps of ``outputs`` channels at one ``stride``-th of the film's size, from an encoder's levels.
+
+    From the coarsest level up, each twice as fine as the one before; a level of that size joins where the encoder has one
+    (Ronneberger et al. 2015). A ViT has a single level: then nothing joins. The film itself never does: what the head knows
+    it knows by the encoder.
+    """
+
+    def __init__(self, channels: Sequence[int], sizes: Sequence[int], side: int, stride: int, outputs: int) -> None:
+        super().__init__()
+        self.joined = {size: place for place, size in enumerate(sizes)}
+        self.target = side // stride
+        self.first = _block(channels[-1], WIDTH)
+        size, width, self.steps, blocks = sizes[-1], WIDTH, list[int](), []
+        while size < self.target:
+            size = min(size * 2, self.target)
+            joining = channels[self.joined[size]] if size in self.joined else 0
+            before, width = width, WIDTH if size * FINE_STRIDE <= side else WIDTH // 2
+            self.steps.append(size)
+            blocks.append(_block(before + joining, width))
+        self.blocks, self.last = nn.ModuleList(blocks), nn.Conv2d(width, outputs, 1)
+        nn.init.zeros_(self.bias)
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the last layer: what the head says where it sees nothing."""
+        assert self.last.bias is not None
+        return self.last.bias
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """(B, outputs, target, target)."""
+        hidden = self.first(levels[-1])
+        for size, block in zip(self.steps, self.blocks, strict=True):
+            hidden = F.interpolate(hidden, size=(size, size), mode="bilinear", align_corners=False)
+            if size in self.joined:
+                hidden = torch.cat([hidden, levels[self.joined[size]]], dim=1)
+            hidden = block(hidden)
+        return self.last(hidden)
+
+
+def _block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Convolution, group normalisation (whatever the batch size), ReLU; twice."""
+    layers: list[nn.Module] = []
+    for channels in (channels_in, channels_out):
+        layers += [nn.Conv2d(channels, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+@dataclass
+class DenseModel:
+    """An encoder and a head on it."""
+
+    encoder: FilmEncoder
+    head: DenseHead
+    tuned: bool
+
+    def train(self, mode: bool) -> None:
+        """Into training or evaluation mode; a frozen encoder stays in evaluation mode, batch statistics included."""
+        self.head.train(mode)
+        self.encoder.train(mode and self.tuned)
+
+    def __call__(self, film_BRR: Tensor) -> Tensor:
+        image_B1HW = normalise(film_BRR.unsqueeze(1))
+        with torch.set_grad_enabled(self.tuned and torch.is_grad_enabled()):
+            levels = finest_first(self.encoder, image_B1HW)
+        return self.head(levels)
+
+
+def finest_first(encoder: FilmEncoder, image_B1HW: Tensor) -> list[Tensor]:
+    """The encoder's levels, one of each size: of two of the same size the later one."""
+    by_size = {level.shape[-1]: level for level in encoder.levels(image_B1HW)}
+    return [by_size[size] for size in sorted(by_size, reverse=True)]
+
+
+def build_dense(encoder: FilmEncoder, side: int, stride: int, outputs: int, tuned: bool, seed: int) -> DenseModel:
+    """A head of fresh weights on ``encoder``."""
+    with torch.no_grad():
+        levels = finest_first(encoder.eval(), torch.zeros(1, 1, side, side))
+    torch.manual_seed(seed)
+    head = DenseHead([level.shape[1] for level in levels], [level.shape[-1] for level in levels], side, stride, outputs)
+    return DenseModel(encoder, head, tuned)
+
+
+Loss = Callable[[Tensor, Films], Tensor]
+"""Of the head's maps and the films that they are of."""
+
+
+def fit_dense(model: DenseModel, loss: Loss, train: Films, valid: Films, settings: EvaluateConfig, seed: int) -> int:
+    """Train until the validation loss no longer falls, and go back to its best; the steps that were taken."""
+    groups = [{"params": list(model.head.parameters()), "lr": settings.head_rate}]
+    if model.tuned:
+        groups.append({"params": list(model.encoder.parameters()), "lr": settings.head_rate * TUNED_RATE})
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    every = max(settings.head_steps // CHECKS, 1)
+    best, best_state, since, step = float("inf"), _state(model), 0, 0
+    for step, part in enumerate(_batches(train, settings.head_batch, settings.head_steps, seed), 1):
+        model.train(True)
+        optimizer.zero_grad()
+        loss(model(torch.from_numpy(part.film_NRR)), part).backward()
+        optimizer.step()
+        if step % every == 0:
+            found = mean_loss(model, loss, valid, settings.head_batch)
+            since = 0 if found < best else since + 1
+            if found < best:
+                best, best_state = found, _state(model)
+            if since == PATIENCE:
+                break
+    model.head.load_state_dict(best_state[0])
+    if model.tuned:
+        model.encoder.load_state_dict(best_state[1])
+    return step
+
+
+def _state(model: DenseModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    encoder = copy.deepcopy(model.encoder.state_dict()) if model.tuned else {}
+    return copy.deepcopy(model.head.state_dict()), encoder
+
+
+def _batches(films: Films, size: int, steps: int, seed: int) -> Iterator[Films]:
+    """``steps`` batches: epoch after epoch, each shuffled by the seed."""
+    random, order = np.random.default_rng(seed), np.zeros(0, np.int64)
+    for _ in range(steps):
+        while len(order) < min(size, len(films)):
+            order = np.concatenate([order, random.permutation(len(films))])
+        yield films.take(order[:size].tolist())
+        order = order[size:]
+
+
+@torch.no_grad()
+def mean_loss(model: DenseModel, loss: Loss, films: Films, size: int) -> float:
+    """Mean of ``loss`` over all films."""
+    model.train(False)
+    parts = [films.take(range(start, min(start + size, len(films)))) for start in range(0, len(films), size)]
+    sums = [float(loss(model(torch.from_numpy(part.film_NRR)), part)) * len(part) for part in parts]
+    return sum(sums) / max(len(films), 1)
+
+
+@torch.no_grad()
+def predict_dense(model: DenseModel, films: Films, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The maps of all films, part by part."""
+    model.train(False)
+    for start in range(0, len(films), size):
+        part = slice(start, min(start + size, len(films)))
+        yield part, model(torch.from_numpy(films.film_NRR[part]))

@@ -1,0 +1,109 @@
+"""The test split of a run's corpus through a model: films beside reports, sentences beside the films that they speak of.
+
+N studies, n sentences of all of them, P patches, D embedding.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from cmcgns.data.blocks import to_block
+from cmcgns.data.dataset import stream_split
+from cmcgns.data.order import VALIDATION_EPOCH
+from cmcgns.data.transforms import drawn_film
+from cmcgns.errors import UserError
+from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
+from cmcgns.evaluate.exported import PretrainedRun
+from cmcgns.evaluate.job_config import EmbedConfig
+from cmcgns.models.cross_attention import unit
+from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.train.board import start_board
+from cmcgns.train.steps import Batcher
+
+Floats = NDArray[np.float32]
+SplitName = Literal["train", "valid", "test"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a model makes of a split, in its order; studies that could not be used are not there."""
+
+    study_N: NDArray[Any]
+    """Id of each study."""
+    group_N: NDArray[Any]
+    """What resamples keep together."""
+    path_N: NDArray[Any]
+    """The film that was shown."""
+    image_ND: Floats
+    report_ND: Floats
+    """Both of length 1."""
+    report_hash_N: NDArray[np.int64]
+    text_n: NDArray[Any]
+    """Words of each sentence."""
+    study_of_n: NDArray[np.int64]
+    """Place of each sentence's study in the rows above."""
+    attended_nD: Floats
+    """What each sentence attends to on its film, of length 1: the features that pretraining clusters."""
+    weight_nP: Floats
+    """How strongly it attends to each patch."""
+
+
+@torch.inference_mode()
+def embed_pairs(model: VisionLanguageModel, run: PretrainedRun, split: SplitName) -> Pairs:
+    """``split`` of the run's corpus through ``model``, with the settings and the vocabulary of ``run``; on one CPU."""
+    found = open_split(run, EmbedConfig(run=run.uri, split=split))
+    board = start_board(len(found.studies), found.config.data.max_bad_fraction, {})
+    stream = stream_split(
+        found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, board,
+        taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
+    )  # fmt: skip
+    batch_of = Batcher(run.config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
+    parts = []
+    with stream.context():
+        tables = stream.rows(VALIDATION_EPOCH, 0).iter_batches(
+            batch_size=run.config.train.microbatch_size, batch_format="pyarrow"
+        )
+        for table in tables:
+            parts.append(_block_pairs(model, batch_of, table.combine_chunks(), found))
+    if not parts:
+        raise UserError(f"{found.config.data.uri}: no study of the {split} split can be used")
+    return _joined(parts)
+
+
+def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table, split: Split) -> Pairs:
+    block = to_block(table, split.config.data.resize)
+    batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
+    outputs = model(batch)
+    weight_BSP = model.cross_attention.sentence_weights(outputs.patches_BPD, outputs.sentences_BSD)
+    real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().numpy()
+    studies = split.studies.take(block.positions)
+    data = split.config.data
+    shown = [
+        study["films"][drawn_film(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))]["path"]
+        for study in studies.select(["study_id", "films"]).to_pylist()
+    ]
+    return Pairs(
+        study_N=np.array(studies["study_id"].to_pylist(), object),
+        group_N=np.array(studies["group"].to_pylist(), object),
+        path_N=np.array(shown, object),
+        image_ND=outputs.image_BD.float().numpy(),
+        report_ND=outputs.report_BD.float().numpy(),
+        report_hash_N=block.report_hashes.copy(),
+        text_n=np.array(table["sentences"].chunk(0).flatten().to_pylist(), object),
+        study_of_n=np.repeat(np.arange(len(block)), block.sentence_counts),
+        attended_nD=unit(torch.from_numpy(real(outputs.image_to_text_BSD))).numpy(),
+        weight_nP=real(weight_BSP),
+    )
+
+
+def _joined(parts: list[Pairs]) -> Pairs:
+    """All parts as one, sentences pointing to their studies' new places."""
+    starts = np.cumsum([0, *(len(part.study_N) for part in parts[:-1])])
+    moved = [replace(part, study_of_n=part.study_of_n + start) for part, start in zip(parts, starts, strict=True)]
+    return Pairs(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in moved]) for field in fields(Pairs)}
+    )

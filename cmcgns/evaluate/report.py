@@ -1,0 +1,75 @@
+"""What an evaluation leaves behind: evaluation.json, evaluation.csv, scores.parquet, and a table in the terminal."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from cmcgns.data import storage
+from cmcgns.evaluate.scores import OF_A_CLASS, Score, differences
+from cmcgns.run_folder import RunFolder
+
+
+def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, Any]) -> None:
+    """All numbers with their intervals; scores.parquet holds their resamples too, for comparisons in pairs."""
+    rows = [score.row() for score in scores]
+    against = [
+        {
+            "task": each.first.task,
+            "images": each.first.images,
+            "setting": each.first.setting,
+            "metric": each.first.metric,
+            "encoder": each.first.encoder,
+            "against": each.second.encoder,
+            "difference": each.value,
+            "interval": each.interval,
+        }
+        for encoder in dict.fromkeys(score.encoder for score in scores)
+        for each in differences(scores, encoder)
+    ]
+    # NaN is no JSON
+    found = json.loads(pd.Series([facts | {"scores": rows, "differences": against}]).to_json(orient="values"))[0]
+    folder.write_json("evaluation.json", found)
+    storage.write_bytes(folder.file("evaluation.csv"), pd.DataFrame(rows).to_csv(index=False).encode())
+    resamples = [score.resampled_R.tolist() if score.resampled_R is not None else None for score in scores]
+    table = pa.Table.from_pylist(rows).append_column("resampled", pa.array(resamples, pa.list_(pa.float64())))
+    with storage.writing(folder.file("scores.parquet")) as file:
+        pq.write_table(table, file)
+
+
+def show(terminal: Console, scores: Sequence[Score], first: str) -> None:
+    """A row for each number but those of single classes, a column for each encoder, and how far the ``first`` is before each
+    other one; a star where the interval of that leaves out 0."""
+    scores = [score for score in scores if OF_A_CLASS not in score.metric]
+    encoders = list(dict.fromkeys([first, *(score.encoder for score in scores)]))
+    ahead = {(each.first.key, each.second.encoder): each for each in differences(scores, first)}
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "set", "setting", "metric", *encoders, *(f"{first} - {other}" for other in encoders[1:])):
+        table.add_column(name)
+    for key in dict.fromkeys(score.key for score in scores):
+        cells = [_cell(next((s for s in scores if s.key == key and s.encoder == name), None)) for name in encoders]
+        gaps = [_gap(ahead.get((key, other))) for other in encoders[1:]]
+        table.add_row(*key[:1], key[1], key[2], key[3], *cells, *gaps)
+    terminal.print(table)
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return ""
+    low, high = score.interval or (None, None)
+    return f"{score.value:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
+
+
+def _gap(difference: Any) -> str:
+    if difference is None:
+        return ""
+    interval = difference.interval
+    if interval is None:
+        return f"{difference.value:+.3f}"
+    beyond = " *" if interval[0] > 0 or interval[1] < 0 else ""
+    return f"{difference.value:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f}){beyond}"

@@ -1,0 +1,163 @@
+"""A number with its interval: what each task gives, and the resampling by which encoders are compared in pairs.
+
+N test images or queries, R resamples, S label draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+OF_A_CLASS = ": "
+"""Between a metric and the one class that it is of; without, it is the mean over classes."""
+CHUNK_BYTES = 256 * 2**20
+"""Of weights that are held at once."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one encoder. Scores of the same ``key`` were resampled alike, so that they compare in pairs."""
+
+    task: str
+    images: str
+    """Name of the set."""
+    setting: str
+    """What else was fixed, such as the share of the labels."""
+    metric: str
+    encoder: str
+    value: float
+    number: int
+    """Test images, studies or sentences behind it."""
+    resampled_R: Floats | None = field(default=None, repr=False, compare=False)
+    """The same number over each resample of the test groups (and of the label draws); None where it was not resampled."""
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What it says of an encoder."""
+        return self.task, self.images, self.setting, self.metric
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval by percentiles."""
+        return None if self.resampled_R is None else percentiles(self.resampled_R)
+
+    def row(self) -> dict[str, Any]:
+        """What is written down of it."""
+        low, high = self.interval or (None, None)
+        names = ("task", "images", "setting", "metric", "encoder", "value")
+        return {name: getattr(self, name) for name in names} | {
+            "low": low,
+            "high": high,
+            "number": self.number,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one encoder is before another, in pairs over the same resamples."""
+
+    first: Score
+    second: Score
+
+    @property
+    def value(self) -> float:
+        """First minus second."""
+        return self.first.value - self.second.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval; None where the two were not resampled alike."""
+        a, b = self.first.resampled_R, self.second.resampled_R
+        return None if a is None or b is None or len(a) != len(b) else percentiles(a - b)
+
+
+def differences(scores: Sequence[Score], encoder: str) -> list[Difference]:
+    """``encoder`` against each other one that has the same number."""
+    own = {score.key: score for score in scores if score.encoder == encoder}
+    others = [score for score in scores if score.encoder != encoder and score.key in own]
+    return [Difference(own[score.key], score) for score in others]
+
+
+def percentiles(values_R: Floats) -> tuple[float, float]:
+    """2.5 and 97.5 % of what is not NaN."""
+    low, high = np.nanpercentile(values_R, [2.5, 97.5]) if np.isfinite(values_R).any() else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """The bootstrap of a test split: whole groups are drawn with replacement, the same for every encoder and metric."""
+
+    group_N: NDArray[np.int64]
+    """Number of each image's group."""
+    resamples: int
+    seed: int = 0
+
+    @classmethod
+    def of(cls, groups: Sequence[str], resamples: int, seed: int = 0) -> "Resampling":
+        """Over images of the ``groups``."""
+        return cls(np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)[1], resamples, seed)
+
+    def chunks(self) -> "list[tuple[slice, Floats]]":
+        """Parts of the R x N table of how often each image was drawn."""
+        groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
+        random = np.random.default_rng([self.seed, groups])
+        size = max(int(CHUNK_BYTES / 8 / max(len(self.group_N), 1)), 1)
+        parts = []
+        for start in range(0, self.resamples, size):
+            rows = slice(start, min(start + size, self.resamples))
+            drawn_rG = random.multinomial(groups, np.full(groups, 1 / groups), size=rows.stop - rows.start)
+            parts.append((rows, drawn_rG[:, self.group_N].astype(np.float64)))
+        return parts
+
+    def mean(self, value_N: Floats) -> Floats:
+        """Weighted mean of ``value_N`` in each resample; NaN values take no part."""
+        known_N, found_R = np.isfinite(value_N), np.empty(self.resamples)
+        for rows, weight_rN in self.chunks():
+            weight_rn = weight_rN[:, known_N]
+            with np.errstate(invalid="ignore"):
+                found_R[rows] = weight_rn @ value_N[known_N] / weight_rn.sum(1)
+        return found_R
+
+    def auc(self, score_N: Floats, label_N: Floats) -> Floats:
+        """Area under the ROC curve in each resample, over the images whose label is known."""
+        known_N, found_R = np.isfinite(label_N), np.empty(self.resamples)
+        for rows, weight_rN in self.chunks():
+            found_R[rows] = weighted_auc(score_N[known_N], label_N[known_N] > 0.5, weight_rN[:, known_N])
+        return found_R
+
+
+def weighted_auc(score_N: Floats, positive_N: NDArray[np.bool_], weight_RN: Floats) -> Floats:
+    """Area under the ROC curve for each row of weights: the chance that a positive scores above a negative, ties half.
+
+    NaN where a row has only positives or only negatives.
+    """
+    _, level_N = np.unique(score_N, return_inverse=True)
+    order_N = np.argsort(level_N, kind="stable")
+    starts = np.flatnonzero(np.diff(level_N[order_N], prepend=-1))
+    weight_RN = weight_RN[:, order_N]
+    positive_RL = np.add.reduceat(weight_RN * positive_N[order_N], starts, axis=1)
+    negative_RL = np.add.reduceat(weight_RN * ~positive_N[order_N], starts, axis=1)
+    below_RL = np.cumsum(negative_RL, axis=1) - negative_RL
+    above_R = (positive_RL * (below_RL + 0.5 * negative_RL)).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area_R: Floats = above_R / (positive_RL.sum(1) * negative_RL.sum(1))
+    return area_R
+
+
+def over_draws(values_S: Sequence[float], resampled_SR: Sequence[Floats], seed: int = 0) -> tuple[float, Floats]:
+    """Mean over label draws, and its resamples, for which the draws are drawn again as well."""
+    table_SR = np.stack(resampled_SR)
+    draws, resamples = table_SR.shape
+    picked_SR = np.random.default_rng([seed, draws, resamples]).integers(0, draws, (draws, resamples))
+    return float(np.nanmean(values_S)), np.nanmean(np.take_along_axis(table_SR, picked_SR, axis=0), axis=0)
+
+
+def named(scores: Sequence[Score], **changes: Any) -> list[Score]:
+    """``scores`` with the fields of ``changes``."""
+    return [replace(score, **changes) for score in scores]

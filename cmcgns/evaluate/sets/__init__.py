@@ -1,0 +1,44 @@
+"""Every downstream set behind one door: by name and folder, whatever its official layout."""
+
+import difflib
+from collections.abc import Callable
+
+from cmcgns.data.sources import FileSource
+from cmcgns.data.transforms import Target
+from cmcgns.errors import UserError
+from cmcgns.evaluate.sets.base import ImageSet, Places, check_set
+from cmcgns.evaluate.sets.chexpert import read_chexpert
+from cmcgns.evaluate.sets.corpus import labelled_set, phantom_set
+from cmcgns.evaluate.sets.covidx import read_covidx
+from cmcgns.evaluate.sets.masked import read_masked
+from cmcgns.evaluate.sets.nih import read_nih
+from cmcgns.evaluate.sets.object_cxr import read_object_cxr
+from cmcgns.evaluate.sets.rsna import read_rsna
+from cmcgns.evaluate.sets.siim import read_siim
+
+__all__ = ["SETS", "ImageSet", "Places", "check_set", "labelled_set", "open_set", "phantom_set"]
+
+SETS: dict[str, Callable[[FileSource], ImageSet]] = {
+    "chexpert": read_chexpert,
+    "nih": read_nih,
+    "rsna": read_rsna,
+    "siim": read_siim,
+    "covidx": read_covidx,
+    "object-cxr": read_object_cxr,
+    "masked": read_masked,
+}
+
+
+def open_set(name: str, uri: str, seed: int = 0, target: Target | None = None, crop_borders: bool = True) -> ImageSet:
+    """The downstream set ``name`` in the folder ``uri``.
+
+    ``target``: what films will be shrunk to, so that JPEGs may be decoded at a reduced scale of twice that.
+
+    Raises:
+        UserError: an unknown name, or files that are not as the set publishes them.
+    """
+    if name not in SETS:
+        near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no downstream set '{name}'; {hint}known are {', '.join(SETS)}")
+    return check_set(SETS[name](FileSource(uri, name, (), seed, target, crop_borders)))

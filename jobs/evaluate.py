@@ -1,0 +1,17 @@
+"""Evaluate encoders on downstream tasks: `python jobs/evaluate.py --evaluate.run=RUN_FOLDER ...`; see --help."""
+
+import sys
+
+from cmcgns.command_line import run_job
+from cmcgns.evaluate.job_config import EvaluateJobConfig
+
+
+def main(config: EvaluateJobConfig) -> int:
+    """Exit status of an evaluation."""
+    from cmcgns.evaluate.run import evaluate  # heavy: --help and --print-config need none of it
+
+    return evaluate(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, EvaluateJobConfig, None))
