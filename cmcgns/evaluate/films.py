@@ -91,9 +91,9 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
     def read(row: dict[str, Any]) -> dict[str, Any]:
         try:
             film = reader.read_film(row["path"])
+            places = images.places(row, film)  # masks are files of their own
         except BadRow as reason:
             return {"image_id": row["image_id"], "reason": str(reason)}
-        places = images.places(row, film)
         box_N4 = square_boxes(places.box_N4, film.grey_HW.shape, side)
         boxes = [
             dict(zip(("kind", "x0", "y0", "x1", "y1"), (int(kind), *map(float, box)), strict=True))
@@ -114,13 +114,13 @@ def load_films(uri: str, images: ImageSet, side: int) -> Films:
     """The films that lie at ``uri``, in memory."""
     table, kinds = storage.read_parquet(uri, lambda file: file.read()), len(images.mask_classes)
     squares = lambda name: [np.frombuffer(each, np.uint8) for each in table[name].to_pylist()]
-    film_NRR = np.concatenate(squares("film")).reshape(-1, side, side)
+    film_NRR = np.concatenate([np.zeros(0, np.uint8), *squares("film")]).reshape(-1, side, side)
     bits = [np.unpackbits(each, count=kinds * side * side).astype(bool) for each in squares("masks")]
     listed = table["boxes"].to_pylist()
     return Films(
         table["image_id"].to_pylist(),
         film_NRR,
-        np.concatenate(bits).reshape(-1, kinds, side, side),
+        np.concatenate([np.zeros(0, bool), *bits]).reshape(len(table), kinds, side, side),
         [np.array([box["kind"] for box in boxes], np.int32) for boxes in listed],
         [
             np.array([[box[edge] for edge in ("x0", "y0", "x1", "y1")] for box in boxes], np.float64).reshape(-1, 4)

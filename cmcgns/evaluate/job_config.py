@@ -60,6 +60,8 @@ class EvaluateConfig(Section):
     """Its learning rate; a tuned encoder has a tenth of it."""
     prompts: str | None = None
     """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; by default ours."""
+    compare: tuple[str, ...] = ()
+    """Folders of other evaluations to show beside this one, where the test images are the same; differences are in pairs."""
     resamples: int = Field(1000, ge=100)
     """Bootstrap resamples of the test images behind each 95 % interval."""
     seed: int = 0
@@ -75,16 +77,6 @@ class EvaluateConfig(Section):
     features: str | None = None
     """Folder where features of frozen encoders are kept for the next evaluation; by default `features/` in run.storage."""
 
-    @model_validator(mode="after")
-    def shares_are_shares(self) -> Self:
-        for name in ("fractions", "segmentation_fractions", "detection_fractions"):
-            for share in getattr(self, name):
-                if not 0.0 < share <= 1.0:
-                    raise ValueError(
-                        f"evaluate.{name} {share} is no share of the labels; give numbers above 0 and up to 1"
-                    )
-        return self
-
 
 class EvaluateJobConfig(Section):
     """All settings of the job."""
@@ -98,6 +90,12 @@ class EvaluateJobConfig(Section):
             raise ValueError(
                 "evaluate.run is missing; name the folder of a finished pretraining run, such as runs/NAME"
             )
+        for name in ("fractions", "segmentation_fractions", "detection_fractions"):
+            for share in getattr(self.evaluate, name):
+                if not 0.0 < share <= 1.0:
+                    raise ValueError(
+                        f"evaluate.{name} {share} is no share of the labels; give numbers above 0, up to 1"
+                    )
         if self.run.resume is not None:
             raise ValueError(
                 "run.resume: an evaluation starts anew, and takes up the features that it has; leave it out"

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmcgns.data import storage
+from cmcgns.errors import UserError
 from cmcgns.evaluate.scores import OF_A_CLASS, Score, differences
 from cmcgns.run_folder import RunFolder
 
@@ -40,6 +43,40 @@ def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, A
     table = pa.Table.from_pylist(rows).append_column("resampled", pa.array(resamples, pa.list_(pa.float64())))
     with storage.writing(folder.file("scores.parquet")) as file:
         pq.write_table(table, file)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Another evaluation, read back."""
+
+    scores: list[Score]
+    tests: dict[str, str]
+    """Digest of each set's test images."""
+
+
+def read_results(key: str, uri: str) -> Results:
+    """The evaluation in the folder ``uri``, which the setting ``key`` names.
+
+    Raises:
+        UserError: it holds none.
+    """
+    uri = storage.absolute(key, uri)
+    try:
+        facts = json.loads(storage.read_bytes(storage.join(uri, "evaluation.json")))
+        rows = storage.read_parquet(storage.join(uri, "scores.parquet"), lambda file: file.read()).to_pylist()
+    except storage.MissingFileError:
+        raise UserError(
+            f"{key} {uri} holds no evaluation; name <run.storage>/<run.name> of one that has ended"
+        ) from None
+    names = ("task", "images", "setting", "metric", "encoder", "value", "number", "note")
+    scores = [
+        Score(
+            **{name: row[name] for name in names},
+            resampled_R=None if row["resampled"] is None else np.array(row["resampled"], np.float64),
+        )
+        for row in rows
+    ]
+    return Results(scores, {name: each["splits"]["test"]["digest"] for name, each in facts["sets"].items()})
 
 
 def show(terminal: Console, scores: Sequence[Score], first: str) -> None:

@@ -1,17 +1,13 @@
 """The driver of `jobs/evaluate.py`: features and pairs once, then each task by itself, then one table."""
 
-import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-import torch
 from rich.console import Console
 
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
@@ -19,23 +15,23 @@ from cmcgns.data import storage
 from cmcgns.data.sources import PhantomSource
 from cmcgns.data.transforms import Target
 from cmcgns.errors import UserError, cause
-from cmcgns.evaluate.classification import drawn_groups, probe_scores
-from cmcgns.evaluate.clusters import cluster_scores
-from cmcgns.evaluate.detection import detection_scores
-from cmcgns.evaluate.encoders import EncoderSpec, open_encoders
-from cmcgns.evaluate.features import make_features, read_features
-from cmcgns.evaluate.films import load_films, make_films
-from cmcgns.evaluate.grounding import grounding_scores
+from cmcgns.evaluate.encoders import open_encoders
 from cmcgns.evaluate.job_config import EvaluateConfig, EvaluateJobConfig
-from cmcgns.evaluate.pairs import Pairs, embed_pairs
-from cmcgns.evaluate.report import show, write_results
-from cmcgns.evaluate.retrieval import retrieval_scores
-from cmcgns.evaluate.scores import Score
-from cmcgns.evaluate.segmentation import segmentation_scores
+from cmcgns.evaluate.report import Results, read_results, show, write_results
+from cmcgns.evaluate.scores import named
 from cmcgns.evaluate.sets import open_set
 from cmcgns.evaluate.sets.base import SPLITS, ImageSet
 from cmcgns.evaluate.sets.corpus import labelled_set, phantom_set
-from cmcgns.evaluate.zeroshot import Prompts, read_prompts, zeroshot_scores
+from cmcgns.evaluate.tasks import (
+    ON_FEATURES,
+    ON_PAIRS,
+    ON_PLACES,
+    Evaluation,
+    start_feature_tasks,
+    start_pair_tasks,
+    start_place_tasks,
+)
+from cmcgns.evaluate.zeroshot import read_prompts
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -44,36 +40,17 @@ from cmcgns.train.folder import with_absolute_paths
 
 logger = logging.getLogger(__name__)
 
-ON_PAIRS = ("retrieval", "clusters", "grounding")
-ON_FEATURES = ("zeroshot", "classification")
-ON_PLACES: dict[str, Literal["masks", "boxes"]] = {"segmentation": "masks", "detection": "boxes"}
 PACKAGES = ("cmcgns", "ray", "torch", "transformers", "scikit-learn", "torchmetrics")
-
-
-@dataclass
-class Evaluation:
-    """What is evaluated, and what has come of it."""
-
-    settings: EvaluateConfig
-    encoders: list[EncoderSpec]
-    sets: list[ImageSet]
-    prompts: dict[str, Prompts]
-    scores: list[Score] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    """Tasks that a set or an encoder has nothing for."""
-    failures: list[str] = field(default_factory=list)
-    """Tasks and sets that could not be evaluated, and why."""
-    bad_rows: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By set, the reason of each image that could not be used."""
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(config: EvaluateJobConfig) -> int:
     """Exit status of an evaluation: 0 all was measured, 1 something could not be, 130 stopped by the user."""
     terminal, settings = console(), config.evaluate
+    logging.getLogger("cmcgns").setLevel(logging.INFO)  # each task's end is told
     found = Evaluation(
         settings, open_encoders(settings.run, list(settings.beside), settings.seed), [], read_prompts(settings)
     )
+    others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
     folder = open_folder(config.run, "evaluate")
     open_sets(found)
     with quiet_terminal(), log_on(terminal), ray_session() as cpus:
@@ -86,7 +63,18 @@ def evaluate(config: EvaluateJobConfig) -> int:
         except KeyboardInterrupt:
             terminal.print("stopped; features that were made are kept for the next time", highlight=False)
             return STATUS_INTERRUPTED
+        for uri, results in others.items():
+            beside(found, Path(uri).name, results)
         return conclude(terminal, folder, found)
+
+
+def beside(found: Evaluation, name: str, results: Results) -> None:
+    """Put the scores of another evaluation beside ours, those of sets whose test images are the same."""
+    same = {images.name for images in found.sets if results.tests.get(images.name) == images.digest("test")}
+    found.scores += named([score for score in results.scores if score.images in same], f" in {name}")
+    other = sorted(results.tests.keys() - same)
+    if other:
+        found.left_out.append(f"{', '.join(other)} of {name}: other test images than here, or none here")
 
 
 def open_sets(found: Evaluation) -> None:
@@ -157,158 +145,6 @@ def collect(found: Evaluation, what: str, reference: Any) -> None:
         found.failures.append(f"{what}: {cause(error)}")
         logger.warning("%s could not be measured: %s", what, cause(error))
     found.seconds["waiting"] = found.seconds.get("waiting", 0.0) + time.perf_counter() - began
-
-
-def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
-    """References of what is measured on the corpus's films and reports together, with what each one is."""
-    settings, started = found.settings, dict[Any, str]()
-    images = next((each for each in found.sets if isinstance(each.source, PhantomSource)), None)
-    wanted = [task for task in ON_PAIRS if task in settings.tasks]
-    if images is None:
-        unknown = [task for task in wanted if task != "retrieval"]
-        found.left_out += [f"{task}: what sentences say is known of the phantom alone" for task in unknown]
-        wanted = [task for task in wanted if task == "retrieval"]
-    for encoder in found.encoders:
-        if not encoder.has_reports:
-            found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: it reads no reports")
-            continue
-        what = f"pairs by {encoder.name}"
-        pairs = embed.remote(encoder)
-        try:  # one after the other: each needs a CPU beside those of its data
-            ray.wait([pairs], fetch_local=False)
-            ray.get(seen.remote(pairs))
-        except Exception as error:
-            found.failures.append(f"{what}: {cause(error)}")
-            continue
-        for task in wanted:
-            started[on_pairs.remote(task, pairs, encoder, images, settings)] = f"{task} by {encoder.name}"
-    return started
-
-
-def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of what is measured on films alone."""
-    settings, started = found.settings, dict[Any, str]()
-    if not images.classes:
-        found.left_out.append(f"{images.name}: it has no labels for classification")
-        return started
-    try:
-        uris, bad = make_features(found.encoders, images, cache, settings)
-    except Exception as error:
-        found.failures.append(f"features of {images.name}: {cause(error)}")
-        return started
-    found.bad_rows[images.name] = bad
-    shared = ray.put(images)
-    for encoder, uri in zip(found.encoders, uris, strict=True):
-        if "classification" in settings.tasks:
-            reference = classification.remote(uri, shared, encoder.name, settings)
-            started[reference] = f"classification of {images.name} by {encoder.name}"
-        if "zeroshot" not in settings.tasks:
-            continue
-        if images.name not in found.prompts or not encoder.has_reports:
-            reason = (
-                "it reads no reports" if images.name in found.prompts else "there are no prompts (evaluate.prompts)"
-            )
-            found.left_out.append(f"zeroshot of {images.name} by {encoder.name}: {reason}")
-            continue
-        prompts = found.prompts[images.name]
-        started[zeroshot.remote(uri, shared, encoder, prompts, settings)] = (
-            f"zeroshot of {images.name} by {encoder.name}"
-        )
-    return started
-
-
-def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of what is measured by heads that say where findings lie."""
-    settings, started, data = found.settings, dict[Any, str](), found.encoders[0].config.data
-    shares = {"segmentation": settings.segmentation_fractions, "detection": settings.detection_fractions}
-    classes = {"segmentation": images.mask_classes, "detection": images.box_classes}
-    wanted = [task for task in ON_PLACES if task in settings.tasks and classes[task]]
-    absent = [task for task in ON_PLACES if task in settings.tasks and not classes[task]]
-    found.left_out += [f"{task} of {images.name}: it has no {ON_PLACES[task]}" for task in absent]
-    if not wanted:
-        return started
-    shared = ray.put(images)
-    for side in dict.fromkeys(encoder.config.data.image_size for encoder in found.encoders):
-        try:
-            uri, bad = make_films(images, side, data.cpus_per_task, cache)
-        except Exception as error:
-            found.failures.append(f"films of {images.name}: {cause(error)}")
-            continue
-        found.bad_rows.setdefault(images.name, {}).update(bad)
-        for encoder in (each for each in found.encoders if each.config.data.image_size == side):
-            for task in wanted:
-                for share, mode in itertools.product(shares[task], settings.encoder):
-                    reference = on_places.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
-                    started[reference] = f"{task} of {images.name} by {encoder.name}, {mode}, {share:.0%} of labels"
-    return started
-
-
-Timed = tuple[list[Score], float]
-
-
-@ray.remote(num_cpus=1)
-def embed(encoder: EncoderSpec) -> Pairs:
-    """The corpus's test split through an encoder's model."""
-    return embed_pairs(encoder.load_model(), encoder.run, "test")
-
-
-@ray.remote(num_cpus=0)
-def seen(pairs: Pairs) -> int:
-    """Studies of ``pairs``, which stay where they are."""
-    return len(pairs.study_N)
-
-
-@ray.remote(num_cpus=1)
-def on_pairs(task: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig) -> Timed:
-    """Scores of one of ``ON_PAIRS``, and the seconds that they took."""
-    began, again = time.perf_counter(), (settings.resamples, settings.seed)
-    name = images.name if images else "corpus"
-    if task == "retrieval" or images is None:
-        return retrieval_scores(pairs, encoder.name, name, *again), time.perf_counter() - began
-    if task == "clusters":
-        clusters = encoder.config.objective.num_clusters
-        return cluster_scores(pairs, encoder.name, name, clusters, *again), time.perf_counter() - began
-    return grounding_scores(pairs, images, encoder.config.data, encoder.name, *again), time.perf_counter() - began
-
-
-@ray.remote(num_cpus=1)
-def classification(uri: str, images: ImageSet, encoder: str, settings: EvaluateConfig) -> Timed:
-    """Scores of linear probes on the features at ``uri``."""
-    began = time.perf_counter()
-    return probe_scores(read_features(uri), images, encoder, settings), time.perf_counter() - began
-
-
-@ray.remote(num_cpus=1)
-def zeroshot(uri: str, images: ImageSet, encoder: EncoderSpec, prompts: Prompts, settings: EvaluateConfig) -> Timed:
-    """Scores of the prompts on the features at ``uri``."""
-    began, model = time.perf_counter(), encoder.load_model()
-    scores = zeroshot_scores(model, encoder.run, read_features(uri), images, prompts, encoder.name, settings)
-    return scores, time.perf_counter() - began
-
-
-@ray.remote(num_cpus=1)
-def on_places(
-    task: str, uri: str, images: ImageSet, encoder: EncoderSpec, share: float, tuned: bool, settings: EvaluateConfig
-) -> Timed:
-    """Scores of one of ``ON_PLACES``."""
-    began = time.perf_counter()
-    torch.set_num_threads(1)
-    films = load_films(uri, images, encoder.config.data.image_size)
-    place_of = {image_id: place for place, image_id in enumerate(films.image_ids)}
-    parts, groups = {}, list[str]()
-    for split in SPLITS:
-        rows = images.seen(images.split(split), ON_PLACES[task])
-        rows = rows.filter(pc.is_in(rows["image_id"], pa.array(films.image_ids)))
-        if not len(rows):
-            raise UserError(f"{images.name}: no image of the {split} split has {ON_PLACES[task]} and can be used")
-        if split == "train":
-            rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, settings.seed)))
-        parts[split], groups = (
-            films.take([place_of[name] for name in rows["image_id"].to_pylist()]),
-            rows["group"].to_pylist(),
-        )
-    measured = segmentation_scores if task == "segmentation" else detection_scores
-    return measured(encoder, images, parts, groups, share, tuned, settings), time.perf_counter() - began
 
 
 def describe_plan(found: Evaluation, folder: RunFolder, cpus: float) -> dict[str, str]:

@@ -3,7 +3,7 @@
 N test images or queries, R resamples, S label draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,17 +103,15 @@ class Resampling:
         """Over images of the ``groups``."""
         return cls(np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)[1], resamples, seed)
 
-    def chunks(self) -> "list[tuple[slice, Floats]]":
+    def chunks(self) -> Iterator[tuple[slice, Floats]]:
         """Parts of the R x N table of how often each image was drawn."""
         groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
         random = np.random.default_rng([self.seed, groups])
         size = max(int(CHUNK_BYTES / 8 / max(len(self.group_N), 1)), 1)
-        parts = []
         for start in range(0, self.resamples, size):
             rows = slice(start, min(start + size, self.resamples))
             drawn_rG = random.multinomial(groups, np.full(groups, 1 / groups), size=rows.stop - rows.start)
-            parts.append((rows, drawn_rG[:, self.group_N].astype(np.float64)))
-        return parts
+            yield rows, drawn_rG[:, self.group_N].astype(np.float64)
 
     def mean(self, value_N: Floats) -> Floats:
         """Weighted mean of ``value_N`` in each resample; NaN values take no part."""
@@ -158,6 +156,6 @@ def over_draws(values_S: Sequence[float], resampled_SR: Sequence[Floats], seed: 
     return float(np.nanmean(values_S)), np.nanmean(np.take_along_axis(table_SR, picked_SR, axis=0), axis=0)
 
 
-def named(scores: Sequence[Score], **changes: Any) -> list[Score]:
-    """``scores`` with the fields of ``changes``."""
-    return [replace(score, **changes) for score in scores]
+def named(scores: Sequence[Score], ending: str) -> list[Score]:
+    """``scores`` with ``ending`` after the name of each one's encoder."""
+    return [replace(score, encoder=score.encoder + ending) for score in scores]

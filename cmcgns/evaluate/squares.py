@@ -30,9 +30,10 @@ def square_masks(mask_KHW: Masks, side: int) -> Masks:
     """Masks (K, side, side): set where at least half of what a pixel covers is."""
     _, height, width = mask_KHW.shape
     top, left, new_height, new_width = _placed(height, width, side)
+    filter_ = cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR  # as resize_film has it
     square_KRR = np.zeros((len(mask_KHW), side, side), bool)
     for k, mask_HW in enumerate(mask_KHW):
-        scaled = cv2.resize(mask_HW.astype(np.float32), (new_width, new_height), interpolation=cv2.INTER_AREA)
+        scaled = cv2.resize(mask_HW.astype(np.float32), (new_width, new_height), interpolation=filter_)
         square_KRR[k, top : top + new_height, left : left + new_width] = scaled >= 0.5
     return square_KRR
 

@@ -1,0 +1,202 @@
+"""The tasks of an evaluation as Ray runs them: what is started for which set and encoder, each on one CPU by itself."""
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+
+from cmcgns.data.sources import PhantomSource
+from cmcgns.errors import UserError, cause
+from cmcgns.evaluate.classification import drawn_groups, probe_scores
+from cmcgns.evaluate.clusters import cluster_scores
+from cmcgns.evaluate.detection import detection_scores
+from cmcgns.evaluate.encoders import EncoderSpec
+from cmcgns.evaluate.features import make_features, read_features
+from cmcgns.evaluate.films import load_films, make_films
+from cmcgns.evaluate.grounding import grounding_scores
+from cmcgns.evaluate.job_config import EvaluateConfig
+from cmcgns.evaluate.pairs import Pairs, embed_pairs
+from cmcgns.evaluate.retrieval import retrieval_scores
+from cmcgns.evaluate.scores import Score
+from cmcgns.evaluate.segmentation import segmentation_scores
+from cmcgns.evaluate.sets.base import SPLITS, ImageSet
+from cmcgns.evaluate.zeroshot import Prompts, zeroshot_scores
+
+ON_PAIRS = ("retrieval", "clusters", "grounding")
+ON_FEATURES = ("zeroshot", "classification")
+ON_PLACES: dict[str, Literal["masks", "boxes"]] = {"segmentation": "masks", "detection": "boxes"}
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated, and what has come of it."""
+
+    settings: EvaluateConfig
+    encoders: list[EncoderSpec]
+    sets: list[ImageSet]
+    prompts: dict[str, Prompts]
+    scores: list[Score] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Tasks that a set or an encoder has nothing for."""
+    failures: list[str] = field(default_factory=list)
+    """Tasks and sets that could not be evaluated, and why."""
+    bad_rows: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By set, the reason of each image that could not be used."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
+    """References of what is measured on the corpus's films and reports together, with what each one is."""
+    settings, started = found.settings, dict[Any, str]()
+    images = next((each for each in found.sets if isinstance(each.source, PhantomSource)), None)
+    wanted = [task for task in ON_PAIRS if task in settings.tasks]
+    if images is None:
+        unknown = [task for task in wanted if task != "retrieval"]
+        found.left_out += [f"{task}: what sentences say is known of the phantom alone" for task in unknown]
+        wanted = [task for task in wanted if task == "retrieval"]
+    for encoder in found.encoders:
+        if not encoder.has_reports:
+            found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: it reads no reports")
+            continue
+        what = f"pairs by {encoder.name}"
+        pairs = embed.remote(encoder)
+        try:  # one after the other: each needs a CPU beside those of its data
+            ray.wait([pairs], fetch_local=False)
+            ray.get(seen.remote(pairs))
+        except Exception as error:
+            found.failures.append(f"{what}: {cause(error)}")
+            continue
+        for task in wanted:
+            started[on_pairs.remote(task, pairs, encoder, images, settings)] = f"{task} by {encoder.name}"
+    return started
+
+
+def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
+    """References of what is measured on films alone."""
+    settings, started = found.settings, dict[Any, str]()
+    if not images.classes:
+        found.left_out.append(f"{images.name}: it has no labels for classification")
+        return started
+    try:
+        uris, bad = make_features(found.encoders, images, cache, settings)
+    except Exception as error:
+        found.failures.append(f"features of {images.name}: {cause(error)}")
+        return started
+    found.bad_rows[images.name] = bad
+    shared = ray.put(images)
+    for encoder, uri in zip(found.encoders, uris, strict=True):
+        if "classification" in settings.tasks:
+            reference = classification.remote(uri, shared, encoder.name, settings)
+            started[reference] = f"classification of {images.name} by {encoder.name}"
+        if "zeroshot" not in settings.tasks:
+            continue
+        if images.name not in found.prompts or not encoder.has_reports:
+            reason = (
+                "it reads no reports" if images.name in found.prompts else "there are no prompts (evaluate.prompts)"
+            )
+            found.left_out.append(f"zeroshot of {images.name} by {encoder.name}: {reason}")
+            continue
+        prompts = found.prompts[images.name]
+        started[zeroshot.remote(uri, shared, encoder, prompts, settings)] = (
+            f"zeroshot of {images.name} by {encoder.name}"
+        )
+    return started
+
+
+def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
+    """References of what is measured by heads that say where findings lie."""
+    settings, started, data = found.settings, dict[Any, str](), found.encoders[0].config.data
+    shares = {"segmentation": settings.segmentation_fractions, "detection": settings.detection_fractions}
+    classes = {"segmentation": images.mask_classes, "detection": images.box_classes}
+    wanted = [task for task in ON_PLACES if task in settings.tasks and classes[task]]
+    absent = [task for task in ON_PLACES if task in settings.tasks and not classes[task]]
+    found.left_out += [f"{task} of {images.name}: it has no {ON_PLACES[task]}" for task in absent]
+    if not wanted:
+        return started
+    shared = ray.put(images)
+    for side in dict.fromkeys(encoder.config.data.image_size for encoder in found.encoders):
+        try:
+            uri, bad = make_films(images, side, data.cpus_per_task, cache)
+        except Exception as error:
+            found.failures.append(f"films of {images.name}: {cause(error)}")
+            continue
+        found.bad_rows.setdefault(images.name, {}).update(bad)
+        for encoder in (each for each in found.encoders if each.config.data.image_size == side):
+            for task in wanted:
+                for share, mode in itertools.product(shares[task], settings.encoder):
+                    reference = on_places.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
+                    started[reference] = f"{task} of {images.name} by {encoder.name}, {mode}, {share:.0%} of labels"
+    return started
+
+
+Timed = tuple[list[Score], float]
+
+
+@ray.remote(num_cpus=1)
+def embed(encoder: EncoderSpec) -> Pairs:
+    """The corpus's test split through an encoder's model."""
+    return embed_pairs(encoder.load_model(), encoder.run, "test")
+
+
+@ray.remote(num_cpus=0)
+def seen(pairs: Pairs) -> int:
+    """Studies of ``pairs``, which stay where they are."""
+    return len(pairs.study_N)
+
+
+@ray.remote(num_cpus=1)
+def on_pairs(task: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig) -> Timed:
+    """Scores of one of ``ON_PAIRS``, and the seconds that they took."""
+    began, again = time.perf_counter(), (settings.resamples, settings.seed)
+    name = images.name if images else "corpus"
+    if task == "retrieval" or images is None:
+        return retrieval_scores(pairs, encoder.name, name, *again), time.perf_counter() - began
+    if task == "clusters":
+        clusters = encoder.config.objective.num_clusters
+        return cluster_scores(pairs, encoder.name, name, clusters, *again), time.perf_counter() - began
+    return grounding_scores(pairs, images, encoder.config.data, encoder.name, *again), time.perf_counter() - began
+
+
+@ray.remote(num_cpus=1)
+def classification(uri: str, images: ImageSet, encoder: str, settings: EvaluateConfig) -> Timed:
+    """Scores of linear probes on the features at ``uri``."""
+    began = time.perf_counter()
+    return probe_scores(read_features(uri), images, encoder, settings), time.perf_counter() - began
+
+
+@ray.remote(num_cpus=1)
+def zeroshot(uri: str, images: ImageSet, encoder: EncoderSpec, prompts: Prompts, settings: EvaluateConfig) -> Timed:
+    """Scores of the prompts on the features at ``uri``."""
+    began, model = time.perf_counter(), encoder.load_model()
+    scores = zeroshot_scores(model, encoder.run, read_features(uri), images, prompts, encoder.name, settings)
+    return scores, time.perf_counter() - began
+
+
+@ray.remote(num_cpus=1)
+def on_places(
+    task: str, uri: str, images: ImageSet, encoder: EncoderSpec, share: float, tuned: bool, settings: EvaluateConfig
+) -> Timed:
+    """Scores of one of ``ON_PLACES``."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    films = load_films(uri, images, encoder.config.data.image_size)
+    place_of = {image_id: place for place, image_id in enumerate(films.image_ids)}
+    parts, groups = {}, list[str]()
+    for split in SPLITS:
+        rows = images.seen(images.split(split), ON_PLACES[task])
+        rows = rows.filter(pc.is_in(rows["image_id"], pa.array(films.image_ids)))
+        if not len(rows):
+            raise UserError(f"{images.name}: no image of the {split} split has {ON_PLACES[task]} and can be used")
+        if split == "train":
+            rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, settings.seed)))
+        parts[split], groups = (
+            films.take([place_of[name] for name in rows["image_id"].to_pylist()]),
+            rows["group"].to_pylist(),
+        )
+    measured = segmentation_scores if task == "segmentation" else detection_scores
+    return measured(encoder, images, parts, groups, share, tuned, settings), time.perf_counter() - began
