@@ -9,6 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+STYLE = (
+    "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right}"
+)
+"""Of report.html."""
 NOISE = ("PYTHON worker processes have been started",)
 """Ray counts every actor and data task; a run has many of both on purpose."""
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cmcgns.errors import UserError
 from cmcgns.evaluate.features import Features
+from cmcgns.evaluate.figures import Figure, curves
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.probe import linear_probe
 from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws
@@ -33,8 +34,13 @@ def drawn_groups(groups: Sequence[str], share: float, seed: int) -> NDArray[np.b
     return np.array([group in taken for group in groups])
 
 
-def probe_scores(features: Features, images: ImageSet, encoder: str, settings: EvaluateConfig) -> list[Score]:
-    """AUC of each class and their mean, or accuracy where classes exclude each other, for each share of the labels."""
+def probe_scores(
+    features: Features, images: ImageSet, encoder: str, settings: EvaluateConfig, shown: list[Figure] | None = None
+) -> list[Score]:
+    """AUC of each class and their mean, or accuracy where classes exclude each other, for each share of the labels.
+
+    ``shown`` is given the curves of the last share.
+    """
     parts = {}
     for split in ("train", "valid", "test"):
         rows = images.split(split)
@@ -62,6 +68,9 @@ def probe_scores(features: Features, images: ImageSet, encoder: str, settings: E
             Score("classification", images.name, setting, metric, encoder, value, len(test), resampled, note)
             for metric, value, resampled, note in table
         ]
+    if shown is not None:
+        title = f"{encoder}: {setting} of {images.name}"
+        shown.append(curves(title, found_S[-1], labels_of(parts["test"][0]), images.classes))
     return scores
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cmcgns.evaluate.dense import DenseModel, build_dense, fit_dense, predict_dense
 from cmcgns.evaluate.encoders import EncoderSpec
+from cmcgns.evaluate.figures import SAMPLES, Figure, boxes
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import Resampling, Score
@@ -45,14 +46,21 @@ class Detections(NamedTuple):
 
 def detection_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
-    settings: EvaluateConfig,
+    settings: EvaluateConfig, shown: list[Figure] | None = None,
 ) -> list[Score]:  # fmt: skip
-    """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, those without boxes included."""
+    """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, those without boxes included.
+
+    ``shown`` is given some test films with boxes.
+    """
     side, kinds = parts["train"].film_NRR.shape[-1], len(images.box_classes)
     model = build_dense(encoder.load(), side, STRIDE, kinds + 4, tuned, settings.seed)
     torch.nn.init.constant_(model.head.bias[:kinds], EMPTY)
     steps = fit_dense(model, centre_loss, parts["train"], parts["valid"], settings, settings.seed)
     found = detections(model, parts["test"], kinds, settings.head_batch)
+    if shown is not None:
+        some = [i for i, box_n4 in enumerate(parts["test"].boxes) if len(box_n4)][:SAMPLES]
+        films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {share:.0%} of labels"
+        shown.append(boxes(title, films.film_NRR, films.boxes, [found[i] for i in some], images.box_classes))
     value = mean_average_precision(found, parts["test"], kinds)
     resampling = Resampling.of(groups, min(settings.resamples, RESAMPLES), settings.seed)
     resampled = []

@@ -68,7 +68,9 @@ class EncoderSpec:
         data = self.config.data
         found.update(json.dumps([self.kind, data.resize, data.image_size]).encode())
         if self.kind == RANDOM:
-            found.update(f"{self.seed} {torch.__version__} {self.config.model.model_dump_json()}".encode())
+            # the text encoder's weights are drawn before the heads': its size decides what these are
+            drawn = [self.seed, torch.__version__, self.run.vocabulary_size, data.max_tokens]
+            found.update(f"{drawn} {self.config.model.model_dump_json()}".encode())
         else:
             home = self.run.export if self.kind == "run" else self.folder
             for name in storage.list_files(home):

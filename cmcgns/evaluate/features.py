@@ -33,6 +33,8 @@ Floats = NDArray[np.float32]
 PIECE_FILMS = 64
 PIECES_AHEAD = 8
 """Pieces of decoded films that may wait for the encoders."""
+SHOWN_BY = ("crop_borders", "height", "width")
+"""Settings of a source, where it has them, by which films of the same ids look otherwise."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,14 @@ class Features:
 
 def features_uri(folder: str, encoder: EncoderSpec, images: ImageSet) -> str:
     """Where the features of ``encoder`` on ``images`` lie."""
-    what = "\n".join([images.name, images.source.uri, *images.table["image_id"].to_pylist()])
-    of_set = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
-    return storage.join(folder, f"{images.name}-{of_set}-{encoder.digest()}.parquet")
+    return storage.join(folder, f"{images.name}-{set_digest(images)}-{encoder.digest()}.parquet")
+
+
+def set_digest(images: ImageSet, *more: object) -> str:
+    """Hash of which films are in ``images`` and how they are shown, and of ``more`` that what is made of them depends on."""
+    shown = [getattr(images.source, name, None) for name in SHOWN_BY]
+    what = [images.name, images.source.uri, repr(shown), *map(repr, more), *images.table["image_id"].to_pylist()]
+    return hashlib.blake2b("\n".join(what).encode(), digest_size=8).hexdigest()
 
 
 def make_features(

@@ -3,7 +3,6 @@
 N films, K mask classes, R pixels of the square.
 """
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from cmcgns.data import storage
 from cmcgns.data.dataset import FETCH_THREADS, fetched, ordered_context
 from cmcgns.data.transforms import resize_film
 from cmcgns.errors import BadRow
-from cmcgns.evaluate.features import PIECE_FILMS, PIECES_AHEAD
+from cmcgns.evaluate.features import PIECE_FILMS, PIECES_AHEAD, set_digest
 from cmcgns.evaluate.sets.base import BOX_TYPE, ImageSet
 from cmcgns.evaluate.squares import square_boxes, square_masks
 
@@ -62,8 +61,8 @@ class Films:
 def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -> tuple[str, dict[str, str]]:
     """URI of the films of ``images`` as squares of ``side`` pixels, made now unless they lie in ``folder`` already; and the
     reason by id of each one that could not be used now."""
-    what = "\n".join([images.name, images.source.uri, *images.table["image_id"].to_pylist()])
-    of_set = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+    where = images.table.select(["boxes", "masks"]).to_pylist()  # labels may be corrected while films stay
+    of_set = set_digest(images, images.box_classes, images.mask_classes, where)
     uri, bad = storage.join(folder, f"{images.name}-{of_set}-films-{side}.parquet"), dict[str, str]()
     if storage.exists(uri):
         return uri, bad

@@ -40,6 +40,8 @@ class EvaluateConfig(Section):
     sets: dict[str, str] = {}
     """Downstream sets beside the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder or
     `s3://` URI, such as `{rsna: /data/rsna}`."""
+    draw_splits: bool = False
+    """Draw the splits of `masked` anew by group, whatever its table says."""
     corpus: bool = True
     """Evaluate on the run's own corpus too."""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)

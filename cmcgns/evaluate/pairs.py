@@ -19,12 +19,14 @@ from cmcgns.errors import UserError
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
 from cmcgns.evaluate.exported import PretrainedRun
 from cmcgns.evaluate.job_config import EmbedConfig
+from cmcgns.evaluate.squares import middle
 from cmcgns.models.cross_attention import unit
 from cmcgns.models.vision_language import VisionLanguageModel
 from cmcgns.train.board import start_board
 from cmcgns.train.steps import Batcher
 
 Floats = NDArray[np.float32]
+FILMS = 64
 SplitName = Literal["train", "valid", "test"]
 
 
@@ -50,6 +52,8 @@ class Pairs:
     """What each sentence attends to on its film, of length 1: the features that pretraining clusters."""
     weight_nP: Floats
     """How strongly it attends to each patch."""
+    film_MHW: NDArray[np.uint8]
+    """The first ``FILMS`` studies' films as the model saw them."""
 
 
 @torch.inference_mode()
@@ -97,6 +101,7 @@ def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table,
         study_of_n=np.repeat(np.arange(len(block)), block.sentence_counts),
         attended_nD=unit(torch.from_numpy(real(outputs.image_to_text_BSD))).numpy(),
         weight_nP=real(weight_BSP),
+        film_MHW=middle(block.images_BRR, data.image_size).copy(),
     )
 
 
@@ -104,6 +109,7 @@ def _joined(parts: list[Pairs]) -> Pairs:
     """All parts as one, sentences pointing to their studies' new places."""
     starts = np.cumsum([0, *(len(part.study_N) for part in parts[:-1])])
     moved = [replace(part, study_of_n=part.study_of_n + start) for part, start in zip(parts, starts, strict=True)]
-    return Pairs(
+    whole = Pairs(
         **{field.name: np.concatenate([getattr(part, field.name) for part in moved]) for field in fields(Pairs)}
     )
+    return replace(whole, film_MHW=whole.film_MHW[:FILMS])

@@ -1,8 +1,10 @@
 """What an evaluation leaves behind: evaluation.json, evaluation.csv, scores.parquet, and a table in the terminal."""
 
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from rich.table import Table
 
 from cmcgns.data import storage
 from cmcgns.errors import UserError
+from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.scores import OF_A_CLASS, Score, differences
 from cmcgns.run_folder import RunFolder
+from cmcgns.terminal import STYLE
 
 
 def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, Any]) -> None:
@@ -93,6 +97,36 @@ def show(terminal: Console, scores: Sequence[Score], first: str) -> None:
         gaps = [_gap(ahead.get((key, other))) for other in encoders[1:]]
         table.add_row(*key[:1], key[1], key[2], key[3], *cells, *gaps)
     terminal.print(table)
+
+
+def report_page(name: str, scores: Sequence[Score], shown: Sequence[Figure], facts: dict[str, Any]) -> str:
+    """report.html: the sets, the table of all numbers, the figures, what was left out."""
+    html = {"index": False, "na_rep": "", "float_format": "{:.4g}".format, "border": 0}
+    pictures = [
+        f"<h3>{escape(figure.title)}</h3><img src='data:image/png;base64,{base64.b64encode(figure.png).decode()}' "
+        "style='max-width:100%'>"
+        for figure in shown
+    ]
+    sets = pd.DataFrame(
+        [
+            {"set": set_name, "rule": each["rule"], "split": split, **part}
+            for set_name, each in facts["sets"].items()
+            for split, part in each["splits"].items()
+        ]
+    )
+    told = [f"<li>{escape(line)}</li>" for line in [*facts["failures"], *facts["left_out"]]]
+    return "\n".join(
+        [
+            f"<!doctype html><meta charset='utf-8'><title>{escape(name)}</title><style>{STYLE}</style>",
+            f"<h1>{escape(name)}</h1>",
+            sets.to_html(**html),
+            f"<ul>{''.join(told)}</ul>",
+            "<h2>Scores</h2>",
+            pd.DataFrame([score.row() for score in scores]).to_html(**html),
+            "<h2>Pictures</h2>",
+            *pictures,
+        ]
+    )
 
 
 def _cell(score: Score | None) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cmcgns.evaluate.exported import PretrainedRun, open_run
+from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
 from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.models.vision_language import VisionLanguageModel
@@ -17,6 +18,7 @@ from cmcgns.train.metrics import first_hits, recall
 
 WAYS = {"i2t": "film to report", "t2i": "report to film"}
 DEPTHS = (1, 5, 10)
+SHOWN_REPORTS = 3
 
 
 def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
@@ -30,8 +32,15 @@ def model_retrieval(model: VisionLanguageModel, run: PretrainedRun, split: Split
     return recall(*_tensors(embed_pairs(model, run, split)))
 
 
-def retrieval_scores(pairs: Pairs, encoder: str, images: str, resamples: int, seed: int) -> list[Score]:
-    """Recall at each of ``DEPTHS`` both ways, with intervals over the queries; a hit is any item with the same report."""
+def retrieval_scores(
+    pairs: Pairs, encoder: str, images: str, resamples: int, seed: int, shown: list[Figure] | None = None
+) -> list[Score]:
+    """Recall at each of ``DEPTHS`` both ways, with intervals over the queries; a hit is any item with the same report.
+
+    ``shown`` is given some films with the reports that lie nearest to them.
+    """
+    if shown is not None:
+        shown.append(nearest_reports(pairs, f"{encoder}: films of {images} and the reports nearest to them"))
     resampling, scores = Resampling.of(list(pairs.group_N), resamples, seed), []
     for way, rank_N in first_hits(*_tensors(pairs)).items():
         for depth in DEPTHS:
@@ -49,6 +58,15 @@ def retrieval_scores(pairs: Pairs, encoder: str, images: str, resamples: int, se
                 )
             )
     return scores
+
+
+def nearest_reports(pairs: Pairs, title: str) -> Figure:
+    """Some films, each with the ``SHOWN_REPORTS`` nearest reports."""
+    texts = [" ".join(f"{text}." for text in pairs.text_n[pairs.study_of_n == i]) for i in range(len(pairs.study_N))]
+    films = pairs.film_MHW[:SAMPLES]
+    similarity_MN = pairs.image_ND[: len(films)] @ pairs.report_ND.T
+    found = [[texts[place] for place in row[:SHOWN_REPORTS]] for row in np.argsort(-similarity_MN, axis=1)]
+    return nearest(title, films, found, texts[: len(films)])
 
 
 def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The driver of `jobs/evaluate.py`: features and pairs once, then each task by itself, then one table."""
 
 import logging
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +15,8 @@ from cmcgns.data.sources import PhantomSource
 from cmcgns.data.transforms import Target
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.encoders import open_encoders
-from cmcgns.evaluate.job_config import EvaluateConfig, EvaluateJobConfig
-from cmcgns.evaluate.report import Results, read_results, show, write_results
+from cmcgns.evaluate.job_config import TASKS, EvaluateConfig, EvaluateJobConfig
+from cmcgns.evaluate.report import Results, read_results, report_page, show, write_results
 from cmcgns.evaluate.scores import named
 from cmcgns.evaluate.sets import open_set
 from cmcgns.evaluate.sets.base import SPLITS, ImageSet
@@ -27,6 +26,7 @@ from cmcgns.evaluate.tasks import (
     ON_PAIRS,
     ON_PLACES,
     Evaluation,
+    Measured,
     start_feature_tasks,
     start_pair_tasks,
     start_place_tasks,
@@ -89,7 +89,12 @@ def open_sets(found: Evaluation) -> None:
     openers: dict[str, Callable[[], ImageSet | None]] = {"the run's corpus": corpus} if settings.corpus else {}
     for name, uri in settings.sets.items():
         openers[f"evaluate.sets {name}"] = lambda name=name, uri=uri: open_set(  # type: ignore[misc]
-            name, storage.absolute("evaluate.sets", uri), settings.seed, target, config.data.crop_borders
+            name,
+            storage.absolute("evaluate.sets", uri),
+            settings.seed,
+            target,
+            config.data.crop_borders,
+            settings.draw_splits,
         )
     for what, opener in openers.items():
         try:
@@ -135,16 +140,15 @@ def measure_all(found: Evaluation, cache: str) -> None:
 
 def collect(found: Evaluation, what: str, reference: Any) -> None:
     """Add the scores of one task, or why there are none."""
-    began = time.perf_counter()
     try:
-        scores, seconds = ray.get(reference)
-        found.scores += scores
-        found.seconds[what] = seconds
-        logger.info("%s: %.0f s", what, seconds)
+        measured: Measured = ray.get(reference)
+        found.scores += measured.scores
+        found.shown += measured.shown
+        found.seconds[what] = measured.seconds
+        logger.info("%s: %.0f s", what, measured.seconds)
     except Exception as error:  # the others go on
         found.failures.append(f"{what}: {cause(error)}")
         logger.warning("%s could not be measured: %s", what, cause(error))
-    found.seconds["waiting"] = found.seconds.get("waiting", 0.0) + time.perf_counter() - began
 
 
 def describe_plan(found: Evaluation, folder: RunFolder, cpus: float) -> dict[str, str]:
@@ -183,11 +187,14 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation) -> int:
         "seconds": found.seconds,
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
+    found.scores.sort(key=lambda score: (TASKS.index(score.task), score.images))
     write_results(folder, found.scores, facts)
+    page = report_page(folder.name, found.scores, sorted(found.shown, key=lambda figure: figure.title), facts)
+    storage.write_bytes(folder.file("report.html"), page.encode())
     show(terminal, found.scores, found.encoders[0].name)
     for line in found.left_out:
         terminal.print(f"left out: {line}", highlight=False, markup=False)
     for line in found.failures:
         terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
-    print_plan(terminal, {"results": f"{folder.file('evaluation.json')}, evaluation.csv beside it"})
+    print_plan(terminal, {"results": f"{folder.file('evaluation.json')}, evaluation.csv and report.html beside it"})
     return STATUS_FAILED if found.failures else 0

@@ -83,9 +83,11 @@ def differences(scores: Sequence[Score], encoder: str) -> list[Difference]:
     return [Difference(own[score.key], score) for score in others]
 
 
-def percentiles(values_R: Floats) -> tuple[float, float]:
-    """2.5 and 97.5 % of what is not NaN."""
-    low, high = np.nanpercentile(values_R, [2.5, 97.5]) if np.isfinite(values_R).any() else (np.nan, np.nan)
+def percentiles(values_R: Floats) -> tuple[float, float] | None:
+    """2.5 and 97.5 % of what is not NaN; None where nothing is."""
+    if not np.isfinite(values_R).any():
+        return None
+    low, high = np.nanpercentile(values_R, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -100,7 +102,8 @@ class Resampling:
 
     @classmethod
     def of(cls, groups: Sequence[str], resamples: int, seed: int = 0) -> "Resampling":
-        """Over images of the ``groups``."""
+        """Over images of the ``groups``; of a single group there is nothing to draw, and no resample."""
+        resamples = resamples if len(set(groups)) > 1 else 0
         return cls(np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)[1], resamples, seed)
 
     def chunks(self) -> Iterator[tuple[slice, Floats]]:

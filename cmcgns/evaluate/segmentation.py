@@ -3,6 +3,8 @@
 N films, B films of a batch, K mask classes, R pixels of the square.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from cmcgns.evaluate.dense import DenseModel, build_dense, fit_dense, predict_dense
 from cmcgns.evaluate.encoders import EncoderSpec
+from cmcgns.evaluate.figures import SAMPLES, Figure, masks
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score
@@ -25,12 +28,20 @@ PRESENT, TOGETHER = "Dice where present", "Dice of all films"
 
 def segmentation_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
-    settings: EvaluateConfig,
+    settings: EvaluateConfig, shown: list[Figure] | None = None,
 ) -> list[Score]:  # fmt: skip
-    """Mean Dice over the films where a class is, and Dice over all films taken together, class by class and their means."""
+    """Mean Dice over the films where a class is, and Dice over all films taken together, class by class and their means.
+
+    ``shown`` is given some test films with masks.
+    """
     side = parts["train"].film_NRR.shape[-1]
     model = build_dense(encoder.load(), side, STRIDE, len(images.mask_classes), tuned, settings.seed)
     steps = fit_dense(model, dice_and_cross_entropy, parts["train"], parts["valid"], settings, settings.seed)
+    if shown is not None:
+        some = parts["test"].take(np.flatnonzero(parts["test"].mask_NKRR.any(axis=(1, 2, 3)))[:SAMPLES].tolist())
+        answer_NRR = np.concatenate([each.any(1) for _, each in answers(model, some, settings.head_batch)])
+        title = f"{encoder.name}: masks of {images.name}, {share:.0%} of labels"
+        shown.append(masks(title, some.film_NRR, np.asarray(some.mask_NKRR.any(axis=1)), answer_NRR))
     overlap_NK, area_NK = counts(model, parts["test"], settings.head_batch)
     there_NK = np.asarray(parts["test"].mask_NKRR.any(axis=(2, 3)))
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
@@ -46,7 +57,8 @@ def segmentation_scores(
         left_out = [name for k, name in enumerate(images.mask_classes) if not there_NK[:, k].any()]
         note = f"{steps} steps" + (f"; left out, on no test film: {', '.join(left_out)}" if left_out else "")
         resampled_R = np.nanmean(np.stack([row[2] for row in own]), axis=0)
-        rows.append((f"mean {metric}", float(np.mean([row[1] for row in own])), resampled_R, int(there_NK.sum()), note))
+        number = int(there_NK.any(1).sum()) if metric == PRESENT else len(there_NK)
+        rows.append((f"mean {metric}", float(np.mean([row[1] for row in own])), resampled_R, number, note))
     return [
         Score("segmentation", images.name, setting, metric, encoder.name, value, number, resampled_R, note)
         for metric, value, resampled_R, number, note in reversed(rows)
@@ -82,12 +94,17 @@ def enlarged(map_BKrr: Tensor, side: int) -> Tensor:
     return F.interpolate(map_BKrr, size=(side, side), mode="bilinear", align_corners=False)
 
 
+def answers(model: DenseModel, films: Films, size: int) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
+    """The masks that the model gives, part by part, (B, K, R, R)."""
+    for rows, map_BKrr in predict_dense(model, films, size):
+        yield rows, enlarged(map_BKrr, films.film_NRR.shape[-1]).numpy() > 0
+
+
 def counts(model: DenseModel, films: Films, size: int) -> tuple[Floats, Floats]:
     """For each film and class, the pixels of mask and answer together, and the sum of both areas, (N, K)."""
     kinds = films.mask_NKRR.shape[1]
     overlap_NK, area_NK = np.zeros((len(films), kinds)), np.zeros((len(films), kinds))
-    for rows, map_BKrr in predict_dense(model, films, size):
-        answer_BKRR = enlarged(map_BKrr, films.film_NRR.shape[-1]).numpy() > 0
+    for rows, answer_BKRR in answers(model, films, size):
         mask_BKRR = films.mask_NKRR[rows]
         overlap_NK[rows] = (answer_BKRR & mask_BKRR).sum((2, 3))
         area_NK[rows] = answer_BKRR.sum((2, 3)) + mask_BKRR.sum((2, 3))

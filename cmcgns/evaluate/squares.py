@@ -3,12 +3,15 @@
 N boxes, K masks, R pixels of the square.
 """
 
+from typing import TypeVar
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Masks = NDArray[np.bool_]
+Pixel = TypeVar("Pixel", np.bool_, np.uint8)
 
 
 def _placed(height: int, width: int, side: int) -> tuple[int, int, int, int]:
@@ -38,7 +41,7 @@ def square_masks(mask_KHW: Masks, side: int) -> Masks:
     return square_KRR
 
 
-def middle(values_KRR: Masks, size: int) -> Masks:
+def middle(values_KRR: NDArray[Pixel], size: int) -> NDArray[Pixel]:
     """The middle ``size`` pixels of squares, as validation crops films."""
     start = (values_KRR.shape[-1] - size) // 2
     return values_KRR[..., start : start + size, start : start + size]

@@ -17,7 +17,8 @@ from cmcgns.evaluate.clusters import cluster_scores
 from cmcgns.evaluate.detection import detection_scores
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
-from cmcgns.evaluate.films import load_films, make_films
+from cmcgns.evaluate.figures import Figure
+from cmcgns.evaluate.films import Films, load_films, make_films
 from cmcgns.evaluate.grounding import grounding_scores
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.pairs import Pairs, embed_pairs
@@ -41,6 +42,7 @@ class Evaluation:
     sets: list[ImageSet]
     prompts: dict[str, Prompts]
     scores: list[Score] = field(default_factory=list)
+    shown: list[Figure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """Tasks that a set or an encoder has nothing for."""
     failures: list[str] = field(default_factory=list)
@@ -134,7 +136,13 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
     return started
 
 
-Timed = tuple[list[Score], float]
+@dataclass(frozen=True)
+class Measured:
+    """What one task gives."""
+
+    scores: list[Score]
+    shown: list[Figure]
+    seconds: float
 
 
 @ray.remote(num_cpus=1)
@@ -150,53 +158,69 @@ def seen(pairs: Pairs) -> int:
 
 
 @ray.remote(num_cpus=1)
-def on_pairs(task: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig) -> Timed:
-    """Scores of one of ``ON_PAIRS``, and the seconds that they took."""
-    began, again = time.perf_counter(), (settings.resamples, settings.seed)
+def on_pairs(
+    task: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
+) -> Measured:
+    """One of ``ON_PAIRS``."""
+    began, again, shown = time.perf_counter(), (settings.resamples, settings.seed), list[Figure]()
     name = images.name if images else "corpus"
     if task == "retrieval" or images is None:
-        return retrieval_scores(pairs, encoder.name, name, *again), time.perf_counter() - began
-    if task == "clusters":
-        clusters = encoder.config.objective.num_clusters
-        return cluster_scores(pairs, encoder.name, name, clusters, *again), time.perf_counter() - began
-    return grounding_scores(pairs, images, encoder.config.data, encoder.name, *again), time.perf_counter() - began
+        scores = retrieval_scores(pairs, encoder.name, name, *again, shown)
+    elif task == "clusters":
+        scores = cluster_scores(pairs, encoder.name, name, encoder.config.objective.num_clusters, *again)
+    else:
+        scores = grounding_scores(pairs, images, encoder.config.data, encoder.name, *again, shown)
+    return Measured(scores, shown, time.perf_counter() - began)
 
 
 @ray.remote(num_cpus=1)
-def classification(uri: str, images: ImageSet, encoder: str, settings: EvaluateConfig) -> Timed:
-    """Scores of linear probes on the features at ``uri``."""
-    began = time.perf_counter()
-    return probe_scores(read_features(uri), images, encoder, settings), time.perf_counter() - began
+def classification(uri: str, images: ImageSet, encoder: str, settings: EvaluateConfig) -> Measured:
+    """Linear probes on the features at ``uri``."""
+    began, shown = time.perf_counter(), list[Figure]()
+    scores = probe_scores(read_features(uri), images, encoder, settings, shown)
+    return Measured(scores, shown, time.perf_counter() - began)
 
 
 @ray.remote(num_cpus=1)
-def zeroshot(uri: str, images: ImageSet, encoder: EncoderSpec, prompts: Prompts, settings: EvaluateConfig) -> Timed:
-    """Scores of the prompts on the features at ``uri``."""
-    began, model = time.perf_counter(), encoder.load_model()
-    scores = zeroshot_scores(model, encoder.run, read_features(uri), images, prompts, encoder.name, settings)
-    return scores, time.perf_counter() - began
+def zeroshot(uri: str, images: ImageSet, encoder: EncoderSpec, prompts: Prompts, settings: EvaluateConfig) -> Measured:
+    """The prompts on the features at ``uri``."""
+    began, model, shown = time.perf_counter(), encoder.load_model(), list[Figure]()
+    scores = zeroshot_scores(model, encoder.run, read_features(uri), images, prompts, encoder.name, settings, shown)
+    return Measured(scores, shown, time.perf_counter() - began)
 
 
 @ray.remote(num_cpus=1)
 def on_places(
     task: str, uri: str, images: ImageSet, encoder: EncoderSpec, share: float, tuned: bool, settings: EvaluateConfig
-) -> Timed:
-    """Scores of one of ``ON_PLACES``."""
-    began = time.perf_counter()
+) -> Measured:
+    """One of ``ON_PLACES``, on the films at ``uri``."""
+    began, shown = time.perf_counter(), list[Figure]()
     torch.set_num_threads(1)
     films = load_films(uri, images, encoder.config.data.image_size)
+    parts, groups = parts_of(films, images, ON_PLACES[task], share, settings.seed)
+    measured = segmentation_scores if task == "segmentation" else detection_scores
+    scores = measured(encoder, images, parts, groups, share, tuned, settings, shown)
+    return Measured(scores, shown, time.perf_counter() - began)
+
+
+def parts_of(
+    films: Films, images: ImageSet, what: Literal["masks", "boxes"], share: float, seed: int
+) -> tuple[dict[str, Films], list[str]]:
+    """The films of each split on which somebody has looked for ``what``, of the training split a ``share`` of the groups; and
+    the groups of the test films.
+
+    Raises:
+        UserError: a split without such a film.
+    """
     place_of = {image_id: place for place, image_id in enumerate(films.image_ids)}
-    parts, groups = {}, list[str]()
+    parts, groups = dict[str, Films](), list[str]()
     for split in SPLITS:
-        rows = images.seen(images.split(split), ON_PLACES[task])
+        rows = images.seen(images.split(split), what)
         rows = rows.filter(pc.is_in(rows["image_id"], pa.array(films.image_ids)))
         if not len(rows):
-            raise UserError(f"{images.name}: no image of the {split} split has {ON_PLACES[task]} and can be used")
+            raise UserError(f"{images.name}: no image of the {split} split has {what} and can be used")
         if split == "train":
-            rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, settings.seed)))
-        parts[split], groups = (
-            films.take([place_of[name] for name in rows["image_id"].to_pylist()]),
-            rows["group"].to_pylist(),
-        )
-    measured = segmentation_scores if task == "segmentation" else detection_scores
-    return measured(encoder, images, parts, groups, share, tuned, settings), time.perf_counter() - began
+            rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, seed)))
+        parts[split] = films.take([place_of[name] for name in rows["image_id"].to_pylist()])
+        groups = rows["group"].to_pylist()
+    return parts, groups

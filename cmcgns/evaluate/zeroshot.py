@@ -18,6 +18,7 @@ from cmcgns.errors import UserError
 from cmcgns.evaluate.classification import accuracy_scores, auc_scores, labels_of
 from cmcgns.evaluate.exported import PretrainedRun
 from cmcgns.evaluate.features import Features
+from cmcgns.evaluate.figures import Figure, curves
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.evaluate.sets.base import ImageSet
@@ -34,21 +35,27 @@ def read_prompts(settings: EvaluateConfig) -> dict[str, Prompts]:
         UserError: a file that cannot be read, or that is laid out otherwise.
     """
     if settings.prompts is None:
-        text = (resources.files("cmcgns.evaluate") / "prompts.yaml").read_text(encoding="utf-8")
+        data = (resources.files("cmcgns.evaluate") / "prompts.yaml").read_bytes()
     else:
-        text = storage.read_bytes(storage.absolute("evaluate.prompts", settings.prompts)).decode()
+        data = storage.read_bytes(storage.absolute("evaluate.prompts", settings.prompts))
     try:
-        found = yaml.safe_load(text)
+        found = yaml.safe_load(data)
     except yaml.YAMLError as error:
         raise UserError(f"evaluate.prompts {settings.prompts} is not YAML: {str(error).splitlines()[0]}") from None
     for of_set in (found if isinstance(found, dict) else {None: None}).values():
         for name, sides in (of_set if isinstance(of_set, dict) else {"?": None}).items():
-            if not isinstance(sides, dict) or not sides.get("present"):
+            if not _are_prompts(sides):
                 raise UserError(
-                    f"evaluate.prompts {settings.prompts}: {name} has no sentences under `present`; write "
+                    f"evaluate.prompts {settings.prompts}: {name} has no sentences under `present`, or something else; write "
                     "{set: {class: {present: [...], absent: [...]}}}"
                 )
     return dict(found)
+
+
+def _are_prompts(sides: Any) -> bool:
+    are_sentences = lambda side: isinstance(side, list) and all(isinstance(text, str) for text in side)
+    known = isinstance(sides, dict) and sides.keys() <= {"present", "absent"}
+    return bool(known and sides.get("present") and all(map(are_sentences, sides.values())))
 
 
 @torch.inference_mode()
@@ -76,10 +83,12 @@ def zeroshot_scores(
     prompts: Prompts,
     encoder: str,
     settings: EvaluateConfig,
+    shown: list[Figure] | None = None,
 ) -> list[Score]:
     """AUC of each class and their mean, or accuracy, on the test images, without any label.
 
-    A class's score is the film's mean similarity to its ``present`` sentences less that to its ``absent`` ones.
+    A class's score is the film's mean similarity to its ``present`` sentences less that to its ``absent`` ones. ``shown`` is
+    given the curves.
     """
     unknown = [name for name in images.classes if name not in prompts]
     if unknown:
@@ -90,6 +99,8 @@ def zeroshot_scores(
         raise UserError(f"{encoder} reads no reports")
     score_NK = np.stack([_class_score(model, run, found.shared_ND, prompts[name]) for name in images.classes], axis=1)
     label_NK, groups = labels_of(rows.take(places)), rows.take(places)["group"].to_pylist()
+    if shown is not None:
+        shown.append(curves(f"{encoder}: prompts on {images.name}", score_NK, label_NK, images.classes))
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     table = (accuracy_scores if images.exclusive else auc_scores)([score_NK], images, label_NK, resampling)
     return [

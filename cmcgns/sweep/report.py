@@ -15,10 +15,7 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.ledger import Ledger, Standing, Trial
 from cmcgns.sweep.picture import draw
 from cmcgns.sweep.space import LEARNT, Space, drawn_settings
-
-STYLE = (
-    "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right}"
-)
+from cmcgns.terminal import STYLE
 
 
 @dataclass(frozen=True)

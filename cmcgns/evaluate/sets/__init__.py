@@ -29,10 +29,18 @@ SETS: dict[str, Callable[[FileSource], ImageSet]] = {
 }
 
 
-def open_set(name: str, uri: str, seed: int = 0, target: Target | None = None, crop_borders: bool = True) -> ImageSet:
+def open_set(
+    name: str,
+    uri: str,
+    seed: int = 0,
+    target: Target | None = None,
+    crop_borders: bool = True,
+    draw_splits: bool = False,
+) -> ImageSet:
     """The downstream set ``name`` in the folder ``uri``.
 
-    ``target``: what films will be shrunk to, so that JPEGs may be decoded at a reduced scale of twice that.
+    ``target``: what films will be shrunk to, so that JPEGs may be decoded at a reduced scale of twice that. ``draw_splits``:
+    leave the splits that a table of one's own has written aside.
 
     Raises:
         UserError: an unknown name, or files that are not as the set publishes them.
@@ -41,4 +49,5 @@ def open_set(name: str, uri: str, seed: int = 0, target: Target | None = None, c
         near = difflib.get_close_matches(name, SETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no downstream set '{name}'; {hint}known are {', '.join(SETS)}")
-    return check_set(SETS[name](FileSource(uri, name, (), seed, target, crop_borders)))
+    source = FileSource(uri, name, (), seed, target, crop_borders)
+    return check_set(read_masked(source, draw_splits) if name == "masked" else SETS[name](source))

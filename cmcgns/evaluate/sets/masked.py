@@ -38,8 +38,11 @@ class MaskFileSet(ImageSet):
                 mask_HW |= mask_on_film(grey_HW > THRESHOLD, self.source, row["path"], film)
 
 
-def read_masked(source: FileSource) -> ImageSet:
-    """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at the CSV itself."""
+def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
+    """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at the CSV itself.
+
+    ``draw_splits``: whatever splits it has written.
+    """
     at = PairsSource.at(source.uri, source.views, source.seed)
     source, name = replace(source, uri=at.uri), at.table_name
     folder = Folder.of(source)
@@ -60,6 +63,8 @@ def read_masked(source: FileSource) -> ImageSet:
     )
     seen = films["boxes"].notna() | films["masks"].notna()
     films = films[seen].assign(labels=[[]] * int(seen.sum()))
+    if draw_splits:
+        table = table.drop(columns="split", errors="ignore")
     films["split"], rule = _splits(table[seen], films["group"], f"{source.uri}/{name}", source.seed)
     films, missing = folder.present(films, name)
     return MaskFileSet(
