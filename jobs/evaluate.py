@@ -8,7 +8,12 @@ from cmcgns.evaluate.job_config import EvaluateJobConfig
 
 def main(config: EvaluateJobConfig) -> int:
     """Exit status of an evaluation."""
-    from cmcgns.evaluate.run import evaluate  # heavy: --help and --print-config need none of it
+    # heavy: --help and --print-config need none of it
+    if config.evaluate.ablation is not None:
+        from cmcgns.evaluate.ablate import ablate
+
+        return ablate(config)
+    from cmcgns.evaluate.run import evaluate
 
     return evaluate(config)
 

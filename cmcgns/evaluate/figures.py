@@ -14,6 +14,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from cmcgns.evaluate.scores import Score
+
 Array = NDArray[Any]
 SAMPLES = 6
 """Films of one figure."""
@@ -97,6 +99,26 @@ def nearest(title: str, film_NHW: Array, reports: Sequence[Sequence[str]], own: 
         picture.axis("off")
         words.axis("off")
     return Figure(title, _png(canvas))
+
+
+def bars(scores: Sequence[Score]) -> bytes:
+    """A panel for each number, a point with its interval for each encoder, as a PNG."""
+    keys = list(dict.fromkeys(score.key for score in scores))
+    columns = min(len(keys), 4)
+    canvas = Canvas(figsize=(3.6 * columns, 2.4 * -(-len(keys) // columns)), layout="constrained")
+    panels = canvas.subplots(-(-len(keys) // columns), columns, squeeze=False, sharey=True).ravel()
+    for panel, key in zip(panels, keys, strict=False):
+        own = [score for score in scores if score.key == key]
+        for row, score in enumerate(own):
+            low, high = score.interval or (score.value, score.value)
+            panel.plot([low, high], [row, row], color="0.6")
+            panel.plot(score.value, row, "o", color=TRUTH)
+        panel.set_yticks(range(len(own)), [score.encoder for score in own], fontsize=8)
+        panel.set_title(f"{key[3]}, {key[2]}", fontsize=8)
+    for panel in panels[len(keys) :]:
+        panel.axis("off")
+    panels[0].invert_yaxis()
+    return _png(canvas)
 
 
 def _films(film_NRR: Array) -> tuple[Canvas, list[Any]]:

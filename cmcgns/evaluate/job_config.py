@@ -62,6 +62,9 @@ class EvaluateConfig(Section):
     """Its learning rate; a tuned encoder has a tenth of it."""
     prompts: str | None = None
     """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; by default ours."""
+    ablation: str | None = None
+    """YAML file of an ablation, such as jobs/configs/ablation.yaml: its variants are pretrained with its seeds, those that have
+    finished not again after `run.resume`, and evaluated side by side. `evaluate.run` does not count then."""
     compare: tuple[str, ...] = ()
     """Folders of other evaluations to show beside this one, where the test images are the same; differences are in pairs."""
     resamples: int = Field(1000, ge=100)
@@ -88,7 +91,7 @@ class EvaluateJobConfig(Section):
 
     @model_validator(mode="after")
     def parts_work_together(self) -> Self:
-        if not self.evaluate.run:
+        if not self.evaluate.run and self.evaluate.ablation is None:
             raise ValueError(
                 "evaluate.run is missing; name the folder of a finished pretraining run, such as runs/NAME"
             )
@@ -98,7 +101,7 @@ class EvaluateJobConfig(Section):
                     raise ValueError(
                         f"evaluate.{name} {share} is no share of the labels; give numbers above 0, up to 1"
                     )
-        if self.run.resume is not None:
+        if self.run.resume is not None and self.evaluate.ablation is None:
             raise ValueError(
                 "run.resume: an evaluation starts anew, and takes up the features that it has; leave it out"
             )

@@ -17,7 +17,7 @@ from rich.table import Table
 from cmcgns.data import storage
 from cmcgns.errors import UserError
 from cmcgns.evaluate.figures import Figure
-from cmcgns.evaluate.scores import OF_A_CLASS, Score, differences
+from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, differences
 from cmcgns.run_folder import RunFolder
 from cmcgns.terminal import STYLE
 
@@ -93,8 +93,8 @@ def show(terminal: Console, scores: Sequence[Score], first: str) -> None:
     for name in ("task", "set", "setting", "metric", *encoders, *(f"{first} - {other}" for other in encoders[1:])):
         table.add_column(name)
     for key in dict.fromkeys(score.key for score in scores):
-        cells = [_cell(next((s for s in scores if s.key == key and s.encoder == name), None)) for name in encoders]
-        gaps = [_gap(ahead.get((key, other))) for other in encoders[1:]]
+        cells = [cell(next((s for s in scores if s.key == key and s.encoder == name), None)) for name in encoders]
+        gaps = [gap(ahead.get((key, other))) for other in encoders[1:]]
         table.add_row(*key[:1], key[1], key[2], key[3], *cells, *gaps)
     terminal.print(table)
 
@@ -129,14 +129,16 @@ def report_page(name: str, scores: Sequence[Score], shown: Sequence[Figure], fac
     )
 
 
-def _cell(score: Score | None) -> str:
+def cell(score: Score | None) -> str:
+    """A number with its interval."""
     if score is None:
         return ""
     low, high = score.interval or (None, None)
     return f"{score.value:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
 
 
-def _gap(difference: Any) -> str:
+def gap(difference: Difference | None) -> str:
+    """A difference with its interval, and a star where that leaves out 0."""
     if difference is None:
         return ""
     interval = difference.interval

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmcgns.errors import UserError
 from cmcgns.evaluate.dense import DenseModel, build_dense, fit_dense, predict_dense
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import SAMPLES, Figure, masks
@@ -34,6 +35,8 @@ def segmentation_scores(
 
     ``shown`` is given some test films with masks.
     """
+    if not parts["test"].mask_NKRR.any():
+        raise UserError(f"{images.name}: no test film has any of {', '.join(images.mask_classes)}")
     side = parts["train"].film_NRR.shape[-1]
     model = build_dense(encoder.load(), side, STRIDE, len(images.mask_classes), tuned, settings.seed)
     steps = fit_dense(model, dice_and_cross_entropy, parts["train"], parts["valid"], settings, settings.seed)

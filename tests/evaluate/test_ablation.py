@@ -1,0 +1,128 @@
+"""An ablation: what its file says, how seeds and studies make an interval, and one whose runs have finished already."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from cmcgns.errors import UserError
+from cmcgns.evaluate.ablation import increments, over_seeds, read_ablation, run_name
+from cmcgns.evaluate.scores import Score
+from cmcgns.run_folder import RunFolder
+from tests.evaluate.test_embed_job import write_run
+from tests.jobs import REPOSITORY
+from tests.small import small_config
+
+LENGTH = {"train.stage1_steps": 4, "train.stage2_steps": 0, "train.warmup_steps": 0, "train.global_batch_size": 32}
+
+
+def score(encoder: str, value: float, shift: float = 0.0) -> Score:
+    resampled_R = value + shift + np.linspace(-0.1, 0.1, 201)
+    return Score("retrieval", "phantom", "film to report", "recall@1", encoder, value, 50, resampled_R)
+
+
+def test_the_file_that_we_ship_holds_the_parts_of_the_method_in_turn() -> None:
+    ablation = read_ablation(str(REPOSITORY / "jobs" / "configs" / "ablation.yaml"))
+    assert len(ablation.variants) == 6
+    assert len(ablation.seeds) == 3
+    lengths = {config.train.stage1_steps + config.train.stage2_steps for config in ablation.variants.values()}  # type: ignore[operator]
+    assert lengths == {380}  # whatever a part adds is not more training
+    first, *_, last = ablation.variants.values()
+    assert (first.objective.local_image_weight, first.objective.local_report_weight, first.train.stage2_steps) == (
+        0,
+        0,
+        0,
+    )
+    assert (last.objective.local_report_weight, last.objective.false_negatives, last.train.stage2_steps) == (
+        1,
+        "both",
+        80,
+    )
+
+
+def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump({"seeds": [3], "variants": {"A": LENGTH, "A, more": LENGTH | {"data.seed": 1}}}))
+    ablation, folder = read_ablation(str(path)), RunFolder(str(tmp_path), "ablation", resumed=False)
+    new = ablation.config(folder, "A, more", 3)
+    assert (new.run.name, new.run.resume, new.train.seed, new.data.seed) == ("a-more-3", None, 3, 1)
+    begun = tmp_path / "ablation" / "runs" / "a-more-3"
+    begun.mkdir(parents=True)
+    (begun / "config.yaml").write_text("")
+    again = ablation.config(folder, "A, more", 3)
+    assert (again.run.name, again.run.resume) == (None, "a-more-3")
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"seeds": [0], "variants": {"A": {}}}, "lacks seeds, or two variants"),
+        ({"variants": {"A": {}, "B": {}}}, "lacks seeds, or two variants"),
+        ({"seeds": [0], "variant": {}}, "it has the key variant"),
+        (
+            {"seeds": [0], "variants": {"A": LENGTH, "B": {"train.sed": 1}}},
+            "variant B: there is no setting 'train.sed'",
+        ),
+        ({"seeds": [0], "variants": {"A +": LENGTH, "a": LENGTH}}, "two variants would have the same folder"),
+        ({"seeds": [0], "base": "none.yaml", "variants": {"A": {}, "B": {}}}, "none.yaml"),
+    ],
+)
+def test_a_file_that_is_laid_out_otherwise_is_refused(written: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(UserError) as error:
+        read_ablation(str(path))
+    assert words in str(error.value)
+
+
+def test_an_interval_over_seeds_is_wider_where_seeds_differ() -> None:
+    alike = over_seeds([score("a-0", 0.5), score("a-1", 0.5)], {"A": ["a-0", "a-1"]})
+    apart = over_seeds([score("a-0", 0.3), score("a-1", 0.7)], {"A": ["a-0", "a-1"]})
+    assert alike[0].value == apart[0].value == pytest.approx(0.5)
+    assert alike[0].interval is not None
+    assert apart[0].interval is not None
+    widths = [found.interval[1] - found.interval[0] for found in (alike[0], apart[0]) if found.interval]
+    assert widths[1] > 2 * widths[0]
+    assert apart[0].note == "2 seeds, standard deviation 0.2828"
+
+
+def test_each_variant_is_compared_with_the_one_before_it() -> None:
+    scores = [score("A", 0.2), score("B", 0.5), score("C", 0.4)]
+    found = increments(scores, ["A", "B", "C"])
+    assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "B")]
+    assert [each.value for each in found] == pytest.approx([0.3, -0.1])
+    assert found[0].interval == pytest.approx((0.3, 0.3))  # in pairs: the same resamples
+
+
+@pytest.mark.ray
+def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path) -> None:
+    config, runs = small_config(data__phantom_studies=160, cpus_per_worker=0.25), tmp_path / "runs" / "ablation" / "runs"
+    path = tmp_path / "ablation.yaml"
+    base = config.model_dump(mode="json", exclude={"run"})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "seeds": [0], "variants": {"A": {}, "B": {"train.seed": 5}}}))
+    for variant in "AB":
+        folder = runs / run_name(variant, 0)
+        write_run(folder, config)
+        (folder / "result.json").write_text(json.dumps({"status": "finished"}))
+    done = subprocess.run(
+        [
+            sys.executable, str(REPOSITORY / "jobs" / "evaluate.py"), f"--evaluate.ablation={path}", "--run.name=ablation",
+            "--evaluate.fractions=[1.0]", "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 1" not in done.stdout
+    found = json.loads((tmp_path / "runs" / "ablation" / "ablation.json").read_text())
+    scores = pd.DataFrame(found["scores"])
+    assert set(scores["task"]) == {"retrieval", "classification", "clusters"}
+    assert set(scores["encoder"]) == {"A", "B"}
+    # write_run gives both the same weights: nothing is gained, and the interval says so
+    assert all(gain["gain"] == 0 and gain["interval"] == [0, 0] for gain in found["gains"])
+    assert (tmp_path / "runs" / "ablation" / "ablation.png").stat().st_size > 10_000
