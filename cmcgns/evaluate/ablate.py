@@ -112,7 +112,11 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation, variants: 
     """Write everything down, show the table; the exit status."""
     scores = over_seeds(found.scores, variants)
     gains = increments(scores, list(variants))
-    write_results(folder, found.scores, {"sets": {}, "left_out": found.left_out, "failures": found.failures})
+    write_results(
+        folder,
+        found.scores,
+        {"sets": {}, "left_out": found.left_out, "failures": found.failures, "seed": found.settings.seed},
+    )
     folder.write_json("ablation.json", as_json(scores, gains))
     storage.write_bytes(
         folder.file("ablation.csv"), pd.DataFrame([score.row() for score in scores]).to_csv(index=False).encode()

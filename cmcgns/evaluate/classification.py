@@ -19,6 +19,8 @@ from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws
 from cmcgns.evaluate.sets.base import ImageSet
 
 Floats = NDArray[np.float64]
+DRAWS = 1000
+"""Most label draws of one seed; the next seed's are others."""
 AUC, ACCURACY = "AUC", "accuracy"
 
 
@@ -56,7 +58,7 @@ def probe_scores(
         setting, draws = f"linear, {share:.0%} of labels", settings.draws if share < 1 else 1
         found_S = []
         for draw in range(draws):
-            taken = drawn_groups(groups, share, settings.seed + draw)
+            taken = drawn_groups(groups, share, settings.seed * DRAWS + draw)
             (train, train_NC), (valid, valid_NC), (test, test_NC) = parts.values()
             found_S.append(
                 linear_probe(
@@ -116,5 +118,7 @@ def accuracy_scores(
 ) -> list[Found]:
     """The share of the test images whose class is found."""
     hit_SN = [(scores_NK.argmax(1) == label_NK.argmax(1)).astype(np.float64) for scores_NK in score_SNK]
-    value, resampled = over_draws([hit_N.mean() for hit_N in hit_SN], [resampling.mean(hit_N) for hit_N in hit_SN])
+    value, resampled = over_draws(
+        [hit_N.mean() for hit_N in hit_SN], [resampling.mean(hit_N) for hit_N in hit_SN], resampling.seed
+    )
     return [(ACCURACY, value, resampled, "")]

@@ -3,7 +3,7 @@
 n sentences, K clusters, G classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,10 +35,10 @@ def purity(cluster_n: Numbers, class_n: Numbers) -> float:
     return float(contingency_matrix(class_n, cluster_n).max(axis=0).sum() / len(class_n))
 
 
-def purity_by_chance(cluster_n: Numbers, class_n: Numbers) -> float:
-    """The same with classes shuffled over the rows."""
+def by_chance(measure: Callable[[Numbers, Numbers], float], cluster_n: Numbers, class_n: Numbers) -> float:
+    """``measure`` with classes shuffled over the rows."""
     random = np.random.default_rng(0)
-    return float(np.mean([purity(cluster_n, random.permutation(class_n)) for _ in range(SHUFFLES)]))
+    return float(np.mean([measure(cluster_n, random.permutation(class_n)) for _ in range(SHUFFLES)]))
 
 
 def own_clusters(rows_nD: Array, clusters: int) -> Numbers:
@@ -56,10 +56,14 @@ def cluster_scores(pairs: Pairs, encoder: str, images: str, clusters: int, resam
     pure_R, shared_R = _resampled(cluster_n, class_n, resampling)
     setting, number = f"K {clusters}", len(class_n)
     shared = float(normalized_mutual_info_score(class_n, cluster_n))
-    chance = f"by chance {purity_by_chance(cluster_n, class_n):.3f}"
+    chance = lambda measure: f"by chance {by_chance(measure, cluster_n, class_n):.3f}"
     return [
-        Score("clusters", images, setting, "NMI", encoder, shared, number, shared_R),
-        Score("clusters", images, setting, "purity", encoder, purity(cluster_n, class_n), number, pure_R, chance),
+        Score(
+            "clusters", images, setting, "NMI", encoder, shared, number, shared_R, chance(normalized_mutual_info_score)
+        ),
+        Score(
+            "clusters", images, setting, "purity", encoder, purity(cluster_n, class_n), number, pure_R, chance(purity)
+        ),
     ]
 
 

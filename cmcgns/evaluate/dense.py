@@ -6,6 +6,7 @@ B films, C channels, K classes, R pixels of the square.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ TUNED_RATE = 0.1
 """Learning rate of a tuned encoder, as a share of its head's."""
 CHECKS = 10
 """Validations of one training."""
+MOST_WATCHED = 1000
+"""Films of the validation split that each validation looks at, the first ones."""
 PATIENCE = 3
 """Validations without a better loss after which training ends."""
 
@@ -75,6 +78,23 @@ def _block(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class Headed(Protocol):
+    """An encoder and a head on it, to be trained."""
+
+    @property
+    def encoder(self) -> FilmEncoder: ...
+
+    @property
+    def head(self) -> nn.Module: ...
+
+    @property
+    def tuned(self) -> bool: ...
+
+    def train(self, mode: bool) -> None: ...
+
+    def __call__(self, film_BRR: Tensor) -> Tensor: ...
+
+
 @dataclass
 class DenseModel:
     """An encoder and a head on it."""
@@ -111,15 +131,16 @@ def build_dense(encoder: FilmEncoder, side: int, stride: int, outputs: int, tune
 
 
 Loss = Callable[[Tensor, Films], Tensor]
-"""Of the head's maps and the films that they are of."""
+"""Of what the head says and the films that it is about."""
 
 
-def fit_dense(model: DenseModel, loss: Loss, train: Films, valid: Films, settings: EvaluateConfig, seed: int) -> int:
+def fit_dense(model: Headed, loss: Loss, train: Films, valid: Films, settings: EvaluateConfig, seed: int) -> int:
     """Train until the validation loss no longer falls, and go back to its best; the steps that were taken."""
     groups = [{"params": list(model.head.parameters()), "lr": settings.head_rate}]
     if model.tuned:
         groups.append({"params": list(model.encoder.parameters()), "lr": settings.head_rate * TUNED_RATE})
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    watched = valid.take(range(min(len(valid), MOST_WATCHED)))
     every = max(settings.head_steps // CHECKS, 1)
     best, best_state, since, step = float("inf"), _state(model), 0, 0
     for step, part in enumerate(_batches(train, settings.head_batch, settings.head_steps, seed), 1):
@@ -128,7 +149,7 @@ def fit_dense(model: DenseModel, loss: Loss, train: Films, valid: Films, setting
         loss(model(torch.from_numpy(part.film_NRR)), part).backward()
         optimizer.step()
         if step % every == 0:
-            found = mean_loss(model, loss, valid, settings.head_batch)
+            found = mean_loss(model, loss, watched, settings.head_batch)
             since = 0 if found < best else since + 1
             if found < best:
                 best, best_state = found, _state(model)
@@ -140,7 +161,7 @@ def fit_dense(model: DenseModel, loss: Loss, train: Films, valid: Films, setting
     return step
 
 
-def _state(model: DenseModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _state(model: Headed) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     encoder = copy.deepcopy(model.encoder.state_dict()) if model.tuned else {}
     return copy.deepcopy(model.head.state_dict()), encoder
 
@@ -156,7 +177,7 @@ def _batches(films: Films, size: int, steps: int, seed: int) -> Iterator[Films]:
 
 
 @torch.no_grad()
-def mean_loss(model: DenseModel, loss: Loss, films: Films, size: int) -> float:
+def mean_loss(model: Headed, loss: Loss, films: Films, size: int) -> float:
     """Mean of ``loss`` over all films."""
     model.train(False)
     parts = [films.take(range(start, min(start + size, len(films)))) for start in range(0, len(films), size)]
@@ -165,8 +186,8 @@ def mean_loss(model: DenseModel, loss: Loss, films: Films, size: int) -> float:
 
 
 @torch.no_grad()
-def predict_dense(model: DenseModel, films: Films, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """The maps of all films, part by part."""
+def predict_dense(model: Headed, films: Films, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """What the head says of all films, part by part."""
     model.train(False)
     for start in range(0, len(films), size):
         part = slice(start, min(start + size, len(films)))

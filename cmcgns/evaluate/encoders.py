@@ -7,7 +7,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,8 @@ class EncoderSpec:
             model = self.load_model()
             return FilmEncoder(model.image_encoder, model.image_projection).eval()
         backbone = build_image_backbone(self.folder, self.config.data.image_size, 0.0)
-        return FilmEncoder(ImageEncoder(backbone, self.config.data.image_size), None, mean_of_patches=True).eval()
+        encoder = ImageEncoder(backbone, self.config.data.image_size)
+        return FilmEncoder(encoder, None, mean_of_patches=True, statistics=read_statistics(self.folder)).eval()
 
     def digest(self) -> str:
         """Hash of the weights and of how films are shown, by which features are known to be its own."""
@@ -80,11 +80,23 @@ class EncoderSpec:
 
 
 class FilmEncoder(nn.Module):
-    """An image encoder, and the way into the space of the reports where there is one."""
+    """An image encoder, and the way into the space of the reports where there is one.
 
-    def __init__(self, encoder: ImageEncoder, projection: nn.Module | None, mean_of_patches: bool = False) -> None:
+    ``statistics``: mean and standard deviation of each channel, of pixels in [0, 1], that the encoder was trained with; without,
+    it takes films in [-1, 1], as ours do.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        projection: nn.Module | None,
+        mean_of_patches: bool = False,
+        statistics: tuple[list[float], list[float]] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder, self.projection = encoder, projection
+        mean, spread = statistics or ([0.5] * 3, [0.5] * 3)
+        self.mean_3, self.spread_3 = (nn.Buffer(torch.tensor(values), persistent=False) for values in (mean, spread))
         self.mean_of_patches = mean_of_patches and encoder.is_convolutional
         if self.mean_of_patches:
             self.encoder.pool = nn.Identity()  # a pool of its own would be an untrained one
@@ -96,7 +108,7 @@ class FilmEncoder(nn.Module):
 
     def forward(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor | None]:
         """``pooled_BC``, and ``image_BD`` of length 1 where reports can be compared with it."""
-        features_BPC, pooled_BC = self.encoder(image_B1HW)
+        features_BPC, pooled_BC = self.encoder(self._pixels(image_B1HW))
         if self.mean_of_patches:
             pooled_BC = features_BPC.mean(1)
         image_BD = None if self.projection is None else nn.functional.normalize(self.projection(pooled_BC), dim=-1)
@@ -104,13 +116,25 @@ class FilmEncoder(nn.Module):
 
     def levels(self, image_B1HW: Tensor) -> list[Tensor]:
         """Feature maps (B, C, h, w), finest first: all stages of a ResNet, the last layer's patches of a ViT."""
-        backbone = self.encoder.backbone
-        pixels_B3HW = image_B1HW.to(next(self.parameters()).dtype).expand(-1, 3, -1, -1)
+        pixels_B3HW = self._pixels(image_B1HW)
         if self.encoder.is_convolutional:
-            return list(backbone(pixel_values=pixels_B3HW, output_hidden_states=True).hidden_states)
-        features_BPC = self.encoder(image_B1HW)[0]
+            return list(self.encoder.backbone(pixel_values=pixels_B3HW, output_hidden_states=True).hidden_states)
+        features_BPC = self.encoder(pixels_B3HW)[0]
         grid = int(features_BPC.shape[1] ** 0.5)
         return [features_BPC.mT.unflatten(2, (grid, grid)).contiguous()]
+
+    def _pixels(self, image_B1HW: Tensor) -> Tensor:
+        """Films in [-1, 1] as the encoder takes them, (B, 3, H, W)."""
+        return ((image_B1HW + 1) / 2 - self.mean_3[:, None, None]) / self.spread_3[:, None, None]
+
+
+def read_statistics(folder: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of each channel in the preprocessor_config.json of a Hugging Face folder, if it says them."""
+    path = Path(folder) / "preprocessor_config.json"
+    written = json.loads(path.read_text()) if path.exists() else {}
+    if not written.get("do_normalize", True) or "image_mean" not in written:
+        return None
+    return [float(value) for value in written["image_mean"]], [float(value) for value in written["image_std"]]
 
 
 def open_encoders(run_uri: str, beside: list[str], seed: int) -> list[EncoderSpec]:
@@ -147,8 +171,3 @@ def _unused(name: str, specs: list[EncoderSpec]) -> str:
     while found in taken:
         found, number = f"{name} ({number})", number + 1
     return found
-
-
-def frozen_state(module: nn.Module) -> dict[str, Any]:
-    """A copy of every weight and buffer, to be compared after a frozen task."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}

@@ -105,8 +105,10 @@ def bars(scores: Sequence[Score]) -> bytes:
     """A panel for each number, a point with its interval for each encoder, as a PNG."""
     keys = list(dict.fromkeys(score.key for score in scores))
     columns = min(len(keys), 4)
-    canvas = Canvas(figsize=(3.6 * columns, 2.4 * -(-len(keys) // columns)), layout="constrained")
-    panels = canvas.subplots(-(-len(keys) // columns), columns, squeeze=False, sharey=True).ravel()
+    rows = -(-len(keys) // columns)
+    variants = len({score.encoder for score in scores})
+    canvas = Canvas(figsize=(3.6 * columns, (0.7 + 0.28 * variants) * rows), layout="constrained")
+    panels = canvas.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for panel, key in zip(panels, keys, strict=False):
         own = [score for score in scores if score.key == key]
         for row, score in enumerate(own):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cmcgns.config import DataConfig
 from cmcgns.data.phantom.findings import FINDINGS
 from cmcgns.data.phantom.sentence_truth import sentence_truth
+from cmcgns.errors import UserError
 from cmcgns.evaluate.figures import SAMPLES, Figure, attention
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Resampling, Score
@@ -45,6 +46,8 @@ def grounding_scores(
         contrasts.append(contrast_to_noise(weight_P, covered_P))
         groups.append(pairs.group_N[study])
         kept.append((i, covered_P))
+    if not hits:
+        raise UserError(f"{images.name}: no sentence of the split names a finding that its film shows")
     if shown is not None:
         shown.append(_looks(pairs, kept, f"{encoder}: where sentences of {images.name} look"))
     resampling, number = Resampling.of(groups, resamples, seed), len(hits)

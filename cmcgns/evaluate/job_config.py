@@ -46,14 +46,15 @@ class EvaluateConfig(Section):
     """Evaluate on the run's own corpus too."""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Shares of the training labels that classifiers are given."""
-    draws: PositiveInt = 5
-    """Times that labels are drawn for each share under 1."""
+    draws: int = Field(5, ge=1, le=1000)
+    """Times that labels are drawn for each share under 1, for linear probes; other heads see one draw."""
     segmentation_fractions: tuple[float, ...] = (0.1,)
     """Shares of the training masks that segmentation is given."""
     detection_fractions: tuple[float, ...] = (1.0,)
     """Shares of the training boxes that detection is given."""
     encoder: tuple[Literal["frozen", "tuned"], ...] = ("frozen",)
-    """Whether encoders stay as they are under segmentation and detection heads, or are trained too."""
+    """Whether encoders stay as they are under heads, or are trained too; both may be asked for. Frozen ones are classified by
+    linear probes."""
     head_steps: PositiveInt = 300
     """Most optimizer steps of a head; it ends sooner where the validation loss no longer falls."""
     head_batch: PositiveInt = 16

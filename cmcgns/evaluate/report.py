@@ -56,6 +56,8 @@ class Results:
     scores: list[Score]
     tests: dict[str, str]
     """Digest of each set's test images."""
+    seed: int
+    """Of its resamples."""
 
 
 def read_results(key: str, uri: str) -> Results:
@@ -80,7 +82,8 @@ def read_results(key: str, uri: str) -> Results:
         )
         for row in rows
     ]
-    return Results(scores, {name: each["splits"]["test"]["digest"] for name, each in facts["sets"].items()})
+    tests = {name: each["splits"]["test"]["digest"] for name, each in facts["sets"].items()}
+    return Results(scores, tests, facts["seed"])
 
 
 def show(terminal: Console, scores: Sequence[Score], first: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,13 @@ def evaluate(config: EvaluateJobConfig) -> int:
 def beside(found: Evaluation, name: str, results: Results) -> None:
     """Put the scores of another evaluation beside ours, those of sets whose test images are the same."""
     same = {images.name for images in found.sets if results.tests.get(images.name) == images.digest("test")}
-    found.scores += named([score for score in results.scores if score.images in same], f" in {name}")
+    scores = [score for score in results.scores if score.images in same]
+    if results.seed != found.settings.seed:
+        scores = [replace(score, resampled_R=None) for score in scores]
+        found.left_out.append(
+            f"intervals of {name}: it was resampled with seed {results.seed}, not {found.settings.seed}"
+        )
+    found.scores += named(scores, f" in {name}")
     other = sorted(results.tests.keys() - same)
     if other:
         found.left_out.append(f"{', '.join(other)} of {name}: other test images than here, or none here")
@@ -185,6 +192,7 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation) -> int:
         "left_out": found.left_out,
         "failures": found.failures,
         "seconds": found.seconds,
+        "seed": found.settings.seed,
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     found.scores.sort(key=lambda score: (TASKS.index(score.task), score.images))

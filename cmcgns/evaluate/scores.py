@@ -73,7 +73,8 @@ class Difference:
     def interval(self) -> tuple[float, float] | None:
         """Its 95 % interval; None where the two were not resampled alike."""
         a, b = self.first.resampled_R, self.second.resampled_R
-        return None if a is None or b is None or len(a) != len(b) else percentiles(a - b)
+        alike = a is not None and b is not None and len(a) == len(b) and self.first.number == self.second.number
+        return percentiles(a - b) if alike and a is not None and b is not None else None
 
 
 def differences(scores: Sequence[Score], encoder: str) -> list[Difference]:

@@ -19,6 +19,7 @@ from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.films import Films, load_films, make_films
+from cmcgns.evaluate.finetune import finetune_scores
 from cmcgns.evaluate.grounding import grounding_scores
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.pairs import Pairs, embed_pairs
@@ -30,7 +31,12 @@ from cmcgns.evaluate.zeroshot import Prompts, zeroshot_scores
 
 ON_PAIRS = ("retrieval", "clusters", "grounding")
 ON_FEATURES = ("zeroshot", "classification")
-ON_PLACES: dict[str, Literal["masks", "boxes"]] = {"segmentation": "masks", "detection": "boxes"}
+ON_PLACES: dict[str, Literal["masks", "boxes", "labels"]] = {
+    "segmentation": "masks",
+    "detection": "boxes",
+    "classification": "labels",
+}
+"""Heads that are trained on films, and what they are taught; classification only where encoders are tuned."""
 
 
 @dataclass
@@ -92,14 +98,17 @@ def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict
     found.bad_rows[images.name] = bad
     shared = ray.put(images)
     for encoder, uri in zip(found.encoders, uris, strict=True):
-        if "classification" in settings.tasks:
+        if "classification" in settings.tasks and "frozen" in settings.encoder:
             reference = classification.remote(uri, shared, encoder.name, settings)
             started[reference] = f"classification of {images.name} by {encoder.name}"
         if "zeroshot" not in settings.tasks:
             continue
-        if images.name not in found.prompts or not encoder.has_reports:
+        unknown = [name for name in images.classes if name not in found.prompts.get(images.name, {})]
+        if unknown or not encoder.has_reports:
             reason = (
-                "it reads no reports" if images.name in found.prompts else "there are no prompts (evaluate.prompts)"
+                "it reads no reports"
+                if not unknown
+                else f"there are no prompts for {', '.join(unknown)} (evaluate.prompts)"
             )
             found.left_out.append(f"zeroshot of {images.name} by {encoder.name}: {reason}")
             continue
@@ -113,10 +122,23 @@ def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict
 def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
     """References of what is measured by heads that say where findings lie."""
     settings, started, data = found.settings, dict[Any, str](), found.encoders[0].config.data
-    shares = {"segmentation": settings.segmentation_fractions, "detection": settings.detection_fractions}
-    classes = {"segmentation": images.mask_classes, "detection": images.box_classes}
-    wanted = [task for task in ON_PLACES if task in settings.tasks and classes[task]]
-    absent = [task for task in ON_PLACES if task in settings.tasks and not classes[task]]
+    shares = {
+        "segmentation": settings.segmentation_fractions,
+        "detection": settings.detection_fractions,
+        "classification": settings.fractions,
+    }
+    classes = {"segmentation": images.mask_classes, "detection": images.box_classes, "classification": images.classes}
+    asked = [task for task in ON_PLACES if task in settings.tasks]
+    if "tuned" not in settings.encoder and "classification" in asked:
+        asked.remove("classification")
+    empty = {task: _empty_split(images, ON_PLACES[task]) for task in asked if classes[task]}
+    found.left_out += [
+        f"{task} of {images.name}: no image of its {split} split has {ON_PLACES[task]}"
+        for task, split in empty.items()
+        if split
+    ]
+    wanted = [task for task, split in empty.items() if not split]
+    absent = [task for task in asked if not classes[task] and task != "classification"]
     found.left_out += [f"{task} of {images.name}: it has no {ON_PLACES[task]}" for task in absent]
     if not wanted:
         return started
@@ -130,10 +152,16 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
         found.bad_rows.setdefault(images.name, {}).update(bad)
         for encoder in (each for each in found.encoders if each.config.data.image_size == side):
             for task in wanted:
-                for share, mode in itertools.product(shares[task], settings.encoder):
+                modes = [mode for mode in settings.encoder if mode == "tuned" or task != "classification"]
+                for share, mode in itertools.product(shares[task], modes):
                     reference = on_places.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
                     started[reference] = f"{task} of {images.name} by {encoder.name}, {mode}, {share:.0%} of labels"
     return started
+
+
+def _empty_split(images: ImageSet, what: Literal["masks", "boxes", "labels"]) -> str | None:
+    """The first split in which nobody has looked for ``what`` on any image."""
+    return next((split for split in SPLITS if not len(images.seen(images.split(split), what))), None)
 
 
 @dataclass(frozen=True)
@@ -198,13 +226,16 @@ def on_places(
     torch.set_num_threads(1)
     films = load_films(uri, images, encoder.config.data.image_size)
     parts, groups = parts_of(films, images, ON_PLACES[task], share, settings.seed)
-    measured = segmentation_scores if task == "segmentation" else detection_scores
-    scores = measured(encoder, images, parts, groups, share, tuned, settings, shown)
+    if task == "classification":
+        scores = finetune_scores(encoder, images, parts, groups, share, settings)
+    else:
+        measured = segmentation_scores if task == "segmentation" else detection_scores
+        scores = measured(encoder, images, parts, groups, share, tuned, settings, shown)
     return Measured(scores, shown, time.perf_counter() - began)
 
 
 def parts_of(
-    films: Films, images: ImageSet, what: Literal["masks", "boxes"], share: float, seed: int
+    films: Films, images: ImageSet, what: Literal["masks", "boxes", "labels"], share: float, seed: int
 ) -> tuple[dict[str, Films], list[str]]:
     """The films of each split on which somebody has looked for ``what``, of the training split a ``share`` of the groups; and
     the groups of the test films.

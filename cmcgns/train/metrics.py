@@ -165,5 +165,6 @@ def first_hits(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk
         for way, query_ND, item_ND in (("i2t", image_ND, report_ND), ("t2i", report_ND, image_ND)):
             similarity_cN = query_ND[rows] @ item_ND.T
             best_c1 = similarity_cN.masked_fill(~right_cN, -torch.inf).amax(1, keepdim=True)
-            found[way].append(((similarity_cN >= best_c1) & ~right_cN).sum(1))
+            # not `>=`: features that are not numbers find nothing either
+            found[way].append((~(similarity_cN < best_c1) & ~right_cN).sum(1))
     return {way: torch.cat(ranks) if ranks else report_hash_N for way, ranks in found.items()}

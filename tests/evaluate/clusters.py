@@ -14,7 +14,7 @@ from cmcgns.data.blocks import Block, ReadStudy, row_table, to_block
 from cmcgns.data.dataset import Stream, read_study
 from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.transforms import Target, drawn_film
-from cmcgns.evaluate.clusters import purity, purity_by_chance, sentence_classes
+from cmcgns.evaluate.clusters import by_chance, purity, sentence_classes
 from cmcgns.evaluate.exported import PretrainedRun
 from cmcgns.evaluate.sentences import SentenceEmbedder
 from cmcgns.models.vision_language import VisionLanguageModel
@@ -41,7 +41,7 @@ def agreement(cluster_n: Array, texts: Sequence[str]) -> Agreement:
     return Agreement(
         float(adjusted_mutual_info_score(class_n, cluster_n)),
         purity(cluster_n, class_n),
-        purity_by_chance(cluster_n, class_n),
+        by_chance(purity, cluster_n, class_n),
     )
 
 

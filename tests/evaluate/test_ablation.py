@@ -101,7 +101,10 @@ def test_each_variant_is_compared_with_the_one_before_it() -> None:
 
 @pytest.mark.ray
 def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path) -> None:
-    config, runs = small_config(data__phantom_studies=160, cpus_per_worker=0.25), tmp_path / "runs" / "ablation" / "runs"
+    config, runs = (
+        small_config(data__phantom_studies=160, cpus_per_worker=0.25),
+        tmp_path / "runs" / "ablation" / "runs",
+    )
     path = tmp_path / "ablation.yaml"
     base = config.model_dump(mode="json", exclude={"run"})
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))

@@ -81,3 +81,10 @@ def test_a_row_that_was_never_written_to_its_end_does_not_stop_a_resume(tmp_path
     (tmp_path / "metrics.jsonl").write_text("\n".join(whole) + '\n{"step": 4, "spl')
     RunLog(str(tmp_path), tmp_path, step=2).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == whole[:2]
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_features_that_are_all_alike_or_no_numbers_find_nothing(value: float) -> None:
+    rows_ND = torch.full((20, 4), value)
+    found = recall(rows_ND, rows_ND, torch.arange(20))
+    assert found["i2t_recall_at_5"] == found["t2i_recall_at_5"] == 0.0

@@ -83,7 +83,7 @@ class ImageSet:
         """The images of one split, in the set's order."""
         return self.table.filter(pc.equal(self.table["split"], name))
 
-    def seen(self, rows: pa.Table, what: Literal["boxes", "masks"]) -> pa.Table:
+    def seen(self, rows: pa.Table, what: Literal["boxes", "masks", "labels"]) -> pa.Table:
         """Those of ``rows`` on which somebody has looked for ``what``."""
         if what == "masks" and type(self).paint is ImageSet.paint:
             what = "boxes"  # which are what it paints

@@ -1,0 +1,89 @@
+"""Prompts: ours cover every class of every set; a file of one's own is checked before anything runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cmcgns.data.phantom import FINDINGS
+from cmcgns.errors import UserError
+from cmcgns.evaluate.job_config import EvaluateConfig
+from cmcgns.evaluate.sets import SETS
+from cmcgns.evaluate.sets.chexpert import COMPETITION
+from cmcgns.evaluate.sets.covidx import CLASSES as COVIDX
+from cmcgns.evaluate.sets.nih import FINDINGS as NIH
+from cmcgns.evaluate.zeroshot import Prompts, read_prompts
+
+COVERED = {
+    "phantom": FINDINGS,
+    "chexpert": tuple(COMPETITION),
+    "nih": NIH,
+    "rsna": ("pneumonia",),
+    "siim": ("pneumothorax",),
+    "covidx": COVIDX[0],
+}
+
+
+def read(folder: Path, text: str) -> dict[str, Prompts]:
+    (folder / "prompts.yaml").write_text(text, encoding="utf-8")
+    return read_prompts(EvaluateConfig(prompts=str(folder / "prompts.yaml")))
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_our_prompts_cover_every_class(name: str) -> None:
+    prompts = read_prompts(EvaluateConfig())[name]
+    assert set(COVERED[name]) <= set(prompts)
+    for sides in prompts.values():
+        sentences = [text for side in sides.values() for text in side]
+        assert sides.keys() <= {"present", "absent"}
+        assert all(isinstance(text, str) and text.endswith(".") for text in sentences)
+        assert len(set(sentences)) == len(sentences)
+    # where classes do not exclude each other, each is compared with its own absence
+    assert name == "covidx" or all(sides["absent"] for sides in prompts.values())
+
+
+def test_our_prompts_are_for_sets_that_there_are() -> None:
+    assert set(read_prompts(EvaluateConfig())) <= {"phantom", *SETS}
+
+
+def test_prompts_of_ones_own_are_read_as_they_are_written(tmp_path: Path) -> None:
+    fracture = "fracture: {present: [There is a fracture.], absent: [No fracture.]}"
+    found = read(tmp_path, f"mine:\n  {fracture}\n  mass: {{present: [A mass.]}}")
+    assert found == {
+        "mine": {
+            "fracture": {"present": ["There is a fracture."], "absent": ["No fracture."]},
+            "mass": {"present": ["A mass."]},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mine: {fracture: {present: [", "is not YAML"),
+        ("", "no sentences under `present`"),
+        ("just words", "no sentences under `present`"),
+        ("[mine]", "no sentences under `present`"),
+        ("mine: [fracture]", "no sentences under `present`"),
+        ("mine: {fracture: }", "fracture has no sentences under `present`"),
+        ("mine: {fracture: {absent: [No fracture.]}}", "fracture has no sentences under `present`"),
+        ("mine: {fracture: {present: []}}", "fracture has no sentences under `present`"),
+        ("mine: {fracture: {present: There is a fracture.}}", "fracture has no sentences under `present`"),
+        ("mine: {fracture: {present: [Yes]}}", "fracture has no sentences under `present`"),
+        ("mine: {mass: {present: [A mass.]}, fracture: {present: [A.], absent: No fracture.}}", ": fracture has"),
+        ("mine: {fracture: {present: [A.], abscent: [No fracture.]}}", ": fracture has"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_laid_out_otherwise_is_refused_by_its_name(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        read(tmp_path, text)
+    assert str(tmp_path / "prompts.yaml") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
+        read_prompts(EvaluateConfig(prompts=str(tmp_path / "nowhere.yaml")))
+    (tmp_path / "prompts.yaml").write_bytes(b"mine: {fracture: {present: [\xff\xfe]}}")
+    with pytest.raises(UserError, match=r"prompts.yaml is not YAML"):
+        read_prompts(EvaluateConfig(prompts=str(tmp_path / "prompts.yaml")))
