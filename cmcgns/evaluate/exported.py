@@ -1,5 +1,6 @@
 """A finished pretraining run, opened again: its settings, its vocabulary, its model with the weights that came out."""
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,26 @@ class PretrainedRun:
                 f"{self.export} does not fit the run's config.yaml: {', '.join([*missing, *left.unexpected_keys][:3])}"
             )
         return model.eval()
+
+
+def last_run(storage_uri: str) -> str:
+    """URI of the last finished one of the runs under ``storage_uri`` that are named for their time.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = storage.absolute("run.storage", storage_uri)
+    try:
+        names = sorted(name for name in storage.list_folders(root) if re.fullmatch(r"pretrain-\d{8}-\d{6}", name))
+    except storage.MissingFileError:
+        names = []
+    for name in reversed(names):
+        if storage.exists(storage.join(root, f"{name}/export/heads.safetensors")):
+            return storage.join(root, name)
+    raise UserError(
+        f"evaluate.run is missing, and {root} holds no finished run that is named for its time; name the folder of a finished "
+        "pretraining run, such as runs/NAME"
+    )
 
 
 def open_run(key: str, uri: str) -> PretrainedRun:

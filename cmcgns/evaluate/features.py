@@ -91,7 +91,7 @@ def _make(
     with ExitStack() as stack:
         scratch = [stack.enter_context(storage.scratch_file(uri)) for uri in uris]
         writers: list[pq.ParquetWriter] = []
-        for part in _stream(encoders, images, resize, settings):
+        for part in stream_features(encoders, images, resize, settings):
             bad |= {
                 row["image_id"]: row["reason"]
                 for row in part.select(["image_id", "reason"]).to_pylist()
@@ -114,7 +114,7 @@ def _make(
     return bad
 
 
-def _stream(
+def stream_features(
     encoders: Sequence[EncoderSpec], images: ImageSet, resize: int, settings: EvaluateConfig
 ) -> Iterator[pa.Table]:
     """Tables of image_id, reason, and for encoder i pooled<i> and perhaps shared<i>."""

@@ -32,7 +32,8 @@ TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 class EvaluateConfig(Section):
     run: str = ""
-    """Folder of a finished pretraining run, or the `export` in it, local or `s3://`: what is evaluated."""
+    """Folder of a finished pretraining run, or the `export` in it, local or `s3://`: what is evaluated. By default the last
+    one under run.storage that was not given a name."""
     beside: tuple[str, ...] = ("random",)
     """Encoders for the same table: `random` (the run's model before training), folders of other runs, Hugging Face folders."""
     tasks: tuple[TaskName, ...] = TASKS
@@ -92,10 +93,6 @@ class EvaluateJobConfig(Section):
 
     @model_validator(mode="after")
     def parts_work_together(self) -> Self:
-        if not self.evaluate.run and self.evaluate.ablation is None:
-            raise ValueError(
-                "evaluate.run is missing; name the folder of a finished pretraining run, such as runs/NAME"
-            )
         for name in ("fractions", "segmentation_fractions", "detection_fractions"):
             for share in getattr(self.evaluate, name):
                 if not 0.0 < share <= 1.0:

@@ -16,6 +16,7 @@ from cmcgns.data.sources import PhantomSource
 from cmcgns.data.transforms import Target
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.encoders import open_encoders
+from cmcgns.evaluate.exported import last_run
 from cmcgns.evaluate.job_config import TASKS, EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.report import Results, read_results, report_page, show, write_results
 from cmcgns.evaluate.scores import named
@@ -48,9 +49,8 @@ def evaluate(config: EvaluateJobConfig) -> int:
     """Exit status of an evaluation: 0 all was measured, 1 something could not be, 130 stopped by the user."""
     terminal, settings = console(), config.evaluate
     logging.getLogger("cmcgns").setLevel(logging.INFO)  # each task's end is told
-    found = Evaluation(
-        settings, open_encoders(settings.run, list(settings.beside), settings.seed), [], read_prompts(settings)
-    )
+    run = settings.run or last_run(config.run.storage)
+    found = Evaluation(settings, open_encoders(run, list(settings.beside), settings.seed), [], read_prompts(settings))
     others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
     folder = open_folder(config.run, "evaluate")
     open_sets(found)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from cmcgns.command_line import run_job
+from cmcgns.evaluate.exported import last_run
 from cmcgns.evaluate.job_config import TASKS, EvaluateJobConfig
 from cmcgns.evaluate.run import evaluate
 from tests.evaluate.test_embed_job import write_run
@@ -88,7 +89,7 @@ def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "evaluate.run is missing"),
+        ([], "holds no finished run that is named for its time"),
         (["--evaluate.run=gone"], "is no run folder: it holds no config.yaml"),
         (["--evaluate.run={run}", "--evaluate.tasks=[retreival]"], "evaluate.tasks"),
         (["--evaluate.run={run}", "--evaluate.fractions=[0.0]"], "evaluate.fractions 0.0 is no share of the labels"),
@@ -108,3 +109,10 @@ def test_wrong_input_ends_with_status_2_and_one_message(
     assert len(said.err.splitlines()) == 1
     assert words in said.err
     assert not any(tmp_path.iterdir())
+
+
+def test_without_a_name_the_last_finished_run_is_evaluated(pretrained: Path, tmp_path: Path) -> None:
+    for name in ("pretrain-20260101-000000", "pretrain-20260102-000000", "mine"):
+        shutil.copytree(pretrained, tmp_path / name)
+    (tmp_path / "pretrain-20260103-000000").mkdir()  # has not finished
+    assert last_run(str(tmp_path)) == str(tmp_path / "pretrain-20260102-000000")
