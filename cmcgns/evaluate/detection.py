@@ -24,8 +24,8 @@ from cmcgns.evaluate.sets.base import ImageSet
 
 Floats = NDArray[np.float64]
 STRIDE = 4
-MOST = 100
-"""Detections of one film that count, as for COCO."""
+MOST, LEAST = 100, 0.01
+"""Detections of one film that count, as for COCO, and the score that they have at least."""
 NEAR = 0.5
 """Cells whose heat reaches this learn where the box's sides are."""
 RESAMPLES = 100

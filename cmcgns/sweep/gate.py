@@ -20,6 +20,7 @@ class Gate:
     def __init__(self, count: Callable[[], Room]) -> None:
         self._count, self._room, self._counted_at = count, count(), time.monotonic()
         self._inside: list[int] = []
+        self._excused: set[int] = set()
         self.complaint: str | None = None
         """Why nobody may enter, where not one trial fits."""
 
@@ -35,6 +36,20 @@ class Gate:
         """Trial ``number`` holds nothing any more."""
         if number in self._inside:
             self._inside.remove(number)
+
+    def empty(self) -> None:
+        """Nobody is inside any more: Tune has ended all trials, some of them perhaps before they could say so."""
+        self._inside.clear()
+
+    def excuse(self, number: int) -> None:
+        """The next loss of trial ``number`` is no fault of its own: it was sent away and could not end in peace."""
+        self._excused.add(number)
+
+    def is_excused(self, number: int) -> bool:
+        """Whether the loss of trial ``number`` is excused; once."""
+        excused = number in self._excused
+        self._excused.discard(number)
+        return excused
 
     def must_leave(self, number: int) -> bool:
         """Whether the cluster has become too small for trial ``number`` beside those that came before it."""

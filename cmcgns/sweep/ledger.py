@@ -106,6 +106,14 @@ class Ledger:
         done = [trial for trial in self.first_runs if trial.status == "finished" and trial.values]
         return sorted(done, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
+    def missing_repeats(self, finalists: int, repeats: int) -> list[tuple[Trial, int]]:
+        """Each of the best ``finalists`` trials with the numbers of its repetitions that are not there yet."""
+        return [
+            (trial, again)
+            for trial in self.ranked()[:finalists]
+            for again in range(sum(other.repeats == trial.number for other in self.trials), repeats)
+        ]
+
     def standing(self, trial: Trial) -> Standing:
         """``trial`` with its repetitions."""
         runs = [other for other in self.trials if other.repeats == trial.number and other.status == "finished"]

@@ -83,7 +83,8 @@ def open_sweep(config: SweepJobConfig) -> Sweep:
         ledger.retry_failed()
     take_up_ended(ledger, storage.join(folder.uri, "trials"), settings.metric)
     search = propose(ledger, settings, space, base.train.seed)
-    to_do = ledger.unfinished or (search is not None and len(ledger.first_runs) < settings.trials)
+    more = search is not None and len(ledger.first_runs) < settings.trials
+    to_do = ledger.unfinished or more or ledger.missing_repeats(settings.finalists, settings.repeats)
     if folder.resumed and has_finished(folder) and not to_do:
         raise UserError(
             f"sweep.resume {folder.name}: that sweep has finished; its result is in {folder.uri}. More of it with a larger "

@@ -87,6 +87,7 @@ def run_trials(opened: Sweep, task: TrialTask, room: Room, search: Any, schedule
     number = len(waiting) + (max(settings.trials - len(ledger.first_runs), 0) if search is not None else 0)
     if not number:
         return
+    ray.get(task.watch.empty.remote())
     seed = task.base.train.seed
     proposals = Proposals(ledger, waiting, search, settings.trials, settings.metric, seed, task.watch.leave.remote)
     with tempfile.TemporaryDirectory(prefix="cmcgns-tune-") as scratch:
@@ -107,10 +108,8 @@ def run_trials(opened: Sweep, task: TrialTask, room: Room, search: Any, schedule
 
 def add_repeats(ledger: Ledger, settings: SweepConfig) -> None:
     """Put what is missing of the finalists' repetitions into the ledger."""
-    for trial in ledger.ranked()[: settings.finalists]:
-        there = sum(other.repeats == trial.number for other in ledger.trials)
-        for again in range(there, settings.repeats):
-            ledger.add(trial.drawn, trial.seed + 1 + again, repeats=trial.number)
+    for trial, again in ledger.missing_repeats(settings.finalists, settings.repeats):
+        ledger.add(trial.drawn, trial.seed + 1 + again, repeats=trial.number)
 
 
 def answer_of(opened: Sweep) -> Answer | None:

@@ -49,6 +49,18 @@ class Watch:
         """See ``Gate.leave``."""
         self.gate.leave(number)
 
+    def empty(self) -> None:
+        """See ``Gate.empty``."""
+        self.gate.empty()
+
+    def excuse(self, number: int) -> None:
+        """See ``Gate.excuse``."""
+        self.gate.excuse(number)
+
+    def is_excused(self, number: int) -> bool:
+        """See ``Gate.is_excused``."""
+        return self.gate.is_excused(number)
+
     def must_leave(self, number: int) -> bool:
         """See ``Gate.must_leave``."""
         return self.gate.must_leave(number)

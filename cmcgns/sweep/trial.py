@@ -30,7 +30,7 @@ POLL_S = 0.2
 STOP_S = 60.0
 """Longest wait for a trial to end after its current step; then it is killed. For the last one of a sweep Tune waits 10 s."""
 MOST_LOSSES = 3
-"""Times that a trial whose processes are lost goes on from its last checkpoint."""
+"""Times in a row that a trial whose processes are lost before its next validation goes on from its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ class TrialRunner:
             ended = self._train()
         except UserError as error:
             ended = {"failure": str(error)}
-        except ray.exceptions.RayActorError:
-            os._exit(1)  # lost with its node while the run began: whoever holds the trial starts it again
+        except ray.exceptions.RayActorError as error:
+            if "creation task" not in str(error):
+                os._exit(1)  # lost with its node while the run began: whoever holds the trial starts it again
+            ended = {"failure": last_line(error)}  # an actor that cannot be made: no other attempt would mend it
         except Exception as error:  # the sweep goes on
             ended = {"failure": last_line(error)}
         self._rows.put(ended | {"ended": True, "costs": self.costs})
@@ -175,6 +177,7 @@ class TrialRunner:
                 self._say("gives way, since nodes were lost; goes on from its checkpoint once there is room")
             self._end_attempt()
             if time.monotonic() - sent_at > STOP_S:
+                ray.get(self.task.watch.excuse.remote(self.told["number"]))
                 os._exit(1)  # it waits for what others hold: whoever holds the trial starts it again
 
     def _say(self, line: str) -> None:
@@ -231,9 +234,11 @@ class SweepTrial(tune.Trainable):
     def _next(self) -> dict[str, Any]:
         while True:
             try:
-                return ray.get(self.runner.next.remote())
+                row: dict[str, Any] = ray.get(self.runner.next.remote())
+                self.losses = 0
+                return row
             except ray.exceptions.RayActorError:
-                self.losses += 1
+                self.losses += not ray.get(self.task.watch.is_excused.remote(self.told["number"]))
                 ray.kill(self.runner)  # it may be out of reach alone, and two would write into one run folder
                 if self.losses > MOST_LOSSES:
                     return {"ended": True, "failure": LOST_TOO_OFTEN}

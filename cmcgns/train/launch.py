@@ -50,9 +50,15 @@ def assign(run: Pretraining, pool: PoolHandles, board: Any, cpus: Share) -> Assi
 
 
 def fit(
-    config: Config, folder: RunFolder, assignment: Assignment, restarts: int
+    config: Config, folder: RunFolder, assignment: Assignment, beside_others: bool
 ) -> tuple[str | None, Exception | None]:
-    """Run the workers to their end; URI of the last checkpoint, and the error of a run that failed ``restarts`` times more."""
+    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run.
+
+    A loss is mended ``train.max_failures`` times; ``beside_others`` never, see ``Share``.
+    """
+    failures = FailureConfig(max_failures=config.train.max_failures)
+    if beside_others:
+        failures = FailureConfig(max_failures=0, max_preemption_failures=0)
     filesystem, path = storage.filesystem(folder.storage)
     trainer = TorchTrainer(
         # by closure, not as train_loop_config: that is unpickled by the controller too, which would load all of the model's code
@@ -66,7 +72,7 @@ def fit(
             name=folder.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=restarts),
+            failure_config=failures,
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
         ),
         torch_config=TorchConfig(backend="nccl" if config.train.use_gpu else "gloo", timeout_s=GROUP_TIMEOUT_S),

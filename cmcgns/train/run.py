@@ -75,8 +75,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     gave_up = False
     try:
         with follow(board):
-            restarts = 0 if cpus.beside_others else config.train.max_failures
-            checkpoint, error = fit(config, folder, assign(run, pool, board, cpus), restarts)
+            checkpoint, error = fit(config, folder, assign(run, pool, board, cpus), cpus.beside_others)
     except KeyboardInterrupt:  # the second one
         checkpoint, error, gave_up = None, None, True
     finally:

@@ -1,4 +1,4 @@
-"""`python jobs/evaluate.py` after the default pretraining: all tasks on the phantom in under 10 minutes, and pretraining helps."""
+"""`python jobs/evaluate.py` after the default pretraining: all tasks on the phantom in under 10 minutes; pretraining helps."""
 
 import json
 import time

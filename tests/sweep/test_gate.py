@@ -50,6 +50,16 @@ def test_after_a_loss_the_last_to_come_go_and_those_that_come_again_wait(cluster
     assert gate.enter(4) is not None
 
 
+def test_an_emptied_gate_lets_in_anew_and_a_trial_is_excused_once(cluster: Cluster) -> None:
+    gate = Gate(cluster.room)
+    for number in (4, 5):
+        gate.enter(number)
+    gate.empty()
+    assert all(gate.enter(number) is not None for number in (6, 7))
+    gate.excuse(6)
+    assert [gate.is_excused(number) for number in (7, 6, 6)] == [False, True, False]
+
+
 def test_where_not_one_fits_all_leave_and_the_reason_is_kept_until_nodes_come(cluster: Cluster) -> None:
     gate = Gate(cluster.room)
     gate.enter(1)
