@@ -123,20 +123,20 @@ def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         raise UserError(f"{section}.{name} = {first['input']!r} {wanted} ({' '.join(meaning.split())})") from None
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file, local or on S3, unchecked."""
+def read_yaml(path: str, key: str = "--config") -> dict[str, Any]:
+    """The settings in a YAML file, local or on S3, which ``key`` names, unchecked."""
     try:
-        settings = yaml.safe_load(_read_text(path))
+        settings = yaml.safe_load(_read_text(path, key))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; the ones we ship lie in jobs/configs/") from None
+        raise UserError(f"{key} {path}: {error.strerror}; the ones we ship lie in jobs/configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key} {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings or {}, dict):
-        raise UserError(f"--config {path} holds no sections; see --print-config for the layout")
+        raise UserError(f"{key} {path} holds no sections; see --print-config for the layout")
     return settings or {}
 
 
-def _read_text(path: str) -> str:
+def _read_text(path: str, key: str) -> str:
     if not path.startswith("s3://"):
         return Path(path).read_text(encoding="utf-8")
     from cmcgns.data.storage import MissingFileError, read_bytes  # Arrow: --help needs none of it
@@ -144,7 +144,7 @@ def _read_text(path: str) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except MissingFileError:
-        raise UserError(f"--config {path}: there is no such file") from None
+        raise UserError(f"{key} {path}: there is no such file") from None
 
 
 def read_run(storage: str, name: str, key: str) -> dict[str, Any]:

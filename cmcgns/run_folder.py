@@ -44,9 +44,9 @@ class RunFolder:
         storage.write_bytes(self.file(name), (json.dumps(value, indent=1) + "\n").encode())
 
 
-def open_folder(run: RunConfig, job: str) -> RunFolder:
+def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
     """The folder of ``run``, see ``find_folder``; one that is to be resumed and has finished is refused."""
-    folder = find_folder(run, job)
+    folder = find_folder(run, job, resume_key)
     if folder.resumed and has_finished(folder):
         raise UserError(f"run.resume {folder.name}: that run has finished; its result is in {folder.uri}")
     return folder
@@ -54,7 +54,7 @@ def open_folder(run: RunConfig, job: str) -> RunFolder:
 
 def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
     """The folder of ``run``, by default named for the ``job`` and the time; a name that is taken, or one that is to be
-    resumed and is not there, is refused. ``resume_key`` is the setting that asks to resume."""
+    resumed and is not there, is refused. ``resume_key`` is the setting that asks to resume, '' where a job cannot."""
     # absolute here: workers start in another folder
     root = run.storage if storage.is_s3(run.storage) else str(Path(run.storage).expanduser().resolve())
     name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -77,7 +77,8 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
 def name_taken(folder: RunFolder, resume_key: str = "run.resume") -> str:
     """What to say of a new run whose name is taken."""
     name = folder.name
-    return f"run.name {name} is taken in {folder.storage}; choose another, or go on with --{resume_key}={name}"
+    hint = f", or go on with --{resume_key}={name}" if resume_key else ""
+    return f"run.name {name} is taken in {folder.storage}; choose another{hint}"
 
 
 def has_finished(folder: RunFolder) -> bool:

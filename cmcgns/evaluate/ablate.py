@@ -10,19 +10,21 @@ from rich.table import Table
 
 from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.data import storage
+from cmcgns.errors import UserError
 from cmcgns.evaluate.ablation import RUNS, Ablation, increments, over_seeds, read_ablation, run_name
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.exported import open_run
 from cmcgns.evaluate.figures import bars
 from cmcgns.evaluate.job_config import EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.report import cell, gap, write_results
-from cmcgns.evaluate.run import measure_all, open_sets
+from cmcgns.evaluate.run import check_capacity, features_folder, measure_all, open_sets
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score
 from cmcgns.evaluate.tasks import Evaluation
 from cmcgns.evaluate.zeroshot import read_prompts
-from cmcgns.run_folder import RunFolder, find_folder, has_finished, warn_of_passing_folder
+from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, log_on, print_plan
+from cmcgns.train.folder import FREE_TO_CHANGE, with_absolute_paths
 from cmcgns.train.plan import check_cpus
 from cmcgns.train.run import pretrain, worker_variables
 
@@ -32,59 +34,88 @@ TASKS = ("retrieval", "classification", "clusters")
 
 def ablate(config: EvaluateJobConfig) -> int:
     """Exit status of an ablation: 0 all was measured, 1 a run or a task failed, 130 stopped by the user."""
-    terminal, settings = console(), config.evaluate
+    terminal, settings = console(), with_tasks(config.evaluate)
     assert settings.ablation is not None
     ablation, prompts = read_ablation(settings.ablation), read_prompts(settings)
     folder = find_folder(config.run, "ablation")
-    with ray_session(worker_variables(next(iter(ablation.variants.values())))) as cpus:
+    refuse_other_runs(ablation, folder)
+    first = next(iter(ablation.variants.values()))
+    with ray_session(worker_variables(first)) as cpus:
         for each in ablation.variants.values():
             check_cpus(each, cpus)
+        check_capacity(settings, cpus, first.data.cpus_per_task)
         print_plan(terminal, describe_plan(ablation, folder))
         warn_of_passing_folder(terminal, folder)
         storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
-        failures = pretrain_all(terminal, ablation, folder)
-        if failures is None:
+        try:
+            failures = pretrain_all(terminal, ablation, folder)
+            variants = finished_runs(ablation, folder)
+            found = Evaluation(settings, encoders_of(variants, folder), [], prompts, failures=failures)
+            if found.encoders:
+                open_sets(found)
+                with log_on(terminal):
+                    measure_all(found, features_folder(settings, folder.uri))
+        except KeyboardInterrupt:
             terminal.print(
                 f"stopped; go on with: python jobs/evaluate.py --run.storage={folder.storage} --run.resume={folder.name}",
                 highlight=False,
             )
             return STATUS_INTERRUPTED
-        variants = finished_runs(ablation, folder)
-        encoders = [
-            EncoderSpec(name, open_run("evaluate.ablation", storage.join(folder.uri, f"{RUNS}/{name}")), "run")
-            for names in variants.values()
-            for name in names
-        ]
-        if not encoders:
-            terminal.print(
-                f"failed: no run finished: {'; '.join(failures)}", style="red", highlight=False, markup=False
-            )
-            return STATUS_FAILED
-        found = Evaluation(with_tasks(settings), encoders, [], prompts, failures=failures)
-        open_sets(found)
-        with log_on(terminal):
-            measure_all(found, storage.join(folder.uri, "features"))
     return conclude(terminal, folder, found, variants)
 
 
+def refuse_other_runs(ablation: Ablation, folder: RunFolder) -> None:
+    """Refuse to go on beside runs that were made with other settings than the file has now."""
+    for variant in ablation.variants:
+        for seed in ablation.seeds:
+            run = RunFolder(storage.join(folder.uri, RUNS), run_name(variant, seed), resumed=True)
+            if storage.exists(run.file("config.yaml")):
+                refuse_changes(with_absolute_paths(ablation.config(folder, variant, seed)), run, FREE_TO_CHANGE)
+
+
+def encoders_of(variants: dict[str, list[str]], folder: RunFolder) -> list[EncoderSpec]:
+    """The encoder of each finished run."""
+    runs = storage.join(folder.uri, RUNS)
+    names = [name for each in variants.values() for name in each]
+    return [EncoderSpec(name, open_run("evaluate.ablation", storage.join(runs, name)), "run") for name in names]
+
+
 def with_tasks(settings: EvaluateConfig) -> EvaluateConfig:
-    """``settings`` without the tasks that an ablation does not compare by."""
-    return settings.model_copy(update={"tasks": tuple(task for task in settings.tasks if task in TASKS)})
+    """``settings`` without the tasks that an ablation does not compare by.
+
+    Raises:
+        UserError: none is left.
+    """
+    tasks = tuple(task for task in settings.tasks if task in TASKS)
+    if not tasks:
+        raise UserError(f"evaluate.tasks {', '.join(settings.tasks)}: an ablation is compared by {', '.join(TASKS)}")
+    return settings.model_copy(update={"tasks": tasks})
 
 
-def pretrain_all(terminal: Console, ablation: Ablation, folder: RunFolder) -> list[str] | None:
-    """Pretrain every variant with every seed, those that have finished not again; why some failed. None after Ctrl-C."""
+def pretrain_all(terminal: Console, ablation: Ablation, folder: RunFolder) -> list[str]:
+    """Pretrain every variant with every seed, those that have finished not again; why some failed.
+
+    Raises:
+        KeyboardInterrupt: the user has stopped one; it has saved what it has.
+    """
     failures, every = [], [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
     for place, (variant, seed) in enumerate(every, 1):
         name = run_name(variant, seed)
         if has_finished(RunFolder(storage.join(folder.uri, RUNS), name, resumed=True)):
             continue
         terminal.print(f"[bold]run {place} of {len(every)}: {variant}, seed {seed}[/bold]", highlight=False)
-        status = pretrain(ablation.config(folder, variant, seed))
+        try:
+            status, reason = (
+                pretrain(ablation.config(folder, variant, seed)),
+                f"see {folder.uri}/{RUNS}/{name}/result.json",
+            )
+        except UserError as error:  # what the corpus cannot carry
+            status, reason = STATUS_FAILED, str(error)
         if status == STATUS_INTERRUPTED:
-            return None
+            raise KeyboardInterrupt
         if status:
-            failures.append(f"{variant}, seed {seed}: pretraining failed, see {folder.uri}/{RUNS}/{name}/result.json")
+            failures.append(f"{variant}, seed {seed}: pretraining failed, {reason}")
+            terminal.print(f"failed: {failures[-1]}", style="red", highlight=False, markup=False)
     return failures
 
 
@@ -125,6 +156,8 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation, variants: 
         folder.file("ablation.png"), bars([score for score in scores if OF_A_CLASS not in score.metric])
     )
     show(terminal, scores, gains)
+    for line in found.left_out:
+        terminal.print(f"left out: {line}", highlight=False, markup=False)
     for line in found.failures:
         terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
     print_plan(terminal, {"results": f"{folder.file('ablation.json')}, ablation.csv and ablation.png beside it"})

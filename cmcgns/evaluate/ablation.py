@@ -1,23 +1,25 @@
 """An ablation: variants of one pretraining, each with several seeds, side by side with intervals over studies and seeds."""
 
+import copy
 import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from pydantic import Field, ValidationError
 
 from cmcgns.command_line import read_yaml, resolve
-from cmcgns.config import Config
+from cmcgns.config import Config, Section
 from cmcgns.data import storage
 from cmcgns.errors import UserError
 from cmcgns.evaluate.scores import Difference, Score, over_draws
 from cmcgns.run_folder import RunFolder
 
 RUNS = "runs"
+CORPUS = ("uri", "format", "views", "seed", "phantom_studies", "phantom_size")
+"""Settings of `data` that decide which studies are tested, and what their films show."""
 
 
 @dataclass(frozen=True)
@@ -41,33 +43,54 @@ def run_name(variant: str, seed: int) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')}-{seed}"
 
 
+class Written(Section):
+    """The file of an ablation."""
+
+    base: str | None = None
+    """Config of all variants, beside the file."""
+    seeds: tuple[int, ...] = Field(min_length=1)
+    variants: dict[str, dict[str, Any] | None] = Field(min_length=2)
+    """Settings of each variant beside the base's."""
+
+
 def read_ablation(path: str) -> Ablation:
-    """The ablation that a YAML file describes: ``base`` (a config beside it), ``seeds``, ``variants`` with their settings.
+    """The ablation that a YAML file describes, see ``Written``.
 
     Raises:
         UserError: a file that is laid out otherwise, or a setting that is refused; the variant is named.
     """
-    written = read_yaml(path)
-    wrong = sorted(written.keys() - {"base", "seeds", "variants"})
-    variants, seeds = written.get("variants"), written.get("seeds")
-    if wrong or not isinstance(variants, dict) or len(variants) < 2 or not isinstance(seeds, list) or not seeds:
-        what = f"it has the key {wrong[0]}" if wrong else "it lacks seeds, or two variants"
+    try:
+        written = Written.model_validate(read_yaml(path, "evaluate.ablation"))
+    except ValidationError as error:
+        first = error.errors()[0]
         raise UserError(
-            f"evaluate.ablation {path}: {what}; write base, seeds and variants as jobs/configs/ablation.yaml does"
-        )
-    base = read_yaml(str(Path(path).parent / str(written["base"]))) if "base" in written else {}
+            f"evaluate.ablation {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; write base, seeds and variants as "
+            "jobs/ablation.yaml does"
+        ) from None
+    beside = path.rpartition("/")[0] or "."
+    base = read_yaml(storage.join(beside, written.base), "evaluate.ablation base") if written.base else {}
     configs = {}
-    for name, settings in variants.items():
+    for name, settings in written.variants.items():
         try:
-            configs[str(name)] = resolve(yaml.safe_load(yaml.safe_dump(base)), dict(settings or {}), Config)
+            configs[name] = resolve(copy.deepcopy(base), dict(settings or {}), Config)
         except UserError as error:
             raise UserError(f"evaluate.ablation {path}: variant {name}: {error}") from None
-    names = [run_name(name, seeds[0]) for name in configs]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"evaluate.ablation {path}: two variants would have the same folder; their names need other letters"
-        )
-    return Ablation(configs, tuple(int(seed) for seed in seeds))
+    complaint = _complaint(configs, written.seeds)
+    if complaint:
+        raise UserError(f"evaluate.ablation {path}: {complaint}")
+    return Ablation(configs, written.seeds)
+
+
+def _complaint(configs: dict[str, Config], seeds: tuple[int, ...]) -> str | None:
+    """Why the variants cannot be compared."""
+    if len(set(seeds)) < len(seeds):
+        return f"seeds {', '.join(map(str, seeds))}: one is there twice"
+    odd = [key for key in CORPUS if len({str(getattr(config.data, key)) for config in configs.values()}) > 1]
+    if odd:
+        return f"data.{odd[0]} differs between variants; all need the same test studies"
+    if len({run_name(name, seeds[0]) for name in configs}) < len(configs):
+        return "two variants would have the same folder; their names need other letters"
+    return None
 
 
 def over_seeds(scores: Sequence[Score], variants: dict[str, list[str]]) -> list[Score]:

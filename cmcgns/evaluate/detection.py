@@ -6,6 +6,7 @@ N films, B films of a batch, K box classes, h cells of the map along a side, n d
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,14 +63,15 @@ def detection_scores(
         films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {share:.0%} of labels"
         shown.append(boxes(title, films.film_NRR, films.boxes, [found[i] for i in some], images.box_classes))
     value = mean_average_precision(found, parts["test"], kinds)
+    # boxes alone: they are copied for each resample
+    no_films, no_masks = np.zeros((len(found), 0, 0), np.uint8), np.zeros((len(found), 0, 0, 0), bool)
+    truth = replace(parts["test"], film_NRR=no_films, mask_NKRR=no_masks)
     resampling = Resampling.of(groups, min(settings.resamples, RESAMPLES), settings.seed)
     resampled = []
     for _, weight_rN in resampling.chunks():
         for weight_N in weight_rN:
             drawn = np.repeat(np.arange(len(found)), weight_N.astype(int))
-            resampled.append(
-                mean_average_precision([found[i] for i in drawn], parts["test"].take(drawn.tolist()), kinds)
-            )
+            resampled.append(mean_average_precision([found[i] for i in drawn], truth.take(drawn.tolist()), kinds))
     setting, number = f"{'tuned' if tuned else 'frozen'}, {share:.0%} of labels", len(found)
     return [
         Score(
@@ -157,9 +159,9 @@ def _decoded(map_chh: Tensor, kinds: int, side: int) -> Detections:
     row_n, column_n = cell_n // cells + 0.5, cell_n % cells + 0.5
     left, up, right, down = F.softplus(map_chh[kinds:]).flatten(1)[:, cell_n]
     box_n4 = torch.stack([column_n - left, row_n - up, column_n + right, row_n + down], dim=1) * side / cells
-    return Detections(
-        kind_n.numpy(), score_n.numpy().astype(np.float64), box_n4.clamp(0, side).numpy().astype(np.float64)
-    )
+    kept_n = score_n >= LEAST
+    kept = (kind_n[kept_n], score_n[kept_n].double(), box_n4[kept_n].clamp(0, side).double())
+    return Detections(*(part.numpy() for part in kept))
 
 
 def mean_average_precision(found: Sequence[Detections], films: Films, kinds: int) -> tuple[float, float]:

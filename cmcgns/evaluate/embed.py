@@ -67,7 +67,7 @@ def embed_sentences(config: EmbedJobConfig) -> int:
     terminal, settings = console(), config.embed
     run = open_run("embed.run", settings.run)
     split = open_split(run, settings)
-    folder = open_folder(config.run, "embed")
+    folder = open_folder(config.run, "embed", resume_key="")
     with quiet_terminal(), ray_session() as cpus:
         check_capacity(settings, cpus)
         print_plan(terminal, describe_plan(run, settings, folder, split, cpus))

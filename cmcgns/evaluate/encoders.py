@@ -42,6 +42,11 @@ class EncoderSpec:
         return self.run.config
 
     @property
+    def origin(self) -> str:
+        """Where its weights are from."""
+        return "untrained" if self.kind == RANDOM else self.folder or self.run.export
+
+    @property
     def has_reports(self) -> bool:
         """Whether it reads reports too."""
         return self.kind != "folder"
@@ -74,7 +79,8 @@ class EncoderSpec:
         else:
             home = self.run.export if self.kind == "run" else self.folder
             for name in storage.list_files(home):
-                if name.endswith((".safetensors", ".bin")) and not name.startswith("text_encoder/"):
+                # a folder's JSON says how it takes films
+                if name.endswith((".safetensors", ".bin", ".json")) and not name.startswith(("text_", "tokenizer")):
                     found.update(storage.read_bytes(storage.join(home, name)))
         return found.hexdigest()
 
@@ -147,11 +153,13 @@ def open_encoders(run_uri: str, beside: list[str], seed: int) -> list[EncoderSpe
     specs = [EncoderSpec(PRETRAINED, run, "run")]
     for other in beside:
         if other == RANDOM:
-            specs.append(EncoderSpec(RANDOM, run, RANDOM, seed=seed))
+            specs.append(EncoderSpec(_unused(RANDOM, specs), run, RANDOM, seed=seed))
         elif storage.exists(storage.join(of_export(other), "export/heads.safetensors")):
             theirs = open_run("evaluate.beside", of_export(other))
             specs.append(EncoderSpec(_unused(Path(theirs.uri).name, specs), theirs, "run"))
         elif Path(other).is_dir() and (Path(other) / "config.json").exists():
+            with torch.device("meta"):  # what it lacks is told before anything begins
+                build_image_backbone(other, run.config.data.image_size, 0.0)
             specs.append(EncoderSpec(_unused(Path(other).name, specs), run, "folder", str(Path(other).resolve())))
         else:
             raise UserError(

@@ -4,7 +4,9 @@ N images, C channels of the backbone, D embedding, R pixels of the stored square
 """
 
 import hashlib
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ Floats = NDArray[np.float32]
 PIECE_FILMS = 64
 PIECES_AHEAD = 8
 """Pieces of decoded films that may wait for the encoders."""
-SHOWN_BY = ("crop_borders", "height", "width")
+SHOWN_BY = ("target", "crop_borders", "height", "width")
 """Settings of a source, where it has them, by which films of the same ids look otherwise."""
 
 
@@ -70,48 +72,72 @@ def set_digest(images: ImageSet, *more: object) -> str:
 def make_features(
     encoders: Sequence[EncoderSpec], images: ImageSet, folder: str, settings: EvaluateConfig
 ) -> tuple[list[str], dict[str, str]]:
-    """URIs of the encoders' features on ``images``, those that lie in ``folder`` already not made again; and, of the images
-    that were read now, the reason by id of each one that cannot be used."""
+    """URIs of the encoders' features on ``images``, those that lie in ``folder`` already not made again; and the reason by id of
+    each image that could not be used when they were made."""
     uris = [features_uri(folder, encoder, images) for encoder in encoders]
     missing = [place for place, uri in enumerate(uris) if not storage.exists(uri)]
-    bad: dict[str, str] = {}
     for size in sorted({encoders[place].config.data.resize for place in missing}):
         together = [place for place in missing if encoders[place].config.data.resize == size]
-        bad |= _make(
-            [encoders[place] for place in together], images, [uris[place] for place in together], size, settings
-        )
+        _make([encoders[place] for place in together], images, [uris[place] for place in together], size, settings)
+    bad = {image_id: reason for uri in uris for image_id, reason in read_refused(uri).items()}
+    warn_of_bad(images, bad, folder)
     return uris, bad
+
+
+def refused_uri(uri: str) -> str:
+    """Where it is written which images are not in the features or films at ``uri``, and why; of a whole set nothing is."""
+    return uri.removesuffix(".parquet") + "-refused.json"
+
+
+def read_refused(uri: str) -> dict[str, str]:
+    """The reason by id of each image that is not in the features or films at ``uri``."""
+    there = refused_uri(uri)
+    return dict(json.loads(storage.read_bytes(there))) if storage.exists(there) else {}
+
+
+def write_refused(uri: str, bad: dict[str, str]) -> None:
+    """Before what lies at ``uri``: it counts as whole otherwise."""
+    if bad:
+        storage.write_bytes(refused_uri(uri), json.dumps(bad, indent=1).encode())
+
+
+def warn_of_bad(images: ImageSet, bad: dict[str, str], folder: str) -> None:
+    """Say how many images cannot be used, the commonest reason, and the way out."""
+    if bad:
+        reason, count = Counter(bad.values()).most_common(1)[0]
+        logger.warning(
+            "%s: %d of %d images could not be used, %d of them: %s. Mend them and delete %s/%s-* to have them read again",
+            images.name, len(bad), len(images.table), count, reason, folder, images.name,
+        )  # fmt: skip
 
 
 def _make(
     encoders: Sequence[EncoderSpec], images: ImageSet, uris: Sequence[str], resize: int, settings: EvaluateConfig
-) -> dict[str, str]:
-    """Write the features of all ``encoders`` on ``images``; why images could not be used."""
+) -> None:
+    """Write the features of all ``encoders`` on ``images``."""
     bad: dict[str, str] = {}
     with ExitStack() as stack:
         scratch = [stack.enter_context(storage.scratch_file(uri)) for uri in uris]
         writers: list[pq.ParquetWriter] = []
         for part in stream_features(encoders, images, resize, settings):
-            bad |= {
-                row["image_id"]: row["reason"]
-                for row in part.select(["image_id", "reason"]).to_pylist()
-                if row["reason"]
-            }
+            refused = part.filter(pa.compute.is_valid(part["reason"]))
+            bad |= dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
             good = part.filter(pa.compute.is_null(part["reason"]))
             for place in range(len(encoders)):
-                named = {
-                    f"{column}{place}": column
-                    for column in ("pooled", "shared")
-                    if f"{column}{place}" in part.column_names
-                }
-                own = good.select(["image_id", *named]).rename_columns(["image_id", *named.values()])
+                own = _columns_of(good, place)
                 if len(writers) <= place:
                     writers.append(stack.enter_context(pq.ParquetWriter(scratch[place], own.schema)))
                 writers[place].write_table(own)
         for writer, local, uri in zip(writers, scratch, uris, strict=True):
             writer.close()
+            write_refused(uri, bad)
             storage.put_file(local, uri)
-    return bad
+
+
+def _columns_of(table: pa.Table, place: int) -> pa.Table:
+    """image_id, and the columns of encoder number ``place``."""
+    named = {f"{name}{place}": name for name in ("pooled", "shared") if f"{name}{place}" in table.column_names}
+    return table.select(["image_id", *named]).rename_columns(["image_id", *named.values()])
 
 
 def stream_features(

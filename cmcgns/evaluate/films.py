@@ -19,7 +19,7 @@ from cmcgns.data import storage
 from cmcgns.data.dataset import FETCH_THREADS, fetched, ordered_context
 from cmcgns.data.transforms import resize_film
 from cmcgns.errors import BadRow
-from cmcgns.evaluate.features import PIECE_FILMS, PIECES_AHEAD, set_digest
+from cmcgns.evaluate.features import PIECE_FILMS, PIECES_AHEAD, read_refused, set_digest, warn_of_bad, write_refused
 from cmcgns.evaluate.sets.base import BOX_TYPE, ImageSet
 from cmcgns.evaluate.squares import square_boxes, square_masks
 
@@ -60,25 +60,35 @@ class Films:
 
 def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -> tuple[str, dict[str, str]]:
     """URI of the films of ``images`` as squares of ``side`` pixels, made now unless they lie in ``folder`` already; and the
-    reason by id of each one that could not be used now."""
+    reason by id of each one that could not be used when they were made."""
     where = images.table.select(["boxes", "masks"]).to_pylist()  # labels may be corrected while films stay
     of_set = set_digest(images, images.box_classes, images.mask_classes, where)
-    uri, bad = storage.join(folder, f"{images.name}-{of_set}-films-{side}.parquet"), dict[str, str]()
-    if storage.exists(uri):
-        return uri, bad
-    rows = images.table.combine_chunks()
-    pieces = [rows.slice(start, PIECE_FILMS) for start in range(0, len(rows), PIECE_FILMS)]
-    read = partial(read_films, images_ref=ray.put(images), side=side)
-    context = ordered_context(0.0, PIECES_AHEAD * PIECE_FILMS * 2 * side**2, None)
-    with context, storage.writing(uri) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-        found = ray.data.from_arrow(pieces).map_batches(
-            read, batch_format="pyarrow", batch_size=None, num_cpus=cpus_per_task
-        )
-        for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-            refused = part.filter(pa.compute.is_valid(part["reason"]))
-            bad |= dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
-            writer.write_table(part.filter(pa.compute.is_null(part["reason"])).cast(SCHEMA))
+    uri = storage.join(folder, f"{images.name}-{of_set}-films-{side}.parquet")
+    if not storage.exists(uri):
+        rows = images.table.combine_chunks()
+        pieces = [rows.slice(start, PIECE_FILMS) for start in range(0, len(rows), PIECE_FILMS)]
+        read = partial(read_films, images_ref=ray.put(images), side=side)
+        context = ordered_context(0.0, PIECES_AHEAD * PIECE_FILMS * 2 * side**2, None)
+        with context, storage.scratch_file(uri) as local:
+            with pq.ParquetWriter(local, SCHEMA) as writer:
+                write_refused(uri, _write_films(writer, pieces, read, cpus_per_task))
+            storage.put_file(local, uri)
+    bad = read_refused(uri)
+    warn_of_bad(images, bad, folder)
     return uri, bad
+
+
+def _write_films(writer: pq.ParquetWriter, pieces: list[pa.Table], read: Any, cpus_per_task: float) -> dict[str, str]:
+    """Read the films of all ``pieces``; why some cannot be used."""
+    bad = dict[str, str]()
+    found = ray.data.from_arrow(pieces).map_batches(
+        read, batch_format="pyarrow", batch_size=None, num_cpus=cpus_per_task
+    )
+    for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+        refused = part.filter(pa.compute.is_valid(part["reason"]))
+        bad |= dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
+        writer.write_table(part.filter(pa.compute.is_null(part["reason"])).cast(SCHEMA))
+    return bad
 
 
 def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
@@ -109,9 +119,24 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
         return pa.Table.from_pylist(list((threads.map if reader.waits else map)(read, listed)), schema=SCHEMA)
 
 
-def load_films(uri: str, images: ImageSet, side: int) -> Films:
-    """The films that lie at ``uri``, in memory."""
-    table, kinds = storage.read_parquet(uri, lambda file: file.read()), len(images.mask_classes)
+def film_ids(uri: str) -> list[str]:
+    """Ids of the films that lie at ``uri``."""
+    ids: list[str] = storage.read_parquet(uri, lambda file: file.read(["image_id"]))["image_id"].to_pylist()
+    return ids
+
+
+def load_films(uri: str, images: ImageSet, side: int, image_ids: Sequence[str] | None = None) -> Films:
+    """The films that lie at ``uri``, or those of ``image_ids`` among them, in memory."""
+    wanted, kinds = None if image_ids is None else pa.array(image_ids, pa.string()), len(images.mask_classes)
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        groups = (file.read_row_group(group) for group in range(file.num_row_groups))
+        kept = [
+            group if wanted is None else group.filter(pa.compute.is_in(group["image_id"], wanted)) for group in groups
+        ]
+        return pa.concat_tables([SCHEMA.empty_table(), *kept])
+
+    table = storage.read_parquet(uri, read)
     squares = lambda name: [np.frombuffer(each, np.uint8) for each in table[name].to_pylist()]
     film_NRR = np.concatenate([np.zeros(0, np.uint8), *squares("film")]).reshape(-1, side, side)
     bits = [np.unpackbits(each, count=kinds * side * side).astype(bool) for each in squares("masks")]

@@ -40,7 +40,7 @@ class EvaluateConfig(Section):
     """What is measured. A task that a set has no truth for is left out, and said."""
     sets: dict[str, str] = {}
     """Downstream sets beside the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder or
-    `s3://` URI, such as `{rsna: /data/rsna}`."""
+    `s3://` URI, such as `{rsna: /data/rsna}`. Of one kind several have names of their own: `{masked:a: ..., masked:b: ...}`."""
     draw_splits: bool = False
     """Draw the splits of `masked` anew by group, whatever its table says."""
     corpus: bool = True
@@ -65,7 +65,7 @@ class EvaluateConfig(Section):
     prompts: str | None = None
     """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; by default ours."""
     ablation: str | None = None
-    """YAML file of an ablation, such as jobs/configs/ablation.yaml: its variants are pretrained with its seeds, those that have
+    """YAML file of an ablation, such as jobs/ablation.yaml: its variants are pretrained with its seeds, those that have
     finished not again after `run.resume`, and evaluated side by side. `evaluate.run` does not count then."""
     compare: tuple[str, ...] = ()
     """Folders of other evaluations to show beside this one, where the test images are the same; differences are in pairs."""

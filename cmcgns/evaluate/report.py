@@ -55,7 +55,7 @@ class Results:
 
     scores: list[Score]
     tests: dict[str, str]
-    """Digest of each set's test images."""
+    """Digest of each set's test images, and of the corpus's test studies."""
     seed: int
     """Of its resamples."""
 
@@ -82,8 +82,7 @@ def read_results(key: str, uri: str) -> Results:
         )
         for row in rows
     ]
-    tests = {name: each["splits"]["test"]["digest"] for name, each in facts["sets"].items()}
-    return Results(scores, tests, facts["seed"])
+    return Results(scores, facts["tests"], facts["seed"])
 
 
 def show(terminal: Console, scores: Sequence[Score], first: str) -> None:

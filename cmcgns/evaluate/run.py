@@ -1,8 +1,10 @@
 """The driver of `jobs/evaluate.py`: features and pairs once, then each task by itself, then one table."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,26 +54,29 @@ def evaluate(config: EvaluateJobConfig) -> int:
     run = settings.run or last_run(config.run.storage)
     found = Evaluation(settings, open_encoders(run, list(settings.beside), settings.seed), [], read_prompts(settings))
     others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
-    folder = open_folder(config.run, "evaluate")
+    folder = open_folder(config.run, "evaluate", resume_key="")
     open_sets(found)
     with quiet_terminal(), log_on(terminal), ray_session() as cpus:
-        check_capacity(settings, cpus)
+        check_capacity(settings, cpus, found.encoders[0].config.data.cpus_per_task)
         print_plan(terminal, describe_plan(found, folder, cpus))
         warn_of_passing_folder(terminal, folder)
-        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+        chosen = config.model_copy(update={"evaluate": settings.model_copy(update={"run": run})})
+        storage.write_bytes(folder.file("config.yaml"), to_yaml(chosen).encode())
         try:
-            measure_all(found, settings.features or storage.join(folder.storage, "features"))
+            measure_all(found, features_folder(settings, folder.storage))
         except KeyboardInterrupt:
             terminal.print("stopped; features that were made are kept for the next time", highlight=False)
             return STATUS_INTERRUPTED
+        names = Counter(Path(uri).name for uri in others)
         for uri, results in others.items():
-            beside(found, Path(uri).name, results)
+            beside(found, Path(uri).name if names[Path(uri).name] == 1 else uri, results)
         return conclude(terminal, folder, found)
 
 
 def beside(found: Evaluation, name: str, results: Results) -> None:
     """Put the scores of another evaluation beside ours, those of sets whose test images are the same."""
-    same = {images.name for images in found.sets if results.tests.get(images.name) == images.digest("test")}
+    ours = found.tests()
+    same = {images for images, digest in results.tests.items() if ours.get(images) == digest}
     scores = [score for score in results.scores if score.images in same]
     if results.seed != found.settings.seed:
         scores = [replace(score, resampled_R=None) for score in scores]
@@ -80,29 +85,31 @@ def beside(found: Evaluation, name: str, results: Results) -> None:
         )
     found.scores += named(scores, f" in {name}")
     other = sorted(results.tests.keys() - same)
-    if other:
-        found.left_out.append(f"{', '.join(other)} of {name}: other test images than here, or none here")
+    if other or not scores:
+        found.left_out.append(f"{', '.join(other) or 'all'} of {name}: other test images than here, or none here")
 
 
 def open_sets(found: Evaluation) -> None:
     """Open the corpus and every downstream set; one that cannot be is a failure, and the others go on."""
     settings, config = found.settings, found.encoders[0].config
-    target = Target(config.data.resize, "longer")
+    # as large as any encoder needs them: a JPEG may be decoded at a reduced scale
+    largest = max(max(each.config.data.resize, each.config.data.image_size) for each in found.encoders)
+    target = Target(largest, "longer")
 
     def corpus() -> ImageSet | None:
         source, index = open_index("evaluate.run", with_absolute_paths(config).data, target)
         return phantom_set(source) if isinstance(source, PhantomSource) else labelled_set(source, index)
 
     openers: dict[str, Callable[[], ImageSet | None]] = {"the run's corpus": corpus} if settings.corpus else {}
+
+    def downstream(name: str, uri: str) -> ImageSet:
+        kind, uri = name.split(":")[0], storage.absolute("evaluate.sets", uri)
+        # what is drawn for testing here was not drawn for training there
+        seed, borders = config.data.seed, config.data.crop_borders
+        return replace(open_set(kind, uri, seed, target, borders, settings.draw_splits), name=name)
+
     for name, uri in settings.sets.items():
-        openers[f"evaluate.sets {name}"] = lambda name=name, uri=uri: open_set(  # type: ignore[misc]
-            name,
-            storage.absolute("evaluate.sets", uri),
-            settings.seed,
-            target,
-            config.data.crop_borders,
-            settings.draw_splits,
-        )
+        openers[f"evaluate.sets {name}"] = partial(downstream, name, uri)
     for what, opener in openers.items():
         try:
             images = opener()
@@ -115,17 +122,23 @@ def open_sets(found: Evaluation) -> None:
             found.sets.append(images)
 
 
-def check_capacity(settings: EvaluateConfig, cpus: float) -> None:
-    """Refuse what would leave Ray Data without a CPU, with the numbers."""
-    wanted = settings.workers * settings.cpus_per_worker
-    if wanted > cpus - 0.5:
+def check_capacity(settings: EvaluateConfig, cpus: float, reading: float) -> None:
+    """Refuse what would leave Ray Data without the CPUs of one ``reading`` task, with the numbers."""
+    wanted = max(settings.workers * settings.cpus_per_worker, 1.0)  # tasks have one CPU
+    if wanted + reading > cpus:
         raise UserError(
-            f"evaluate.workers {settings.workers} of {settings.cpus_per_worker:g} CPUs need {wanted:g}; the cluster has "
-            f"{cpus:g} and half a one is kept for data. Lower evaluate.workers or evaluate.cpus_per_worker"
+            f"evaluate.workers {settings.workers} of {settings.cpus_per_worker:g} CPUs (or a task of one) need {wanted:g}, and "
+            f"{reading:g} are kept for data; the cluster has {cpus:g}. Lower evaluate.workers or evaluate.cpus_per_worker"
         )
     gpus = float(ray.cluster_resources().get("GPU", 0))
     if settings.use_gpu and settings.workers > gpus:
         raise UserError(f"evaluate.workers {settings.workers} need as many GPUs; the cluster has {gpus:g}")
+
+
+def features_folder(settings: EvaluateConfig, otherwise: str) -> str:
+    """Where features are kept: as told, else beside what is in ``otherwise``."""
+    told = settings.features
+    return storage.join(otherwise, "features") if told is None else storage.absolute("evaluate.features", told)
 
 
 def measure_all(found: Evaluation, cache: str) -> None:
@@ -162,10 +175,7 @@ def describe_plan(found: Evaluation, folder: RunFolder, cpus: float) -> dict[str
     """What is about to be measured."""
     facts = {
         "evaluation": folder.uri,
-        "encoders": ", ".join(
-            f"{encoder.name} ({encoder.folder or encoder.run.export if encoder.kind != 'random' else 'untrained'})"
-            for encoder in found.encoders
-        ),
+        "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in found.encoders),
         "tasks": ", ".join(found.settings.tasks),
     }
     for images in found.sets:
@@ -187,12 +197,13 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation) -> int:
         for images in found.sets
     }
     facts = {
-        "encoders": {encoder.name: encoder.folder or encoder.run.export for encoder in found.encoders},
+        "encoders": {encoder.name: encoder.origin for encoder in found.encoders},
         "sets": sets,
         "left_out": found.left_out,
         "failures": found.failures,
         "seconds": found.seconds,
         "seed": found.settings.seed,
+        "tests": found.tests(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     found.scores.sort(key=lambda score: (TASKS.index(score.task), score.images))

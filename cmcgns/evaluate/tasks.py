@@ -1,8 +1,9 @@
 """The tasks of an evaluation as Ray runs them: what is started for which set and encoder, each on one CPU by itself."""
 
+import hashlib
 import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from cmcgns.evaluate.detection import detection_scores
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
 from cmcgns.evaluate.figures import Figure
-from cmcgns.evaluate.films import Films, load_films, make_films
+from cmcgns.evaluate.films import Films, film_ids, load_films, make_films
 from cmcgns.evaluate.finetune import finetune_scores
 from cmcgns.evaluate.grounding import grounding_scores
 from cmcgns.evaluate.job_config import EvaluateConfig
@@ -31,7 +32,10 @@ from cmcgns.evaluate.zeroshot import Prompts, zeroshot_scores
 
 ON_PAIRS = ("retrieval", "clusters", "grounding")
 ON_FEATURES = ("zeroshot", "classification")
-ON_PLACES: dict[str, Literal["masks", "boxes", "labels"]] = {
+CORPUS = "corpus"
+"""What the run's own corpus is called where it is no set of images."""
+What = Literal["masks", "boxes", "labels"]
+ON_PLACES: dict[str, What] = {
     "segmentation": "masks",
     "detection": "boxes",
     "classification": "labels",
@@ -56,6 +60,13 @@ class Evaluation:
     bad_rows: dict[str, dict[str, str]] = field(default_factory=dict)
     """By set, the reason of each image that could not be used."""
     seconds: dict[str, float] = field(default_factory=dict)
+    pairs_digest: str | None = None
+    """Of the test studies that films and reports were taken from."""
+
+    def tests(self) -> dict[str, str]:
+        """Digest of the test images of each set, and of the corpus's test studies."""
+        digests = {images.name: images.digest("test") for images in self.sets}
+        return {CORPUS: self.pairs_digest} | digests if self.pairs_digest else digests
 
 
 def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
@@ -67,20 +78,23 @@ def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
         unknown = [task for task in wanted if task != "retrieval"]
         found.left_out += [f"{task}: what sentences say is known of the phantom alone" for task in unknown]
         wanted = [task for task in wanted if task == "retrieval"]
+    shared = ray.put(images)
     for encoder in found.encoders:
         if not encoder.has_reports:
             found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: it reads no reports")
             continue
-        what = f"pairs by {encoder.name}"
         pairs = embed.remote(encoder)
         try:  # one after the other: each needs a CPU beside those of its data
-            ray.wait([pairs], fetch_local=False)
-            ray.get(seen.remote(pairs))
+            digest = ray.get(studies_digest.remote(pairs))
         except Exception as error:
-            found.failures.append(f"{what}: {cause(error)}")
+            found.failures.append(f"pairs by {encoder.name}: {cause(error)}")
             continue
+        if found.pairs_digest not in (None, digest):
+            found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: its corpus has other test studies")
+            continue
+        found.pairs_digest = digest
         for task in wanted:
-            started[on_pairs.remote(task, pairs, encoder, images, settings)] = f"{task} by {encoder.name}"
+            started[on_pairs.remote(task, pairs, encoder, shared, settings)] = f"{task} by {encoder.name}"
     return started
 
 
@@ -90,6 +104,15 @@ def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict
     if not images.classes:
         found.left_out.append(f"{images.name}: it has no labels for classification")
         return started
+    probed = "classification" in settings.tasks and "frozen" in settings.encoder
+    unknown = [name for name in images.classes if name not in found.prompts.get(images.kind, {})]
+    prompted = "zeroshot" in settings.tasks and not unknown
+    if "zeroshot" in settings.tasks and unknown:
+        found.left_out.append(
+            f"zeroshot of {images.name}: there are no prompts for {', '.join(unknown)} (evaluate.prompts)"
+        )
+    if not (probed or prompted):
+        return started
     try:
         uris, bad = make_features(found.encoders, images, cache, settings)
     except Exception as error:
@@ -98,24 +121,14 @@ def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict
     found.bad_rows[images.name] = bad
     shared = ray.put(images)
     for encoder, uri in zip(found.encoders, uris, strict=True):
-        if "classification" in settings.tasks and "frozen" in settings.encoder:
+        if probed:
             reference = classification.remote(uri, shared, encoder.name, settings)
             started[reference] = f"classification of {images.name} by {encoder.name}"
-        if "zeroshot" not in settings.tasks:
-            continue
-        unknown = [name for name in images.classes if name not in found.prompts.get(images.name, {})]
-        if unknown or not encoder.has_reports:
-            reason = (
-                "it reads no reports"
-                if not unknown
-                else f"there are no prompts for {', '.join(unknown)} (evaluate.prompts)"
-            )
-            found.left_out.append(f"zeroshot of {images.name} by {encoder.name}: {reason}")
-            continue
-        prompts = found.prompts[images.name]
-        started[zeroshot.remote(uri, shared, encoder, prompts, settings)] = (
-            f"zeroshot of {images.name} by {encoder.name}"
-        )
+        if prompted and encoder.has_reports:
+            reference = zeroshot.remote(uri, shared, encoder, found.prompts[images.kind], settings)
+            started[reference] = f"zeroshot of {images.name} by {encoder.name}"
+        elif prompted:
+            found.left_out.append(f"zeroshot of {images.name} by {encoder.name}: it reads no reports")
     return started
 
 
@@ -142,6 +155,8 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
     found.left_out += [f"{task} of {images.name}: it has no {ON_PLACES[task]}" for task in absent]
     if not wanted:
         return started
+    needed = pa.concat_tables([images.seen(images.table, ON_PLACES[task]).select(["image_id"]) for task in wanted])
+    images = replace(images, table=images.table.filter(pc.is_in(images.table["image_id"], needed["image_id"])))
     shared = ray.put(images)
     for side in dict.fromkeys(encoder.config.data.image_size for encoder in found.encoders):
         try:
@@ -159,7 +174,7 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
     return started
 
 
-def _empty_split(images: ImageSet, what: Literal["masks", "boxes", "labels"]) -> str | None:
+def _empty_split(images: ImageSet, what: What) -> str | None:
     """The first split in which nobody has looked for ``what`` on any image."""
     return next((split for split in SPLITS if not len(images.seen(images.split(split), what))), None)
 
@@ -180,9 +195,10 @@ def embed(encoder: EncoderSpec) -> Pairs:
 
 
 @ray.remote(num_cpus=0)
-def seen(pairs: Pairs) -> int:
-    """Studies of ``pairs``, which stay where they are."""
-    return len(pairs.study_N)
+def studies_digest(pairs: Pairs) -> str:
+    """Hash of the studies and films of ``pairs``, which stay where they are."""
+    shown = [*pairs.study_N, *pairs.path_N]
+    return hashlib.blake2b("\n".join(shown).encode(), digest_size=6).hexdigest()
 
 
 @ray.remote(num_cpus=1)
@@ -191,7 +207,7 @@ def on_pairs(
 ) -> Measured:
     """One of ``ON_PAIRS``."""
     began, again, shown = time.perf_counter(), (settings.resamples, settings.seed), list[Figure]()
-    name = images.name if images else "corpus"
+    name = images.name if images else CORPUS
     if task == "retrieval" or images is None:
         scores = retrieval_scores(pairs, encoder.name, name, *again, shown)
     elif task == "clusters":
@@ -224,8 +240,8 @@ def on_places(
     """One of ``ON_PLACES``, on the films at ``uri``."""
     began, shown = time.perf_counter(), list[Figure]()
     torch.set_num_threads(1)
-    films = load_films(uri, images, encoder.config.data.image_size)
-    parts, groups = parts_of(films, images, ON_PLACES[task], share, settings.seed)
+    side = encoder.config.data.image_size
+    parts, groups = parts_of(uri, images, side, ON_PLACES[task], share, settings.seed)
     if task == "classification":
         scores = finetune_scores(encoder, images, parts, groups, share, settings)
     else:
@@ -235,7 +251,7 @@ def on_places(
 
 
 def parts_of(
-    films: Films, images: ImageSet, what: Literal["masks", "boxes", "labels"], share: float, seed: int
+    uri: str, images: ImageSet, side: int, what: What, share: float, seed: int
 ) -> tuple[dict[str, Films], list[str]]:
     """The films of each split on which somebody has looked for ``what``, of the training split a ``share`` of the groups; and
     the groups of the test films.
@@ -243,15 +259,15 @@ def parts_of(
     Raises:
         UserError: a split without such a film.
     """
-    place_of = {image_id: place for place, image_id in enumerate(films.image_ids)}
-    parts, groups = dict[str, Films](), list[str]()
+    usable, parts, groups = pa.array(film_ids(uri), pa.string()), dict[str, Films](), list[str]()
     for split in SPLITS:
         rows = images.seen(images.split(split), what)
-        rows = rows.filter(pc.is_in(rows["image_id"], pa.array(films.image_ids)))
+        rows = rows.filter(pc.is_in(rows["image_id"], usable))
         if not len(rows):
             raise UserError(f"{images.name}: no image of the {split} split has {what} and can be used")
         if split == "train":
             rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, seed)))
-        parts[split] = films.take([place_of[name] for name in rows["image_id"].to_pylist()])
+        # in the set's order, as they lie in the file
+        parts[split] = load_films(uri, images, side, rows["image_id"].to_pylist())
         groups = rows["group"].to_pylist()
     return parts, groups

@@ -27,7 +27,7 @@ def score(encoder: str, value: float, shift: float = 0.0) -> Score:
 
 
 def test_the_file_that_we_ship_holds_the_parts_of_the_method_in_turn() -> None:
-    ablation = read_ablation(str(REPOSITORY / "jobs" / "configs" / "ablation.yaml"))
+    ablation = read_ablation(str(REPOSITORY / "jobs" / "ablation.yaml"))
     assert len(ablation.variants) == 6
     assert len(ablation.seeds) == 3
     lengths = {config.train.stage1_steps + config.train.stage2_steps for config in ablation.variants.values()}  # type: ignore[operator]
@@ -47,10 +47,12 @@ def test_the_file_that_we_ship_holds_the_parts_of_the_method_in_turn() -> None:
 
 def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
     path = tmp_path / "ablation.yaml"
-    path.write_text(yaml.safe_dump({"seeds": [3], "variants": {"A": LENGTH, "A, more": LENGTH | {"data.seed": 1}}}))
+    path.write_text(
+        yaml.safe_dump({"seeds": [3], "variants": {"A": LENGTH, "A, more": LENGTH | {"train.weight_decay": 0.5}}})
+    )
     ablation, folder = read_ablation(str(path)), RunFolder(str(tmp_path), "ablation", resumed=False)
     new = ablation.config(folder, "A, more", 3)
-    assert (new.run.name, new.run.resume, new.train.seed, new.data.seed) == ("a-more-3", None, 3, 1)
+    assert (new.run.name, new.run.resume, new.train.seed, new.train.weight_decay) == ("a-more-3", None, 3, 0.5)
     begun = tmp_path / "ablation" / "runs" / "a-more-3"
     begun.mkdir(parents=True)
     (begun / "config.yaml").write_text("")
@@ -61,9 +63,16 @@ def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "words"),
     [
-        ({"seeds": [0], "variants": {"A": {}}}, "lacks seeds, or two variants"),
-        ({"variants": {"A": {}, "B": {}}}, "lacks seeds, or two variants"),
-        ({"seeds": [0], "variant": {}}, "it has the key variant"),
+        ({"seeds": [0], "variants": {"A": {}}}, "variants: Dictionary should have at least 2 items"),
+        ({"variants": {"A": {}, "B": {}}}, "seeds: Field required"),
+        ({"seeds": ["a"], "variants": {"A": {}, "B": {}}}, "seeds.0: Input should be a valid integer"),
+        ({"seeds": [0], "variants": {"A": ["x"], "B": {}}}, "variants.A: Input should be a valid dictionary"),
+        ({"seeds": [0, 0], "variants": {"A": LENGTH, "B": LENGTH}}, "one is there twice"),
+        (
+            {"seeds": [0], "variants": {"A": LENGTH, "B": LENGTH | {"data.seed": 1}}},
+            "data.seed differs between variants",
+        ),
+        ({"seeds": [0], "variants": {"A": {}, "B": {}}, "variant": {}}, "variant: Extra inputs are not permitted"),
         (
             {"seeds": [0], "variants": {"A": LENGTH, "B": {"train.sed": 1}}},
             "variant B: there is no setting 'train.sed'",

@@ -86,7 +86,7 @@ def test_an_unreadable_film_is_named_and_what_was_read_is_not_read_again(tmp_pat
     assert (kept.pooled_NC == found.pooled_NC[[8, 0]]).all()
     for film in (tmp_path / "set").glob("*.png"):
         film.unlink()
-    assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, {})
+    assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, bad)  # told again
     # another encoder needs the films, which are gone
     others, gone = make_features(ENCODERS, images, cache, SETTINGS)
     assert others[0] == uris[0]
@@ -130,7 +130,7 @@ def test_sets_with_masks_or_boxes_alone_are_read_and_broken_masks_named(tmp_path
     assert found.image_ids == [f"{i}.png" for i in range(12) if i not in (2, 3)]
     assert found.mask_NKRR.shape == (10, 1, SIZE, SIZE)
     assert found.mask_NKRR.any(axis=(1, 2, 3)).sum() > 0
-    assert make_films(images, SIZE, 0.5, str(tmp_path)) == (uri, {})
+    assert make_films(images, SIZE, 0.5, str(tmp_path)) == (uri, bad)
 
     images = boxed(tmp_path / "boxes")
     found = load_films(make_films(images, SIZE, 0.5, str(tmp_path))[0], images, SIZE)

@@ -63,7 +63,7 @@ class Places:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A downstream set. Picklable: it travels into Ray tasks, but for the table, which is put where tasks find it."""
+    """A downstream set. Picklable: it travels into Ray tasks, by reference where it is large."""
 
     name: str
     source: FilmSource
@@ -78,6 +78,11 @@ class ImageSet:
     mask_classes: tuple[str, ...] = ()
     filtered: dict[str, int] = field(default_factory=dict)
     """Images left out on purpose, by reason."""
+
+    @property
+    def kind(self) -> str:
+        """Whose layout it has: its name up to a colon."""
+        return self.name.split(":")[0]
 
     def split(self, name: str) -> pa.Table:
         """The images of one split, in the set's order."""
