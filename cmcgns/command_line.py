@@ -186,8 +186,8 @@ def _type_name(info: FieldInfo) -> str:
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return " | ".join(str(part) for part in parts)
-    if get_origin(annotation) is tuple:
-        return "list"
+    if get_origin(annotation) in (tuple, dict):
+        return "list" if get_origin(annotation) is tuple else "map"
     if parts:  # optional
         return " or ".join(_type_name(FieldInfo(annotation=part)) for part in parts)
     return "nothing" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))

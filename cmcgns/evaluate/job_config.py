@@ -72,7 +72,7 @@ class EvaluateConfig(Section):
     resamples: int = Field(1000, ge=100)
     """Bootstrap resamples of the test images behind each 95 % interval."""
     seed: int = 0
-    """Decides label draws, resamples, drawn splits, and the weights of `random`."""
+    """Decides label draws, resamples, and the weights of `random` (drawn splits go by the run's data.seed)."""
     batch_size: PositiveInt = 32
     """Films of one forward."""
     workers: PositiveInt = 1
