@@ -104,11 +104,9 @@ def pretrain_all(terminal: Console, ablation: Ablation, folder: RunFolder) -> li
         if has_finished(RunFolder(storage.join(folder.uri, RUNS), name, resumed=True)):
             continue
         terminal.print(f"[bold]run {place} of {len(every)}: {variant}, seed {seed}[/bold]", highlight=False)
+        reason = f"see {folder.uri}/{RUNS}/{name}/result.json"
         try:
-            status, reason = (
-                pretrain(ablation.config(folder, variant, seed)),
-                f"see {folder.uri}/{RUNS}/{name}/result.json",
-            )
+            status = pretrain(ablation.config(folder, variant, seed))
         except UserError as error:  # what the corpus cannot carry
             status, reason = STATUS_FAILED, str(error)
         if status == STATUS_INTERRUPTED:
@@ -143,11 +141,8 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation, variants: 
     """Write everything down, show the table; the exit status."""
     scores = over_seeds(found.scores, variants)
     gains = increments(scores, list(variants))
-    write_results(
-        folder,
-        found.scores,
-        {"sets": {}, "left_out": found.left_out, "failures": found.failures, "seed": found.settings.seed},
-    )
+    told = {"left_out": found.left_out, "failures": found.failures}
+    write_results(folder, found.scores, {"sets": {}, "tests": found.tests(), "seed": found.settings.seed} | told)
     folder.write_json("ablation.json", as_json(scores, gains))
     storage.write_bytes(
         folder.file("ablation.csv"), pd.DataFrame([score.row() for score in scores]).to_csv(index=False).encode()

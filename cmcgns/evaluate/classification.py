@@ -15,7 +15,7 @@ from cmcgns.evaluate.features import Features
 from cmcgns.evaluate.figures import Figure, curves
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.probe import linear_probe
-from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws
+from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws, percent
 from cmcgns.evaluate.sets.base import ImageSet
 
 Floats = NDArray[np.float64]
@@ -55,7 +55,7 @@ def probe_scores(
     resampling = Resampling.of(parts["test"][0]["group"].to_pylist(), settings.resamples, settings.seed)
     scores: list[Score] = []
     for share in settings.fractions:
-        setting, draws = f"linear, {share:.0%} of labels", settings.draws if share < 1 else 1
+        setting, draws = f"linear, {percent(share)} of labels", settings.draws if share < 1 else 1
         found_S = []
         for draw in range(draws):
             taken = drawn_groups(groups, share, settings.seed * DRAWS + draw)

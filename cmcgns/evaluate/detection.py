@@ -20,7 +20,7 @@ from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import SAMPLES, Figure, boxes
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.scores import Resampling, Score
+from cmcgns.evaluate.scores import Resampling, Score, percent
 from cmcgns.evaluate.sets.base import ImageSet
 
 Floats = NDArray[np.float64]
@@ -60,7 +60,7 @@ def detection_scores(
     found = detections(model, parts["test"], kinds, settings.head_batch)
     if shown is not None:
         some = [i for i, box_n4 in enumerate(parts["test"].boxes) if len(box_n4)][:SAMPLES]
-        films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {share:.0%} of labels"
+        films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {percent(share)} of labels"
         shown.append(boxes(title, films.film_NRR, films.boxes, [found[i] for i in some], images.box_classes))
     value = mean_average_precision(found, parts["test"], kinds)
     # boxes alone: they are copied for each resample
@@ -72,7 +72,7 @@ def detection_scores(
         for weight_N in weight_rN:
             drawn = np.repeat(np.arange(len(found)), weight_N.astype(int))
             resampled.append(mean_average_precision([found[i] for i in drawn], truth.take(drawn.tolist()), kinds))
-    setting, number = f"{'tuned' if tuned else 'frozen'}, {share:.0%} of labels", len(found)
+    setting, number = f"{'tuned' if tuned else 'frozen'}, {percent(share)} of labels", len(found)
     return [
         Score(
             "detection",

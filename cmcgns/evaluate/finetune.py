@@ -17,7 +17,7 @@ from cmcgns.evaluate.dense import fit_dense, predict_dense
 from cmcgns.evaluate.encoders import EncoderSpec, FilmEncoder
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.scores import Resampling, Score
+from cmcgns.evaluate.scores import Resampling, Score, percent
 from cmcgns.evaluate.sets.base import ImageSet
 
 
@@ -67,7 +67,7 @@ def finetune_scores(
         Score(
             "classification",
             images.name,
-            f"tuned, {share:.0%} of labels",
+            f"tuned, {percent(share)} of labels",
             metric,
             encoder.name,
             value,

@@ -160,6 +160,11 @@ def over_draws(values_S: Sequence[float], resampled_SR: Sequence[Floats], seed: 
     return float(np.nanmean(values_S)), np.nanmean(np.take_along_axis(table_SR, picked_SR, axis=0), axis=0)
 
 
+def percent(share: float) -> str:
+    """A share of the labels, in words that tell any two shares apart."""
+    return f"{100 * share:g}%"
+
+
 def named(scores: Sequence[Score], ending: str) -> list[Score]:
     """``scores`` with ``ending`` after the name of each one's encoder."""
     return [replace(score, encoder=score.encoder + ending) for score in scores]

@@ -17,7 +17,7 @@ from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import SAMPLES, Figure, masks
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score
+from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, percent
 from cmcgns.evaluate.sets.base import ImageSet
 
 Floats = NDArray[np.float64]
@@ -43,12 +43,12 @@ def segmentation_scores(
     if shown is not None:
         some = parts["test"].take(np.flatnonzero(parts["test"].mask_NKRR.any(axis=(1, 2, 3)))[:SAMPLES].tolist())
         answer_NRR = np.concatenate([each.any(1) for _, each in answers(model, some, settings.head_batch)])
-        title = f"{encoder.name}: masks of {images.name}, {share:.0%} of labels"
+        title = f"{encoder.name}: masks of {images.name}, {percent(share)} of labels"
         shown.append(masks(title, some.film_NRR, np.asarray(some.mask_NKRR.any(axis=1)), answer_NRR))
     overlap_NK, area_NK = counts(model, parts["test"], settings.head_batch)
     there_NK = np.asarray(parts["test"].mask_NKRR.any(axis=(2, 3)))
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
-    setting = f"{'tuned' if tuned else 'frozen'}, {share:.0%} of labels"
+    setting = f"{'tuned' if tuned else 'frozen'}, {percent(share)} of labels"
     rows = [
         row
         for k, name in enumerate(images.mask_classes)

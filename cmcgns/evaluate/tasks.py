@@ -25,7 +25,7 @@ from cmcgns.evaluate.grounding import grounding_scores
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.pairs import Pairs, embed_pairs
 from cmcgns.evaluate.retrieval import retrieval_scores
-from cmcgns.evaluate.scores import Score
+from cmcgns.evaluate.scores import Score, percent
 from cmcgns.evaluate.segmentation import segmentation_scores
 from cmcgns.evaluate.sets.base import SPLITS, ImageSet
 from cmcgns.evaluate.zeroshot import Prompts, zeroshot_scores
@@ -79,7 +79,7 @@ def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
         found.left_out += [f"{task}: what sentences say is known of the phantom alone" for task in unknown]
         wanted = [task for task in wanted if task == "retrieval"]
     shared = ray.put(images)
-    for encoder in found.encoders:
+    for encoder in found.encoders if wanted else []:
         if not encoder.has_reports:
             found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: it reads no reports")
             continue
@@ -170,7 +170,9 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
                 modes = [mode for mode in settings.encoder if mode == "tuned" or task != "classification"]
                 for share, mode in itertools.product(shares[task], modes):
                     reference = on_places.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
-                    started[reference] = f"{task} of {images.name} by {encoder.name}, {mode}, {share:.0%} of labels"
+                    started[reference] = (
+                        f"{task} of {images.name} by {encoder.name}, {mode}, {percent(share)} of labels"
+                    )
     return started
 
 
