@@ -1,4 +1,4 @@
-"""An evaluation of a run in a bucket, written to a bucket: all that a local one leaves lies there, and the second reads no film."""
+"""An evaluation of a run in a bucket, into a bucket: all that a local one leaves lies there, and the second reads no film."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,10 @@ def test_a_run_in_a_bucket_is_evaluated_into_a_bucket(s3_server: S3Server, tmp_p
     bucket = s3_server.make_bucket("evaluated")
     s3_server.upload(tmp_path / "run", f"{bucket}/runs/pretrained")
     said = []
-    for name in ("first", "second"):
+    for name, compared in (("first", ""), ("second", f"{bucket}/evaluations/first")):
         job = Job(
             tmp_path, f"--run.storage={bucket}/evaluations", f"--run.name={name}", *QUICK,
-            f"--evaluate.run={bucket}/runs/pretrained", *([f"--evaluate.compare=[{bucket}/evaluations/first]"] * (name == "second")),
-            config=None, job="jobs/evaluate.py",
+            f"--evaluate.run={bucket}/runs/pretrained", f"--evaluate.compare=[{compared}]", config=None, job="jobs/evaluate.py",
         )  # fmt: skip
         said.append(job.wait())
         assert job.process.returncode == 0, said[-1][-3000:]
