@@ -24,6 +24,7 @@ class Watch:
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         self.complaint: str | None = None
+        self.groups: dict[int, list[Any]] = {}
         self.steps: dict[int, tuple[int, int]] = {}
         self.lines: list[tuple[int, int, str]] = []
 
@@ -37,8 +38,13 @@ class Watch:
         """Keep a line of trial ``number`` for the driver's terminal."""
         self.lines.append((number, level, line))
 
+    def hold(self, number: int, group: Any) -> None:
+        """Remember the placement group of trial ``number``: Ray Train's own cleaner may leave that of a killed run for ever."""
+        self.groups.setdefault(number, []).append(group)
+
     def enter(self, number: int) -> Share | None:
-        """See ``Gate.enter``; says once why nobody may."""
+        """See ``Gate.enter``; says once why nobody may. What the trial's last attempt has left behind is freed."""
+        self._free(number)
         share, before = self.gate.enter(number), self.complaint
         self.complaint = self.gate.complaint
         if self.complaint and self.complaint != before:
@@ -46,8 +52,13 @@ class Watch:
         return share
 
     def leave(self, number: int) -> None:
-        """See ``Gate.leave``."""
+        """See ``Gate.leave``; whatever trial ``number`` has left behind is freed."""
+        self._free(number)
         self.gate.leave(number)
+
+    def _free(self, number: int) -> None:
+        for group in self.groups.pop(number, []):
+            ray.util.remove_placement_group(group)
 
     def empty(self) -> None:
         """See ``Gate.empty``."""

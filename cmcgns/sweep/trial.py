@@ -142,6 +142,7 @@ class TrialRunner:
         share = self._enter()
         if share is None:
             return {"status": "stopped"}
+        self.held = False
         self.entered_at, over = time.time(), threading.Event()
         guard = threading.Thread(target=self._give_way, args=(over,), name="trial-guard", daemon=True)
         guard.start()
@@ -204,6 +205,9 @@ class TrialRunner:
 
     def _hand_on(self, news: dict[str, Any], began: float) -> None:
         step = news["row"].get("step", 0)
+        if news["group"] is not None and not self.held:
+            self.held = True
+            self.task.watch.hold.remote(self.told["number"], news["group"])
         self.task.watch.tell.remote(self.told["number"], step, self.total, news["lines"])
         if "training" in news["marks"]:
             self.costs["workers"] = news["marks"]["training"] - began

@@ -26,6 +26,7 @@ class Board:
         self.parts: dict[int, Any] = {}
         self.validations: list[dict[str, Any]] = []
         self.marks: dict[str, float] = {}
+        self.group: Any = None
 
     def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
         """Remember each unusable study once; too many of them end the run."""
@@ -53,6 +54,10 @@ class Board:
         """Remember when the run came to ``moment`` last."""
         self.marks[moment] = time.time()
 
+    def hold(self, group: Any) -> None:
+        """Remember the placement group that the workers hold."""
+        self.group = group
+
     def log(self, level: int, line: str) -> None:
         """Keep a line for the driver's terminal."""
         self.lines.append((level, line))
@@ -78,10 +83,11 @@ class Board:
         self.outcome = outcome
 
     def news(self) -> dict[str, Any]:
-        """The latest row, the moments that were marked, and the log lines and validations since the last call."""
+        """The latest row, the moments that were marked, the workers' placement group, and the log lines and validations since
+        the last call."""
         lines, validations = self.lines, self.validations
         self.lines, self.validations = [], []
-        return {"row": self.row, "lines": lines, "validations": validations, "marks": self.marks}
+        return {"row": self.row, "lines": lines, "validations": validations, "marks": self.marks, "group": self.group}
 
     def account(self) -> dict[str, Any]:
         """Outcome, failure, bad rows, the last row of metrics, and the moments that were marked."""

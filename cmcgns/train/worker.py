@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.util import get_current_placement_group
 
 from cmcgns import distributed
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool
@@ -171,6 +172,8 @@ def work(assignment: Assignment) -> None:
 def _train(assignment: Assignment) -> None:
     config, device = assignment.config, ray.train.torch.get_device()
     torch.set_num_threads(assignment.threads)
+    if distributed.rank() == 0:
+        assignment.board.hold.remote(get_current_placement_group())
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
         folder = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
