@@ -1,6 +1,5 @@
 """The driver of `jobs/evaluate.py --evaluate.ablation=FILE`: pretrain what has not been yet, evaluate all, one table."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.exported import open_run
 from cmcgns.evaluate.figures import bars
 from cmcgns.evaluate.job_config import EvaluateConfig, EvaluateJobConfig
-from cmcgns.evaluate.report import cell, gap, write_results
+from cmcgns.evaluate.report import cell, gap, tell_rest, without_nan, write_results
 from cmcgns.evaluate.run import check_capacity, features_folder, measure_all, open_sets
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score
 from cmcgns.evaluate.tasks import Evaluation
@@ -147,16 +146,12 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation, variants: 
     storage.write_bytes(
         folder.file("ablation.csv"), pd.DataFrame([score.row() for score in scores]).to_csv(index=False).encode()
     )
-    storage.write_bytes(
-        folder.file("ablation.png"), bars([score for score in scores if OF_A_CLASS not in score.metric])
-    )
-    show(terminal, scores, gains)
-    for line in found.left_out:
-        terminal.print(f"left out: {line}", highlight=False, markup=False)
-    for line in found.failures:
-        terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
-    print_plan(terminal, {"results": f"{folder.file('ablation.json')}, ablation.csv and ablation.png beside it"})
-    return STATUS_FAILED if found.failures else 0
+    means = [score for score in scores if OF_A_CLASS not in score.metric]
+    if means:
+        storage.write_bytes(folder.file("ablation.png"), bars(means))
+    show(terminal, means, gains)
+    results = f"{folder.file('ablation.json')}, ablation.csv and ablation.png beside it"
+    return tell_rest(terminal, found.left_out, found.failures, results)
 
 
 def as_json(scores: Sequence[Score], gains: Sequence[Difference]) -> dict[str, Any]:
@@ -167,9 +162,7 @@ def as_json(scores: Sequence[Score], gains: Sequence[Difference]) -> dict[str, A
          "interval": each.interval}
         for each in gains
     ]  # fmt: skip
-    # NaN is no JSON
-    found: dict[str, Any] = json.loads(pd.Series([{"scores": rows, "gains": steps}]).to_json(orient="values"))[0]
-    return found
+    return without_nan({"scores": rows, "gains": steps})
 
 
 def show(terminal: Console, scores: Sequence[Score], gains: Sequence[Difference]) -> None:
@@ -179,7 +172,6 @@ def show(terminal: Console, scores: Sequence[Score], gains: Sequence[Difference]
     for name in ("task", "setting", "metric", "variant", "mean over seeds", "more than the variant before"):
         table.add_column(name)
     for score in scores:
-        if OF_A_CLASS not in score.metric:
-            own = gained.get((score.encoder, score.key))
-            table.add_row(score.task, score.setting, score.metric, score.encoder, cell(score), gap(own))
+        own = gained.get((score.encoder, score.key))
+        table.add_row(score.task, score.setting, score.metric, score.encoder, cell(score), gap(own))
     terminal.print(table)

@@ -47,10 +47,12 @@ def probe_scores(
     for split in ("train", "valid", "test"):
         rows = images.split(split)
         places, found = features.of(rows["image_id"].to_pylist())
-        parts[split] = rows.take(places), found.pooled_NC.astype(np.float64)
-    for split, (rows, _) in parts.items():
+        kept = rows.take(places)
+        parts[split] = kept, labels_of(kept), found.pooled_NC.astype(np.float64)
+    for split, (rows, *_) in parts.items():
         if not len(rows):
             raise UserError(f"{images.name}: no image of the {split} split can be used")
+    (_, train_NK, train_NC), (_, valid_NK, valid_NC), (_, test_NK, test_NC) = parts.values()
     groups = parts["train"][0]["group"].to_pylist()
     resampling = Resampling.of(parts["test"][0]["group"].to_pylist(), settings.resamples, settings.seed)
     scores: list[Score] = []
@@ -59,20 +61,17 @@ def probe_scores(
         found_S = []
         for draw in range(draws):
             taken = drawn_groups(groups, share, settings.seed * DRAWS + draw)
-            (train, train_NC), (valid, valid_NC), (test, test_NC) = parts.values()
             found_S.append(
-                linear_probe(
-                    train_NC[taken], labels_of(train)[taken], valid_NC, labels_of(valid), test_NC, images.exclusive
-                )
+                linear_probe(train_NC[taken], train_NK[taken], valid_NC, valid_NK, test_NC, images.exclusive)
             )
-        table = (accuracy_scores if images.exclusive else auc_scores)(found_S, images, labels_of(test), resampling)
+        table = (accuracy_scores if images.exclusive else auc_scores)(found_S, images, test_NK, resampling)
         scores += [
-            Score("classification", images.name, setting, metric, encoder, value, len(test), resampled, note)
+            Score("classification", images.name, setting, metric, encoder, value, len(test_NK), resampled, note)
             for metric, value, resampled, note in table
         ]
     if shown is not None:
         title = f"{encoder}: {setting} of {images.name}"
-        shown.append(curves(title, found_S[-1], labels_of(parts["test"][0]), images.classes))
+        shown.append(curves(title, found_S[-1], test_NK, images.classes))
     return scores
 
 

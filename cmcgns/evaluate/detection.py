@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmcgns.evaluate.dense import DenseModel, build_dense, fit_dense, predict_dense
+from cmcgns.errors import UserError
+from cmcgns.evaluate.dense import DenseModel, build_dense
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import SAMPLES, Figure, boxes
 from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.heads import fit_head, predict_head
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import Resampling, Score, percent
 from cmcgns.evaluate.sets.base import ImageSet
@@ -53,10 +55,12 @@ def detection_scores(
 
     ``shown`` is given some test films with boxes.
     """
+    if not any(map(len, parts["test"].boxes)):
+        raise UserError(f"{images.name}: no test film has any of {', '.join(images.box_classes)}")
     side, kinds = parts["train"].film_NRR.shape[-1], len(images.box_classes)
     model = build_dense(encoder.load(), side, STRIDE, kinds + 4, tuned, settings.seed)
     torch.nn.init.constant_(model.head.bias[:kinds], EMPTY)
-    steps = fit_dense(model, centre_loss, parts["train"], parts["valid"], settings, settings.seed)
+    steps = fit_head(model, centre_loss, parts["train"], parts["valid"], settings, settings.seed)
     found = detections(model, parts["test"], kinds, settings.head_batch)
     if shown is not None:
         some = [i for i, box_n4 in enumerate(parts["test"].boxes) if len(box_n4)][:SAMPLES]
@@ -144,7 +148,7 @@ def shared_area(first_B4hh: Tensor, second_B4hh: Tensor) -> Tensor:
 def detections(model: DenseModel, films: Films, kinds: int, size: int) -> list[Detections]:
     """What the model finds on each film."""
     found, side = [], films.film_NRR.shape[-1]
-    for _, map_Bchh in predict_dense(model, films, size):
+    for _, map_Bchh in predict_head(model, films, size):
         found += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
     return found
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from cmcgns.data import storage
 from cmcgns.data.augment import crop, normalise
 from cmcgns.data.dataset import FETCH_THREADS, fetched, ordered_context
+from cmcgns.data.sources import Reader
 from cmcgns.data.transforms import resize_film
 from cmcgns.errors import BadRow
 from cmcgns.evaluate.encoders import EncoderSpec
@@ -120,9 +122,7 @@ def _make(
         scratch = [stack.enter_context(storage.scratch_file(uri)) for uri in uris]
         writers: list[pq.ParquetWriter] = []
         for part in stream_features(encoders, images, resize, settings):
-            refused = part.filter(pa.compute.is_valid(part["reason"]))
-            bad |= dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
-            good = part.filter(pa.compute.is_null(part["reason"]))
+            good = usable(part, bad)
             for place in range(len(encoders)):
                 own = _columns_of(good, place)
                 if len(writers) <= place:
@@ -144,8 +144,7 @@ def stream_features(
     encoders: Sequence[EncoderSpec], images: ImageSet, resize: int, settings: EvaluateConfig
 ) -> Iterator[pa.Table]:
     """Tables of image_id, reason, and for encoder i pooled<i> and perhaps shared<i>."""
-    rows = images.table.select(["image_id", "path"]).combine_chunks()
-    pieces = [rows.slice(start, PIECE_FILMS) for start in range(0, len(rows), PIECE_FILMS)]
+    pieces = pieces_of(images.table.select(["image_id", "path"]))
     read = partial(read_films, source_ref=ray.put(images.source), resize=resize)
     with ordered_context(0.0, PIECES_AHEAD * PIECE_FILMS * resize**2, None):
         films = ray.data.from_arrow(pieces).map_batches(
@@ -165,8 +164,6 @@ def stream_features(
 
 def read_films(rows: pa.Table, source_ref: Any, resize: int) -> pa.Table:
     """image_id, film (the padded square's bytes, null where it cannot be used) and reason of each row."""
-    from concurrent.futures import ThreadPoolExecutor
-
     source: FilmSource = fetched(source_ref)
     paths = rows["path"].to_pylist()
     reader = source.reader(paths)
@@ -177,14 +174,32 @@ def read_films(rows: pa.Table, source_ref: Any, resize: int) -> pa.Table:
         except BadRow as reason:
             return None, str(reason)
 
-    with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        films = list((threads.map if reader.waits else map)(read, paths))
+    films = read_each(reader, read, paths)
     columns = {
         "image_id": rows["image_id"],
         "film": pa.array([film for film, _ in films], pa.binary(resize**2)),
         "reason": pa.array([reason for _, reason in films], pa.string()),
     }
     return pa.table(columns)
+
+
+def pieces_of(table: pa.Table) -> list[pa.Table]:
+    """``table`` in pieces of ``PIECE_FILMS`` rows, one a task."""
+    rows = table.combine_chunks()
+    return [rows.slice(start, PIECE_FILMS) for start in range(0, len(rows), PIECE_FILMS)]
+
+
+def read_each(reader: Reader, read: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """What ``read`` makes of each item, several at a time where ``reader`` waits for storage."""
+    with ThreadPoolExecutor(FETCH_THREADS) as threads:
+        return list((threads.map if reader.waits else map)(read, items))
+
+
+def usable(part: pa.Table, bad: dict[str, str]) -> pa.Table:
+    """The rows of ``part`` without a reason against them; those of the others go into ``bad``."""
+    refused = part.filter(pa.compute.is_valid(part["reason"]))
+    bad |= dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
+    return part.filter(pa.compute.is_null(part["reason"]))
 
 
 class EmbedFilms:

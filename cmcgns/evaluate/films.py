@@ -4,7 +4,6 @@ N films, K mask classes, R pixels of the square.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +15,20 @@ import ray
 from numpy.typing import NDArray
 
 from cmcgns.data import storage
-from cmcgns.data.dataset import FETCH_THREADS, fetched, ordered_context
+from cmcgns.data.dataset import fetched, ordered_context
 from cmcgns.data.transforms import resize_film
 from cmcgns.errors import BadRow
-from cmcgns.evaluate.features import PIECE_FILMS, PIECES_AHEAD, read_refused, set_digest, warn_of_bad, write_refused
+from cmcgns.evaluate.features import (
+    PIECE_FILMS,
+    PIECES_AHEAD,
+    pieces_of,
+    read_each,
+    read_refused,
+    set_digest,
+    usable,
+    warn_of_bad,
+    write_refused,
+)
 from cmcgns.evaluate.sets.base import BOX_TYPE, ImageSet
 from cmcgns.evaluate.squares import square_boxes, square_masks
 
@@ -65,8 +74,7 @@ def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -
     of_set = set_digest(images, images.box_classes, images.mask_classes, where)
     uri = storage.join(folder, f"{images.name}-{of_set}-films-{side}.parquet")
     if not storage.exists(uri):
-        rows = images.table.combine_chunks()
-        pieces = [rows.slice(start, PIECE_FILMS) for start in range(0, len(rows), PIECE_FILMS)]
+        pieces = pieces_of(images.table)
         read = partial(read_films, images_ref=ray.put(images), side=side)
         context = ordered_context(0.0, PIECES_AHEAD * PIECE_FILMS * 2 * side**2, None)
         with context, storage.scratch_file(uri) as local:
@@ -85,9 +93,7 @@ def _write_films(writer: pq.ParquetWriter, pieces: list[pa.Table], read: Any, cp
         read, batch_format="pyarrow", batch_size=None, num_cpus=cpus_per_task
     )
     for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-        refused = part.filter(pa.compute.is_valid(part["reason"]))
-        bad |= dict(zip(refused["image_id"].to_pylist(), refused["reason"].to_pylist(), strict=True))
-        writer.write_table(part.filter(pa.compute.is_null(part["reason"])).cast(SCHEMA))
+        writer.write_table(usable(part, bad).cast(SCHEMA))
     return bad
 
 
@@ -115,8 +121,7 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
             "boxes": boxes,
         }
 
-    with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        return pa.Table.from_pylist(list((threads.map if reader.waits else map)(read, listed)), schema=SCHEMA)
+    return pa.Table.from_pylist(read_each(reader, read, listed), schema=SCHEMA)
 
 
 def film_ids(uri: str) -> list[str]:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from cmcgns.data.augment import normalise
 from cmcgns.evaluate.classification import accuracy_scores, auc_scores
-from cmcgns.evaluate.dense import fit_dense, predict_dense
 from cmcgns.evaluate.encoders import EncoderSpec, FilmEncoder
 from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.heads import fit_head, predict_head
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import Resampling, Score, percent
 from cmcgns.evaluate.sets.base import ImageSet
@@ -58,8 +58,8 @@ def finetune_scores(
     loaded = encoder.load()
     torch.manual_seed(settings.seed)
     model = Classifier(loaded, nn.Linear(loaded.dim, len(images.classes)))
-    steps = fit_dense(model, loss, parts["train"], parts["valid"], settings, settings.seed)
-    found = [logit_BK.numpy() for _, logit_BK in predict_dense(model, parts["test"], settings.head_batch)]
+    steps = fit_head(model, loss, parts["train"], parts["valid"], settings, settings.seed)
+    found = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
     score_NK = np.concatenate(found).astype(np.float64)
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     measured = accuracy_scores if images.exclusive else auc_scores

@@ -66,19 +66,21 @@ def embed_pairs(model: VisionLanguageModel, run: PretrainedRun, split: SplitName
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
     batch_of = Batcher(run.config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
-    parts = []
+    parts, held = list[Pairs](), 0
     with stream.context():
         tables = stream.rows(VALIDATION_EPOCH, 0).iter_batches(
             batch_size=run.config.train.microbatch_size, batch_format="pyarrow"
         )
         for table in tables:
-            parts.append(_block_pairs(model, batch_of, table.combine_chunks(), found))
+            parts.append(_block_pairs(model, batch_of, table.combine_chunks(), found, FILMS - held))
+            held += len(parts[-1].film_MHW)
     if not parts:
         raise UserError(f"{found.config.data.uri}: no study of the {split} split can be used")
     return _joined(parts)
 
 
-def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table, split: Split) -> Pairs:
+def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table, split: Split, films: int) -> Pairs:
+    """One block, with its first ``films`` films."""
     block = to_block(table, split.config.data.resize)
     batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
     outputs = model(batch)
@@ -101,7 +103,7 @@ def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table,
         study_of_n=np.repeat(np.arange(len(block)), block.sentence_counts),
         attended_nD=unit(torch.from_numpy(real(outputs.image_to_text_BSD))).numpy(),
         weight_nP=real(weight_BSP),
-        film_MHW=middle(block.images_BRR, data.image_size).copy(),
+        film_MHW=middle(block.images_BRR[:films], data.image_size).copy(),
     )
 
 
@@ -109,7 +111,6 @@ def _joined(parts: list[Pairs]) -> Pairs:
     """All parts as one, sentences pointing to their studies' new places."""
     starts = np.cumsum([0, *(len(part.study_N) for part in parts[:-1])])
     moved = [replace(part, study_of_n=part.study_of_n + start) for part, start in zip(parts, starts, strict=True)]
-    whole = Pairs(
+    return Pairs(
         **{field.name: np.concatenate([getattr(part, field.name) for part in moved]) for field in fields(Pairs)}
     )
-    return replace(whole, film_MHW=whole.film_MHW[:FILMS])

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from cmcgns.command_line import STATUS_FAILED
 from cmcgns.data import storage
 from cmcgns.errors import UserError
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, differences
 from cmcgns.run_folder import RunFolder
-from cmcgns.terminal import STYLE
+from cmcgns.terminal import STYLE, print_plan
 
 
 def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, Any]) -> None:
@@ -39,14 +40,28 @@ def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, A
         for encoder in dict.fromkeys(score.encoder for score in scores)
         for each in differences(scores, encoder)
     ]
-    # NaN is no JSON
-    found = json.loads(pd.Series([facts | {"scores": rows, "differences": against}]).to_json(orient="values"))[0]
-    folder.write_json("evaluation.json", found)
+    folder.write_json("evaluation.json", without_nan(facts | {"scores": rows, "differences": against}))
     storage.write_bytes(folder.file("evaluation.csv"), pd.DataFrame(rows).to_csv(index=False).encode())
     resamples = [score.resampled_R.tolist() if score.resampled_R is not None else None for score in scores]
     table = pa.Table.from_pylist(rows).append_column("resampled", pa.array(resamples, pa.list_(pa.float64())))
     with storage.writing(folder.file("scores.parquet")) as file:
         pq.write_table(table, file)
+
+
+def without_nan(value: dict[str, Any]) -> dict[str, Any]:
+    """``value`` with null for NaN, which is no JSON."""
+    found: dict[str, Any] = json.loads(pd.Series([value]).to_json(orient="values"))[0]
+    return found
+
+
+def tell_rest(terminal: Console, left_out: Sequence[str], failures: Sequence[str], results: str) -> int:
+    """Say what was left out, what failed and where the results are; the exit status."""
+    for line in left_out:
+        terminal.print(f"left out: {line}", highlight=False, markup=False)
+    for line in failures:
+        terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
+    print_plan(terminal, {"results": results})
+    return STATUS_FAILED if failures else 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ def show(terminal: Console, scores: Sequence[Score], first: str) -> None:
     for key in dict.fromkeys(score.key for score in scores):
         cells = [cell(next((s for s in scores if s.key == key and s.encoder == name), None)) for name in encoders]
         gaps = [gap(ahead.get((key, other))) for other in encoders[1:]]
-        table.add_row(*key[:1], key[1], key[2], key[3], *cells, *gaps)
+        table.add_row(*key, *cells, *gaps)
     terminal.print(table)
 
 

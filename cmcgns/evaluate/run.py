@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns.command_line import STATUS_INTERRUPTED, to_yaml
 from cmcgns.data import storage
 from cmcgns.data.sources import PhantomSource
 from cmcgns.data.transforms import Target
@@ -20,7 +20,7 @@ from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.encoders import open_encoders
 from cmcgns.evaluate.exported import last_run
 from cmcgns.evaluate.job_config import TASKS, EvaluateConfig, EvaluateJobConfig
-from cmcgns.evaluate.report import Results, read_results, report_page, show, write_results
+from cmcgns.evaluate.report import Results, read_results, report_page, show, tell_rest, write_results
 from cmcgns.evaluate.scores import named
 from cmcgns.evaluate.sets import open_set
 from cmcgns.evaluate.sets.base import SPLITS, ImageSet
@@ -211,9 +211,5 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation) -> int:
     page = report_page(folder.name, found.scores, sorted(found.shown, key=lambda figure: figure.title), facts)
     storage.write_bytes(folder.file("report.html"), page.encode())
     show(terminal, found.scores, found.encoders[0].name)
-    for line in found.left_out:
-        terminal.print(f"left out: {line}", highlight=False, markup=False)
-    for line in found.failures:
-        terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
-    print_plan(terminal, {"results": f"{folder.file('evaluation.json')}, evaluation.csv and report.html beside it"})
-    return STATUS_FAILED if found.failures else 0
+    results = f"{folder.file('evaluation.json')}, evaluation.csv and report.html beside it"
+    return tell_rest(terminal, found.left_out, found.failures, results)

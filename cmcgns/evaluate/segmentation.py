@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns.errors import UserError
-from cmcgns.evaluate.dense import DenseModel, build_dense, fit_dense, predict_dense
+from cmcgns.evaluate.dense import DenseModel, build_dense
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import SAMPLES, Figure, masks
 from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.heads import fit_head, predict_head
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, percent
 from cmcgns.evaluate.sets.base import ImageSet
@@ -39,7 +40,7 @@ def segmentation_scores(
         raise UserError(f"{images.name}: no test film has any of {', '.join(images.mask_classes)}")
     side = parts["train"].film_NRR.shape[-1]
     model = build_dense(encoder.load(), side, STRIDE, len(images.mask_classes), tuned, settings.seed)
-    steps = fit_dense(model, dice_and_cross_entropy, parts["train"], parts["valid"], settings, settings.seed)
+    steps = fit_head(model, dice_and_cross_entropy, parts["train"], parts["valid"], settings, settings.seed)
     if shown is not None:
         some = parts["test"].take(np.flatnonzero(parts["test"].mask_NKRR.any(axis=(1, 2, 3)))[:SAMPLES].tolist())
         answer_NRR = np.concatenate([each.any(1) for _, each in answers(model, some, settings.head_batch)])
@@ -99,7 +100,7 @@ def enlarged(map_BKrr: Tensor, side: int) -> Tensor:
 
 def answers(model: DenseModel, films: Films, size: int) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
     """The masks that the model gives, part by part, (B, K, R, R)."""
-    for rows, map_BKrr in predict_dense(model, films, size):
+    for rows, map_BKrr in predict_head(model, films, size):
         yield rows, enlarged(map_BKrr, films.film_NRR.shape[-1]).numpy() > 0
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,14 +27,13 @@ from cmcgns.evaluate.pairs import Pairs, embed_pairs
 from cmcgns.evaluate.retrieval import retrieval_scores
 from cmcgns.evaluate.scores import Score, percent
 from cmcgns.evaluate.segmentation import segmentation_scores
-from cmcgns.evaluate.sets.base import SPLITS, ImageSet
+from cmcgns.evaluate.sets.base import SPLITS, ImageSet, What
 from cmcgns.evaluate.zeroshot import Prompts, zeroshot_scores
 
 ON_PAIRS = ("retrieval", "clusters", "grounding")
 ON_FEATURES = ("zeroshot", "classification")
 CORPUS = "corpus"
 """What the run's own corpus is called where it is no set of images."""
-What = Literal["masks", "boxes", "labels"]
 ON_PLACES: dict[str, What] = {
     "segmentation": "masks",
     "detection": "boxes",

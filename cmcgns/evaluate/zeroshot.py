@@ -90,9 +90,6 @@ def zeroshot_scores(
     A class's score is the film's mean similarity to its ``present`` sentences less that to its ``absent`` ones. ``shown`` is
     given the curves.
     """
-    unknown = [name for name in images.classes if name not in prompts]
-    if unknown:
-        raise UserError(f"evaluate.prompts: {images.name} has no prompts for {', '.join(unknown)}")
     rows = images.split("test")
     places, found = features.of(rows["image_id"].to_pylist())
     if found.shared_ND is None:

@@ -18,7 +18,6 @@ from cmcgns.evaluate.measures import measure
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.sweep.asha import scheduler_of
-from cmcgns.sweep.gate import Gate
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.opened import Sweep, open_sweep, write_start
@@ -59,8 +58,8 @@ def sweep(config: SweepJobConfig) -> int:
         write_start(opened)
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         base, at_once = opened.base, room.trials
-        gate = Gate(lambda: room_for(base, nodes_of_cluster(), at_once))
-        watch = ray.remote(Watch).options(num_cpus=0, label_selector=here).remote(gate)
+        count = lambda: room_for(base, nodes_of_cluster(), at_once)
+        watch = ray.remote(Watch).options(num_cpus=0, label_selector=here).remote(count)
         task = TrialTask(base, opened.runs, metric, ray.put(opened.materials), watch)
         table, began = SweepTable(ledger, watch, metric, terminal), time.time()
         try:

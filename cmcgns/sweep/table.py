@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -12,18 +13,18 @@ from rich.table import Table
 
 from cmcgns.sweep.gate import Gate
 from cmcgns.sweep.ledger import Ledger, Trial
+from cmcgns.sweep.resources import Room
 from cmcgns.train.plan import Share
 
 POLL_S = 1.0
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
 
 
-class Watch:
-    """A small actor on the driver's node: how far each running trial is, what its processes have said, and who may run."""
+class Watch(Gate):
+    """A small actor on the driver's node: the gate, how far each running trial is, and what its processes have said."""
 
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
-        self.complaint: str | None = None
+    def __init__(self, count: Callable[[], Room]) -> None:
+        super().__init__(count)
         self.groups: dict[int, list[Any]] = {}
         self.steps: dict[int, tuple[int, int]] = {}
         self.lines: list[tuple[int, int, str]] = []
@@ -45,8 +46,8 @@ class Watch:
     def enter(self, number: int) -> Share | None:
         """See ``Gate.enter``; says once why nobody may. What the trial's last attempt has left behind is freed."""
         self._free(number)
-        share, before = self.gate.enter(number), self.complaint
-        self.complaint = self.gate.complaint
+        before = self.complaint
+        share = super().enter(number)
         if self.complaint and self.complaint != before:
             self.say(number, logging.WARNING, f"waits for nodes: {self.complaint}")
         return share
@@ -54,27 +55,17 @@ class Watch:
     def leave(self, number: int) -> None:
         """See ``Gate.leave``; whatever trial ``number`` has left behind is freed."""
         self._free(number)
-        self.gate.leave(number)
+        super().leave(number)
 
     def _free(self, number: int) -> None:
         for group in self.groups.pop(number, []):
             ray.util.remove_placement_group(group)
 
     def empty(self) -> None:
-        """See ``Gate.empty``."""
-        self.gate.empty()
-
-    def excuse(self, number: int) -> None:
-        """See ``Gate.excuse``."""
-        self.gate.excuse(number)
-
-    def is_excused(self, number: int) -> bool:
-        """See ``Gate.is_excused``."""
-        return self.gate.is_excused(number)
-
-    def must_leave(self, number: int) -> bool:
-        """See ``Gate.must_leave``."""
-        return self.gate.must_leave(number)
+        """See ``Gate.empty``; whatever the trials have left behind is freed."""
+        for number in list(self.groups):
+            self._free(number)
+        super().empty()
 
     def news(self) -> tuple[dict[int, tuple[int, int]], list[tuple[int, int, str]]]:
         """Step and total by trial, and the lines since the last call."""

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,8 +114,11 @@ class TrialRunner:
             return before
         losses = 0
         while not self._stopped.is_set():
-            run = self._open()
-            result = self._attempt(run)
+            began, run = time.time(), self._open()
+            from cmcgns.train.run import train  # torch, only now: what is wrong with the settings is told before
+
+            self.costs["opening"] = time.time() - began
+            result = self._attempt(run, train)
             if result["status"] == "finished":
                 return {"step": result["steps"], self.task.metric: measure(self.task.metric, result["metrics"])}
             if not self._sent_away.is_set() and result["status"] == "failed":
@@ -126,19 +129,13 @@ class TrialRunner:
         return {"failure": "stopped"}
 
     def _open(self) -> Pretraining:
-        began = time.time()
         own = any(key.startswith(("data.", "model.")) for key in self.told["drawn"])
         materials: Materials | None = None if own else ray.get(self.task.materials)
         run = open_pretraining(trial_config(self.task, self.told), materials)
-        from cmcgns.train.run import train  # noqa: F401 - torch, with the opening: what is wrong with settings is told before
-
         self.total = run.schedule.total
-        self.costs["opening"] = time.time() - began
         return run
 
-    def _attempt(self, run: Pretraining) -> dict[str, Any]:
-        from cmcgns.train.run import train
-
+    def _attempt(self, run: Pretraining, train: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         share = self._enter()
         if share is None:
             return {"status": "stopped"}

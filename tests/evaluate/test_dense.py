@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmcgns.evaluate.dense import DenseModel, Loss, build_dense, fit_dense, mean_loss
+from cmcgns.evaluate.dense import DenseModel, build_dense
 from cmcgns.evaluate.detection import STRIDE as BOX_STRIDE
 from cmcgns.evaluate.detection import centre_loss, detection_scores
 from cmcgns.evaluate.encoders import FilmEncoder
 from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.heads import Loss, fit_head, mean_loss
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.segmentation import STRIDE as MASK_STRIDE
 from cmcgns.evaluate.segmentation import dice_and_cross_entropy, segmentation_scores
@@ -43,7 +44,7 @@ def built(task: str, tuned: bool, seed: int = 0, name: str = "resnet-tiny") -> D
 
 
 def fit(model: DenseModel, task: str, train: Films, valid: Films, settings: EvaluateConfig = SETTINGS) -> int:
-    return fit_dense(model, LOSSES[task][0], train, valid, settings, seed=0)
+    return fit_head(model, LOSSES[task][0], train, valid, settings, seed=0)
 
 
 @pytest.mark.parametrize("task", LOSSES)
@@ -107,7 +108,7 @@ def test_training_goes_back_to_the_best_validation_state(tuned: bool) -> None:
             validated.append((float(loss), head, state_of(model.encoder)))
         return loss
 
-    steps = fit_dense(model, watched, train, valid, settings, seed=0)
+    steps = fit_head(model, watched, train, valid, settings, seed=0)
     losses = [loss for loss, _, _ in validated]
     best = losses.index(min(losses))
     # a tenth of the steps between validations; three without a better loss, and no more

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from torchmetrics.functional.segmentation import dice_score
 
 from cmcgns.errors import UserError
-from cmcgns.evaluate.dense import DenseModel, build_dense, fit_dense
+from cmcgns.evaluate.dense import DenseModel, build_dense
 from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.heads import fit_head
 from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import Score
 from cmcgns.evaluate.segmentation import STRIDE, counts, dice_and_cross_entropy, segmentation_scores
@@ -33,7 +34,7 @@ def lookalikes() -> Films:
 def model() -> DenseModel:
     """A head that has learnt these films by heart, as ``segmentation_scores`` trains it."""
     built = build_dense(SPEC.load(), SIDE, STRIDE, len(KINDS), False, SETTINGS.seed)
-    fit_dense(built, dice_and_cross_entropy, TRAIN, TRAIN, SETTINGS, SETTINGS.seed)
+    fit_head(built, dice_and_cross_entropy, TRAIN, TRAIN, SETTINGS, SETTINGS.seed)
     return built
 
 

@@ -217,10 +217,15 @@ def read_table(uri: str) -> pd.DataFrame:
     return table
 
 
+def place_of(seed: int, group: str) -> float:
+    """Where ``group`` lies between 0 and 1 when splits are drawn: a function of seed and group alone."""
+    digest = hashlib.blake2b(f"split|{seed}|{group}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
 def draw_split(seed: int, group: str) -> str:
     """train, valid or test (80/10/10), a function of seed and group alone."""
-    digest = hashlib.blake2b(f"split|{seed}|{group}".encode(), digest_size=8).digest()
-    place = int.from_bytes(digest, "little") / 2**64
+    place = place_of(seed, group)
     return next(name for name, end in SPLIT_SHARES if place < end or end == 1.0)
 
 

@@ -18,6 +18,7 @@ from cmcgns.data.sources import Reader
 from cmcgns.errors import UserError
 
 SPLITS = ("train", "valid", "test")
+What = Literal["masks", "boxes", "labels"]
 BOX_TYPE = pa.struct(
     [pa.field("kind", pa.int32()), *(pa.field(name, pa.float64()) for name in ("x0", "y0", "x1", "y1"))]
 )
@@ -28,12 +29,10 @@ IMAGE_SCHEMA = pa.schema(
         pa.field("group", pa.string()),  # what splits keep together: the patient where the set names one
         pa.field("split", pa.string()),  # train, valid or test
         pa.field("labels", pa.list_(pa.float32())),  # one a class: 1, 0, or NaN where unknown; empty without classes
-        pa.field(
-            "boxes", pa.list_(BOX_TYPE)
-        ),  # in pixels of the scan; null where nobody has looked, empty where nothing is
-        pa.field(
-            "masks", pa.list_(pa.string())
-        ),  # how each part of the mask is written down; null where nobody has looked
+        # in pixels of the scan; null where nobody has looked, empty where nothing is
+        pa.field("boxes", pa.list_(BOX_TYPE)),
+        # how each part of the mask is written down; null where nobody has looked
+        pa.field("masks", pa.list_(pa.string())),
     ]
 )
 
@@ -88,7 +87,7 @@ class ImageSet:
         """The images of one split, in the set's order."""
         return self.table.filter(pc.equal(self.table["split"], name))
 
-    def seen(self, rows: pa.Table, what: Literal["boxes", "masks", "labels"]) -> pa.Table:
+    def seen(self, rows: pa.Table, what: What) -> pa.Table:
         """Those of ``rows`` on which somebody has looked for ``what``."""
         if what == "masks" and type(self).paint is ImageSet.paint:
             what = "boxes"  # which are what it paints

@@ -1,7 +1,6 @@
 """What every reader of a downstream set does: list the folder once, find label files and films in it, draw splits."""
 
 import fnmatch
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from PIL import Image
 from cmcgns.data import storage
 from cmcgns.data.framing import Film
 from cmcgns.data.sources import FileSource
-from cmcgns.data.sources.base import decode_text, read_table
+from cmcgns.data.sources.base import decode_text, place_of, read_table
 from cmcgns.data.transforms import Target, decode_scan
 from cmcgns.errors import UserError
 
@@ -118,22 +117,16 @@ def box(kind: int, x0: float, y0: float, x1: float, y1: float) -> dict[str, Any]
     return {"kind": kind, "x0": x0, "y0": y0, "x1": x1, "y1": y1}
 
 
-def place_of(seed: int, group: str) -> float:
-    """Where ``group`` lies between 0 and 1: a function of seed and group alone.
-
-    As in ``draw_split``: what is drawn here for test from the last tenths was not drawn for training there.
-    """
-    digest = hashlib.blake2b(f"split|{seed}|{group}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
-
-
 def first_by_hash(groups: Iterable[str], seed: int, count: int) -> set[str]:
     """The ``count`` groups that lie first."""
     return set(sorted(set(groups), key=lambda group: (place_of(seed, group), group))[:count])
 
 
 def split_by_hash(groups: pd.Series, seed: int, shares: dict[str, int]) -> pd.Series:
-    """The split of each row's group, drawn with ``shares`` in hundredths."""
+    """The split of each row's group, drawn with ``shares`` in hundredths.
+
+    By the places that ``draw_split`` goes by: what is drawn here for test from the last tenths was not drawn for training there.
+    """
     ends = np.cumsum(list(shares.values()))
     if ends[-1] != 100:
         raise ValueError(f"shares {shares} add up to {ends[-1]}, not to 100")

@@ -1,0 +1,40 @@
+"""What a set has no truth for: splits that nobody has looked at, and test films without anything on them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cmcgns.errors import UserError
+from cmcgns.evaluate.detection import detection_scores
+from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.job_config import EvaluateConfig
+from cmcgns.evaluate.sets.base import ImageSet, image_table
+from cmcgns.evaluate.tasks import _empty_split
+
+ANYWHERE: Any = SimpleNamespace(uri="nowhere")
+BOX = [{"kind": 0, "x0": 1.0, "y0": 1.0, "x1": 5.0, "y1": 5.0}]
+
+
+def boxed(**boxes: Any) -> ImageSet:
+    """One image a split, with the boxes that are given for it."""
+    rows = [
+        {"image_id": split, "path": "", "group": split, "split": split, "boxes": found}
+        for split, found in boxes.items()
+    ]
+    return ImageSet("boxed", ANYWHERE, image_table(rows), "by name", box_classes=("mass",))
+
+
+def test_a_split_in_which_nobody_has_looked_is_named_and_one_with_nothing_on_it_is_none() -> None:
+    assert _empty_split(boxed(train=None, valid=None, test=BOX), "boxes") == "train"
+    assert _empty_split(boxed(train=BOX, valid=None, test=BOX), "boxes") == "valid"
+    assert _empty_split(boxed(train=BOX, valid=[], test=BOX), "boxes") is None
+
+
+def test_detection_without_a_box_on_any_test_film_is_refused() -> None:
+    nothing = Films(["test"], np.zeros((1, 32, 32), np.uint8), np.zeros((1, 0, 32, 32), bool), [np.zeros(0, np.int32)],
+                    [np.zeros((0, 4))])  # fmt: skip
+    unused: Any = None
+    with pytest.raises(UserError, match="boxed: no test film has any of mass"):
+        detection_scores(unused, boxed(test=[]), {"test": nothing}, ["test"], 1.0, False, EvaluateConfig(run="unused"))
