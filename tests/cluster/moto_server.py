@@ -1,0 +1,50 @@
+"""An AWS to break: moto's own server on loopback in a process of its own, gone at the end."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.ranks import free_port
+
+START_S = 120
+REGION = "us-east-1"
+
+
+@contextmanager
+def running_moto(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment of clients of a fresh, empty account; the server logs into ``folder``."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    with (folder / "moto.log").open("wb") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            # else a role cannot be given Amazon's own policies, wide ones among them
+            env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_up(address, server, folder)
+        yield {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _wait_until_up(address: str, server: subprocess.Popen[bytes], folder: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and server.poll() is None:
+        with suppress(OSError), urllib.request.urlopen(f"{address}/moto-api/", timeout=5):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"moto's server did not start: {(folder / 'moto.log').read_text()[-2000:]}")
