@@ -1,0 +1,151 @@
+"""cluster/kuberay/ against KubeRay's fields, Kubernetes' own schemas, and what Ray's autoscaler reads out of it."""
+
+from copy import deepcopy
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.cluster.files import CLUSTER, KUBERAY, ray_of_image, requirement
+from tests.cluster.kuberay_schema import SCHEMAS
+
+KUBERNETES = "1.34"
+FILES = (*KUBERAY, "network_policy")
+
+
+def resources(name: str) -> dict[str, dict[str, Any]]:
+    """Everything that a file would make, by kind."""
+    made = yaml.safe_load_all((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
+    return {resource["kind"]: resource for resource in made}
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    """The Ray cluster of a file."""
+    made = resources(name)
+    return made["RayCluster"]["spec"] if "RayCluster" in made else made["RayJob"]["spec"]["rayClusterSpec"]
+
+
+def groups(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Groups of a cluster by name, the head among them."""
+    return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+
+
+def check(resource: dict[str, Any]) -> None:
+    """Refuse what Kubernetes or KubeRay would refuse, and what they would drop without a word."""
+    if resource["kind"] not in SCHEMAS:
+        kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+        return
+    jsonschema.validate(resource, SCHEMAS[resource["kind"]])
+    spec = resource["spec"] if resource["kind"] == "RayCluster" else resource["spec"]["rayClusterSpec"]
+    for group in groups(spec).values():
+        pods = {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
+        kubernetes_validate.validate(pods, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kubernetes_and_kuberay_know_every_field(name: str) -> None:
+    for resource in resources(name).values():
+        check(resource)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "authOption"), {"mode": "token"}),
+        (("spec", "authOptions", "mode"), "tokens"),
+        (("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("spec", "workerGroupSpecs", 0, "maxReplica"), 4),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "toleration"), []),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "resources", "limit"), {}),
+        (("spec", "workerGroupSpecs", 0, "template", "spec", "volumes", 0, "emptyDir", "medium"), 1),
+    ],
+)
+def test_a_misspelt_field_or_value_is_found(path: tuple[str | int, ...], value: Any) -> None:
+    resource = deepcopy(resources("raycluster")["RayCluster"])
+    part: Any = resource
+    for step in path[:-1]:
+        part = part[step]
+    part[path[-1]] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check(resource)
+
+
+def test_the_job_brings_the_cluster_that_stands_alone() -> None:
+    assert cluster_spec("rayjob") == cluster_spec("raycluster")
+    assert resources("rayjob")["ServiceAccount"] == resources("raycluster")["ServiceAccount"]
+
+
+def test_tokens_are_asked_for_and_usage_statistics_are_off() -> None:
+    spec = cluster_spec("raycluster")
+    assert spec["authOptions"] == {"mode": "token"}
+    for group in groups(spec).values():
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
+        assert "RAY_AUTH_TOKEN" not in str(container["env"])
+
+
+def test_images_and_version_are_of_the_ray_that_is_required() -> None:
+    spec, ray = cluster_spec("raycluster"), requirement("ray")
+    images = {c["image"] for group in groups(spec).values() for c in group["template"]["spec"]["containers"]}
+    assert {ray_of_image(image) for image in images} == {spec["rayVersion"]}
+    assert spec["rayVersion"] in ray
+
+
+def test_pods_hold_no_rights_that_they_do_not_need() -> None:
+    for name, group in groups(cluster_spec("raycluster")).items():
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert not pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"]
+        assert pod["automountServiceAccountToken"] == (name == "head")
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert cluster_spec("raycluster")["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+def test_shared_memory_is_mounted_and_fits_the_pods_memory() -> None:
+    for group in groups(cluster_spec("raycluster")).values():
+        pod = group["template"]["spec"]
+        (volume,), (container,) = pod["volumes"], pod["containers"]
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        limit = container["resources"]["limits"]["memory"]
+        assert 0 < gibibytes(volume["emptyDir"]["sizeLimit"]) < gibibytes(limit) / 2
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def gibibytes(quantity: str) -> int:
+    return int(quantity.removesuffix("Gi"))
+
+
+def test_rays_autoscaler_reads_ranges_resources_and_labels_out_of_it() -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    resource = deepcopy(resources("raycluster")["RayCluster"])
+    resource["metadata"]["namespace"] = "films"
+    config = _derive_autoscaling_config_from_ray_cr(resource)
+    types = config["available_node_types"]
+    assert config["idle_timeout_minutes"] == 10
+    assert (types["headgroup"]["resources"]["CPU"], types["headgroup"]["resources"]["GPU"]) == (0, 0)
+    workers = {name: kind for name, kind in types.items() if name != "headgroup"}
+    assert {name: (kind["min_workers"], kind["max_workers"]) for name, kind in workers.items()} == {
+        "gpu-spot": (0, 4), "gpu-on-demand": (0, 2), "cpu": (0, 6),
+    }  # fmt: skip
+    assert {name: kind["resources"].get("GPU", 0) for name, kind in workers.items()} == {
+        "gpu-spot": 4, "gpu-on-demand": 4, "cpu": 0,
+    }  # fmt: skip
+    assert {name: kind["labels"] for name, kind in workers.items() if kind["labels"]} == {
+        "cpu": {"cmcgns.io/role": "data"}
+    }
+    assert workers["gpu-spot"]["priority"] > workers["gpu-on-demand"].get("priority", 0)
+
+
+def test_the_network_policy_lets_in_this_namespace_and_the_operator_alone() -> None:
+    policy = resources("network_policy")["NetworkPolicy"]["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    (rule,) = policy["ingress"]
+    own, operator = rule["from"]
+    assert own == {"podSelector": {}}
+    assert operator["podSelector"]["matchLabels"]
+    assert not [peer for peer in rule["from"] if "ipBlock" in peer]
