@@ -109,6 +109,20 @@ def test_no_machine_is_open_to_the_world_or_may_do_everything(config: dict[str, 
     assert wide_policies(profile) == []
 
 
+def test_machines_can_have_private_addresses_alone(account: Account, config: dict[str, Any]) -> None:
+    assert launched(config, "head")["PublicIpAddress"]
+    ec2 = boto3.client("ec2")
+    vpc = ec2.describe_security_groups(GroupIds=[account.group])["SecurityGroups"][0]["VpcId"]
+    zone = account.config["provider"]["availability_zone"].partition(",")[0]
+    subnet = ec2.create_subnet(VpcId=vpc, CidrBlock="172.31.128.0/20", AvailabilityZone=zone)["Subnet"]["SubnetId"]
+    private = account.changed()
+    private["provider"]["use_internal_ips"] = True
+    for kind in private["available_node_types"].values():
+        kind["node_config"]["SubnetIds"] = [subnet]
+    machine = launched(bootstrapped(private), "head")
+    assert (machine["SubnetId"], machine.get("PublicIpAddress")) == (subnet, None)
+
+
 def test_without_the_group_of_the_file_ray_would_open_ssh_to_the_world(account: Account) -> None:
     config = account.changed() | {"cluster_name": "unnamed-group"}
     for kind in config["available_node_types"].values():
