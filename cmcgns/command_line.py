@@ -24,6 +24,9 @@ WORDS = (
 RESUME_KEYS = ("run.resume", "sweep.resume")
 """Keys that name a run to go on with; each begins from the settings of that run."""
 
+FLAGS = ("--print-config", "--dry-run")
+"""Words without a value."""
+
 Settings = TypeVar("Settings", bound=Section)
 """The settings of one job: a section whose fields are sections."""
 
@@ -33,19 +36,27 @@ def run_job(
     kind: type[Settings],
     default_config: Path | None,
     argv: Sequence[str] | None = None,
+    plan: Callable[[Settings], int] | None = None,
 ) -> int:
-    """Exit status of ``main`` under the settings that ``argv`` asks for; wrong input gives 2 and one message."""
+    """Exit status of ``main`` under the settings that ``argv`` asks for; wrong input gives 2 and one message.
+
+    With ``--dry-run`` ``plan`` is called instead, where the job has one.
+    """
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         if "--help" in arguments or "-h" in arguments:
             print(help_text(kind, default_config))
             return 0
-        print_only = "--print-config" in arguments
-        config = load_config([word for word in arguments if word != "--print-config"], kind, default_config)
-        if print_only:
+        flags = {word for word in arguments if word in FLAGS}
+        config = load_config([word for word in arguments if word not in flags], kind, default_config)
+        if "--print-config" in flags:
             print(to_yaml(config), end="")
             return 0
-        return main(config)
+        if "--dry-run" not in flags:
+            return main(config)
+        if plan is None:
+            raise UserError("--dry-run: this job makes no plan beforehand; jobs/pretrain.py does")
+        return plan(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return STATUS_WRONG_INPUT

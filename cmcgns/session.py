@@ -3,14 +3,19 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.exceptions import AuthenticationError, RayError
 
 from cmcgns.data.faults import PATIENCE_S, PATIENCE_VARIABLE
+from cmcgns.doctor.preflight import check_nodes
+from cmcgns.errors import UserError
 
 LOCAL_CLUSTER = {
     # data tasks come in bursts: keep their processes, and what they have imported, between epochs
@@ -21,30 +26,99 @@ LOCAL_CLUSTER = {
 }
 """Settings of a Ray made for one run on this machine."""
 
+CONNECT_S = 10.0
+SILENT = "no Ray cluster answers there. `ray status` on its head says whether it runs; its port must be open from here"
+
 
 @contextmanager
-def ray_session(variables: dict[str, str] | None = None) -> Iterator[float]:
+def ray_session(variables: dict[str, str] | None = None, uris: Sequence[str] | None = None) -> Iterator[float]:
     """CPUs of the Ray cluster that the environment names, or of one made on this machine for the job.
 
-    ``variables`` are environment variables for all its processes; what the environment says already comes first.
+    ``variables`` are environment variables for all its processes; what the environment says already comes first. With
+    ``uris`` the nodes of a cluster that is named are looked at first: their versions, and whether they reach these.
+
+    Raises:
+        UserError: the named cluster cannot be joined, or one of its nodes cannot carry the job.
     """
     environment = job_environment(variables or {})
     os.environ.update(environment)
-    ours = not ray.is_initialized()
+    named, ours = os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
     if ours:
-        # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
-        own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
-        settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
-        if not os.environ.get("RAY_ADDRESS"):
-            settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+        _connect(named, environment)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
     try:
+        if ours and named and uris is not None:
+            check_nodes(uris)
         yield float(ray.cluster_resources().get("CPU", 0))
     finally:
         if ours:
             ray.shutdown()
+
+
+def _connect(named: str | None, environment: dict[str, str]) -> None:
+    """Join the cluster at ``named``, or make one; its processes get ``environment``."""
+    # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
+    own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
+    if named:
+        _refuse_silence(named)
+    else:
+        settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
+    try:
+        with _without_attempts() if named else nullcontext():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        if not named:
+            raise
+        raise UserError(f"RAY_ADDRESS {named}: {why_not_joined(error)}") from None
+
+
+@contextmanager
+def _without_attempts() -> Iterator[None]:
+    """Without what Ray's core prints meanwhile: each attempt to join with a wrong token, once a second, past all settings."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _refuse_silence(named: str) -> None:
+    """Refuse the address of a cluster where nothing listens, which Ray asks for minutes and then dies of."""
+    host, colon, port = named.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # 'auto', or another kind of address: Ray's own
+    try:
+        socket.create_connection((host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS {named}: {SILENT} ({error})") from None
+
+
+def why_not_joined(error: BaseException) -> str:
+    """What keeps this process out of a cluster, from what Ray says of it, and the way out."""
+    said = []
+    inner: BaseException | None = error
+    while inner is not None:
+        said.append(str(inner))
+        inner = inner.__cause__
+    text = " ".join(" ".join(said).split())
+    if "Version mismatch" in text:
+        return (
+            f"{text[text.index('Version mismatch') :].rstrip('.')}. Run the job with the cluster's own Python and Ray"
+        )
+    if "InvalidAuthToken" in text or isinstance(error, AuthenticationError):
+        return (
+            "the cluster refuses this process's token, or it has none. Set RAY_AUTH_MODE=token and give the head's "
+            "~/.ray/auth_token (mode 600) or RAY_AUTH_TOKEN"
+        )
+    return (
+        "no Ray cluster answers there. `ray status` on its head says whether it runs; the port must be open from here"
+    )
 
 
 def submitted_variables() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Pretrain CM-CGNS: `python jobs/pretrain.py [--config FILE.yaml] [--section.key=value ...]`; see --help."""
+"""Pretrain CM-CGNS: `python jobs/pretrain.py [--config FILE.yaml] [--dry-run] [--section.key=value ...]`; see --help."""
 
 import sys
 from pathlib import Path
@@ -16,5 +16,12 @@ def main(config: Config) -> int:
     return pretrain(config)
 
 
+def plan(config: Config) -> int:
+    """Exit status of a look at what a run would do, and where: 0 where it could begin."""
+    from cmcgns.train.run import pretrain  # heavy, see above
+
+    return pretrain(config, dry_run=True)
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main, Config, DEFAULT_CONFIG))
+    sys.exit(run_job(main, Config, DEFAULT_CONFIG, plan=plan))

@@ -111,7 +111,13 @@ def stop(head: RayHead) -> None:
 
 
 @contextmanager
-def joined_node(head: RayHead, cpus: int = 2, object_store_mib: int = 200) -> Iterator[subprocess.Popen[bytes]]:
+def joined_node(
+    head: RayHead,
+    cpus: int = 2,
+    object_store_mib: int = 200,
+    labels: str = "",
+    environment: dict[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
     """Another node of the cluster on this machine: ``ray start --address``; killed at the end, with all that it started."""
     folder, before = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), state(head).nodes
     with (folder / "start.log").open("wb") as log:
@@ -119,11 +125,11 @@ def joined_node(head: RayHead, cpus: int = 2, object_store_mib: int = 200) -> It
             [
                 Path(sys.executable).with_name("ray"), "start", f"--address={head.environment['RAY_ADDRESS']}", "--block",
                 "--disable-usage-stats", f"--num-cpus={cpus}", f"--object-store-memory={object_store_mib * MIB}",
-                f"--dashboard-agent-listen-port={free_port()}",
+                f"--dashboard-agent-listen-port={free_port()}", *([f"--labels={labels}"] if labels else []),
                 # as on a machine of its own: in a folder for both, one node's end would take the other's copy of a job's files
                 f"--temp-dir={folder}/r",
             ],
-            env={**os.environ, **head.environment},
+            env={**os.environ, **head.environment, **(environment or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -25,6 +25,7 @@ from cmcgns.clustering.pool import LOST, PooledRows, Shard, actor_options, threa
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import first_line
+from cmcgns.placement import machines, pool_strategies
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,12 @@ def start_pool(
     threads = threads_per_actor(config)
     # pushes and passes overlap: a push must never wait behind a pass
     make_shard = ray.remote(shard_type).options(max_restarts=-1, max_concurrency=8, **actor_options(config))
-    shards = tuple(make_shard.remote(i, config.actors, ranks, config.device, threads) for i in range(config.actors))
+    # actors that want a GPU go where one is
+    nodes = [] if config.gpus_per_actor else machines()
+    shards = tuple(
+        make_shard.options(scheduling_strategy=strategy).remote(i, config.actors, ranks, config.device, threads)
+        for i, strategy in enumerate(pool_strategies(nodes, config.actors, config.cpus_per_actor))
+    )
     ray.get([shard.ready.remote() for shard in shards])
     coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1).remote()
     return PoolHandles(shards, coordinator, config)

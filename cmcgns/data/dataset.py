@@ -27,6 +27,7 @@ from cmcgns.data.sources import Reader, Source
 from cmcgns.data.transforms import draw_key, drawn_film, resize_film
 from cmcgns.errors import BadRow, UserError
 from cmcgns.models.tokenizer import ReportTokenizer
+from cmcgns.placement import data_label, data_resources, machines
 
 FETCH_THREADS = 8
 """Films of one piece that are fetched from storage at the same time."""
@@ -138,7 +139,7 @@ class Beside(ExecutionCallback):
         """Lets the stream count on every CPU that training leaves: Ray Data would give it its part of all, and subtract from
         that the whole of what training holds. A stream left without a CPU for one of its steps fills the object store."""
         executor._resource_manager._get_total_resources = lambda: ray.data.ExecutionResources.from_resource_dict(
-            ray.cluster_resources()
+            data_resources()
         )
 
     def on_execution_step(self, executor: Any) -> None:
@@ -162,6 +163,7 @@ def ordered_context(taken_cpus: float, most_bytes: int, most_cpus: float | None)
     with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
+    context.execution_options.label_selector = data_label(machines())
     context.target_max_block_size = BLOCK_BYTES
     # else a task that waits for room keeps its CPU: validation would wait for it, and training for validation
     context._max_num_blocks_in_streaming_gen_buffer = None

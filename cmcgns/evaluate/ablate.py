@@ -41,7 +41,7 @@ def ablate(config: EvaluateJobConfig) -> int:
     first = next(iter(ablation.variants.values()))
     with ray_session(worker_variables(first)) as cpus:
         for each in ablation.variants.values():
-            check_cpus(each, cpus)
+            check_cpus(each)
         check_capacity(settings, cpus, first.data.cpus_per_task)
         print_plan(terminal, describe_plan(ablation, folder))
         warn_of_passing_folder(terminal, folder)

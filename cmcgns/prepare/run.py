@@ -77,7 +77,7 @@ def prepare(config: PrepareJobConfig) -> int:
         missing = [shard for shard in plan.shards if shard.name not in progress.made]
         print_plan(terminal, describe_plan(config, source, index, plan, missing))
         maker, began = Maker(source, config.prepare, pseudonyms), time.perf_counter()
-        with quiet_terminal(), ray_session() as cpus:
+        with quiet_terminal(), ray_session(uris=[config.data.uri, out]) as cpus:
             refuse_large_tasks(config.prepare.cpus_per_task, cpus)
             status = make_missing(terminal, config, maker, splits, missing, progress)
         if status:

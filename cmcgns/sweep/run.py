@@ -49,8 +49,9 @@ def sweep(config: SweepJobConfig) -> int:
     ledger, settings, folder, metric = opened.ledger, opened.settings, opened.folder, opened.settings.metric
     os.environ.update(TUNE_VARIABLES)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table says what failed, and why
-    with quiet_terminal(), log_on(terminal), ray_session(worker_variables(opened.base)) as cpus:
-        check_cpus(opened.base, cpus)
+    uris = [opened.base.data.uri, folder.storage]
+    with quiet_terminal(), log_on(terminal), ray_session(worker_variables(opened.base), uris):
+        check_cpus(opened.base)
         most = settings.trials if opened.search is not None else len(ledger.first_runs)
         room = room_for(opened.base, nodes_of_cluster(), min(settings.max_concurrent or most, most))
         print_plan(terminal, describe_plan(opened, room))

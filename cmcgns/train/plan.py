@@ -1,31 +1,43 @@
 """The plan of a run: what goes where, on how much, and whether the cluster can carry it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import ray
 
 from cmcgns.config import Config
 from cmcgns.data.dataset import most_ahead
 from cmcgns.errors import UserError
+from cmcgns.placement import DATA, ROLE, Machine, data_machines, describe_placement, most_resources
 from cmcgns.train.corpus import Corpus
 from cmcgns.train.opened import Pretraining
 
 
-def check_cpus(config: Config, cpus: float) -> None:
-    """Refuse what would leave Ray Data without a CPU, with the numbers."""
+def check_cpus(config: Config) -> None:
+    """Refuse what would leave Ray Data without a CPU, be the cluster grown as far as it may, with the numbers."""
     train, clustering = config.train, config.clustering
-    taken = taken_cpus(config)
+    taken, most = taken_cpus(config), most_resources()
+    cpus, gpus = most.get("CPU", 0.0), most.get("GPU", 0.0)
     if taken > cpus - 1:
         raise UserError(
             f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
             f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
             "Lower train.cpus_per_worker or clustering.cpus_per_actor"
         )
-    gpus = float(ray.cluster_resources().get("GPU", 0))
     wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
     if wanted > gpus:
         raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
+
+
+def check_data_nodes(config: Config, nodes: Sequence[Machine]) -> None:
+    """Refuse nodes labelled for data that the clustering pool fills: data tasks go nowhere else."""
+    labelled = data_machines(nodes)
+    if labelled and whole_cluster(config, nodes).data < 1:
+        clustering = config.clustering
+        raise UserError(
+            f"the {len(labelled)} nodes labelled {ROLE}={DATA} have {sum(node.cpus for node in labelled):g} CPUs, and "
+            f"{clustering.actors} clustering actors of {clustering.cpus_per_actor} leave less than one of them for data. Label "
+            "more nodes, or lower clustering.cpus_per_actor"
+        )
 
 
 def taken_cpus(config: Config) -> float:
@@ -36,7 +48,7 @@ def taken_cpus(config: Config) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """CPUs of the cluster, and those of them that a run's data tasks may count on."""
+    """CPUs of the nodes where data tasks may go, and those of them that a run's data tasks may count on."""
 
     all: float
     data: float
@@ -45,9 +57,13 @@ class Share:
     holds instead of waiting for more. Whoever runs it starts it again."""
 
 
-def whole_cluster(config: Config, cpus: float) -> Share:
-    """The share of a run that has a cluster of ``cpus`` to itself."""
-    return Share(cpus, cpus - taken_cpus(config))
+def whole_cluster(config: Config, nodes: Sequence[Machine]) -> Share:
+    """The share of a run that has a cluster of ``nodes`` to itself."""
+    labelled = data_machines(nodes)
+    cpus = sum(node.cpus for node in labelled or nodes)
+    # on nodes labelled for data are no workers but where nothing else is free
+    taken = config.clustering.actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
+    return Share(cpus, cpus - taken)
 
 
 def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
@@ -67,11 +83,12 @@ def threads_per_worker(config: Config) -> int:
     return max((os.cpu_count() or 1) // on_one_machine, 1)
 
 
-def describe_plan(run: Pretraining, parameters: int, cpus: float) -> dict[str, str]:
+def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Machine]) -> dict[str, str]:
     """What is about to happen, for the user to read before it does."""
     config, folder, corpus, schedule = run.config, run.folder, run.corpus, run.schedule
     train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
-    ahead = studies_ahead(config, corpus, whole_cluster(config, cpus).data)
+    share = whole_cluster(config, nodes)
+    ahead = studies_ahead(config, corpus, share.data)
     left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
     return {
         "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
@@ -88,5 +105,5 @@ def describe_plan(run: Pretraining, parameters: int, cpus: float) -> dict[str, s
         "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
         "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
         f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
-        "cluster": f"{cpus:g} CPUs, {cpus - taken_cpus(config):g} of them left for data",
+        "cluster": f"{describe_placement(config, nodes)}; {share.data:g} CPUs left for data",
     }

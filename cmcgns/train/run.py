@@ -14,6 +14,7 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import last_line
+from cmcgns.placement import machines
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
@@ -21,21 +22,29 @@ from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.display import Display, stop_on_interrupt
 from cmcgns.train.folder import latest_checkpoint, read_bad_rows, write_bad_rows, write_start
 from cmcgns.train.opened import Pretraining, open_pretraining
-from cmcgns.train.plan import Share, check_cpus, describe_plan, whole_cluster
+from cmcgns.train.plan import Share, check_cpus, check_data_nodes, describe_plan, whole_cluster
 
 PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 
 
-def pretrain(config: Config) -> int:
-    """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved."""
+def pretrain(config: Config, dry_run: bool = False) -> int:
+    """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved.
+
+    A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing.
+    """
     terminal, run = console(), open_pretraining(config)
     from cmcgns.train.launch import count_parameters  # only now, see ``launch``
 
     parameters = count_parameters(run.config, run.tokenizer)
-    with quiet_terminal(), ray_session(worker_variables(config)) as cpus:
-        check_cpus(config, cpus)
-        print_plan(terminal, describe_plan(run, parameters, cpus))
+    uris = [run.config.data.uri, run.folder.storage]
+    with quiet_terminal(), ray_session(worker_variables(config), uris):
+        nodes = machines()
+        print_plan(terminal, describe_plan(run, parameters, nodes))
+        check_cpus(config)
+        check_data_nodes(config, nodes)
         warn_of_passing_folder(terminal, run.folder)
+        if dry_run:
+            return 0
 
         @contextmanager
         def follow(board: Any) -> Iterator[None]:
@@ -46,7 +55,7 @@ def pretrain(config: Config) -> int:
             finally:
                 display.close()
 
-        result = train(run, whole_cluster(config, cpus), follow)
+        result = train(run, whole_cluster(config, nodes), follow)
         report(terminal, run.folder, result)
         status = {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(result["status"], STATUS_FAILED)
         if result["gave_up"]:
