@@ -13,6 +13,16 @@ from tests.ray_head import RayHead, running_head
 from tests.s3 import S3Server, running_server
 
 
+NEEDS = ("distributed", "ray", "s3", "cluster", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests are dealt to several processes, those that start processes of their own take turns in one."""
+    for item in items:
+        if any(item.get_closest_marker(need) for need in NEEDS):
+            item.add_marker(pytest.mark.xdist_group("machine"))
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of two CPUs in this process, gone with the module."""
