@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.ray_head import RayHead, running_head
 from tests.s3 import S3Server, running_server
 
-
 NEEDS = ("distributed", "ray", "s3", "cluster", "gpu")
 
 
