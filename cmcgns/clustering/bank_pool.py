@@ -136,11 +136,13 @@ def start_pool(
     check_faiss(config.device)
     threads = threads_per_actor(config)
     # pushes and passes overlap: a push must never wait behind a pass
-    make_shard = ray.remote(shard_type).options(max_restarts=-1, max_concurrency=8, **actor_options(config))
+    options = {"max_restarts": -1, "max_concurrency": 8, **actor_options(config)}
     # actors that want a GPU go where one is
     nodes = [] if config.gpus_per_actor else machines()
     shards = tuple(
-        make_shard.options(scheduling_strategy=strategy).remote(i, config.actors, ranks, config.device, threads)
+        ray.remote(shard_type)
+        .options(scheduling_strategy=strategy, **options)
+        .remote(i, config.actors, ranks, config.device, threads)
         for i, strategy in enumerate(pool_strategies(nodes, config.actors, config.cpus_per_actor))
     )
     ray.get([shard.ready.remote() for shard in shards])
