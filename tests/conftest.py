@@ -12,14 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.ray_head import RayHead, running_head
 from tests.s3 import S3Server, running_server
 
-NEEDS = ("distributed", "ray", "s3", "cluster", "gpu")
+TURNS = {"ray": "cluster", "s3": "cluster", "cluster": "cluster", "distributed": "ranks"}
+"""Which tests that start processes of their own take turns, where tests are dealt to several processes: by what they need."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are dealt to several processes, those that start processes of their own take turns in one."""
+    """Deal tests that start processes of their own in two heaps."""
     for item in items:
-        if any(item.get_closest_marker(need) for need in NEEDS):
-            item.add_marker(pytest.mark.xdist_group("machine"))
+        turns = [turn for need, turn in TURNS.items() if item.get_closest_marker(need)]
+        if turns:
+            item.add_marker(pytest.mark.xdist_group(turns[0]))
 
 
 @pytest.fixture(scope="module")
