@@ -15,7 +15,7 @@ pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rfEs -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rs
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

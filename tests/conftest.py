@@ -12,17 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.ray_head import RayHead, running_head
 from tests.s3 import S3Server, running_server
 
-TURNS = {"ray": "cluster", "s3": "cluster", "cluster": "cluster", "distributed": "ranks"}
-"""Which tests that start processes of their own take turns, where tests are dealt to several processes: by what they need."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal tests that start processes of their own in two heaps."""
-    for item in items:
-        turns = [turn for need, turn in TURNS.items() if item.get_closest_marker(need)]
-        if turns:
-            item.add_marker(pytest.mark.xdist_group(turns[0]))
-
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
