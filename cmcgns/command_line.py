@@ -45,7 +45,7 @@ def run_job(
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         if "--help" in arguments or "-h" in arguments:
-            print(help_text(kind, default_config))
+            print(help_text(kind, default_config, "" if plan is None else " [--dry-run]"))
             return 0
         flags = {word for word in arguments if word in FLAGS}
         config = load_config([word for word in arguments if word not in flags], kind, default_config)
@@ -174,10 +174,10 @@ def to_yaml(config: Section) -> str:
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
 
 
-def help_text(kind: type[Section], default_config: Path | None) -> str:
-    """Every key with type, default and meaning."""
+def help_text(kind: type[Section], default_config: Path | None, flags: str = "") -> str:
+    """Every key with type, default and meaning, after a line of use with ``flags`` of the job's own."""
     lines = [
-        f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config] [--section.key=value ...]",
+        f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
         f"Without --config the settings of {default_config.name} apply; defaults below are those of an empty file."
         if default_config
         else "Without --config the defaults below apply.",

@@ -232,8 +232,8 @@ class RunConfig(Section):
             yield f"run.resume {self.resume} goes on under its own name; leave run.name {self.name} out"
 
 
-class Config(Section):
-    """All settings of a pretraining run."""
+class RunSections(Section):
+    """The sections of a pretraining run, each by itself."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -241,6 +241,10 @@ class Config(Section):
     clustering: ClusteringConfig = ClusteringConfig()
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
+
+
+class Config(RunSections):
+    """All settings of a pretraining run."""
 
     @model_validator(mode="after")
     def parts_work_together(self) -> Self:

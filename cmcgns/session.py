@@ -116,9 +116,7 @@ def why_not_joined(error: BaseException) -> str:
             "the cluster refuses this process's token, or it has none. Set RAY_AUTH_MODE=token and give the head's "
             "~/.ray/auth_token (mode 600) or RAY_AUTH_TOKEN"
         )
-    return (
-        "no Ray cluster answers there. `ray status` on its head says whether it runs; the port must be open from here"
-    )
+    return SILENT
 
 
 def submitted_variables() -> dict[str, str]:

@@ -41,8 +41,11 @@ class Inspector:
     def examine(self, name: str, asked: host.Asked, gpus: int) -> list[Line]:
         return host.examine(name, asked, gpus)
 
-    def data(self, uri: str, must_exist: bool = True) -> objects.Reached:
-        return objects.look_at_data(uri, must_exist)
+    def data(self, uri: str) -> objects.Reached:
+        return objects.look_at_data(uri)
+
+    def reach(self, uri: str) -> objects.Reached:
+        return objects.look_whether_reached(uri)
 
     def storage(self, uri: str, mark: str, mebibytes: int) -> objects.Reached:
         return objects.look_at_storage(uri, mark, mebibytes)
@@ -188,7 +191,7 @@ def data_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[Li
 
 def reach_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[Line]:
     """Whether each node may ask for ``uri``, be something there or not."""
-    return _uri_lines(nodes, "storage", uri, [node.inspector.data.remote(uri, False) for node in nodes], timeout_s)
+    return _uri_lines(nodes, "storage", uri, [node.inspector.reach.remote(uri) for node in nodes], timeout_s)
 
 
 def _uri_lines(

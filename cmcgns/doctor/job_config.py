@@ -2,7 +2,7 @@
 
 from pydantic import Field, PositiveInt
 
-from cmcgns.config import ClusteringConfig, DataConfig, ModelConfig, ObjectiveConfig, RunConfig, Section, TrainConfig
+from cmcgns.config import RunSections, Section
 
 
 class DoctorConfig(Section):
@@ -16,13 +16,7 @@ class DoctorConfig(Section):
     """Most pairs of nodes that are measured, in rounds in which each node has one partner."""
 
 
-class DoctorJobConfig(Section):
-    """All settings: a pretraining run's sections, so that its own file and keys can be given, and the doctor's."""
+class DoctorJobConfig(RunSections):
+    """All settings: a pretraining run's, so that its own file and keys can be given, and the doctor's."""
 
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    clustering: ClusteringConfig = ClusteringConfig()
-    train: TrainConfig = TrainConfig()
-    run: RunConfig = RunConfig()
     doctor: DoctorConfig = DoctorConfig()

@@ -24,13 +24,22 @@ class Reached:
     """Whether the file that the driver left is there."""
 
 
-def look_at_data(uri: str, must_exist: bool = True) -> Reached:
-    """Whether ``uri`` can be asked for, and whether something lies there."""
+def look_at_data(uri: str) -> Reached:
+    """Whether something lies at ``uri``."""
     _impatient()
     try:
-        return Reached() if storage.exists(uri) or not must_exist else Reached(error="nothing lies there")
+        return Reached() if storage.exists(uri) else Reached(error="nothing lies there")
     except (UserError, OSError) as error:
         return Reached(error=first_line(error))
+
+
+def look_whether_reached(uri: str) -> Reached:
+    """Whether ``uri`` can be asked for, be something there or not; as patient with a busy bucket as the job itself."""
+    try:
+        storage.exists(uri)
+    except (UserError, OSError) as error:
+        return Reached(error=first_line(error))
+    return Reached()
 
 
 def look_at_storage(uri: str, mark: str, mebibytes: int) -> Reached:

@@ -6,7 +6,8 @@ from cmcgns.data import storage
 from cmcgns.doctor import cluster
 from cmcgns.errors import UserError
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
+"""Longer than storage is tried again for, so that it is storage that says what is wrong."""
 
 
 def check_nodes(uris: Sequence[str]) -> None:

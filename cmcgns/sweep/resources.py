@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import ray
-
 from cmcgns.config import Config
 from cmcgns.data.dataset import DEALING_CPUS
 from cmcgns.errors import UserError
+from cmcgns.placement import machines
 from cmcgns.train.plan import Share, taken_cpus
 
 TRIAL_CPUS = 0.01
@@ -23,11 +22,7 @@ class Room:
 
 def nodes_of_cluster() -> list[dict[str, float]]:
     """CPUs and GPUs of each living node."""
-    return [
-        {name: float(node["Resources"].get(name, 0.0)) for name in ("CPU", "GPU")}
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    return [{"CPU": node.cpus, "GPU": node.gpus} for node in machines()]
 
 
 def trial_bundles(config: Config) -> list[dict[str, float]]:

@@ -61,7 +61,7 @@ def whole_cluster(config: Config, nodes: Sequence[Machine]) -> Share:
     """The share of a run that has a cluster of ``nodes`` to itself."""
     labelled = data_machines(nodes)
     cpus = sum(node.cpus for node in labelled or nodes)
-    # on nodes labelled for data are no workers but where nothing else is free
+    # an estimate: workers without GPUs may be packed onto nodes labelled for data
     taken = config.clustering.actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
     return Share(cpus, cpus - taken)
 

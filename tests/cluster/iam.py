@@ -35,7 +35,7 @@ def _condition(operator: str, wanted: Any, given: str | None) -> bool:
         return any(_like(pattern, given) for pattern in as_list(wanted))
     if operator in ("StringEquals", "Bool"):
         return given in as_list(wanted)
-    raise NotImplementedError(operator)
+    raise ValueError(f"condition operator {operator}: none of our policies' own")
 
 
 def _like(pattern: str, text: str) -> bool:

@@ -84,9 +84,8 @@ def check_agreement(rows: int, actors: int) -> None:
         )
 
 
-@pytest.mark.parametrize("actors", [3])
-def test_a_pool_agrees_with_one_array_bit_for_bit(actors: int) -> None:
-    check_agreement(ROWS, actors)
+def test_a_pool_agrees_with_one_array_bit_for_bit() -> None:
+    check_agreement(ROWS, actors=3)
 
 
 def check_survival(folder: Path, lost: list[int], caplog: pytest.LogCaptureFixture) -> None:

@@ -78,7 +78,7 @@ def store_emptied() -> bool:
     return time.monotonic() < end
 
 
-@pytest.mark.parametrize(("ranks", "cpus_per_task", "taken_cpus"), [(2, DEALING_CPUS, 1.6)])
+@pytest.mark.parametrize(("ranks", "cpus_per_task", "taken_cpus"), [(1, 0.5, 0.7), (2, DEALING_CPUS, 1.6)])
 def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(
     stream: Stream, ranks: int, cpus_per_task: float, taken_cpus: float
 ) -> None:
