@@ -34,11 +34,7 @@ class RayHead:
 
     def processes(self) -> list[psutil.Process]:
         """Every process of the cluster: ``ray start``, what it started, and what that started."""
-        try:
-            first = psutil.Process(self.process.pid)
-            return [first, *first.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return _family(self.process.pid)
 
 
 def node_ip() -> str:
@@ -99,15 +95,28 @@ def _wait_until_up(head: RayHead) -> None:
 
 def stop(head: RayHead) -> None:
     """End the cluster's processes, those alone: first asked, then killed."""
-    owned = head.processes()
-    for process in owned:
+    _end(head.process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    owned = _family(process.pid)
+    for each in owned:
         with suppress(psutil.NoSuchProcess):
-            process.terminate()
+            each.terminate()
     _, left = psutil.wait_procs(owned, timeout=8)
-    for process in left:
-        process.kill()
+    for each in left:
+        each.kill()
     psutil.wait_procs(left, timeout=5)
-    head.process.wait()
+    process.wait()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started; none where it is gone."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 @contextmanager
@@ -118,7 +127,8 @@ def joined_node(
     labels: str = "",
     environment: dict[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Another node of the cluster on this machine: ``ray start --address``; killed at the end, with all that it started."""
+    """Another node of the cluster on this machine: ``ray start --address``; signs off at the end, or a later test counts on it
+    until the head has missed it for half a minute."""
     folder, before = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), state(head).nodes
     with (folder / "start.log").open("wb") as log:
         process = subprocess.Popen(
@@ -138,7 +148,7 @@ def joined_node(
         _wait_until_joined(head, before, process, folder)
         yield process
     finally:
-        kill_node(process)
+        _end(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -152,13 +162,11 @@ def _wait_until_joined(head: RayHead, before: int, process: subprocess.Popen[byt
 
 def kill_node(process: subprocess.Popen[bytes]) -> None:
     """kill -9 of a node: ``ray start``, its raylet, and every process that runs on it."""
-    with suppress(psutil.NoSuchProcess):
-        first = psutil.Process(process.pid)
-        doomed = [*first.children(recursive=True), first]
-        for each in doomed:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(doomed, timeout=10)
+    doomed = _family(process.pid)[::-1]
+    for each in doomed:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(doomed, timeout=10)
     process.wait()
 
 
