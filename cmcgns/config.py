@@ -158,6 +158,8 @@ class TrainConfig(Section):
     """Ray Train workers (ranks)."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """CPUs that Ray reserves for one worker."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Workers on as few nodes as have room for them, or on as many as there are (for CPUs, or memory that one node lacks)."""
     threads_per_worker: PositiveInt | None = None
     """Torch threads of one worker; by default the machine's cores divided by its workers."""
     use_gpu: bool = False
@@ -166,6 +168,9 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO, or plain torch with the same losses (ZeRO stage 0 only)."""
     zero_stage: int = Field(1, ge=0, le=3)
     """What DeepSpeed partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    overlap_comm: bool | None = None
+    """Reduce gradients while the backward pass still runs (GPUs; costs two more buckets of memory). By default with ZeRO-3
+    alone, as DeepSpeed does."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of encoders and heads; losses are always fp32. fp16 needs a GPU."""
     microbatch_size: PositiveInt = 16

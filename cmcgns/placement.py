@@ -99,7 +99,7 @@ def describe_placement(config: Config, nodes: Sequence[Machine]) -> str:
     pool = pool_machines(nodes, config.clustering.cpus_per_actor)
     data = data_machines(nodes)
     return (
-        f"{there}; workers on as few nodes as have room, clustering "
+        f"{there}; workers on as {'few' if config.train.placement == 'pack' else 'many'} nodes as have room, clustering "
         + (f"on {_names(pool)} first" if pool else "anywhere")
         + ", data tasks "
         + (f"on {_names(data)} alone" if data else "anywhere")

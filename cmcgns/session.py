@@ -27,6 +27,9 @@ LOCAL_CLUSTER = {
 """Settings of a Ray made for one run on this machine."""
 
 CONNECT_S = 10.0
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of gRPC begins (RFC 9113, 3.4): the preface, and settings that change nothing."""
+SETTINGS_FRAME = 4
 SILENT = "no Ray cluster answers there. `ray status` on its head says whether it runs; its port must be open from here"
 
 
@@ -89,14 +92,20 @@ def _without_attempts() -> Iterator[None]:
 
 
 def _refuse_silence(named: str) -> None:
-    """Refuse the address of a cluster where nothing listens, which Ray asks for minutes and then dies of."""
+    """Refuse the address of a cluster where no gRPC server answers, which Ray asks for minutes and then dies of."""
     host, colon, port = named.rpartition(":")
     if not colon or not port.isdigit():
         return  # 'auto', or another kind of address: Ray's own
     try:
-        socket.create_connection((host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_S).close()
+        with socket.create_connection((host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            connection.sendall(HELLO)
+            answer = connection.recv(9, socket.MSG_WAITALL)
     except OSError as error:
         raise UserError(f"RAY_ADDRESS {named}: {SILENT} ({error})") from None
+    if answer[3:4] != bytes([SETTINGS_FRAME]):
+        raise UserError(f"RAY_ADDRESS {named}: {SILENT} (another program has this port)")
 
 
 def why_not_joined(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,12 @@ TINY = REPOSITORY / "jobs" / "configs" / "phantom-tiny.yaml"
 TIMEOUT_S = 900
 
 
-class Job:
-    """One running job; its output goes to a file beside the runs."""
+class Running:
+    """A command that runs; its output goes to a file in ``folder``."""
 
-    def __init__(
-        self,
-        storage: Path,
-        *arguments: str,
-        config: Path | None = TINY,
-        env: dict[str, str] | None = None,
-        job: str = "jobs/pretrain.py",
-    ) -> None:
-        storage.mkdir(parents=True, exist_ok=True)
-        self.output = storage / f"output-{time.monotonic_ns()}.txt"
-        settings = [] if config is None else ["--config", str(config)]
-        command = [sys.executable, job, *settings, f"--run.storage={storage}", *arguments]
+    def __init__(self, folder: Path, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output = folder / f"output-{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
@@ -63,10 +54,6 @@ class Job:
         """The job's processes whose title holds ``title``, such as the name of a Ray actor."""
         return [child for child in self._tree() if title in _title(child)]
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes of the Ray Train workers."""
-        return self.processes("RayTrainWorker")
-
     def interrupt(self) -> None:
         """Ctrl-C on the driver."""
         self.process.send_signal(signal.SIGINT)
@@ -86,6 +73,25 @@ class Job:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+class Job(Running):
+    """One of our jobs; its output lies beside the runs."""
+
+    def __init__(
+        self,
+        storage: Path,
+        *arguments: str,
+        config: Path | None = TINY,
+        env: dict[str, str] | None = None,
+        job: str = "jobs/pretrain.py",
+    ) -> None:
+        settings = [] if config is None else ["--config", str(config)]
+        super().__init__(storage, [sys.executable, job, *settings, f"--run.storage={storage}", *arguments], env)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of the Ray Train workers."""
+        return self.processes("RayTrainWorker")
 
 
 def _title(process: psutil.Process) -> str:

@@ -85,10 +85,10 @@ class S3Server:
 
 
 @contextmanager
-def running_server(folder: Path) -> Iterator[S3Server]:
-    """A server whose state lies in ``folder``; skips the test where none can be installed."""
+def running_server(folder: Path, address: str = "127.0.0.1") -> Iterator[S3Server]:
+    """A server on ``address`` whose state lies in ``folder``; skips the test where none can be installed."""
     root = install()
-    environment = {**os.environ, "CEPH_ROOT": str(root)}
+    environment = {**os.environ, "CEPH_ROOT": str(root), "S3_ADDRESS": address}
     started = subprocess.run([SCRIPT, "start", folder], env=environment, capture_output=True, text=True, check=False)
     try:
         if started.returncode:

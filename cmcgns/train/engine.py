@@ -24,6 +24,9 @@ from cmcgns.models.outputs import Outputs
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two running averages, by the name that torch and DeepSpeed share."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OVERLAPPING_BUCKET = 10_000_000
+"""Gradients that are reduced at a time while the backward pass runs. DeepSpeed's 500 million would hold all of these models, and
+be reduced after it."""
 
 State = dict[str, Tensor]
 """Tensors by name on the CPU: weights by their own name, averages as MOMENT.NAME, and ``optimizer_steps``."""
@@ -205,11 +208,16 @@ def import_deepspeed(device: torch.device) -> Any:
 
 def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's own configuration for ``config``."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.overlap_comm is not None:
+        zero["overlap_comm"] = config.overlap_comm
+    if config.overlap_comm and config.zero_stage < 3:
+        zero["reduce_bucket_size"] = OVERLAPPING_BUCKET
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.microbatch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.gradient_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -66,7 +66,7 @@ def fit(
         scaling_config=ScalingConfig(
             num_workers=config.train.num_workers,
             use_gpu=config.train.use_gpu,
-            placement_strategy="PACK",
+            placement_strategy=config.train.placement.upper(),
             resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
         ),
         run_config=RunConfig(

@@ -1,5 +1,6 @@
 """A run that loses workers and is stopped ends as if nothing had happened; the acceptance test takes it one by one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ pytestmark = pytest.mark.ray
 
 
 def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder, beside = tmp_path / "run", ThreadPoolExecutor(1)
+    undisturbed = beside.submit(run_undisturbed, tmp_path / "undisturbed")
     job = start(tmp_path, steps=4)
     job.workers()[0].kill()
     job.wait_for(lambda: "goes on after step" in job.text() and len(rows(folder)) >= 11)
@@ -21,4 +23,4 @@ def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp
     job = resume(tmp_path, "--train.num_workers=1", "--train.zero_stage=3")
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
-    compare(folder, run_undisturbed(tmp_path / "undisturbed"), same_ranks_until=steps)
+    compare(folder, undisturbed.result(), same_ranks_until=steps)

@@ -1,0 +1,81 @@
+"""A cluster without a cloud: three machines brought up by `ray up`, jobs submitted to them from a fourth, a cable pulled in the
+middle, and nothing left afterwards."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import TINY, Job, registered, result, rows
+from tests.rehearsal.cluster import Cluster, running_cluster
+from tests.rehearsal.hosts import left_overs, skip_unless_possible
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+
+SETTINGS = (
+    "--run.name=run", "--train.num_workers=3", "--train.placement=spread", "--train.microbatch_size=8",
+    "--train.global_batch_size=24", "--train.zero_stage=2", "--train.precision=fp32", "--train.log_every=1",
+    "--train.checkpoint_every=10",
+)  # fmt: skip
+FIRST_STEPS = ("--train.stage1_steps=20", "--train.stage2_steps=10")
+CUT_AT, STEPS = 25, 90
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    skip_unless_possible()
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+    assert left_overs(running.hosts.values()) == []
+
+
+def pretrain(cluster: Cluster, storage: Path, *words: str) -> tuple[int, str]:
+    """Status and output of `ray job submit -- python jobs/pretrain.py`."""
+    done = cluster.submit("python", "jobs/pretrain.py", f"--config={TINY}", f"--run.storage={storage}", *words)
+    return done.returncode, done.stdout
+
+
+def test_the_doctor_finds_nothing_wrong_on_three_hosts(cluster: Cluster, tmp_path: Path) -> None:
+    visit = cluster.submit("python", "-m", "cmcgns.doctor", "--doctor.nodes=3", f"--run.storage={tmp_path}")
+    assert visit.returncode == 0, visit.stdout
+    assert "0 warning, 0 failed" in visit.stdout
+    assert "3 of 3 pairs by gloo" in visit.stdout
+
+
+def test_three_hosts_with_zero_2_give_the_losses_of_one(cluster: Cluster, tmp_path: Path) -> None:
+    alone = Job(tmp_path / "one", *SETTINGS, *FIRST_STEPS)
+    said = alone.wait()
+    assert alone.process.returncode == 0, said[-3000:]
+    status, said = pretrain(cluster, tmp_path / "three", *SETTINGS, *FIRST_STEPS)
+    assert status == 0, said[-3000:]
+    assert "succeeded" in said
+    assert "workers on as many nodes as have room" in said
+    found, expected = rows(tmp_path / "three" / "run"), rows(tmp_path / "one" / "run")
+    assert [row["studies_digest"] for row in found] == [row["studies_digest"] for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4), row["step"]
+    print(
+        "largest relative difference", max(abs(r["loss"] / w["loss"] - 1) for r, w in zip(found, expected, strict=True))
+    )
+
+
+def test_a_run_whose_third_host_is_cut_off_ends_on_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    words = (*SETTINGS, f"--train.stage1_steps={STEPS - 10}", "--train.stage2_steps=10")
+    job = cluster.start_job("python", "jobs/pretrain.py", f"--config={TINY}", f"--run.storage={tmp_path}", *words)
+    folder = tmp_path / "run"
+    job.wait_for(lambda: len(rows(folder)) >= CUT_AT and registered(folder))
+    cut = time.monotonic()
+    cluster.hosts["h3"].cut()
+    before = len(rows(folder))
+    job.wait_for(lambda: len(rows(folder)) > before + 5)
+    print(f"steps again {time.monotonic() - cut:.0f} s after the cable was pulled")
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    assert "goes on after step" in said
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+    assert result(folder)["status"] == "finished"
+    assert cluster.nodes() == ["h1", "h2"]
+
+    cluster.hosts["h3"].plug()
+    cluster.wait_for_nodes(["h1", "h2", "h3"])  # the head starts Ray there again

@@ -1,0 +1,129 @@
+"""What a step should take on 8, 64 and 512 GPUs, on paper: `python -m tests.benchmarks.scaling`.
+
+ResNet-50 with a BERT-base, ZeRO-1 or 2 in bf16, 64 studies a GPU, no accumulation: weak scaling. Operations are counted by torch,
+parameters on the model; what is assumed stands in ``Machine`` and in the constants, what was measured says so.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tests.benchmarks.gpu_step import FULL, build_run, flops_per_step
+
+COUNTED = 2
+"""Studies of the batch whose operations are counted; but for the losses they grow with the studies."""
+STUDIES, SENTENCES, WIDTH, BYTES = 64, 6, 768, 4
+"""Of a GPU's batch; of a study; numbers of a feature; bytes of a number (gradients, features and weights travel as fp32)."""
+UTILISATION, WIRE = 0.35, 0.8
+"""Assumed: share of the arithmetic peak that encoders reach, and of a card's rate that collectives reach."""
+BACKWARD = 2 / 3
+"""Share of the arithmetic that is the backward pass, behind which gradients can be reduced."""
+BANK, CLUSTERS, ITERATIONS, REFRESH, ACTORS = 262_144, 128, 20, 100, 4
+"""Of jobs/configs/mimic_cxr.yaml; the most iterations of a re-clustering."""
+MEASURED_PASS_S, MEASURED_ROWS, MEASURED_WIDTH, MEASURED_THREADS = 0.291, 400_000, 256, 2
+"""Measured (README): an iteration of the pool at K=128."""
+MEASURED_DECODES, MEASURED_PREPARED = 72, 3814 / 2
+"""Measured (README): films a second of a core, JPEGs of 2500 x 3000 and a prepared set."""
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A host of GPUs, by its maker's figures."""
+
+    name: str
+    gpus: int
+    peak: float
+    """bf16 operations a second of a GPU."""
+    plain: float
+    """fp32 operations a second of a GPU, for the losses."""
+    network: float
+    """Bytes a second of all of a host's cards."""
+
+
+MACHINES = (
+    Machine("g6.12xlarge, 4 x L4, 40 Gbit/s", 4, 121e12, 30e12, 40e9 / 8),
+    Machine("8 x H100, 3,200 Gbit/s", 8, 989e12, 67e12, 3200e9 / 8),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds and bytes of one step."""
+
+    compute_s: float
+    losses_s: float
+    gather_s: float
+    reduce_s: float
+    """Gradients scattered to their owners."""
+    weights_s: float
+    """Their new weights handed to everyone."""
+    pushed: float
+    """Bytes that go to the clustering pool."""
+
+    def seconds(self, overlap: bool) -> float:
+        backward = BACKWARD * self.compute_s
+        hidden = min(backward, self.reduce_s) if overlap else 0.0
+        return self.compute_s + self.losses_s + self.gather_s + self.reduce_s - hidden + self.weights_s
+
+
+def step(machine: Machine, gpus: int, operations: float, parameters: int) -> Step:
+    """A step of ``gpus``; ``operations`` of one study, forwards and backwards."""
+    hosts = max(gpus // machine.gpus, 1)
+    across, wire = (hosts - 1) / hosts, machine.network * WIRE
+    rows = STUDIES * SENTENCES
+    # images and reports of all studies and all attended sentences come to every host, their gradients go back
+    features = 2 * gpus * (rows + 2 * STUDIES) * WIDTH * BYTES * across
+    return Step(
+        compute_s=STUDIES * operations / (machine.peak * UTILISATION),
+        losses_s=3 * 2 * rows * gpus * rows * WIDTH / (machine.plain * UTILISATION),
+        gather_s=features / wire,
+        reduce_s=parameters * BYTES * across / wire,
+        weights_s=parameters * BYTES * across / wire,
+        pushed=gpus * rows * WIDTH * BYTES,
+    )
+
+
+def clustering_s(threads: int) -> float:
+    """Seconds of a whole re-clustering, beside the training, by the measured time of an iteration."""
+    one = MEASURED_PASS_S * MEASURED_THREADS * (BANK / MEASURED_ROWS) * (WIDTH / MEASURED_WIDTH)
+    return ITERATIONS * one / threads
+
+
+def count() -> tuple[float, int]:
+    """Operations of a study in stage 2, forwards and backwards, and learnable numbers of the model."""
+    run = build_run(replace(FULL[0], studies=COUNTED), "fp32", "torch", torch.device("cpu"))
+    parameters = sum(parameter.numel() for parameter in run.engine.module.parameters())
+    return flops_per_step(run) / COUNTED, parameters
+
+
+def main() -> None:
+    """Print the README's table."""
+    operations, parameters = count()
+    print(
+        f"{operations / GIGA:.0f} GFLOP a study, {parameters / 1e6:.0f} M parameters; a re-clustering of {BANK} rows:"
+    )
+    print(f"{clustering_s(2 * ACTORS):.1f} s on {ACTORS} actors of 2 threads")
+    names = ("GPUs", "encoders", "losses", "gather", "gradients", "weights", "step", "overlapped", "efficiency", "to the pool",
+             "refresh every", "films/s", "cores raw", "cores prepared")  # fmt: skip
+    for machine in MACHINES:
+        print(f"\n{machine.name}\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
+        alone = None
+        for gpus in (8, 64, 512):
+            found = step(machine, gpus, operations, parameters)
+            plain, overlapped = found.seconds(False), found.seconds(True)
+            alone = alone or found.compute_s + found.losses_s
+            films = gpus * STUDIES / overlapped
+            milliseconds = (
+                found.compute_s, found.losses_s, found.gather_s, found.reduce_s, found.weights_s, plain, overlapped,
+            )  # fmt: skip
+            cells = [
+                f"{gpus}", *(f"{1000 * s:.0f}" for s in milliseconds), f"{alone / overlapped:.0%}",
+                f"{found.pushed / 2**20:.0f} MiB", f"{REFRESH * overlapped:.0f} s", f"{films:,.0f}",
+                f"{films / MEASURED_DECODES:,.0f}", f"{films / MEASURED_PREPARED:,.1f}",
+            ]  # fmt: skip
+            print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Pretend machines on one: network, mount, process, name and IPC namespaces on a bridge, each with an address, a home, a
+/tmp/ray, shared memory and an sshd that takes keys alone. Their cables can be pulled and narrowed, their power cut.
+
+The kernel needs no more than bridges, veth pairs and tbf. Memory, cores and the rest of the file system are everyone's.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.jobs import REPOSITORY
+
+INIT = Path(__file__).with_name("host.sh")
+NETWORK, BRIDGE, CABLE = "10.77.0", "cmcgns0", "cmcgns-"
+OPERATOR = "op"
+"""The machine that commands are typed on; no part of the cluster."""
+NEEDED = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "/usr/sbin/sshd": "openssh-server", "rsync": "rsync"}
+"""Programs, and the Debian packages that have them."""
+START_S = 20
+
+
+def skip_unless_possible() -> None:
+    """Skips where no machines can be made; installs what is missing where apt-get can."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("pretend machines need root and namespaces")
+    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no new namespaces")
+    if _missing() and shutil.which("apt-get"):
+        subprocess.run(["apt-get", "-q", "update"], capture_output=True, check=False)
+        install = ["apt-get", "-q", "-y", "--no-install-recommends", "install", *_missing()]
+        subprocess.run(
+            install, capture_output=True, check=False, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        )
+    if _missing():
+        pytest.skip(f"pretend machines need {', '.join(_missing())}")
+
+
+def _missing() -> list[str]:
+    return sorted({package for program, package in NEEDED.items() if shutil.which(program) is None})
+
+
+class Host:
+    """One machine, and the end of its cable."""
+
+    def __init__(self, folder: Path, name: str, number: int) -> None:
+        self.folder, self.name = folder / name, name
+        self.address, self._cable = f"{NETWORK}.{number}", f"{CABLE}{name}"
+        self._first: subprocess.Popen[bytes] | None = None
+        self._pid, self._namespace = 0, ""
+
+    def prepare(self, key: str, allowed: str) -> None:
+        """The machine's disk: its home, its own key, and who may log in."""
+        ssh = self.folder / "home" / ".ssh"
+        ssh.mkdir(parents=True, mode=0o700)
+        (ssh / "authorized_keys").write_text(allowed)
+        (ssh / "id_ed25519").write_text(key)
+        for path in ssh.iterdir():
+            path.chmod(0o600)
+        (self.folder / "home" / ".bashrc").touch()
+        host_key = self.folder / "host_key"
+        _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.name, "-f", str(host_key))
+        (self.folder / "sshd_config").write_text(
+            f"HostKey {host_key}\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\n"
+            "PermitRootLogin prohibit-password\nPidFile /run/sshd.pid\nMaxStartups 50\nStrictModes no\n"
+        )
+
+    def boot(self) -> None:
+        """Power on; returns once it takes logins. Ray is not started."""
+        log = self.folder / "init.log"
+        namespaces = ["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
+        # the interpreter, the environment and the repository, wherever they lie
+        kept = [sys.base_prefix, sys.prefix, str(REPOSITORY)]
+        with log.open("wb") as file:
+            self._first = subprocess.Popen(
+                ["unshare", *namespaces, "bash", INIT, self.folder, self.address, f"{NETWORK}.1", *kept],
+                stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + START_S
+        self._pid = self._child_in_its_own_network(end)
+        self._namespace = os.readlink(f"/proc/{self._pid}/ns/pid")
+        _do("ip", "link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", str(self._pid))
+        _do("ip", "link", "set", self._cable, "master", BRIDGE, "up")
+        while time.monotonic() < end and self._first.poll() is None:
+            if self.run("test", "-e", "/run/ready", check=False).returncode == 0:
+                return
+        raise RuntimeError(f"{self.name} did not start: {log.read_text()}")
+
+    def _child_in_its_own_network(self, end: float) -> int:
+        assert self._first is not None
+        ours = os.readlink("/proc/self/ns/net")
+        while time.monotonic() < end and self._first.poll() is None:
+            for child in psutil.Process(self._first.pid).children():
+                if os.readlink(f"/proc/{child.pid}/ns/net") != ours:
+                    return child.pid
+        raise RuntimeError(f"{self.name} did not start: {(self.folder / 'init.log').read_text()}")
+
+    def command(self, *words: str, environment: dict[str, str] | None = None) -> list[str]:
+        """What runs ``words`` on this machine, in a login's surroundings."""
+        enter = ["nsenter", "-t", str(self._pid), "-m", "-u", "-i", "-n", "-p", "--wd=/root"]
+        path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        own = {
+            "HOME": "/root",
+            "USER": "root",
+            "LANG": "C.UTF-8",
+            "TERM": "xterm",
+            "PATH": path,
+            "PYTHONUNBUFFERED": "1",
+        }
+        return [*enter, "env", "-i", *(f"{k}={v}" for k, v in (own | (environment or {})).items()), *words]
+
+    def run(
+        self, *words: str, check: bool = True, timeout_s: float = 120, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The output of a command on this machine, standard error with it."""
+        done = subprocess.run(
+            self.command(*words, environment=environment), text=True, stdin=subprocess.DEVNULL, timeout=timeout_s,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise AssertionError(f"{self.name}: {' '.join(words)}: status {done.returncode}\n{done.stdout[-3000:]}")
+        return done
+
+    @contextmanager
+    def running(self, *words: str) -> Iterator[None]:
+        """A command that runs meanwhile; entered once it has printed a line."""
+        process = subprocess.Popen(self.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield
+        finally:
+            # nsenter waits for its child in the machine; the child is what has to end
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.communicate()
+
+    def processes(self) -> list[int]:
+        """Ids, as seen from here, of what runs on this machine; none once it is off."""
+        found = []
+        for pid in psutil.pids():
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/ns/pid") == self._namespace:
+                    found.append(pid)
+        return found
+
+    def cut(self) -> None:
+        """Pull the cable: the others hear nothing more."""
+        _do("ip", "link", "set", self._cable, "down")
+
+    def plug(self) -> None:
+        """Put the cable back."""
+        _do("ip", "link", "set", self._cable, "up")
+
+    def narrow(self, rate: str) -> None:
+        """Let no more than ``rate`` (``1gbit``) through the cable each way."""
+        # a burst of what passes in 2 ms: shorter than the kernel's tick would starve the fast ones
+        shape = ["tbf", "rate", rate, "burst", "4mb", "latency", "50ms"]
+        _do("tc", "qdisc", "replace", "dev", self._cable, "root", *shape)
+        self.run("tc", "qdisc", "replace", "dev", "eth0", "root", *shape)
+
+    def refuse(self, address: str, port: int) -> None:
+        """Drop what this machine sends to a port of ``address``, as a firewall does."""
+        self.run("nft", "add table ip wall; add chain ip wall out { type filter hook output priority 0; }")
+        self.run("nft", f"add rule ip wall out ip daddr {address} tcp dport {port} drop")
+
+    def allow(self) -> None:
+        """Take the firewall down."""
+        self.run("nft", "delete table ip wall")
+
+    def bytes_sent(self) -> int:
+        """Bytes that have left through the cable."""
+        return int(Path(f"/sys/class/net/{self._cable}/statistics/rx_bytes").read_text())
+
+    def power_off(self) -> None:
+        """End every process of the machine at once, its network with it."""
+        if self._first is not None:
+            self._first.kill()  # with it the first process, and with that all the others
+            self._first.wait()
+        subprocess.run(["ip", "link", "del", self._cable], capture_output=True, check=False)
+
+
+def _do(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
+
+
+@contextmanager
+def running_hosts(folder: Path, count: int) -> Iterator[dict[str, Host]]:
+    """Machines ``op`` and ``h1`` ... by name, switched on; all gone at the end, whatever has happened."""
+    key = folder / "key"
+    _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "rehearsal", "-f", str(key))
+    numbers = {OPERATOR: 10} | {f"h{i}": 10 + i for i in range(1, count + 1)}
+    hosts = {name: Host(folder, name, number) for name, number in numbers.items()}
+    names = "".join(f"{host.address} {host.name}\n" for host in hosts.values())
+    (folder / "hosts.txt").write_text(f"127.0.0.1 localhost\n{names}")
+    for host in hosts.values():
+        host.prepare(key.read_text(), key.with_suffix(".pub").read_text())
+    if BRIDGE in os.listdir("/sys/class/net"):
+        raise RuntimeError(f"another rehearsal runs here: {BRIDGE} is there (`ip link del {BRIDGE}` where it is left over)")
+    _do("ip", "link", "add", BRIDGE, "type", "bridge")
+    try:
+        _do("ip", "addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
+        _do("ip", "link", "set", BRIDGE, "up")
+        for host in hosts.values():
+            host.boot()
+        yield hosts
+    finally:
+        for host in hosts.values():
+            host.power_off()
+        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+
+
+def left_overs(hosts: Iterable[Host]) -> list[str]:
+    """What should be gone once the hosts are: their processes, and links of their network."""
+    links = [name for name in os.listdir("/sys/class/net") if name == BRIDGE or name.startswith(CABLE)]
+    return links + [f"process {pid} of {host.name}" for host in hosts for pid in host.processes()]
