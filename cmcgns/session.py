@@ -125,6 +125,11 @@ def why_not_joined(error: BaseException) -> str:
             "the cluster refuses this process's token, or it has none. Set RAY_AUTH_MODE=token and give the head's "
             "~/.ray/auth_token (mode 600) or RAY_AUTH_TOKEN"
         )
+    if "No node info found" in text:
+        return (
+            "this machine is none of that cluster's nodes, and a driver has to run on one. Submit the job "
+            "(`ray job submit -- python ...`), or join with `ray start`"
+        )
     return SILENT
 
 

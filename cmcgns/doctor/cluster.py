@@ -200,7 +200,8 @@ def _uri_lines(
     whys = [_why(reached) for reached in answers(requests, timeout_s)]
     for node, why in zip(nodes, whys, strict=True):
         if why:
-            yield Line("failed", subject, node.name, f"{uri}: {why}", REACH)
+            # most reasons begin with what was asked for
+            yield Line("failed", subject, node.name, f"{uri}: {why.removeprefix(f'{uri}: ')}", REACH)
     if not any(whys):
         yield Line("ok", subject, "cluster", f"{uri} is reached from {len(nodes)} nodes")
 
@@ -216,7 +217,7 @@ def storage_lines(nodes: Sequence[Node], uri: str, mark: str, mebibytes: int, ti
         if not why and not reached.sees_driver:
             why = "what the driver writes there is not to be seen: the folder is not a shared one"
         if why:
-            yield Line("failed", "run.storage", node.name, f"{uri}: {why}", REACH)
+            yield Line("failed", "run.storage", node.name, f"{uri}: {why.removeprefix(f'{uri}: ')}", REACH)
         else:
             yield Line(
                 "ok", "run.storage", node.name,

@@ -206,7 +206,9 @@ def running_hosts(folder: Path, count: int) -> Iterator[dict[str, Host]]:
     for host in hosts.values():
         host.prepare(key.read_text(), key.with_suffix(".pub").read_text())
     if BRIDGE in os.listdir("/sys/class/net"):
-        raise RuntimeError(f"another rehearsal runs here: {BRIDGE} is there (`ip link del {BRIDGE}` where it is left over)")
+        raise RuntimeError(
+            f"another rehearsal runs here: {BRIDGE} is there (`ip link del {BRIDGE}` where it is left over)"
+        )
     _do("ip", "link", "add", BRIDGE, "type", "bridge")
     try:
         _do("ip", "addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
