@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import TINY, Job, registered, result, rows
-from tests.rehearsal.cluster import Cluster, running_cluster
+from tests.rehearsal.cluster import TOKEN, Cluster, running_cluster
 from tests.rehearsal.hosts import left_overs, skip_unless_possible
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
@@ -60,6 +60,27 @@ def test_three_hosts_with_zero_2_give_the_losses_of_one(cluster: Cluster, tmp_pa
     )
 
 
+def test_a_job_that_is_stopped_by_its_id_goes_on_under_another(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["python", "jobs/pretrain.py", f"--run.storage={tmp_path}"]
+    first = [f"--config={TINY}", *SETTINGS, "--train.stage1_steps=90", "--train.stage2_steps=0"]
+    started = cluster.submit(*words, *first, options=["--submission-id=cxr-1", "--no-wait"])
+    assert started.returncode == 0, started.stdout
+    folder = tmp_path / "run"
+    end = time.monotonic() + 180
+    while len(rows(folder)) < 5:
+        assert time.monotonic() < end, cluster.ray("job", "logs", "cxr-1").stdout
+        time.sleep(0.2)
+    cluster.ray("job", "stop", "cxr-1")
+    assert "stopping after this step" in cluster.ray("job", "logs", "cxr-1").stdout
+    stopped = result(folder)
+    assert stopped["status"] == "stopped"
+    assert (Path(stopped["checkpoint"]) / "progress.json").exists()
+    assert 5 <= int(stopped["steps"]) < 90
+    again = cluster.submit(*words, "--run.resume=run", options=["--submission-id=cxr-1b"])
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert [row["step"] for row in rows(folder)] == list(range(1, 91))
+
+
 def test_a_run_whose_third_host_is_cut_off_ends_on_the_others(cluster: Cluster, tmp_path: Path) -> None:
     words = (*SETTINGS, f"--train.stage1_steps={STEPS - 10}", "--train.stage2_steps=10")
     job = cluster.start_job("python", "jobs/pretrain.py", f"--config={TINY}", f"--run.storage={tmp_path}", *words)
@@ -79,3 +100,12 @@ def test_a_run_whose_third_host_is_cut_off_ends_on_the_others(cluster: Cluster, 
 
     cluster.hosts["h3"].plug()
     cluster.wait_for_nodes(["h1", "h2", "h3"])  # the head starts Ray there again
+
+
+def test_ray_down_ends_the_head_and_ray_stop_the_others(cluster: Cluster) -> None:
+    cluster.ray("down", "--yes", str(cluster.file))
+    for name in ("h2", "h3"):
+        cluster.hosts[name].run("ray", "stop", environment=TOKEN)
+    for name in ("h1", "h2", "h3"):
+        left = cluster.hosts[name].run("pgrep", "-fa", "raylet|gcs_server|dashboard", check=False)
+        assert left.returncode == 1, (name, left.stdout)

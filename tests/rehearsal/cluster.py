@@ -1,7 +1,6 @@
 """A cluster of pretend machines, brought up as a user brings it up: by `ray up cluster/on_prem.yaml`, typed on ``op``."""
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,9 +44,9 @@ class Cluster:
         command = ["bash", "-c", 'cd "$0" && exec ray "$@"', str(REPOSITORY), *words]
         return self.operator.run(*command, check=check, timeout_s=timeout_s, environment=self.environment | environment)
 
-    def submit(self, *words: str, timeout_s: float = JOB_S, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit -- ...`: the job's output and what Ray says of its end; status 0 where it SUCCEEDED."""
-        return self.ray("job", "submit", "--", *words, check=False, timeout_s=timeout_s, **environment)
+    def submit(self, *words: str, options: Sequence[str] = (), timeout_s: float = JOB_S) -> Any:
+        """`ray job submit OPTIONS -- ...`: the job's output and what Ray says of its end; status 0 where it SUCCEEDED."""
+        return self.ray("job", "submit", *options, "--", *words, check=False, timeout_s=timeout_s)
 
     def start_job(self, *words: str) -> Running:
         """`ray job submit -- ...`, left running."""

@@ -86,7 +86,9 @@ class Host:
         end = time.monotonic() + START_S
         self._pid = self._child_in_its_own_network(end)
         self._namespace = os.readlink(f"/proc/{self._pid}/ns/pid")
-        _do("ip", "link", "add", self._cable, "type", "veth", "peer", "name", "eth0", "netns", str(self._pid))
+        # the same card at each boot: the others remember it
+        card = ["name", "eth0", "address", f"02:00:00:00:00:{int(self.address.rpartition('.')[2]):02x}"]
+        _do("ip", "link", "add", self._cable, "type", "veth", "peer", *card, "netns", str(self._pid))
         _do("ip", "link", "set", self._cable, "master", BRIDGE, "up")
         while time.monotonic() < end and self._first.poll() is None:
             if self.run("test", "-e", "/run/ready", check=False).returncode == 0:
@@ -185,6 +187,9 @@ class Host:
         if self._first is not None:
             self._first.kill()  # with it the first process, and with that all the others
             self._first.wait()
+            end = time.monotonic() + START_S
+            while self.processes() and time.monotonic() < end:
+                time.sleep(0.05)
         subprocess.run(["ip", "link", "del", self._cable], capture_output=True, check=False)
 
 
