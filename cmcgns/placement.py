@@ -1,17 +1,25 @@
-"""What goes on which nodes: workers packed, the clustering pool off GPU nodes first, data tasks on nodes labelled for them."""
+"""What goes on which nodes: workers packed, the clustering pool off GPU nodes first, data tasks on nodes labelled for them;
+and what a cluster has to bring before a run can begin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray._private.state import state  # as Ray Train asks it; there is no public way
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cmcgns.config import Config
+from cmcgns.errors import UserError
 
 ROLE, DATA = "cmcgns.io/role", "data"
 """Label of nodes that are there for data tasks and clustering: `ray start --labels cmcgns.io/role=data`."""
+
+OWN_MACHINES = "local.cluster.node"
+"""Node group of `ray up` with machines that are there already: it can bring no others."""
+SOON_S = 3.0
+PATIENCE_S = 1800.0
+"""How long a machine may take: a spot request, its start, its image, what is installed on it."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,11 @@ class Machine:
     def for_data(self) -> bool:
         return self.labels.get(ROLE) == DATA and self.cpus > 0
 
+    @property
+    def from_a_launcher(self) -> bool:
+        """Whether something made it that may make more: `ray up` in a cloud, KubeRay."""
+        return self.labels.get("ray.io/node-group", OWN_MACHINES) != OWN_MACHINES
+
 
 def machines() -> list[Machine]:
     """The cluster's living nodes, ordered by name."""
@@ -40,11 +53,52 @@ def _machine(node: dict[str, Any]) -> Machine:
     return Machine(node["NodeID"], node["NodeManagerHostname"], cpus, gpus, dict(node.get("Labels") or {}))
 
 
-def most_resources() -> dict[str, float]:
-    """What the cluster has, by Ray's names, or may grow to by its autoscaler, where that says so."""
-    here = {name: float(amount) for name, amount in ray.cluster_resources().items()}
-    grown = state.get_max_resources_from_cluster_config() or {}
-    return here | {name: max(float(amount), here.get(name, 0.0)) for name, amount in grown.items()}
+def may_grow(nodes: Sequence[Machine]) -> bool:
+    """Whether an autoscaler may bring more than ``nodes``; to what limit Ray says nowhere."""
+    return any(node.from_a_launcher for node in nodes)
+
+
+def held_bundles(config: Config) -> list[dict[str, float]]:
+    """What a run's workers and clustering actors hold, one by one."""
+    train, pool = config.train, config.clustering
+    worker = {"CPU": train.cpus_per_worker, "GPU": float(train.use_gpu)}
+    actor = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
+    return [*[worker] * train.num_workers, *[actor] * pool.actors]
+
+
+def wait_for_room(
+    bundles: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = PATIENCE_S
+) -> None:
+    """Return once ``bundles`` have room at the same time, on machines that an autoscaler brings where they are missing.
+
+    On a cluster without an autoscaler, at once: whoever plans on it refuses what does not fit. ``say`` is told of a wait.
+
+    Raises:
+        UserError: the room did not come within ``patience_s``.
+    """
+    asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    nodes = machines()
+    if not asked or not may_grow(nodes):
+        return
+    # as a group that is given back when it stands: a demand for a number of machines would outlive this job
+    group = placement_group(asked, strategy="PACK")
+    needs = f"{_amount(asked)}; the cluster has {_amount([{'CPU': n.cpus, 'GPU': n.gpus} for n in nodes])}"
+    try:
+        if group.wait(SOON_S):
+            return
+        say(f"waiting for its autoscaler: the job needs {needs}")
+        if not group.wait(patience_s):
+            raise UserError(
+                f"no machines came within {patience_s / 60:.2g} minutes: the job needs {needs}. `ray status` says what the "
+                "autoscaler waits for; see max_workers in the cluster file, and quotas"
+            )
+    finally:
+        remove_placement_group(group)
+
+
+def _amount(bundles: Sequence[dict[str, float]]) -> str:
+    cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def data_machines(nodes: Sequence[Machine]) -> list[Machine]:

@@ -16,6 +16,8 @@ from ray.exceptions import AuthenticationError, RayError
 from cmcgns.data.faults import PATIENCE_S, PATIENCE_VARIABLE
 from cmcgns.doctor.preflight import check_nodes
 from cmcgns.errors import UserError
+from cmcgns.placement import wait_for_room
+from cmcgns.terminal import console, print_plan
 
 LOCAL_CLUSTER = {
     # data tasks come in bursts: keep their processes, and what they have imported, between epochs
@@ -26,6 +28,8 @@ LOCAL_CLUSTER = {
 }
 """Settings of a Ray made for one run on this machine."""
 
+ONE_CPU = {"CPU": 1.0}
+"""What every job needs at least, and a run beside its workers and actors: a CPU for data."""
 CONNECT_S = 10.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a client of gRPC begins (RFC 9113, 3.4): the preface, and settings that change nothing."""
@@ -34,14 +38,19 @@ SILENT = "no Ray cluster answers there. `ray status` on its head says whether it
 
 
 @contextmanager
-def ray_session(variables: dict[str, str] | None = None, uris: Sequence[str] | None = None) -> Iterator[float]:
+def ray_session(
+    variables: dict[str, str] | None = None,
+    uris: Sequence[str] | None = None,
+    needed: Sequence[dict[str, float]] = (ONE_CPU,),
+) -> Iterator[float]:
     """CPUs of the Ray cluster that the environment names, or of one made on this machine for the job.
 
-    ``variables`` are environment variables for all its processes; what the environment says already comes first. With
-    ``uris`` the nodes of a cluster that is named are looked at first: their versions, and whether they reach these.
+    ``variables`` are environment variables for all its processes; what the environment says already comes first. A cluster
+    that may grow is waited for until it has room for ``needed``, bundles of resources. With ``uris`` the nodes of a cluster that
+    is named are looked at: their versions, and whether they reach these.
 
     Raises:
-        UserError: the named cluster cannot be joined, or one of its nodes cannot carry the job.
+        UserError: the named cluster cannot be joined, brings too little, or one of its nodes cannot carry the job.
     """
     environment = job_environment(variables or {})
     os.environ.update(environment)
@@ -51,6 +60,8 @@ def ray_session(variables: dict[str, str] | None = None, uris: Sequence[str] | N
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
     try:
+        if ours and named:
+            wait_for_room(needed, lambda said: print_plan(console(), {"cluster": said}))
         if ours and named and uris is not None:
             check_nodes(uris)
         yield float(ray.cluster_resources().get("CPU", 0))

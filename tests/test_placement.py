@@ -1,11 +1,24 @@
 """What goes on which nodes, for clusters on paper."""
 
+from collections.abc import Iterator
+
 import pytest
+import ray
 
 from cmcgns.command_line import load_config
 from cmcgns.config import Config
 from cmcgns.errors import UserError
-from cmcgns.placement import DATA, ROLE, Machine, data_label, describe_placement, pool_machines, pool_strategies
+from cmcgns.placement import (
+    DATA,
+    ROLE,
+    Machine,
+    data_label,
+    describe_placement,
+    may_grow,
+    pool_machines,
+    pool_strategies,
+    wait_for_room,
+)
 from cmcgns.train.plan import check_data_nodes, whole_cluster
 from tests.jobs import TINY
 
@@ -63,3 +76,30 @@ def test_the_plan_says_what_goes_where() -> None:
         "data tasks on data-1 alone"
     )
     assert describe_placement(config(), [PLAIN]) == "1 x 16 CPUs"
+
+
+def test_only_clusters_that_something_launches_may_grow() -> None:
+    launched = Machine("l" * 56, "head", 0, 0, {"ray.io/node-group": "head"})
+    own = Machine("o" * 56, "h1", 2, 0, {"ray.io/node-group": "local.cluster.node"})
+    assert may_grow([launched, PLAIN])
+    assert not may_grow([own, PLAIN])
+
+
+@pytest.fixture
+def launched_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray whose node says that a launcher made it, and that gets no others."""
+    monkeypatch.setenv("RAY_NODE_TYPE_NAME", "head")
+    ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_room_that_does_not_come_is_told_with_numbers_and_what_was_asked_for_is_given_back(launched_ray: None) -> None:
+    said: list[str] = []
+    wait_for_room([{"CPU": 1.0, "GPU": 0.0}] * 2, said.append)
+    assert said == []
+    with pytest.raises(UserError, match=r"within 0\.017 minutes: .* needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs"):
+        wait_for_room([{"CPU": 3.0, "GPU": 1.0}], said.append, patience_s=1)
+    assert said == ["waiting for its autoscaler: the job needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs"]
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

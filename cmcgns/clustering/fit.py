@@ -61,7 +61,7 @@ def fit_embeddings(config: KMeansConfig) -> int:
         refuse_changes(config, folder, FREE_TO_CHANGE)
     embeddings = open_data(config)
     start = first_fit(config, folder, embeddings)
-    with quiet_terminal(), log_on(terminal), ray_session() as cpus:
+    with quiet_terminal(), log_on(terminal), ray_session(needed=pool_bundles(settings)) as cpus:
         check_capacity(settings, cpus)
         print_plan(terminal, describe_plan(config, folder, embeddings, start))
         warn_of_passing_folder(terminal, folder)
@@ -87,6 +87,11 @@ def open_data(config: KMeansConfig) -> Embeddings:
             f"clustering.num_clusters {num_clusters} is more than the {found.rows} rows of {data.uri}; ask for fewer"
         )
     return found
+
+
+def pool_bundles(config: PoolConfig) -> list[dict[str, float]]:
+    """What the actors hold, one by one."""
+    return [{"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}] * config.actors
 
 
 def check_capacity(config: PoolConfig, cpus: float) -> None:

@@ -88,7 +88,7 @@ def look_at_cluster(config: DoctorJobConfig) -> Iterator[Line]:
 
     doctor = config.doctor
     try:
-        with ray_session():
+        with ray_session(needed=[]):
             nodes = cluster.living_nodes()
             yield from cluster.node_lines(nodes, doctor.nodes)
             yield from cluster.version_lines(nodes, doctor.timeout_s)

@@ -20,8 +20,9 @@ from cmcgns.evaluate.run import check_capacity, features_folder, measure_all, op
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score
 from cmcgns.evaluate.tasks import Evaluation
 from cmcgns.evaluate.zeroshot import read_prompts
+from cmcgns.placement import held_bundles
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes, warn_of_passing_folder
-from cmcgns.session import ray_session
+from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, log_on, print_plan
 from cmcgns.train.folder import FREE_TO_CHANGE, with_absolute_paths
 from cmcgns.train.plan import check_cpus
@@ -39,7 +40,7 @@ def ablate(config: EvaluateJobConfig) -> int:
     folder = find_folder(config.run, "ablation")
     refuse_other_runs(ablation, folder)
     first = next(iter(ablation.variants.values()))
-    with ray_session(worker_variables(first)) as cpus:
+    with ray_session(worker_variables(first), needed=[*held_bundles(first), ONE_CPU]) as cpus:
         for each in ablation.variants.values():
             check_cpus(each)
         check_capacity(settings, cpus, first.data.cpus_per_task)

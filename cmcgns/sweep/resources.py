@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from cmcgns.config import Config
 from cmcgns.data.dataset import DEALING_CPUS
 from cmcgns.errors import UserError
-from cmcgns.placement import machines
+from cmcgns.placement import held_bundles, machines
 from cmcgns.train.plan import Share, taken_cpus
 
 TRIAL_CPUS = 0.01
@@ -27,12 +27,9 @@ def nodes_of_cluster() -> list[dict[str, float]]:
 
 def trial_bundles(config: Config) -> list[dict[str, float]]:
     """What one trial holds, piece by piece: each piece has to fit on one node."""
-    train, pool = config.train, config.clustering
-    worker = {"CPU": train.cpus_per_worker, "GPU": float(train.use_gpu)}
-    actor = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
     reading = {"CPU": config.data.cpus_per_task, "GPU": 0.0}
-    rest = {"CPU": TRIAL_CPUS + DEALING_CPUS * (train.num_workers > 1), "GPU": 0.0}
-    return [*[worker] * train.num_workers, *[actor] * pool.actors, reading, rest]
+    rest = {"CPU": TRIAL_CPUS + DEALING_CPUS * (config.train.num_workers > 1), "GPU": 0.0}
+    return [*held_bundles(config), reading, rest]
 
 
 def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:

@@ -23,7 +23,7 @@ from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.opened import Sweep, open_sweep, write_start
 from cmcgns.sweep.proposals import Proposals
 from cmcgns.sweep.report import Answer, write_answer, write_table
-from cmcgns.sweep.resources import TRIAL_CPUS, Room, nodes_of_cluster, room_for
+from cmcgns.sweep.resources import TRIAL_CPUS, Room, nodes_of_cluster, room_for, trial_bundles
 from cmcgns.sweep.table import SweepTable, Watch, settings_line
 from cmcgns.sweep.trial import SweepTrial, TrialTask
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -50,7 +50,11 @@ def sweep(config: SweepJobConfig) -> int:
     os.environ.update(TUNE_VARIABLES)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table says what failed, and why
     uris = [opened.base.data.uri, folder.storage]
-    with quiet_terminal(), log_on(terminal), ray_session(worker_variables(opened.base), uris):
+    with (
+        quiet_terminal(),
+        log_on(terminal),
+        ray_session(worker_variables(opened.base), uris, trial_bundles(opened.base)),
+    ):
         check_cpus(opened.base)
         most = settings.trials if opened.search is not None else len(ledger.first_runs)
         room = room_for(opened.base, nodes_of_cluster(), min(settings.max_concurrent or most, most))

@@ -4,19 +4,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ray
+
 from cmcgns.config import Config
 from cmcgns.data.dataset import most_ahead
 from cmcgns.errors import UserError
-from cmcgns.placement import DATA, ROLE, Machine, data_machines, describe_placement, most_resources
+from cmcgns.placement import DATA, ROLE, Machine, data_machines, describe_placement, may_grow
 from cmcgns.train.corpus import Corpus
 from cmcgns.train.opened import Pretraining
 
+MISSING = "what is missing for the run is asked of the autoscaler when it begins"
+
 
 def check_cpus(config: Config) -> None:
-    """Refuse what would leave Ray Data without a CPU, be the cluster grown as far as it may, with the numbers."""
-    train, clustering = config.train, config.clustering
-    taken, most = taken_cpus(config), most_resources()
-    cpus, gpus = most.get("CPU", 0.0), most.get("GPU", 0.0)
+    """Refuse what would leave Ray Data without a CPU, with the numbers."""
+    train, clustering, there = config.train, config.clustering, ray.cluster_resources()
+    taken, cpus, gpus = taken_cpus(config), there.get("CPU", 0.0), there.get("GPU", 0.0)
     if taken > cpus - 1:
         raise UserError(
             f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
@@ -105,5 +108,6 @@ def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Machine]) -
         "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
         "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
         f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
-        "cluster": f"{describe_placement(config, nodes)}; {share.data:g} CPUs left for data",
+        "cluster": f"{describe_placement(config, nodes)}; "
+        + (f"{share.data:g} CPUs left for data" if share.data >= 1 or not may_grow(nodes) else MISSING),
     }

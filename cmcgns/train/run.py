@@ -14,9 +14,9 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import last_line
-from cmcgns.placement import machines
+from cmcgns.placement import held_bundles, machines, may_grow
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
-from cmcgns.session import ray_session
+from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
 from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.display import Display, stop_on_interrupt
@@ -37,9 +37,12 @@ def pretrain(config: Config, dry_run: bool = False) -> int:
 
     parameters = count_parameters(run.config, run.tokenizer)
     uris = [run.config.data.uri, run.folder.storage]
-    with quiet_terminal(), ray_session(worker_variables(config), uris):
+    needed = [] if dry_run else [*held_bundles(config), ONE_CPU]
+    with quiet_terminal(), ray_session(worker_variables(config), uris, needed):
         nodes = machines()
         print_plan(terminal, describe_plan(run, parameters, nodes))
+        if dry_run and may_grow(nodes):
+            return 0  # what is missing for it comes when it runs
         check_cpus(config)
         check_data_nodes(config, nodes)
         warn_of_passing_folder(terminal, run.folder)

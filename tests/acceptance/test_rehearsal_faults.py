@@ -10,11 +10,12 @@ import pytest
 
 from tests.jobs import REPOSITORY, TINY
 from tests.rehearsal.cluster import TOKEN, Cluster, running_cluster
-from tests.rehearsal.hosts import NETWORK, Host, skip_unless_possible
+from tests.rehearsal.hosts import GATEWAY, Host, skip_unless_possible
 from tests.s3 import S3Server, running_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3]
 
+BRIDGE_ADDRESS = GATEWAY.partition("/")[0]
 LISTENER = """
 import socket, sys, time
 taken = socket.create_server(("", int(sys.argv[1])))
@@ -34,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def s3(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """An S3 server at the bridge, which every host reaches."""
-    with running_server(tmp_path_factory.mktemp("s3"), address=f"{NETWORK}.1") as server:
+    with running_server(tmp_path_factory.mktemp("s3"), address=BRIDGE_ADDRESS) as server:
         server.make_bucket("hospital")
         yield server
 
@@ -103,7 +104,7 @@ def test_other_sources_on_one_host(cluster: Cluster, tmp_path: Path) -> None:
 def test_a_bucket_that_one_host_does_not_reach(cluster: Cluster, s3: S3Server) -> None:
     second = cluster.hosts["h2"]
     environment = s3.environment | {"RAY_ADDRESS": "auto"}
-    second.refuse(f"{NETWORK}.1", int(s3.endpoint.rpartition(":")[2]))
+    second.refuse(BRIDGE_ADDRESS, int(s3.endpoint.rpartition(":")[2]))
     try:
         visit, job = doctor_and_job(cluster.head, "s3://hospital/runs", **environment)
     finally:

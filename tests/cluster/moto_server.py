@@ -1,4 +1,4 @@
-"""An AWS to break: moto's own server on loopback in a process of its own, gone at the end."""
+"""An AWS to break: moto's own server in a process of its own, gone at the end."""
 
 import os
 import subprocess
@@ -16,12 +16,12 @@ REGION = "us-east-1"
 
 
 @contextmanager
-def running_moto(folder: Path) -> Iterator[dict[str, str]]:
+def running_moto(folder: Path, host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
     """The environment of clients of a fresh, empty account; the server logs into ``folder``."""
-    address = f"http://127.0.0.1:{(port := free_port())}"
+    address = f"http://{host}:{(port := free_port())}"
     with (folder / "moto.log").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
             # else a role cannot be given Amazon's own policies, wide ones among them
             env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
             stdout=log,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first process of a pretend machine, in namespaces of its own (hosts.py makes them):
-#   host.sh FOLDER ADDRESS GATEWAY [PATH...]
+#   host.sh FOLDER ADDRESS GATEWAY/BITS [PATH...]
 # FOLDER holds home/, ssh/ and hosts.txt; each PATH stays where it is, though it may lie below the /root that becomes the
 # machine's own. The rest of the file system is everyone's, as a shared folder would be. The machine is gone once nobody
 # holds the other end of standard input.
@@ -29,9 +29,9 @@ mount --bind "$folder/../hosts.txt" /etc/hosts
 
 ip link set lo up
 until ip -o link show eth0 > /dev/null 2>&1; do sleep 0.05; done
-ip addr add "$address/24" dev eth0
+ip addr add "$address/${gateway#*/}" dev eth0
 ip link set eth0 up
-ip route add default via "$gateway"
+ip route add default via "${gateway%/*}"
 /usr/sbin/sshd -f "$folder/sshd_config" -E "$folder/sshd.log"
 touch /run/ready
 

@@ -19,7 +19,9 @@ import pytest
 from tests.jobs import REPOSITORY
 
 INIT = Path(__file__).with_name("host.sh")
-NETWORK, BRIDGE, CABLE = "10.77.0", "cmcgns0", "cmcgns-"
+BRIDGE, CABLE = "cmcgns0", "cmcgns-"
+GATEWAY = "10.77.0.1/24"
+"""This machine's own address on the bridge, where the pretend ones reach what it serves."""
 OPERATOR = "op"
 """The machine that commands are typed on; no part of the cluster."""
 NEEDED = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "/usr/sbin/sshd": "openssh-server", "rsync": "rsync"}
@@ -50,21 +52,20 @@ def _missing() -> list[str]:
 class Host:
     """One machine, and the end of its cable."""
 
-    def __init__(self, folder: Path, name: str, number: int) -> None:
-        self.folder, self.name = folder / name, name
-        self.address, self._cable = f"{NETWORK}.{number}", f"{CABLE}{name}"
+    def __init__(self, folder: Path, name: str, address: str, gateway: str) -> None:
+        self.folder, self.name, self.address = folder / name, name, address
+        self._cable, self._gateway = f"{CABLE}{name}", gateway
         self._first: subprocess.Popen[bytes] | None = None
         self._pid, self._namespace = 0, ""
 
-    def prepare(self, key: str, allowed: str) -> None:
-        """The machine's disk: its home, its own key, and who may log in."""
+    def prepare(self, allowed: str, profile: str = "") -> None:
+        """The machine's disk: its home with a login's ``profile``, its own key, and the public key of who may log in."""
         ssh = self.folder / "home" / ".ssh"
         ssh.mkdir(parents=True, mode=0o700)
         (ssh / "authorized_keys").write_text(allowed)
-        (ssh / "id_ed25519").write_text(key)
-        for path in ssh.iterdir():
-            path.chmod(0o600)
-        (self.folder / "home" / ".bashrc").touch()
+        (ssh / "authorized_keys").chmod(0o600)
+        (self.folder / "home" / ".profile").write_text(profile)
+        (self.folder / "home" / ".bashrc").write_text(profile)
         host_key = self.folder / "host_key"
         _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.name, "-f", str(host_key))
         (self.folder / "sshd_config").write_text(
@@ -80,14 +81,15 @@ class Host:
         kept = [sys.base_prefix, sys.prefix, str(REPOSITORY)]
         with log.open("wb") as file:
             self._first = subprocess.Popen(
-                ["unshare", *namespaces, "bash", INIT, self.folder, self.address, f"{NETWORK}.1", *kept],
+                ["unshare", *namespaces, "bash", INIT, self.folder, self.address, self._gateway, *kept],
                 stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         end = time.monotonic() + START_S
         self._pid = self._child_in_its_own_network(end)
         self._namespace = os.readlink(f"/proc/{self._pid}/ns/pid")
         # the same card at each boot: the others remember it
-        card = ["name", "eth0", "address", f"02:00:00:00:00:{int(self.address.rpartition('.')[2]):02x}"]
+        last = [f"{int(number):02x}" for number in self.address.split(".")]
+        card = ["name", "eth0", "address", ":".join(["02", "00", *last])]
         _do("ip", "link", "add", self._cable, "type", "veth", "peer", *card, "netns", str(self._pid))
         _do("ip", "link", "set", self._cable, "master", BRIDGE, "up")
         while time.monotonic() < end and self._first.poll() is None:
@@ -199,32 +201,54 @@ def _do(*words: str) -> None:
         raise RuntimeError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip()}")
 
 
+class Switch:
+    """The bridge that machines hang on, and they themselves by name."""
+
+    def __init__(self, folder: Path, gateway: str) -> None:
+        self.folder, self.gateway = folder, gateway
+        self.hosts: dict[str, Host] = {}
+
+    def add(self, name: str, address: str, allowed: str, profile: str = "") -> Host:
+        """A new machine, not switched on; known by name to the others."""
+        self.hosts[name] = host = Host(self.folder, name, address, self.gateway)
+        names = "".join(f"{host.address} {host.name}\n" for host in self.hosts.values())
+        (self.folder / "hosts.txt").write_text(f"127.0.0.1 localhost\n{names}")
+        host.prepare(allowed, profile)
+        return host
+
+
 @contextmanager
-def running_hosts(folder: Path, count: int) -> Iterator[dict[str, Host]]:
-    """Machines ``op`` and ``h1`` ... by name, switched on; all gone at the end, whatever has happened."""
-    key = folder / "key"
-    _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "rehearsal", "-f", str(key))
-    numbers = {OPERATOR: 10} | {f"h{i}": 10 + i for i in range(1, count + 1)}
-    hosts = {name: Host(folder, name, number) for name, number in numbers.items()}
-    names = "".join(f"{host.address} {host.name}\n" for host in hosts.values())
-    (folder / "hosts.txt").write_text(f"127.0.0.1 localhost\n{names}")
-    for host in hosts.values():
-        host.prepare(key.read_text(), key.with_suffix(".pub").read_text())
+def running_switch(folder: Path, gateway: str = GATEWAY) -> Iterator[Switch]:
+    """A switch without machines; whatever has happened, it and all that it was given are gone at the end."""
     if BRIDGE in os.listdir("/sys/class/net"):
         raise RuntimeError(
             f"another rehearsal runs here: {BRIDGE} is there (`ip link del {BRIDGE}` where it is left over)"
         )
+    switch = Switch(folder, gateway)
     _do("ip", "link", "add", BRIDGE, "type", "bridge")
     try:
-        _do("ip", "addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
+        _do("ip", "addr", "add", gateway, "dev", BRIDGE)
         _do("ip", "link", "set", BRIDGE, "up")
-        for host in hosts.values():
-            host.boot()
-        yield hosts
+        yield switch
     finally:
-        for host in hosts.values():
+        for host in switch.hosts.values():
             host.power_off()
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+
+
+@contextmanager
+def running_hosts(folder: Path, count: int) -> Iterator[dict[str, Host]]:
+    """Machines ``op`` and ``h1`` ... by name, switched on; ``op`` holds the key to all."""
+    key = folder / "key"
+    _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "rehearsal", "-f", str(key))
+    network = GATEWAY.rpartition(".")[0]
+    with running_switch(folder) as switch:
+        for name, number in ({OPERATOR: 10} | {f"h{i}": 10 + i for i in range(1, count + 1)}).items():
+            switch.add(name, f"{network}.{number}", key.with_suffix(".pub").read_text())
+        shutil.copy(key, switch.hosts[OPERATOR].folder / "home" / ".ssh" / "id_ed25519")
+        for host in switch.hosts.values():
+            host.boot()
+        yield switch.hosts
 
 
 def left_overs(hosts: Iterable[Host]) -> list[str]:
