@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.benchmarks import decoding, heads, trainer
+from tests.benchmarks import decoding, heads, scaling, trainer
 from tests.jobs import REPOSITORY
 
 ABSENT = (
@@ -67,3 +67,13 @@ def test_films_decode_as_exactly_as_they_should() -> None:
     by_what = {line.what: line for line in decoding.lines(films=1, rounds=1)}
     assert all(line.good for what, line in by_what.items() if "error" in what or "difference" in what)
     print(*by_what.values(), sep="\n")
+
+
+def test_on_paper_one_host_sends_nothing_and_two_send_a_ring_of_gradients_and_weights() -> None:
+    machine = scaling.Machine("two GPUs, a byte a second", 2, 1e12, 1e12, 1 / scaling.WIRE)
+    alone, both = (scaling.step(machine, gpus, operations=1e9, parameters=1000) for gpus in (2, 4))
+    assert alone.gather_s == alone.reduce_s == alone.weights_s == 0
+    assert alone.seconds(overlap=True) == alone.compute_s + alone.losses_s
+    assert both.reduce_s + both.weights_s == 2 * 4 * 1000 / 2  # of each host, as an all-reduce in a ring
+    assert both.seconds(overlap=False) - both.seconds(overlap=True) == pytest.approx(2 / 3 * both.compute_s)
+    assert both.losses_s == 2 * alone.losses_s

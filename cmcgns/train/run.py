@@ -14,7 +14,7 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import last_line
-from cmcgns.placement import held_bundles, machines, may_grow
+from cmcgns.placement import PATIENCE_S, held_bundles, machines, may_grow
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
@@ -102,7 +102,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
 def worker_variables(config: Config) -> dict[str, str]:
     """Environment variables of every process of the run, beside those of every job."""
     own = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{PATIENCE_S:.0f}",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
