@@ -24,7 +24,7 @@ CUT_AT, STEPS = 25, 90
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    skip_unless_possible()
+    skip_unless_possible(install=True)
     with running_cluster(tmp_path_factory.mktemp("cluster")) as running:
         yield running
     assert left_overs(running.hosts.values()) == []

@@ -55,7 +55,7 @@ def without_a_container(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    skip_unless_possible()
+    skip_unless_possible(install=True)
     folder = tmp_path_factory.mktemp("cloud")
     with running_switch(folder, GATEWAY) as switch, fresh_account(folder, GATEWAY.partition("/")[0]) as account:
         operator = switch.add("op", OPERATOR, allowed="")

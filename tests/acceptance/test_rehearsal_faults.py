@@ -27,7 +27,7 @@ REFUSED = "the cluster refuses this process's token, or it has none. Set RAY_AUT
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    skip_unless_possible()
+    skip_unless_possible(install=True)
     with running_cluster(tmp_path_factory.mktemp("cluster"), count=2) as running:
         yield running
 

@@ -29,20 +29,22 @@ NEEDED = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables", "/usr/sbin/sshd
 START_S = 20
 
 
-def skip_unless_possible() -> None:
-    """Skips where no machines can be made; installs what is missing where apt-get can."""
+def skip_unless_possible(install: bool = False) -> None:
+    """Skips where no machines can be made; with ``install``, whoever asked for them gets what is missing by apt-get."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("pretend machines need root and namespaces")
     if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no new namespaces")
-    if _missing() and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "-q", "update"], capture_output=True, check=False)
-        install = ["apt-get", "-q", "-y", "--no-install-recommends", "install", *_missing()]
-        subprocess.run(
-            install, capture_output=True, check=False, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        )
+    if install and _missing() and shutil.which("apt-get"):
+        _apt_get("update")
+        _apt_get("install", "-y", "--no-install-recommends", *_missing())
     if _missing():
-        pytest.skip(f"pretend machines need {', '.join(_missing())}")
+        pytest.skip(f"pretend machines need: apt install {' '.join(_missing())}")
+
+
+def _apt_get(*words: str) -> None:
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "-q", *words], env=quiet, capture_output=True, check=False)
 
 
 def _missing() -> list[str]:
