@@ -8,7 +8,7 @@ import pytest
 
 # before torch: on a shared machine its threads spend more time waiting for each other than computing
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# else a thread that outlives its Ray and asks for something starts another one, in the middle of the next test's: that ends pytest
+# else a thread that outlives its Ray and asks for something starts another one, beside that of the next test: the end of pytest
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 from tests.ray_head import RayHead, running_head
