@@ -23,6 +23,7 @@ def test_a_killed_sweep_goes_on_repeats_nothing_tells_what_failed_and_leaves_eve
     runs = folder / "trials"
     job.wait_for(lambda: len(rows(runs / "0002")) >= 2 and registered(runs / "0002"))
     job.kill()
+    said_before = job.text()
     first = (runs / "0000" / "metrics.jsonl").stat()
     assert [trial["status"] for trial in trials(folder)] == ["finished", "failed", "running"]
 
@@ -37,7 +38,7 @@ def test_a_killed_sweep_goes_on_repeats_nothing_tells_what_failed_and_leaves_eve
     failed = found.iloc[1]
     assert failed["objective.num_clusters"] == 512
     assert "needs at least 4 x 512 = 2048 training sentences" in failed["reason"]
-    assert failed["reason"] in said
+    assert failed["reason"] in said_before
     check_free(ray_head)
     assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: that sweep has finished")
 
