@@ -291,6 +291,8 @@ class Config(RunSections):
             yield "train.precision fp16 needs train.use_gpu=true; on a CPU use fp32 or bf16"
         if train.sync_batchnorm and not train.use_gpu:
             yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
+        if train.overlap_comm and not train.zero_stage:
+            yield "train.overlap_comm is ZeRO's: set train.zero_stage to 1, 2 or 3, or leave it out"
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
             yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
         yield from clustering.complaints()

@@ -1,11 +1,13 @@
 """What goes on which nodes: workers packed, the clustering pool off GPU nodes first, data tasks on nodes labelled for them;
 and what a cluster has to bring before a run can begin."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -15,10 +17,12 @@ from cmcgns.errors import UserError
 ROLE, DATA = "cmcgns.io/role", "data"
 """Label of nodes that are there for data tasks and clustering: `ray start --labels cmcgns.io/role=data`."""
 
+AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
+"""What an autoscaler leaves in the head's store, be it `ray up`'s or KubeRay's; there is no public way to ask for one."""
 OWN_MACHINES = "local.cluster.node"
 """Node group of `ray up` with machines that are there already: it can bring no others."""
 SOON_S = 3.0
-PATIENCE_S = 1800.0
+MACHINES_S = 1800.0
 """How long a machine may take: a spot request, its start, its image, what is installed on it."""
 
 
@@ -55,19 +59,24 @@ def _machine(node: dict[str, Any]) -> Machine:
 
 def may_grow(nodes: Sequence[Machine]) -> bool:
     """Whether an autoscaler may bring more than ``nodes``; to what limit Ray says nowhere."""
-    return any(node.from_a_launcher for node in nodes)
+    # a launcher's label alone does not say so: KubeRay puts it on clusters of a fixed size too
+    return any(node.from_a_launcher for node in nodes) and _internal_kv_get(AUTOSCALER_KEY) is not None
 
 
 def held_bundles(config: Config) -> list[dict[str, float]]:
     """What a run's workers and clustering actors hold, one by one."""
     train, pool = config.train, config.clustering
-    worker = {"CPU": train.cpus_per_worker, "GPU": float(train.use_gpu)}
     actor = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
-    return [*[worker] * train.num_workers, *[actor] * pool.actors]
+    return [*worker_bundles(train.num_workers, train.cpus_per_worker, train.use_gpu), *[actor] * pool.actors]
+
+
+def worker_bundles(workers: int, cpus: float, use_gpu: bool) -> list[dict[str, float]]:
+    """What ``workers`` hold, one by one."""
+    return [{"CPU": cpus, "GPU": float(use_gpu)}] * workers
 
 
 def wait_for_room(
-    bundles: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = PATIENCE_S
+    bundles: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = MACHINES_S
 ) -> None:
     """Return once ``bundles`` have room at the same time, on machines that an autoscaler brings where they are missing.
 
@@ -77,23 +86,30 @@ def wait_for_room(
         UserError: the room did not come within ``patience_s``.
     """
     asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
-    nodes = machines()
-    if not asked or not may_grow(nodes):
+    asked = [bundle for bundle in asked if bundle]
+    if not asked or not may_grow(machines()):
         return
     # as a group that is given back when it stands: a demand for a number of machines would outlive this job
     group = placement_group(asked, strategy="PACK")
-    needs = f"{_amount(asked)}; the cluster has {_amount([{'CPU': n.cpus, 'GPU': n.gpus} for n in nodes])}"
     try:
         if group.wait(SOON_S):
             return
-        say(f"waiting for its autoscaler: the job needs {needs}")
-        if not group.wait(patience_s):
-            raise UserError(
-                f"no machines came within {patience_s / 60:.2g} minutes: the job needs {needs}. `ray status` says what the "
-                "autoscaler waits for; see max_workers in the cluster file, and quotas"
-            )
+        say(f"waiting for its autoscaler: {needs(asked)}")
+        end = time.monotonic() + patience_s
+        while not group.wait(1):  # in short waits: a longer one would keep Ctrl-C waiting
+            if time.monotonic() > end:
+                raise UserError(
+                    f"no room came within {patience_s / 60:.2g} minutes: {needs(asked)}. `ray status` says who holds it and what "
+                    "the autoscaler waits for; see the most machines that the cluster may have, and quotas"
+                )
     finally:
         remove_placement_group(group)
+
+
+def needs(bundles: Sequence[dict[str, float]]) -> str:
+    """What a job asks for, beside what the cluster has and what of it is free, in words."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    return f"the job needs {_amount(bundles)}; the cluster has {_amount([there])}, of which {_amount([free])} are free"
 
 
 def _amount(bundles: Sequence[dict[str, float]]) -> str:

@@ -50,6 +50,7 @@ def test_the_published_settings_are_those_of_the_paper() -> None:
         ({"stage1_epochs": 3}, r"exactly one of train.stage1_steps and train.stage1_epochs, not 10 and 3"),
         ({"stage2_steps": None}, r"exactly one of train.stage2_steps and train.stage2_epochs, not neither"),
         ({"precision": "fp16"}, r"fp16 needs train.use_gpu=true"),
+        ({"overlap_comm": True, "zero_stage": 0}, r"train.overlap_comm is ZeRO's"),
         ({"sync_batchnorm": True}, r"train.sync_batchnorm needs train.use_gpu=true"),
         ({"engine": "torch"}, r"train.engine torch partitions nothing.*train.zero_stage=0"),
         ({"clustering__device": "gpu"}, r"clustering.device gpu does not go with clustering.gpus_per_actor 0.0"),

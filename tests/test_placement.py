@@ -14,7 +14,6 @@ from cmcgns.placement import (
     Machine,
     data_label,
     describe_placement,
-    may_grow,
     pool_machines,
     pool_strategies,
     wait_for_room,
@@ -81,8 +80,9 @@ def test_the_plan_says_what_goes_where() -> None:
 def test_only_clusters_that_something_launches_may_grow() -> None:
     launched = Machine("l" * 56, "head", 0, 0, {"ray.io/node-group": "head"})
     own = Machine("o" * 56, "h1", 2, 0, {"ray.io/node-group": "local.cluster.node"})
-    assert may_grow([launched, PLAIN])
-    assert not may_grow([own, PLAIN])
+    assert launched.from_a_launcher
+    assert not own.from_a_launcher
+    assert not PLAIN.from_a_launcher
 
 
 @pytest.fixture
@@ -99,7 +99,11 @@ def test_room_that_does_not_come_is_told_with_numbers_and_what_was_asked_for_is_
     said: list[str] = []
     wait_for_room([{"CPU": 1.0, "GPU": 0.0}] * 2, said.append)
     assert said == []
-    with pytest.raises(UserError, match=r"within 0\.017 minutes: .* needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs"):
+    with pytest.raises(
+        UserError,
+        match=r"within 0\.017 minutes: .* needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs, .* 2 CPUs are free",
+    ):
         wait_for_room([{"CPU": 3.0, "GPU": 1.0}], said.append, patience_s=1)
-    assert said == ["waiting for its autoscaler: the job needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs"]
+    (waiting,) = said
+    assert waiting.startswith("waiting for its autoscaler: the job needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs")
     assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

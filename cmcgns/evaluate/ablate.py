@@ -25,7 +25,7 @@ from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_chang
 from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, log_on, print_plan
 from cmcgns.train.folder import FREE_TO_CHANGE, with_absolute_paths
-from cmcgns.train.plan import check_cpus
+from cmcgns.train.plan import check_cpus, taken_cpus
 from cmcgns.train.run import pretrain, worker_variables
 
 TASKS = ("retrieval", "classification", "clusters")
@@ -40,7 +40,8 @@ def ablate(config: EvaluateJobConfig) -> int:
     folder = find_folder(config.run, "ablation")
     refuse_other_runs(ablation, folder)
     first = next(iter(ablation.variants.values()))
-    with ray_session(worker_variables(first), needed=[*held_bundles(first), ONE_CPU]) as cpus:
+    largest = max(ablation.variants.values(), key=taken_cpus)
+    with ray_session(worker_variables(first), needed=[*held_bundles(largest), ONE_CPU]) as cpus:
         for each in ablation.variants.values():
             check_cpus(each)
         check_capacity(settings, cpus, first.data.cpus_per_task)

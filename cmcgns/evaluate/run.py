@@ -36,8 +36,9 @@ from cmcgns.evaluate.tasks import (
     start_place_tasks,
 )
 from cmcgns.evaluate.zeroshot import read_prompts
+from cmcgns.placement import worker_bundles
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
-from cmcgns.session import ray_session
+from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 from cmcgns.train.corpus import open_index
 from cmcgns.train.folder import with_absolute_paths
@@ -56,7 +57,8 @@ def evaluate(config: EvaluateJobConfig) -> int:
     others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
     folder = open_folder(config.run, "evaluate", resume_key="")
     open_sets(found)
-    with quiet_terminal(), log_on(terminal), ray_session() as cpus:
+    workers = worker_bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
+    with quiet_terminal(), log_on(terminal), ray_session(needed=[*workers, ONE_CPU, ONE_CPU]) as cpus:
         check_capacity(settings, cpus, found.encoders[0].config.data.cpus_per_task)
         print_plan(terminal, describe_plan(found, folder, cpus))
         warn_of_passing_folder(terminal, folder)

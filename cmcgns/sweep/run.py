@@ -16,7 +16,7 @@ from cmcgns.data import storage
 from cmcgns.errors import cause
 from cmcgns.evaluate.measures import measure
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
-from cmcgns.session import ray_session
+from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.sweep.asha import scheduler_of
 from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger
@@ -53,7 +53,7 @@ def sweep(config: SweepJobConfig) -> int:
     with (
         quiet_terminal(),
         log_on(terminal),
-        ray_session(worker_variables(opened.base), uris, trial_bundles(opened.base)),
+        ray_session(worker_variables(opened.base), uris, [*trial_bundles(opened.base), ONE_CPU]),
     ):
         check_cpus(opened.base)
         most = settings.trials if opened.search is not None else len(ledger.first_runs)

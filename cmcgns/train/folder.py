@@ -19,7 +19,8 @@ FREE_TO_CHANGE = {
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",
-        "activation_checkpointing", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_failures",
+        "activation_checkpointing", "placement", "overlap_comm",
+        "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_failures",
     },
     "run": {"name", "storage", "resume"},
 }  # fmt: skip

@@ -9,11 +9,9 @@ import ray
 from cmcgns.config import Config
 from cmcgns.data.dataset import most_ahead
 from cmcgns.errors import UserError
-from cmcgns.placement import DATA, ROLE, Machine, data_machines, describe_placement, may_grow
+from cmcgns.placement import DATA, ROLE, Machine, data_machines, describe_placement
 from cmcgns.train.corpus import Corpus
 from cmcgns.train.opened import Pretraining
-
-MISSING = "what is missing for the run is asked of the autoscaler when it begins"
 
 
 def check_cpus(config: Config) -> None:
@@ -108,6 +106,5 @@ def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Machine]) -
         "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
         "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
         f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
-        "cluster": f"{describe_placement(config, nodes)}; "
-        + (f"{share.data:g} CPUs left for data" if share.data >= 1 or not may_grow(nodes) else MISSING),
+        "cluster": f"{describe_placement(config, nodes)}; {share.data:g} CPUs left for data",
     }

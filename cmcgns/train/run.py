@@ -14,7 +14,7 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import Config
 from cmcgns.data import storage
 from cmcgns.errors import last_line
-from cmcgns.placement import PATIENCE_S, held_bundles, machines, may_grow
+from cmcgns.placement import MACHINES_S, describe_placement, held_bundles, machines, may_grow, needs
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
 from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
@@ -30,19 +30,24 @@ PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "n
 def pretrain(config: Config, dry_run: bool = False) -> int:
     """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved.
 
-    A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing.
+    A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing, and asks an autoscaler for nothing.
     """
     terminal, run = console(), open_pretraining(config)
     from cmcgns.train.launch import count_parameters  # only now, see ``launch``
 
     parameters = count_parameters(run.config, run.tokenizer)
     uris = [run.config.data.uri, run.folder.storage]
-    needed = [] if dry_run else [*held_bundles(config), ONE_CPU]
-    with quiet_terminal(), ray_session(worker_variables(config), uris, needed):
+    needed = [*held_bundles(config), ONE_CPU]
+    with quiet_terminal(), ray_session(worker_variables(config), uris, [] if dry_run else needed):
         nodes = machines()
-        print_plan(terminal, describe_plan(run, parameters, nodes))
+        plan = describe_plan(run, parameters, nodes)
         if dry_run and may_grow(nodes):
-            return 0  # what is missing for it comes when it runs
+            plan["cluster"] = (
+                f"{describe_placement(config, nodes)}; {needs(needed)}; its autoscaler is asked for the rest"
+            )
+            print_plan(terminal, plan)
+            return 0
+        print_plan(terminal, plan)
         check_cpus(config)
         check_data_nodes(config, nodes)
         warn_of_passing_folder(terminal, run.folder)
@@ -102,7 +107,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
 def worker_variables(config: Config) -> dict[str, str]:
     """Environment variables of every process of the run, beside those of every job."""
     own = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{PATIENCE_S:.0f}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{MACHINES_S:.0f}" if os.environ.get("RAY_ADDRESS") else "600",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.aws_account import Account, fresh_account
@@ -53,9 +54,15 @@ def without_a_container(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"setup_commands": []}
 
 
+def local_addresses() -> list[str]:
+    return [card.address for cards in psutil.net_if_addrs().values() for card in cards]
+
+
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     skip_unless_possible(install=True)
+    if any(name.startswith("172.31.") for name in local_addresses()):
+        pytest.skip("this machine lies in the network of an AWS account itself")
     folder = tmp_path_factory.mktemp("cloud")
     with running_switch(folder, GATEWAY) as switch, fresh_account(folder, GATEWAY.partition("/")[0]) as account:
         operator = switch.add("op", OPERATOR, allowed="")
@@ -92,7 +99,10 @@ def test_a_job_brings_up_the_machine_it_needs_and_no_gpu(cloud: Cloud, tmp_path:
     address = f"--address=http://{head.address}:8265"
     done = cloud.ray("job", "submit", address, "--", *words, timeout_s=600)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "waiting for its autoscaler: the job needs 1.7 CPUs; the cluster has 0 CPUs" in done.stdout
+    assert (
+        "waiting for its autoscaler: the job needs 1.7 CPUs; the cluster has 0 CPUs, of which 0 CPUs are free"
+        in done.stdout
+    )
     assert result(tmp_path / "run")["status"] == "finished"
     assert cloud.living() == ["cpu", "head"]
 

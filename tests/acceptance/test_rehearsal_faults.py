@@ -10,7 +10,7 @@ import pytest
 
 from tests.jobs import REPOSITORY, TINY
 from tests.rehearsal.cluster import TOKEN, Cluster, running_cluster
-from tests.rehearsal.hosts import GATEWAY, Host, skip_unless_possible
+from tests.rehearsal.hosts import GATEWAY, Host, left_overs, skip_unless_possible
 from tests.s3 import S3Server, running_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3]
@@ -30,6 +30,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     skip_unless_possible(install=True)
     with running_cluster(tmp_path_factory.mktemp("cluster"), count=2) as running:
         yield running
+    assert left_overs(running.hosts.values()) == []
 
 
 @pytest.fixture(scope="module")
@@ -130,21 +131,24 @@ def test_another_ray_on_one_host(cluster: Cluster, tmp_path: Path) -> None:
     other.write_text(version.read_text().replace(ray.__version__, "2.59.0"))
     second = cluster.hosts["h2"]
     second.run("mount", "--bind", str(other), str(version))
-    for said in doctor_and_job(second, tmp_path, **at_head(cluster)):
-        assert said.count("Version mismatch") == 1
-        assert "Run the job with the cluster's own Python and Ray" in said
-    second.run("ray", "stop", environment=TOKEN)  # the head's autoscaler tries to start it again, in vain as we do
-    cluster.wait_for_nodes(["h1"])
-    start = second.run("ray", "start", f"--address={cluster.head.address}:6379", check=False, environment=TOKEN)
-    assert start.returncode != 0
-    assert "2.59.0" in start.stdout
-    status, said = driver(
-        cluster.head,
-        TOKEN | {"RAY_ADDRESS": "auto"},
-        "-m",
-        "cmcgns.doctor",
-        "--doctor.nodes=2",
-        f"--run.storage={tmp_path}",
-    )
-    assert status == 1
-    assert "1 of 2: h1 2 CPU" in said
+    try:
+        for said in doctor_and_job(second, tmp_path, **at_head(cluster)):
+            assert said.count("Version mismatch") == 1
+            assert "Run the job with the cluster's own Python and Ray" in said
+        second.run("ray", "stop", environment=TOKEN)  # the head's autoscaler tries to start it again, in vain as we do
+        cluster.wait_for_nodes(["h1"])
+        start = second.run("ray", "start", f"--address={cluster.head.address}:6379", check=False, environment=TOKEN)
+        assert start.returncode != 0
+        assert "2.59.0" in start.stdout
+        status, said = driver(
+            cluster.head,
+            TOKEN | {"RAY_ADDRESS": "auto"},
+            "-m",
+            "cmcgns.doctor",
+            "--doctor.nodes=2",
+            f"--run.storage={tmp_path}",
+        )
+        assert status == 1
+        assert "1 of 2: h1 2 CPU" in said
+    finally:
+        second.run("umount", "-l", str(version))

@@ -60,7 +60,7 @@ class DataCentre:
             self.failure = error
 
     def _follow(self, instance: Instance) -> None:
-        host = self._switch.hosts.get(name := f"i{instance.address.rpartition('.')[2]}")
+        host = self._switch.hosts.get(name := instance.id[:8])  # a cable's name may have 15 letters
         if instance.state in RUNS and host is None:
             public = subprocess.run(["ssh-keygen", "-y", "-f", self._key], capture_output=True, text=True, check=True)
             self._switch.add(name, instance.address, public.stdout, self._profile).boot()

@@ -37,7 +37,8 @@ def skip_unless_possible(install: bool = False) -> None:
         pytest.skip("this machine allows no new namespaces")
     if install and _missing() and shutil.which("apt-get"):
         _apt_get("update")
-        _apt_get("install", "-y", "--no-install-recommends", *_missing())
+        with _no_services_started():
+            _apt_get("install", "-y", "--no-install-recommends", *_missing())
     if _missing():
         pytest.skip(f"pretend machines need: apt install {' '.join(_missing())}")
 
@@ -45,6 +46,21 @@ def skip_unless_possible(install: bool = False) -> None:
 def _apt_get(*words: str) -> None:
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     subprocess.run(["apt-get", "-q", *words], env=quiet, capture_output=True, check=False)
+
+
+@contextmanager
+def _no_services_started() -> Iterator[None]:
+    """Packages that are installed meanwhile start no daemon on this machine (Debian's policy-rc.d)."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        if ours:
+            policy.unlink()
 
 
 def _missing() -> list[str]:

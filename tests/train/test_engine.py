@@ -120,6 +120,7 @@ def on_two_ranks(folder: str) -> dict[str, tuple[float, State]]:
     for name, config in {
         "zero0": config_of(2, zero_stage=0),
         "zero2": config_of(2, zero_stage=2),
+        "zero1 overlapping": config_of(2, zero_stage=1, overlap_comm=True),
         "zero2 overlapping": config_of(2, zero_stage=2, overlap_comm=True),
         "zero3": config_of(2, zero_stage=3),
         "torch": config_of(2, zero_stage=0, engine="torch"),
@@ -180,7 +181,7 @@ def check_gradients(found: State, expected: State) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["zero0", "zero2", "zero2 overlapping", "zero3"])
+@pytest.mark.parametrize("name", ["zero0", "zero1 overlapping", "zero2", "zero2 overlapping", "zero3"])
 def test_two_ranks_give_the_gradient_of_one_double_batch(
     name: str, two_ranks: tuple[str, list[dict[str, tuple[float, State]]]]
 ) -> None:
