@@ -69,11 +69,11 @@ def test_films_decode_as_exactly_as_they_should() -> None:
     print(*by_what.values(), sep="\n")
 
 
-def test_on_paper_one_host_sends_nothing_and_two_send_a_ring_of_gradients_and_weights() -> None:
+def test_on_paper_one_host_sends_nothing_and_two_send_the_bytes_that_were_measured() -> None:
     machine = scaling.Machine("two GPUs, a byte a second", 2, 1e12, 1e12, 1 / scaling.WIRE)
     alone, both = (scaling.step(machine, gpus, operations=1e9, parameters=1000) for gpus in (2, 4))
     assert alone.gather_s == alone.reduce_s == alone.weights_s == 0
     assert alone.seconds(overlap=True) == alone.compute_s + alone.losses_s
-    assert both.reduce_s + both.weights_s == 2 * 4 * 1000 / 2  # of each host, as an all-reduce in a ring
+    assert both.reduce_s + both.weights_s == 12 * 1000 / 2  # of each host: 12 (N - 1) bytes a parameter over all
     assert both.seconds(overlap=False) - both.seconds(overlap=True) == pytest.approx(2 / 3 * both.compute_s)
     assert both.losses_s == 2 * alone.losses_s

@@ -55,7 +55,7 @@ class Step:
     losses_s: float
     gather_s: float
     reduce_s: float
-    """Gradients scattered to their owners."""
+    """Gradients, reduced for all though each rank keeps but its own."""
     weights_s: float
     """Their new weights handed to everyone."""
     pushed: float
@@ -78,7 +78,8 @@ def step(machine: Machine, gpus: int, operations: float, parameters: int) -> Ste
         compute_s=STUDIES * operations / (machine.peak * UTILISATION),
         losses_s=3 * 2 * rows * gpus * rows * WIDTH / (machine.plain * UTILISATION),
         gather_s=features / wire,
-        reduce_s=parameters * BYTES * across / wire,
+        # an all-reduce, as measured: DeepSpeed's buckets hold several ranks' gradients, and each rank keeps its own
+        reduce_s=2 * parameters * BYTES * across / wire,
         weights_s=parameters * BYTES * across / wire,
         pushed=gpus * rows * WIDTH * BYTES,
     )
