@@ -22,6 +22,7 @@ AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
 OWN_MACHINES = "local.cluster.node"
 """Node group of `ray up` with machines that are there already: it can bring no others."""
 SOON_S = 3.0
+"""Room that is there already is given within this; a longer wait is told."""
 MACHINES_S = 1800.0
 """How long a machine may take: a spot request, its start, its image, what is installed on it."""
 

@@ -140,14 +140,8 @@ def test_another_ray_on_one_host(cluster: Cluster, tmp_path: Path) -> None:
         start = second.run("ray", "start", f"--address={cluster.head.address}:6379", check=False, environment=TOKEN)
         assert start.returncode != 0
         assert "2.59.0" in start.stdout
-        status, said = driver(
-            cluster.head,
-            TOKEN | {"RAY_ADDRESS": "auto"},
-            "-m",
-            "cmcgns.doctor",
-            "--doctor.nodes=2",
-            f"--run.storage={tmp_path}",
-        )
+        words = ["-m", "cmcgns.doctor", "--doctor.nodes=2", f"--run.storage={tmp_path}"]
+        status, said = driver(cluster.head, TOKEN | {"RAY_ADDRESS": "auto"}, *words)
         assert status == 1
         assert "1 of 2: h1 2 CPU" in said
     finally:
