@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import TINY, Job, registered, result, rows
-from tests.rehearsal.cluster import TOKEN, Cluster, running_cluster
+from tests.rehearsal.cluster import JOB_S, TOKEN, Cluster, running_cluster
 from tests.rehearsal.hosts import left_overs, skip_unless_possible
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
@@ -70,7 +70,7 @@ def test_a_job_that_is_stopped_by_its_id_goes_on_under_another(cluster: Cluster,
     started = cluster.submit(*words, *first, options=["--submission-id=cxr-1", "--no-wait"])
     assert started.returncode == 0, started.stdout
     folder = tmp_path / "run"
-    end = time.monotonic() + 180
+    end = time.monotonic() + JOB_S
     while len(rows(folder)) < 5:
         assert time.monotonic() < end, cluster.ray("job", "logs", "cxr-1").stdout
         time.sleep(0.2)
