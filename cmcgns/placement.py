@@ -67,26 +67,26 @@ def may_grow(nodes: Sequence[Machine]) -> bool:
 def held_bundles(config: Config) -> list[dict[str, float]]:
     """What a run's workers and clustering actors hold, one by one."""
     train, pool = config.train, config.clustering
-    actor = {"CPU": pool.cpus_per_actor, "GPU": pool.gpus_per_actor}
-    return [*worker_bundles(train.num_workers, train.cpus_per_worker, train.use_gpu), *[actor] * pool.actors]
+    workers = bundles(train.num_workers, train.cpus_per_worker, train.use_gpu)
+    return [*workers, *bundles(pool.actors, pool.cpus_per_actor, pool.gpus_per_actor)]
 
 
-def worker_bundles(workers: int, cpus: float, use_gpu: bool) -> list[dict[str, float]]:
-    """What ``workers`` hold, one by one."""
-    return [{"CPU": cpus, "GPU": float(use_gpu)}] * workers
+def bundles(count: int, cpus: float, gpus: float) -> list[dict[str, float]]:
+    """What ``count`` workers or actors of so much hold, one by one, by Ray's names."""
+    return [{"CPU": cpus, "GPU": float(gpus)}] * count
 
 
 def wait_for_room(
-    bundles: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = MACHINES_S
+    needed: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = MACHINES_S
 ) -> None:
-    """Return once ``bundles`` have room at the same time, on machines that an autoscaler brings where they are missing.
+    """Return once ``needed`` bundles have room at the same time, on machines that an autoscaler brings where they are missing.
 
     On a cluster without an autoscaler, at once: whoever plans on it refuses what does not fit. ``say`` is told of a wait.
 
     Raises:
         UserError: the room did not come within ``patience_s``.
     """
-    asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in needed]
     asked = [bundle for bundle in asked if bundle]
     if not asked or not may_grow(machines()):
         return
@@ -107,14 +107,14 @@ def wait_for_room(
         remove_placement_group(group)
 
 
-def needs(bundles: Sequence[dict[str, float]]) -> str:
+def needs(needed: Sequence[dict[str, float]]) -> str:
     """What a job asks for, beside what the cluster has and what of it is free, in words."""
     there, free = ray.cluster_resources(), ray.available_resources()
-    return f"the job needs {_amount(bundles)}; the cluster has {_amount([there])}, of which {_amount([free])} are free"
+    return f"the job needs {_amount(needed)}; the cluster has {_amount([there])}, of which {_amount([free])} are free"
 
 
-def _amount(bundles: Sequence[dict[str, float]]) -> str:
-    cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
+def _amount(amounts: Sequence[dict[str, float]]) -> str:
+    cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in amounts) for kind in ("CPU", "GPU"))
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 

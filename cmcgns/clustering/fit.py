@@ -26,6 +26,7 @@ from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.config import PoolConfig
 from cmcgns.data import storage
 from cmcgns.errors import UserError, first_line
+from cmcgns.placement import bundles
 from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.session import ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -61,7 +62,8 @@ def fit_embeddings(config: KMeansConfig) -> int:
         refuse_changes(config, folder, FREE_TO_CHANGE)
     embeddings = open_data(config)
     start = first_fit(config, folder, embeddings)
-    with quiet_terminal(), log_on(terminal), ray_session(needed=pool_bundles(settings)) as cpus:
+    actors = bundles(settings.actors, settings.cpus_per_actor, settings.gpus_per_actor)
+    with quiet_terminal(), log_on(terminal), ray_session(needed=actors) as cpus:
         check_capacity(settings, cpus)
         print_plan(terminal, describe_plan(config, folder, embeddings, start))
         warn_of_passing_folder(terminal, folder)
@@ -87,11 +89,6 @@ def open_data(config: KMeansConfig) -> Embeddings:
             f"clustering.num_clusters {num_clusters} is more than the {found.rows} rows of {data.uri}; ask for fewer"
         )
     return found
-
-
-def pool_bundles(config: PoolConfig) -> list[dict[str, float]]:
-    """What the actors hold, one by one."""
-    return [{"CPU": config.cpus_per_actor, "GPU": config.gpus_per_actor}] * config.actors
 
 
 def check_capacity(config: PoolConfig, cpus: float) -> None:

@@ -197,11 +197,10 @@ def reach_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[L
 def _uri_lines(
     nodes: Sequence[Node], subject: str, uri: str, requests: Sequence[Any], timeout_s: float
 ) -> Iterator[Line]:
-    whys = [_why(reached) for reached in answers(requests, timeout_s)]
+    whys = [_why(reached, uri) for reached in answers(requests, timeout_s)]
     for node, why in zip(nodes, whys, strict=True):
         if why:
-            # most reasons begin with what was asked for
-            yield Line("failed", subject, node.name, f"{uri}: {why.removeprefix(f'{uri}: ')}", REACH)
+            yield Line("failed", subject, node.name, f"{uri}: {why}", REACH)
     if not any(whys):
         yield Line("ok", subject, "cluster", f"{uri} is reached from {len(nodes)} nodes")
 
@@ -213,11 +212,11 @@ def storage_lines(nodes: Sequence[Node], uri: str, mark: str, mebibytes: int, ti
     """Whether each node reaches the place of the run folders, the same one as the driver's, and how fast."""
     requests = [node.inspector.storage.remote(uri, mark, mebibytes) for node in nodes]
     for node, reached in zip(nodes, answers(requests, timeout_s), strict=True):
-        why = _why(reached)
+        why = _why(reached, uri)
         if not why and not reached.sees_driver:
             why = "what the driver writes there is not to be seen: the folder is not a shared one"
         if why:
-            yield Line("failed", "run.storage", node.name, f"{uri}: {why.removeprefix(f'{uri}: ')}", REACH)
+            yield Line("failed", "run.storage", node.name, f"{uri}: {why}", REACH)
         else:
             yield Line(
                 "ok", "run.storage", node.name,
@@ -225,8 +224,9 @@ def storage_lines(nodes: Sequence[Node], uri: str, mark: str, mebibytes: int, ti
             )  # fmt: skip
 
 
-def _why(reached: Any) -> str:
-    return str(reached) if isinstance(reached, NoAnswer) else reached.error
+def _why(reached: Any, uri: str) -> str:
+    said: str = str(reached) if isinstance(reached, NoAnswer) else reached.error
+    return said.removeprefix(f"{uri}: ")  # most reasons begin with what was asked for
 
 
 def pair_lines(nodes: Sequence[Node], use_gpu: bool, mebibytes: int, most: int, timeout_s: float) -> Iterator[Line]:

@@ -22,7 +22,7 @@ from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.exported import PretrainedRun, open_run
 from cmcgns.evaluate.job_config import EmbedConfig, EmbedJobConfig
 from cmcgns.evaluate.sentences import SentenceEmbedder, sentence_table
-from cmcgns.placement import worker_bundles
+from cmcgns.placement import bundles
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
 from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
@@ -69,7 +69,7 @@ def embed_sentences(config: EmbedJobConfig) -> int:
     run = open_run("embed.run", settings.run)
     split = open_split(run, settings)
     folder = open_folder(config.run, "embed", resume_key="")
-    workers = worker_bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
+    workers = bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
     with quiet_terminal(), ray_session(needed=[*workers, ONE_CPU]) as cpus:
         check_capacity(settings, cpus)
         print_plan(terminal, describe_plan(run, settings, folder, split, cpus))

@@ -36,7 +36,7 @@ from cmcgns.evaluate.tasks import (
     start_place_tasks,
 )
 from cmcgns.evaluate.zeroshot import read_prompts
-from cmcgns.placement import worker_bundles
+from cmcgns.placement import bundles
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
 from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -57,7 +57,8 @@ def evaluate(config: EvaluateJobConfig) -> int:
     others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
     folder = open_folder(config.run, "evaluate", resume_key="")
     open_sets(found)
-    workers = worker_bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
+    # beside the workers, a task of one CPU and one that reads, as ``check_capacity`` counts them
+    workers = bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
     with quiet_terminal(), log_on(terminal), ray_session(needed=[*workers, ONE_CPU, ONE_CPU]) as cpus:
         check_capacity(settings, cpus, found.encoders[0].config.data.cpus_per_task)
         print_plan(terminal, describe_plan(found, folder, cpus))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import TINY, Job, registered, result, rows
-from tests.rehearsal.cluster import JOB_S, TOKEN, Cluster, running_cluster
+from tests.rehearsal.cluster import JOB_S, TINY_GRADIENTS, TOKEN, Cluster, running_cluster
 from tests.rehearsal.hosts import left_overs, skip_unless_possible
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
@@ -20,8 +20,6 @@ SETTINGS = (
 )  # fmt: skip
 FIRST_STEPS = ("--train.stage1_steps=20", "--train.stage2_steps=10")
 CUT_AT, STEPS = 25, 90
-GRADIENTS = 2.1e6 * 4
-"""Bytes of the tiny model's gradients."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_three_hosts_with_zero_2_give_the_losses_of_one(cluster: Cluster, tmp_pa
     assert status == 0, said[-3000:]
     assert "succeeded" in said
     for name, bytes_before in before.items():  # a rank on each: gradients leave it at every step
-        assert cluster.hosts[name].bytes_sent() - bytes_before > 30 * GRADIENTS
+        assert cluster.hosts[name].bytes_sent() - bytes_before > 30 * TINY_GRADIENTS
     found, expected = rows(tmp_path / "three" / "run"), rows(tmp_path / "one" / "run")
     assert [row["studies_digest"] for row in found] == [row["studies_digest"] for row in expected]
     for row, wanted in zip(found, expected, strict=True):

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from tests.cluster.aws_account import Account, fresh_account
-from tests.jobs import REPOSITORY, TINY, result
-from tests.rehearsal.cluster import TOKEN
+from tests.jobs import TINY, result
+from tests.rehearsal.cluster import TOKEN, make_token
 from tests.rehearsal.data_centre import GONE, RUNS, DataCentre, running_data_centre
-from tests.rehearsal.hosts import Host, left_overs, running_switch, skip_unless_possible
+from tests.rehearsal.hosts import Host, Switch, in_repository, left_overs, running_switch, skip_unless_possible
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
@@ -38,7 +38,7 @@ class Cloud:
     environment: dict[str, str]
 
     def ray(self, *words: str, timeout_s: float = 300) -> Any:
-        line = ["bash", "-c", 'cd "$0" && exec ray "$@"', str(REPOSITORY), *words]
+        line = in_repository("ray", *words)
         return self.operator.run(*line, check=False, timeout_s=timeout_s, environment=self.environment)
 
     def living(self) -> list[str]:
@@ -71,7 +71,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     assert left_overs(switch.hosts.values()) == []
 
 
-def _brought_up(switch: Any, operator: Host, account: Account, folder: Path) -> Iterator[Cloud]:
+def _brought_up(switch: Switch, operator: Host, account: Account, folder: Path) -> Iterator[Cloud]:
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     file = folder / "gpu.yaml"
     file.write_text(json.dumps(without_a_container(account.changed())))  # which YAML readers take too
@@ -81,8 +81,7 @@ def _brought_up(switch: Any, operator: Host, account: Account, folder: Path) -> 
     key = operator.folder / "home" / ".ssh" / "cmcgns.pem"
     with running_data_centre(switch, key, profile) as centre:
         cloud = Cloud(operator, centre, file, TOKEN | aws)
-        cloud.ray("get-auth-token", "--generate")
-        operator.run("chmod", "600", "/root/.ray/auth_token")
+        make_token(operator)
         up = cloud.ray("up", "--yes", str(file))
         assert up.returncode == 0, (up.stdout[-4000:], centre.failure)
         yield cloud

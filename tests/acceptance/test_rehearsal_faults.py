@@ -10,7 +10,7 @@ import pytest
 
 from tests.jobs import REPOSITORY, TINY
 from tests.rehearsal.cluster import TOKEN, Cluster, running_cluster
-from tests.rehearsal.hosts import GATEWAY, Host, left_overs, skip_unless_possible
+from tests.rehearsal.hosts import GATEWAY, Host, in_repository, left_overs, skip_unless_possible
 from tests.s3 import S3Server, running_server
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.s3]
@@ -54,7 +54,7 @@ def doctor_and_job(host: Host, storage: Path | str, **environment: str) -> tuple
 
 
 def driver(host: Host, environment: dict[str, str], *words: str) -> tuple[int, str]:
-    line = ["bash", "-c", 'cd "$0" && exec python "$@"', str(REPOSITORY), *words]
+    line = in_repository("python", *words)
     done = host.run(*line, check=False, timeout_s=300, environment=environment)
     return done.returncode, done.stdout
 

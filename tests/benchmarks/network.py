@@ -14,6 +14,7 @@ from statistics import median
 from tests.benchmarks.measure import where
 from tests.jobs import TINY, rows
 from tests.rehearsal.cluster import Cluster, running_cluster
+from tests.rehearsal.hosts import skip_unless_possible
 
 RATES = ("1gbit", "10gbit")
 MICROBATCH, WARM_UP, STEPS = 8, 3, 13
@@ -85,6 +86,7 @@ def table(folder: Path) -> Iterator[Measured]:
 
 def main() -> None:
     """Print the table as it is measured."""
+    skip_unless_possible(install=True)
     print(
         where(), "| hosts | cables | overlap | s a step | MiB a step |", "|---|---|---|---|---|", sep="\n", flush=True
     )

@@ -18,7 +18,7 @@ UTILISATION, WIRE = 0.35, 0.8
 """Assumed: share of the arithmetic peak that encoders reach, and of a card's rate that collectives reach."""
 BACKWARD = 2 / 3
 """Share of the arithmetic that is the backward pass, behind which gradients can be reduced."""
-BANK, CLUSTERS, ITERATIONS, REFRESH, ACTORS = 262_144, 128, 20, 100, 4
+BANK, ITERATIONS, REFRESH, ACTORS = 262_144, 20, 100, 4
 """Of jobs/configs/mimic_cxr.yaml; the most iterations of a re-clustering."""
 MEASURED_PASS_S, MEASURED_ROWS, MEASURED_WIDTH, MEASURED_THREADS = 0.291, 400_000, 256, 2
 """Measured (README): an iteration of the pool at K=128."""

@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from tests.jobs import REPOSITORY, Running
-from tests.rehearsal.hosts import OPERATOR, Host, running_hosts
+from tests.rehearsal.hosts import OPERATOR, Host, in_repository, running_hosts
 
 FILE = REPOSITORY / "cluster" / "on_prem.yaml"
 TOKEN = {"RAY_AUTH_MODE": "token"}
 UP_S, JOB_S = 180, 900
+TINY_GRADIENTS = 2.1e6 * 4
+"""Bytes of the gradients of tests.jobs.TINY's model."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Cluster:
         """What a user exports to submit jobs from the operator's machine."""
         return TOKEN | {"RAY_API_SERVER_ADDRESS": f"http://{self.head.address}:8265"}
 
-    def ray(self, *words: str, check: bool = True, timeout_s: float = UP_S, **environment: str) -> Any:
+    def ray(self, *words: str, check: bool = True, timeout_s: float = UP_S) -> Any:
         """`ray ...` on the operator's machine, in the repository."""
-        command = ["bash", "-c", 'cd "$0" && exec ray "$@"', str(REPOSITORY), *words]
-        return self.operator.run(*command, check=check, timeout_s=timeout_s, environment=self.environment | environment)
+        line = in_repository("ray", *words)
+        return self.operator.run(*line, check=check, timeout_s=timeout_s, environment=self.environment)
 
     def submit(self, *words: str, options: Sequence[str] = (), timeout_s: float = JOB_S) -> Any:
         """`ray job submit OPTIONS -- ...`: the job's output and what Ray says of its end; status 0 where it SUCCEEDED."""
@@ -50,7 +52,7 @@ class Cluster:
 
     def start_job(self, *words: str) -> Running:
         """`ray job submit -- ...`, left running."""
-        line = ["bash", "-c", 'cd "$0" && exec ray job submit -- "$@"', str(REPOSITORY), *words]
+        line = in_repository("ray", "job", "submit", "--", *words)
         return Running(self.folder, self.operator.command(*line, environment=self.environment))
 
     def nodes(self) -> list[str]:
@@ -69,7 +71,12 @@ class Cluster:
             assert time.monotonic() < end, f"nodes {found}, not {names}"
 
 
-def filled_in(folder: Path, hosts: dict[str, Host], **changes: Any) -> Path:
+def make_token(operator: Host) -> None:
+    """What the cluster files say to type first."""
+    operator.run("bash", "-c", "ray get-auth-token --generate && chmod 600 ~/.ray/auth_token", environment=TOKEN)
+
+
+def filled_in(folder: Path, hosts: dict[str, Host]) -> Path:
     """A copy of cluster/on_prem.yaml with what a user has to change: addresses, login, and the repository's path."""
     text = FILE.read_text().replace("CMCGNS=/srv/cmcgns", f"CMCGNS={REPOSITORY}")
     assert str(REPOSITORY) in text
@@ -78,7 +85,7 @@ def filled_in(folder: Path, hosts: dict[str, Host], **changes: Any) -> Path:
     settings["provider"] |= {"head_ip": hosts["h1"].address, "worker_ips": workers}
     settings["auth"]["ssh_user"] = "root"
     path = folder / "on_prem.yaml"
-    path.write_text(yaml.safe_dump(settings | changes, sort_keys=False))
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
 
 
@@ -87,8 +94,7 @@ def running_cluster(folder: Path, count: int = 3) -> Iterator[Cluster]:
     """``count`` machines under Ray, with a token; all gone at the end."""
     with running_hosts(folder, count) as hosts:
         cluster = Cluster(folder, hosts, filled_in(folder, hosts))
-        cluster.ray("get-auth-token", "--generate")
-        cluster.operator.run("chmod", "600", "/root/.ray/auth_token")
+        make_token(cluster.operator)
         said = cluster.ray("up", "--yes", str(cluster.file)).stdout
         (folder / "ray_up.log").write_text(said)
         cluster.wait_for_nodes([name for name in hosts if name != OPERATOR])  # `ray up` waits for the head alone

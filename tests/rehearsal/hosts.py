@@ -67,6 +67,11 @@ def _missing() -> list[str]:
     return sorted({package for program, package in NEEDED.items() if shutil.which(program) is None})
 
 
+def in_repository(*words: str) -> list[str]:
+    """``words`` as they are typed in the repository's root."""
+    return ["bash", "-c", 'cd "$0" && exec "$@"', str(REPOSITORY), *words]
+
+
 class Host:
     """One machine, and the end of its cable."""
 
@@ -128,14 +133,7 @@ class Host:
         """What runs ``words`` on this machine, in a login's surroundings."""
         enter = ["nsenter", "-t", str(self._pid), "-m", "-u", "-i", "-n", "-p", "--wd=/root"]
         path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        own = {
-            "HOME": "/root",
-            "USER": "root",
-            "LANG": "C.UTF-8",
-            "TERM": "xterm",
-            "PATH": path,
-            "PYTHONUNBUFFERED": "1",
-        }
+        own = {"HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "PATH": path, "PYTHONUNBUFFERED": "1"}
         return [*enter, "env", "-i", *(f"{k}={v}" for k, v in (own | (environment or {})).items()), *words]
 
     def run(
@@ -184,7 +182,7 @@ class Host:
 
     def narrow(self, rate: str) -> None:
         """Let no more than ``rate`` (``1gbit``) through the cable each way."""
-        # a burst of what passes in 2 ms: shorter than the kernel's tick would starve the fast ones
+        # a burst that is small beside a step's bytes, and longer than the kernel's tick, which would starve a fast cable
         shape = ["tbf", "rate", rate, "burst", "4mb", "latency", "50ms"]
         _do("tc", "qdisc", "replace", "dev", self._cable, "root", *shape)
         self.run("tc", "qdisc", "replace", "dev", "eth0", "root", *shape)
