@@ -4,7 +4,7 @@ Sizes are in studies (one image-report pair) and named for their owner; lengths 
 """
 
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -297,3 +297,14 @@ class Config(RunSections):
             yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
         yield from clustering.complaints()
         yield from self.run.complaints()
+
+
+MEAN_RECALL = "mean_recall_at_1"
+MEASURES = (MEAN_RECALL, "i2t_recall_at_1", "t2i_recall_at_1", "i2t_recall_at_5", "t2i_recall_at_5")
+
+
+def measure(metric: str, scores: dict[str, Any]) -> float:
+    """The value of ``metric`` in the scores of a validation; larger is better."""
+    if metric == MEAN_RECALL:
+        return float(scores["i2t_recall_at_1"] + scores["t2i_recall_at_1"]) / 2
+    return float(scores[metric])

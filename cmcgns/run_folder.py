@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from cmcgns import storage
 from cmcgns.config import RunConfig, Section
-from cmcgns.data import storage
 from cmcgns.errors import UserError, starting_with
 
 

@@ -2,13 +2,13 @@
 
 import sys
 
-from cmcgns.command_line import run_job
-from cmcgns.evaluate.job_config import EmbedJobConfig
+from cmcgns.cli import run_job
+from cmcgns.evaluate.config import EmbedJobConfig
 
 
 def main(config: EmbedJobConfig) -> int:
     """Exit status of an embedding."""
-    from cmcgns.evaluate.embed import embed_sentences  # heavy: --help and --print-config need none of it
+    from cmcgns.evaluate.embed import embed_sentences
 
     return embed_sentences(config)
 

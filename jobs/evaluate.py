@@ -2,15 +2,15 @@
 
 import sys
 
-from cmcgns.command_line import run_job
-from cmcgns.evaluate.job_config import EvaluateJobConfig
+from cmcgns.cli import run_job
+from cmcgns.evaluate.config import EvaluateJobConfig
 
 
 def main(config: EvaluateJobConfig) -> int:
     """Exit status of an evaluation."""
     # heavy: --help and --print-config need none of it
     if config.evaluate.ablation is not None:
-        from cmcgns.evaluate.ablate import ablate
+        from cmcgns.evaluate.ablation import ablate
 
         return ablate(config)
     from cmcgns.evaluate.run import evaluate

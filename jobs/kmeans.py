@@ -2,13 +2,13 @@
 
 import sys
 
-from cmcgns.clustering.job_config import KMeansConfig
-from cmcgns.command_line import run_job
+from cmcgns.cli import run_job
+from cmcgns.clustering.config import KMeansConfig
 
 
 def main(config: KMeansConfig) -> int:
     """Exit status of a fit."""
-    from cmcgns.clustering.fit import fit_embeddings  # heavy: --help and --print-config need none of it
+    from cmcgns.clustering.fit import fit_embeddings
 
     return fit_embeddings(config)
 

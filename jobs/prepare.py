@@ -2,17 +2,17 @@
 
 import sys
 
-from cmcgns.command_line import run_job
-from cmcgns.prepare.job_config import PrepareJobConfig
+from cmcgns.cli import run_job
+from cmcgns.data.prepare.config import PrepareJobConfig
 
 
 def main(config: PrepareJobConfig) -> int:
     """Exit status of a preparation, or of the check of a prepared set."""
     if config.prepare.check:
-        from cmcgns.prepare.check import check_set
+        from cmcgns.data.prepare.check import check_set
 
         return check_set(config.prepare.out)
-    from cmcgns.prepare.run import prepare  # heavy: --help and --print-config need none of it
+    from cmcgns.data.prepare.run import prepare
 
     return prepare(config)
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cmcgns.command_line import run_job
+from cmcgns.cli import run_job
 from cmcgns.config import Config
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
@@ -11,14 +11,14 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
 
 def main(config: Config) -> int:
     """Exit status of a pretraining run."""
-    from cmcgns.train.run import pretrain  # heavy: --help and --print-config need none of it
+    from cmcgns.train.run import pretrain
 
     return pretrain(config)
 
 
 def plan(config: Config) -> int:
     """Exit status of a look at what a run would do, and where: 0 where it could begin."""
-    from cmcgns.train.run import pretrain  # heavy, see above
+    from cmcgns.train.run import pretrain
 
     return pretrain(config, dry_run=True)
 

@@ -3,15 +3,15 @@
 import sys
 from pathlib import Path
 
-from cmcgns.command_line import run_job
-from cmcgns.sweep.job_config import SweepJobConfig
+from cmcgns.cli import run_job
+from cmcgns.sweep.config import SweepJobConfig
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
 
 
 def main(config: SweepJobConfig) -> int:
     """Exit status of a sweep."""
-    from cmcgns.sweep.run import sweep  # heavy: --help and --print-config need none of it
+    from cmcgns.sweep.run import sweep
 
     return sweep(config)
 

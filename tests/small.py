@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from cmcgns.config import Config
-from cmcgns.data.augment import mask_positions
-from cmcgns.data.batch import ImageReportBatch, pad_reports
+from cmcgns.data.batch import ImageReportBatch, mask_positions, pad_reports
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 
 VOCABULARY = 120

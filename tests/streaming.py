@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from cmcgns.data.phantom import PhantomCorpus
-from cmcgns.data.phantom.writers import write_pairs_csv
+from cmcgns.phantom import PhantomCorpus
+from cmcgns.phantom.writers import write_pairs_csv
 from tests.jobs import Job, result, rows
 from tests.ray_head import MIB, RayHead
 from tests.s3 import S3Server

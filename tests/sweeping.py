@@ -48,6 +48,7 @@ def check_free(head: RayHead) -> ClusterState:
 
 
 OF_A_TRIAL = (
-    "SweepTrial", "ResourceTrainable", "TrialRunner", "Board", "BankActor", "Coordinator", "TrainController", "RayTrainWorker",
+    "SweepTrial", "ResourceTrainable", "TrialRunner", "RunCoordinator", "BankActor", "BankCoordinator",
+    "TrainController", "RayTrainWorker",
     "SplitCoordinator", "PlacementGroupCleaner", "SynchronizationActor", "Watch",
 )  # fmt: skip

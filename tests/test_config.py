@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cmcgns.command_line import read_yaml, validate
+from cmcgns.cli import read_yaml, validate
 from cmcgns.config import Config
 from tests.small import small_config
 

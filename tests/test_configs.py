@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmcgns.command_line import load_config, to_yaml, validate
+from cmcgns.cli import load_config, to_yaml, validate
 from cmcgns.config import Config
 from tests.jobs import REPOSITORY
 

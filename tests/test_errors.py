@@ -2,8 +2,8 @@
 
 import pytest
 
-from cmcgns.data.faults import MissingFileError
 from cmcgns.errors import UserError, cause
+from cmcgns.storage.errors import MissingFileError
 
 
 def test_an_error_of_our_own_is_told_by_its_first_line() -> None:

@@ -11,10 +11,10 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+from cmcgns import storage
 from cmcgns.clustering.embeddings import Embeddings
 from cmcgns.clustering.kmeans import DECIMALS, Array, Search
 from cmcgns.clustering.rows import RowStore
-from cmcgns.data import storage
 
 CANDIDATES = 4
 """Centroids that the search in float32 names for each row, to be compared again in float64."""

@@ -1,6 +1,6 @@
-"""The pool of a training run: actors that hold its bank of features, and a coordinator that runs k-means over them.
+"""The pool of a training run: actors that hold its bank of features, and a bank_coordinator that runs k-means over them.
 
-Made by the driver, so that it outlives a restart of the workers. The coordinator keeps no state between requests.
+Made by the driver, so that it outlives a restart of the workers. The bank_coordinator keeps no state between requests.
 """
 
 import logging
@@ -18,17 +18,17 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from cmcgns import distributed
+from cmcgns.cluster.placement import machines, pool_strategies
 from cmcgns.clustering.bank import BankShard, serving_actor
-from cmcgns.clustering.guide import BankState, RefreshRequest, RefreshResult, recluster
-from cmcgns.clustering.kmeans import Array, check_faiss
+from cmcgns.clustering.kmeans import Array
+from cmcgns.clustering.online_clustering import BankState, RefreshRequest, RefreshResult, recluster
 from cmcgns.clustering.pool import LOST, PooledRows, Shard, actor_options, threads_per_actor
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import first_line
-from cmcgns.placement import machines, pool_strategies
+from cmcgns.faiss_install import check_faiss
 
 logger = logging.getLogger(__name__)
-
 ATTEMPTS = 3
 """Times that one re-clustering is tried again after the loss of an actor."""
 
@@ -97,7 +97,7 @@ class BankActor(Shard):
             return self.bank.rows_between(first, stop)
 
 
-class Coordinator:
+class BankCoordinator:
     """Runs one re-clustering at a time; everything it needs comes with the request, so it may be restarted."""
 
     def refit(
@@ -120,19 +120,19 @@ class PoolHandles:
     """The pool's actors, as the driver hands them to the workers."""
 
     shards: tuple[ActorHandle[Any], ...]
-    coordinator: ActorHandle[Any]
+    bank_coordinator: ActorHandle[Any]
     config: ClusteringConfig
 
     def stop(self) -> None:
         """End all actors of the pool."""
-        for actor in (*self.shards, self.coordinator):
+        for actor in (*self.shards, self.bank_coordinator):
             ray.kill(actor)
 
 
 def start_pool(
-    config: ClusteringConfig, ranks: int, board: Any = None, shard_type: type[BankActor] = BankActor
+    config: ClusteringConfig, ranks: int, coordinator: Any = None, shard_type: type[BankActor] = BankActor
 ) -> PoolHandles:
-    """A pool of ``config.actors`` actors for ``ranks`` workers, and its coordinator, each on a process of its own."""
+    """A pool of ``config.actors`` actors for ``ranks`` workers, and its bank_coordinator, each on a process of its own."""
     check_faiss(config.device)
     threads = threads_per_actor(config)
     # pushes and passes overlap: a push must never wait behind a pass
@@ -146,8 +146,8 @@ def start_pool(
         for i, strategy in enumerate(pool_strategies(nodes, config.actors, config.cpus_per_actor))
     )
     ray.get([shard.ready.remote() for shard in shards])
-    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_restarts=-1).remote()
-    return PoolHandles(shards, coordinator, config)
+    bank_coordinator = ray.remote(BankCoordinator).options(num_cpus=0, max_restarts=-1).remote()
+    return PoolHandles(shards, bank_coordinator, config)
 
 
 class RayPool:
@@ -192,13 +192,13 @@ class RayPool:
         self._outbox.put(send)
 
     def request(self, request: RefreshRequest) -> None:
-        self._pending = self.handles.coordinator.refit.remote(self.handles.shards, self.handles.config, request)
+        self._pending = self.handles.bank_coordinator.refit.remote(self.handles.shards, self.handles.config, request)
 
     def result(self) -> RefreshResult:
         try:
             found: RefreshResult = ray.get(self._pending)
         except RayActorError as error:
-            return RefreshResult(None, f"the clustering coordinator was lost: {first_line(error)}")
+            return RefreshResult(None, f"the clustering bank_coordinator was lost: {first_line(error)}")
         logger.info("clustering: %s", found.report)
         return found
 

@@ -1,5 +1,6 @@
-"""The driver of `jobs/kmeans.py`: a pool over Parquet, the fit with its state kept, assignments and figures at the end."""
+"""What a fit shows on the terminal: its plan, and its largest clusters."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -7,29 +8,171 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
+from cmcgns import storage
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns.cluster.placement import bundles
+from cmcgns.cluster.session import ray_session
 from cmcgns.clustering.assignments import ClusterPart, statistics, write_assignments
+from cmcgns.clustering.config import FitConfig, KMeansConfig
 from cmcgns.clustering.embeddings import Columns, Embeddings, open_embeddings
-from cmcgns.clustering.fit_report import describe_plan, show_clusters
-from cmcgns.clustering.fit_state import Diary, first_fit, keep, write_start
-from cmcgns.clustering.job_config import FitConfig, KMeansConfig
-from cmcgns.clustering.kmeans import Array, Fit, Rows, Search, check_faiss, kmeans
-from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import SEEDINGS
-from cmcgns.clustering.source_pool import ParquetSource, SourcePool
-from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns.clustering.kmeans import SEEDINGS, Array, Fit, Rows, Search, kmeans, normalised
+from cmcgns.clustering.pool import ParquetSource, SourcePool
+from cmcgns.clustering.rows import RowArray, check_rows
 from cmcgns.config import PoolConfig
-from cmcgns.data import storage
-from cmcgns.errors import UserError, first_line
-from cmcgns.placement import bundles
-from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, warn_of_passing_folder
-from cmcgns.session import ray_session
+from cmcgns.errors import UserError, first_line, starting_with
+from cmcgns.faiss_install import check_faiss
+from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
+
+SHOWN_CLUSTERS = 5
+
+
+def describe_plan(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings, start: Fit | None) -> dict[str, str]:
+    """What is about to run, where, and on how much."""
+    settings = config.clustering
+    files = len({group.uri for group in embeddings.groups})
+    share = embeddings.rows / settings.actors * embeddings.dim * 4 / 2**30
+    held = (
+        "in memory" if share <= settings.memory_gib else f"on disk (clustering.memory_gib is {settings.memory_gib:g})"
+    )
+    if settings.streamed:
+        held = "read anew for each pass"
+    fit = f"K = {settings.num_clusters}, at most {settings.iterations} iterations"
+    if settings.batch_rows is not None:
+        fit += f" of about {settings.batch_rows} rows"
+    begin = f"{settings.seeding} seeding" if start is None else settings.start_from or "k-means"
+    if folder.resumed and start is not None:
+        begin = f"iteration {start.iteration} of {folder.name}"
+    return {
+        "data": f"{embeddings.uri}: {embeddings.rows} rows of {embeddings.dim} in {files} files",
+        "fit": f"{fit}, from {begin}",
+        "pool": f"{settings.actors} actors of {settings.cpus_per_actor:g} CPUs and {settings.gpus_per_actor:g} GPUs "
+        f"({settings.device}); {share:.2f} GiB of rows each, {held}",
+        "folder": folder.uri,
+    }
+
+
+def show_clusters(terminal: Console, found: dict[str, Any]) -> None:
+    """The largest clusters, with the rows nearest to their centroids."""
+    largest = sorted(found["clusters"], key=lambda cluster: -cluster["size"])[:SHOWN_CLUSTERS]
+    table = Table("cluster", "size", "cohesion", "nearest", box=None, pad_edge=False)
+    for cluster in largest:
+        nearest = " | ".join(str(row.get("text") or row["id"]) for row in cluster["nearest"])
+        cohesion = f"{cluster['cohesion']:.3f}" if cluster["size"] else "-"
+        table.add_row(str(cluster["cluster"]), str(cluster["size"]), cohesion, escape(nearest))
+    terminal.print(table)
+
+
+STATE, METRICS = "fit.safetensors", "metrics.jsonl"
+
+
+def first_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -> Fit | None:
+    """Where the fit goes on, or starts from; None where it is still to be seeded."""
+    settings = config.clustering
+    if folder.resumed and storage.exists(folder.file(STATE)):
+        fit = from_bytes(storage.read_bytes(folder.file(STATE)))
+        if fit.centroids_KD.shape[1] != embeddings.dim:
+            raise UserError(
+                f"run.resume {folder.name} clusters vectors of {fit.centroids_KD.shape[1]} numbers; those of "
+                f"{embeddings.uri} have {embeddings.dim}"
+            )
+        return fit
+    if settings.start_from is None:
+        return None
+    return Fit(read_centroids(settings.start_from, (settings.num_clusters, embeddings.dim)))
+
+
+def read_centroids(uri: str, shape: tuple[int, int]) -> Array:
+    """Centroids of length 1 of a fit or of a pretraining export, refused where they are not of ``shape`` (K, D)."""
+    key = f"clustering.start_from {uri}"
+    try:
+        held = safetensors.load(storage.read_bytes(uri))
+    except UserError as error:
+        raise UserError(f"clustering.start_from {starting_with(uri, str(error))}") from None
+    except SafetensorError as error:
+        raise UserError(f"{key} is no safetensors file ({error}); name a centroids.safetensors") from None
+    rows_KD = held.get("rows_KD")
+    if rows_KD is None or rows_KD.shape != shape:
+        given = f"has the shape {rows_KD.shape}" if rows_KD is not None else f"holds {', '.join(held)} and no rows_KD"
+        raise UserError(f"{key} {given}; {shape} (K, D) is wanted here")
+    check_rows(
+        rows_KD, lambda row: f"{key}: row {row}"
+    )  # zero where clustering never started in the run that was exported
+    unit = np.allclose(np.linalg.norm(rows_KD, axis=1), 1.0, rtol=0, atol=1e-6)
+    return rows_KD if unit else normalised(rows_KD)  # a second division would change their last bits
+
+
+def write_start(folder: RunFolder, config: KMeansConfig) -> None:
+    """Take the name, and write down the settings."""
+    if storage.exists(folder.file("config.yaml")):  # another fit of that name began while this one looked around
+        raise UserError(name_taken(folder))
+    storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+
+
+def keep(folder: RunFolder, fit: Fit) -> None:
+    """Write down all that it takes to go on from ``fit``."""
+    storage.write_bytes(folder.file(STATE), to_bytes(fit))
+
+
+def to_bytes(fit: Fit) -> bytes:
+    """``fit`` as safetensors."""
+    figures = np.array([fit.iteration, fit.objective, fit.reseeded, fit.near_ties, fit.converged], np.float64)
+    totals = {} if fit.totals_KD is None else {"totals_KD": fit.totals_KD}
+    return bytes(safetensors.save({"centroids_KD": fit.centroids_KD, "figures": figures} | totals))
+
+
+def from_bytes(data: bytes) -> Fit:
+    """The ``Fit`` that ``to_bytes`` wrote."""
+    held = safetensors.load(data)
+    iteration, objective, reseeded, near_ties, converged = held["figures"].tolist()
+    return Fit(
+        held["centroids_KD"],
+        int(iteration),
+        objective,
+        int(reseeded),
+        int(near_ties),
+        bool(converged),
+        held.get("totals_KD"),
+    )
+
+
+class FitLog:
+    """metrics.jsonl: one row for each iteration, also over a resume."""
+
+    def __init__(self, folder: RunFolder, iteration: int) -> None:
+        self.folder, self.last = folder, time.perf_counter()
+        lines = storage.read_bytes(folder.file(METRICS)).decode().splitlines() if iteration else []
+        self.rows = [row for row in map(json.loads, lines) if row["iteration"] <= iteration]
+
+    def write(self, fit: Fit, actors_lost: int) -> str:
+        """Write the row of ``fit``; the same in words."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.rows.append(
+            {
+                "iteration": fit.iteration,
+                "objective": fit.objective,
+                "reseeded": fit.reseeded,
+                "near_ties": fit.near_ties,
+                "actors_lost": actors_lost,
+                "seconds": seconds,
+            }
+        )
+        storage.write_bytes(self.folder.file(METRICS), "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        return (
+            f"iteration {fit.iteration}: mean similarity {fit.objective:.6f}, {fit.reseeded} re-seeded, "
+            f"{fit.near_ties} near ties, {seconds:.2f} s"
+        )
+
 
 FREE_TO_CHANGE = {
     "data": {"uri"},
@@ -146,7 +289,7 @@ def fit_and_write(
 
 def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: SourcePool, start: Fit) -> Fit:
     """The finished fit; its state and one row of metrics are kept after every iteration."""
-    diary = Diary(folder, start.iteration)
+    diary = FitLog(folder, start.iteration)
     with stop_between_iterations(terminal) as stopping:
 
         def after(fit: Fit) -> None:

@@ -19,15 +19,17 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from cmcgns.data.expendable import ExpendableDecoder
-from cmcgns.data.transforms import MAX_PIXELS
+from cmcgns.data.image import MAX_PIXELS
+from cmcgns.data.isolated_decoder import IsolatedDecoder
 from cmcgns.errors import BadRow
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 # pydicom's warnings quote the values it stumbles over, and those may be a patient's: none leave this module.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
 warnings.filterwarnings("ignore", module="pydicom")
 
 
@@ -47,7 +49,7 @@ def decode_here(data: bytes) -> NDArray[np.uint8]:
         return _grey(_read(data))
 
 
-_decode_elsewhere = ExpendableDecoder(__name__, "decode_here")
+_decode_elsewhere = IsolatedDecoder(__name__, "decode_here")
 
 
 def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:

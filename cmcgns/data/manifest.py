@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cmcgns.data import storage
+from cmcgns import storage
 from cmcgns.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -18,7 +18,6 @@ PLAN = "plan.json"
 """Lies in a set until it is complete."""
 VERSION = 1
 SPLITS = ("train", "valid", "test")
-
 SHARD_SCHEMA = pa.schema(
     [
         pa.field("patient_id", pa.string()),

@@ -81,3 +81,18 @@ def arranged(studies: pa.Table, group_studies: int, rename: Callable[[str], str]
     row_S = np.argsort(key_S, kind="stable")
     group_S = (np.arange(len(row_S)) // group_studies).astype(np.int32)
     return studies.take(row_S), Arrangement(key_S[row_S], group_S, -(-len(row_S) // group_studies))
+
+
+def draw_key(seed: int, epoch: int, image_id: str) -> int:
+    """Signed 64-bit key of every draw about one film in one epoch, the same on any rank."""
+    return _hash64(f"{seed}|{epoch}|{image_id}")
+
+
+def drawn_film(seed: int, epoch: int, study_id: str, films: int) -> int:
+    """Which of a study's ``films`` this epoch shows."""
+    return _hash64(f"film|{seed}|{epoch}|{study_id}") % films
+
+
+def _hash64(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

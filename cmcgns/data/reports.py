@@ -62,6 +62,7 @@ SECTION_NAMES = {
     "type of examination": "examination",
     "wet read": "wet read",
 }
+
 # Substrings that settle an unlisted capital header, first match first.
 NAME_PARTS = (
     ("impression", "impression"),
@@ -73,11 +74,13 @@ NAME_PARTS = (
     ("indication", "indication"),
     ("technique", "technique"),
 )
+
 # A header made of these words alone ("PA AND LATERAL CHEST") heads a description of what the views show.
 VIEW_WORDS = _words(
     "a ap an and chest cxr erect film films for frontal image images lateral of one pa portable radiograph "
     "radiographs ray semi semierect semiupright single supine the three two upright view views x xray"
 )
+
 # Sub-headers inside a description ("LUNGS: clear"): their words belong to the text.
 ANATOMY_WORDS = _words(
     "abdomen airways and aorta bone bones cardiac cardiomediastinal diaphragm heart hila hilum left line lines lung "
@@ -91,17 +94,19 @@ _KNOWN = "|".join(
     re.escape(name).replace(r"\ and\ ", r"[ \t]*(?:and|&|/)[ \t]*").replace(r"\ ", "[ \t]+")
     for name in sorted(SECTION_NAMES, key=len, reverse=True)
 )
+
 _KNOWN_HEADER = rf"(?:^|(?<=\n))[ \t]*(?P<known>(?i:{_KNOWN}))[ \t]*:"
+
 # Mid-line (a report whose line ends were lost): the name in capitals, or with one capital after a sentence's end.
 _INLINE_NAMES = (
     "Findings and impression", "Findings", "Impression", "Conclusion",
     "Comparison", "Indication", "Technique", "History",
 )  # fmt: skip
+
 _INLINE_CAPITALS = "|".join(name.upper() for name in _INLINE_NAMES)
 _INLINE_TITLE = "|".join(_INLINE_NAMES)
 _INLINE_HEADER = rf"(?<=\s)(?P<inline>{_INLINE_CAPITALS})[ \t]*:|(?<=[.!?:]\s)(?P<title>{_INLINE_TITLE})[ \t]*:"
 _HEADER = re.compile(f"{_KNOWN_HEADER}|{_CAPITAL_HEADER}|{_INLINE_HEADER}")
-
 _DEIDENTIFIED = re.compile(r"_{2,}|X{4,}|\[\*\*.*?\*\*\]", re.DOTALL)
 _LIST_ITEM = re.compile(r"(?<!\S)\(?(?P<number>\d{1,2})[.)](?=\s+[^\s\d]|[A-Z])")
 _BREAK = re.compile(r"\n\s*\n|(?:^|\n)\s*[-*•·]\s+")
@@ -109,7 +114,6 @@ _SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z
 _LAST_TOKEN = re.compile(r"[A-Za-z.]+$")
 _INITIALISM = re.compile(r"\b(?:[A-Za-z]\.){2,}(?:[A-Za-z]\b)?")
 _WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:'[^\W_]+)*")
-
 ABBREVIATIONS = _words("al approx ca cf dept dr drs e.g eg fig figs hosp i.e ie mr mrs ms pt resp st vs")
 
 

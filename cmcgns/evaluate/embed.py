@@ -1,34 +1,98 @@
-"""The driver of `jobs/embed.py`: a split of a corpus through a trained model, its sentences as Parquet."""
+"""Sentences as a trained model sees them: what it finds on the film where a sentence looks (z2), and the words' own vector.
+
+n sentences of a block of studies, S sentences of one study (padded), D embedding.
+"""
 
 import time
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
 from rich.console import Console
 
-from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns import storage
+from cmcgns.bad_rows import write_bad_rows
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns.cluster.coordinator import start_coordinator
+from cmcgns.cluster.placement import bundles
+from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Config
-from cmcgns.data import storage
-from cmcgns.data.blocks import to_block
-from cmcgns.data.dataset import piece_studies, stream_split
+from cmcgns.data.batch import Batcher
+from cmcgns.data.blocks import Block, to_block
+from cmcgns.data.image import Target
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
-from cmcgns.data.sources import Source
-from cmcgns.data.transforms import Target
+from cmcgns.data.readers import Source, open_index
+from cmcgns.data.stream import piece_studies, stream_split
+from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
-from cmcgns.evaluate.exported import PretrainedRun, open_run
-from cmcgns.evaluate.job_config import EmbedConfig, EmbedJobConfig
-from cmcgns.evaluate.sentences import SentenceEmbedder, sentence_table
-from cmcgns.placement import bundles
+from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
+from cmcgns.evaluate.encoders import PretrainedRun, open_run
+from cmcgns.models.attention import unit
+from cmcgns.models.vision_language import VisionLanguageModel
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
-from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
-from cmcgns.train.board import start_board
-from cmcgns.train.corpus import open_index
-from cmcgns.train.folder import with_absolute_paths, write_bad_rows
+from cmcgns.train.setup import with_absolute_paths
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class SentenceVectors(NamedTuple):
+    """All sentences of a block, study by study; rows of length 1."""
+
+    study_n: npt.NDArray[np.int64]
+    """Place of each sentence's study in the block."""
+    number_n: npt.NDArray[np.int64]
+    """Place of the sentence in its report."""
+    attended_nD: FloatArray
+    """What the sentence attends to on its study's film: the features that pretraining clusters."""
+    sentence_nD: FloatArray
+    """The mean of the sentence's tokens."""
+
+
+class SentenceEmbedder:
+    """A model that turns blocks of studies into ``SentenceVectors``; films are cropped at the middle, nothing is drawn."""
+
+    def __init__(
+        self, model: VisionLanguageModel, tokenizer: ReportTokenizer, config: Config, device: torch.device
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.batcher = Batcher(config, model.image_encoder.patches, tokenizer.pad_id, device)
+
+    @torch.inference_mode()
+    def __call__(self, block: Block) -> SentenceVectors:
+        counts_B = block.sentence_counts
+        batch = self.batcher(block, (int(counts_B.sum()),), training=False)
+        outputs = self.model(batch)
+        rows = lambda values_BSD: unit(values_BSD.flatten(0, 1)[batch.sentence_row_n].float()).cpu().numpy()
+        return SentenceVectors(
+            np.repeat(np.arange(len(block)), counts_B),
+            np.concatenate([np.arange(count) for count in counts_B]),
+            rows(outputs.image_to_text_BSD),
+            rows(outputs.sentences_BSD),
+        )
+
+
+def sentence_table(vectors: SentenceVectors, study_ids: list[str], texts: pa.Array) -> pa.Table:
+    """Columns id (``study/number``), study_id, text, vector (attended features) and sentence_vector, one row a sentence;
+    ``study_ids`` are those of the block, ``texts`` its sentences' words."""
+    ids = [study_ids[place] for place in vectors.study_n]
+    dim = vectors.attended_nD.shape[1]
+    column = lambda rows_nD: pa.FixedSizeListArray.from_arrays(pa.array(rows_nD.ravel()), dim)
+    return pa.table(
+        {
+            "id": [f"{study}/{number}" for study, number in zip(ids, vectors.number_n, strict=True)],
+            "study_id": ids,
+            "text": texts,
+            "vector": column(vectors.attended_nD),
+            "sentence_vector": column(vectors.sentence_nD),
+        }
+    )
+
 
 STUDIES_AHEAD = 512
 """Decoded studies that may wait for the model."""
@@ -76,18 +140,18 @@ def embed_sentences(config: EmbedJobConfig) -> int:
         warn_of_passing_folder(terminal, folder)
         storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
         began = time.perf_counter()
-        board = start_board(len(split.studies), split.config.data.max_bad_fraction, {})
+        coordinator = start_coordinator(len(split.studies), split.config.data.max_bad_fraction, {})
         try:
-            write_sentences(run, settings, split, board, folder.file("sentences"))
+            write_sentences(run, settings, split, coordinator, folder.file("sentences"))
             result: dict[str, Any] = {"status": "finished"}
         except KeyboardInterrupt:
             result = {"status": "stopped"}
         except Exception as error:  # whatever Ray Data wraps a task's error in
-            reason = ray.get(board.failure.remote()) or cause(error)
+            reason = ray.get(coordinator.failure.remote()) or cause(error)
             result = {"status": "failed", "failure": reason}
         if result["status"] != "finished":
             storage.delete_folder(folder.file("sentences"))  # a part might be taken for the whole
-        bad_rows = ray.get(board.account.remote())["bad_rows"]
+        bad_rows = ray.get(coordinator.account.remote())["bad_rows"]
         write_bad_rows(folder.uri, bad_rows)
         counts = {"studies": len(split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
         seconds = {"seconds": round(time.perf_counter() - began, 1)}
@@ -127,7 +191,7 @@ def check_capacity(settings: EmbedConfig, cpus: float) -> None:
         )
 
 
-def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, board: Any, uri: str) -> None:
+def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, coordinator: Any, uri: str) -> None:
     """Parquet files of all sentences under ``uri``; which file comes first says nothing."""
     stream = stream_split(
         split.source,
@@ -135,7 +199,7 @@ def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, boa
         split.arrangement,
         run.tokenizer,
         split.config.data,
-        board,
+        coordinator,
         studies_ahead=STUDIES_AHEAD + 2 * piece_studies(split.source, split.config.data, len(split.studies)),
         with_text=True,
     )

@@ -21,18 +21,17 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from cmcgns.data import storage
-from cmcgns.data.augment import crop, normalise
-from cmcgns.data.dataset import FETCH_THREADS, fetched, ordered_context
-from cmcgns.data.sources import Reader
-from cmcgns.data.transforms import resize_film
+from cmcgns import storage
+from cmcgns.data.batch import crop, normalise
+from cmcgns.data.image import resize_film
+from cmcgns.data.labelled.base import FilmSource, ImageSet
+from cmcgns.data.readers import Reader
+from cmcgns.data.stream import FETCH_THREADS, fetched, ordered_context
 from cmcgns.errors import BadRow
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec
-from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.sets.base import FilmSource, ImageSet
 
 logger = logging.getLogger(__name__)
-
 Floats = NDArray[np.float32]
 PIECE_FILMS = 64
 PIECES_AHEAD = 8

@@ -11,19 +11,18 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from cmcgns.cluster.coordinator import start_coordinator
+from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import to_block
-from cmcgns.data.dataset import stream_split
-from cmcgns.data.order import VALIDATION_EPOCH
-from cmcgns.data.transforms import drawn_film
+from cmcgns.data.order import VALIDATION_EPOCH, drawn_film
+from cmcgns.data.stream import stream_split
 from cmcgns.errors import UserError
+from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
-from cmcgns.evaluate.exported import PretrainedRun
-from cmcgns.evaluate.job_config import EmbedConfig
-from cmcgns.evaluate.squares import middle
-from cmcgns.models.cross_attention import unit
+from cmcgns.evaluate.encoders import PretrainedRun
+from cmcgns.evaluate.films import middle
+from cmcgns.models.attention import unit
 from cmcgns.models.vision_language import VisionLanguageModel
-from cmcgns.train.board import start_board
-from cmcgns.train.steps import Batcher
 
 Floats = NDArray[np.float32]
 FILMS = 64
@@ -60,9 +59,9 @@ class Pairs:
 def embed_pairs(model: VisionLanguageModel, run: PretrainedRun, split: SplitName) -> Pairs:
     """``split`` of the run's corpus through ``model``, with the settings and the vocabulary of ``run``; on one CPU."""
     found = open_split(run, EmbedConfig(run=run.uri, split=split))
-    board = start_board(len(found.studies), found.config.data.max_bad_fraction, {})
+    coordinator = start_coordinator(len(found.studies), found.config.data.max_bad_fraction, {})
     stream = stream_split(
-        found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, board,
+        found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, coordinator,
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
     batch_of = Batcher(run.config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from cmcgns.command_line import STATUS_FAILED
-from cmcgns.data import storage
+from cmcgns import storage
+from cmcgns.cli import STATUS_FAILED
 from cmcgns.errors import UserError
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, differences

@@ -12,19 +12,20 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from cmcgns.command_line import STATUS_INTERRUPTED, to_yaml
-from cmcgns.data import storage
-from cmcgns.data.sources import PhantomSource
-from cmcgns.data.transforms import Target
+from cmcgns import storage
+from cmcgns.cli import STATUS_INTERRUPTED, to_yaml
+from cmcgns.cluster.placement import bundles
+from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.data.image import Target
+from cmcgns.data.labelled import open_set
+from cmcgns.data.labelled.base import SPLITS, ImageSet
+from cmcgns.data.labelled.corpus import labelled_set, phantom_set
+from cmcgns.data.readers import PhantomSource, open_index
 from cmcgns.errors import UserError, cause
-from cmcgns.evaluate.encoders import open_encoders
-from cmcgns.evaluate.exported import last_run
-from cmcgns.evaluate.job_config import TASKS, EvaluateConfig, EvaluateJobConfig
+from cmcgns.evaluate.config import TASKS, EvaluateConfig, EvaluateJobConfig
+from cmcgns.evaluate.encoders import last_run, open_encoders
 from cmcgns.evaluate.report import Results, read_results, report_page, show, tell_rest, write_results
 from cmcgns.evaluate.scores import named
-from cmcgns.evaluate.sets import open_set
-from cmcgns.evaluate.sets.base import SPLITS, ImageSet
-from cmcgns.evaluate.sets.corpus import labelled_set, phantom_set
 from cmcgns.evaluate.tasks import (
     ON_FEATURES,
     ON_PAIRS,
@@ -35,16 +36,12 @@ from cmcgns.evaluate.tasks import (
     start_pair_tasks,
     start_place_tasks,
 )
-from cmcgns.evaluate.zeroshot import read_prompts
-from cmcgns.placement import bundles
+from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
-from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
-from cmcgns.train.corpus import open_index
-from cmcgns.train.folder import with_absolute_paths
+from cmcgns.train.setup import with_absolute_paths
 
 logger = logging.getLogger(__name__)
-
 PACKAGES = ("cmcgns", "ray", "torch", "transformers", "scikit-learn", "torchmetrics")
 
 

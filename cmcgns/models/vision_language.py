@@ -1,22 +1,46 @@
-"""The whole model: one forward in which everything learnable takes part.
-
-B studies, P patches, S sentences (padded), D embedding.
-"""
+"""The contract between model and objective: everything learnable has happened by the time this exists."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.models.cross_attention import CrossModalAttention, linear, unit
-from cmcgns.models.image_decoder import build_decoder
-from cmcgns.models.image_encoder import ImageEncoder
-from cmcgns.models.outputs import Outputs
-from cmcgns.models.presets import build_image_backbone, build_text_backbone
-from cmcgns.models.text_encoder import TextEncoder
+from cmcgns.methods.cm_cgns.decoder import build_decoder
+from cmcgns.models.attention import CrossModalAttention, linear, unit
+from cmcgns.models.backbones import ImageEncoder, build_image_backbone, build_text_backbone
+from cmcgns.models.text import TextEncoder
+
+
+class Outputs(NamedTuple):
+    """What the model makes of one microbatch (a NamedTuple for ZeRO-3's hooks).
+
+    B studies, P patches, S sentences (padded), D embedding.
+    """
+
+    image_BD: Tensor
+    """Normalised film embeddings."""
+    report_BD: Tensor
+    """Normalised report embeddings."""
+    patches_BPD: Tensor
+    """Normalised patch embeddings."""
+    sentences_BSD: Tensor
+    """Sentence embeddings: means of normalised tokens, not normalised themselves."""
+    image_to_text_BSD: Tensor
+    """Each sentence's attention over its study's patches, raw."""
+    text_to_image_BPD: Tensor
+    """Each patch's attention over its study's sentences, raw."""
+    predicted_patches_BPD: Tensor
+    """SimSiam prediction from the patches."""
+    predicted_attended_BPD: Tensor
+    """SimSiam prediction from the attended sentences."""
+    scale: Tensor
+    """Inverse temperature of the global loss, shape (1,)."""
+    reconstruction_B1HW: Tensor | None
+    """Films rebuilt from unmasked patches and reports (stage 2)."""
+
 
 MIN_SCALE, MAX_SCALE = 1.0, 100.0
 RECONSTRUCTION_PARTS = ("decoder.", "mask_token")

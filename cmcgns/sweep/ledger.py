@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from cmcgns.data import storage
+from cmcgns import storage
 from cmcgns.run_folder import RunFolder
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]

@@ -11,27 +11,24 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
-from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
-from cmcgns.data import storage
+from cmcgns import storage
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.config import measure
 from cmcgns.errors import cause
-from cmcgns.evaluate.measures import measure
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
-from cmcgns.session import ONE_CPU, ray_session
-from cmcgns.sweep.asha import scheduler_of
-from cmcgns.sweep.job_config import SweepConfig, SweepJobConfig
+from cmcgns.sweep.admission import TRIAL_CPUS, Room, nodes_of_cluster, room_for, scheduler_of, trial_bundles
+from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.opened import Sweep, open_sweep, write_start
-from cmcgns.sweep.proposals import Proposals
 from cmcgns.sweep.report import Answer, write_answer, write_table
-from cmcgns.sweep.resources import TRIAL_CPUS, Room, nodes_of_cluster, room_for, trial_bundles
+from cmcgns.sweep.search import Proposals
+from cmcgns.sweep.setup import Sweep, setup_sweep, write_start
 from cmcgns.sweep.table import SweepTable, Watch, settings_line
 from cmcgns.sweep.trial import SweepTrial, TrialTask
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
-from cmcgns.train.plan import check_cpus
-from cmcgns.train.run import worker_variables
+from cmcgns.train.run import check_cpus, worker_variables
 
 logger = logging.getLogger(__name__)
-
 TUNE_VARIABLES = {
     # a trial that fails reports no metric, and Ctrl-C is ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -39,13 +36,14 @@ TUNE_VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # the other output prints at verbose=0 too
 }
+
 LOST_TRIALS = 2
 """Times that Tune starts a trial again whose own process is lost with its node."""
 
 
 def sweep(config: SweepJobConfig) -> int:
     """Exit status of one sweep: 0 finished, 1 no trial did, 130 stopped by the user."""
-    terminal, opened = console(), open_sweep(config)
+    terminal, opened = console(), setup_sweep(config)
     ledger, settings, folder, metric = opened.ledger, opened.settings, opened.folder, opened.settings.metric
     os.environ.update(TUNE_VARIABLES)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table says what failed, and why
@@ -135,7 +133,7 @@ def answer_of(opened: Sweep) -> Answer | None:
 @ray.remote(num_cpus=1)
 def test_scores(uri: str) -> dict[str, Any]:
     """Retrieval by the run in the folder ``uri`` on its corpus's test split."""
-    from cmcgns.evaluate.retrieval import retrieval  # torch, which the driver does without
+    from cmcgns.evaluate.tasks.retrieval import retrieval
 
     return retrieval(uri, "test")
 

@@ -1,15 +1,106 @@
-"""Who proposes a sweep's trials: one Tune searcher, whose sampler is the search that was asked for."""
+"""The space of a sweep: which settings its trials draw, and from where."""
 
+import math
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from cmcgns.cli import resolve
+from cmcgns.config import Config
 from cmcgns.errors import UserError
-from cmcgns.sweep.space import Space
+from cmcgns.sweep.ledger import Ledger, Trial
+
+Space = dict[str, BaseDistribution]
+"""Distribution of each drawn ``section.key``."""
+FORMS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
+MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
+FIXED = (
+    "train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
+    "clustering.cpus_per_actor", "clustering.gpus_per_actor", "data.cpus_per_task", "data.seed",
+    "train.validate_every",
+)  # fmt: skip
+"""What all trials share: what they hold of the cluster, the drawn splits, the rungs, and the seed, which repetitions change."""
+LEARNT = {"objective.temperature": "objective.learn_temperature"}
+"""Settings that count only where another one is false."""
+
+
+def default_space(sentences: int) -> dict[str, Any]:
+    """What is drawn where nothing else is asked for, as a user would write it, for a corpus of ``sentences``."""
+    most = max(min(MOST_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), LEAST_CLUSTERS)
+    powers = [2**power for power in range(int(math.log2(LEAST_CLUSTERS)), int(math.log2(most)) + 1)]
+    return {
+        "objective.mask_ratio": {"uniform": [0.25, 0.85]},
+        "objective.num_clusters": {"choice": powers},
+        "objective.temperature": {"log_uniform": [0.02, 0.5]},
+        "objective.sentence_temperature": {"log_uniform": [0.02, 0.5]},
+    }
+
+
+def read_space(written: dict[str, Any], base: Config) -> Space:
+    """The space that ``written`` describes: ``{section.key: {form: values}}``; every value must suit ``base``.
+
+    Raises:
+        UserError: an unknown key or form, an empty range, a value that the setting refuses.
+    """
+    if not written:
+        raise UserError("sweep.space is empty; name a setting, such as objective.mask_ratio: {uniform: [0.25, 0.85]}")
+    space = {}
+    for key, form in written.items():
+        if key in FIXED or key.startswith("run."):
+            raise UserError(f"sweep.space {key}: it is the same for all trials; set it beside the space")
+        if not isinstance(form, dict) or len(form) != 1 or next(iter(form)) not in FORMS:
+            raise UserError(
+                f"sweep.space {key}: {form!r} is no range; write one of {', '.join(FORMS)} and its values, such as "
+                "{uniform: [0.25, 0.85]} or {choice: [16, 32]}"
+            )
+        ((name, values),) = form.items()
+        space[key] = _distribution(key, name, values)
+        for value in _samples(space[key]):
+            drawn_settings(base, {key: value})
+    return space
+
+
+def drawn_settings(base: Config, drawn: dict[str, Any]) -> Config:
+    """``base`` with what a trial has drawn."""
+    fixed = {other: False for key, other in LEARNT.items() if key in drawn}
+    return resolve(base.model_dump(mode="json"), fixed | drawn, Config)
+
+
+def _distribution(key: str, form: str, values: Any) -> BaseDistribution:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"sweep.space {key}: {form} needs a list of values, not {values!r}")
+    if form == "choice":
+        if not all(isinstance(value, (str, int, float)) for value in values):
+            raise UserError(f"sweep.space {key}: choice takes numbers, words, true and false, not {values!r}")
+        return CategoricalDistribution(values)
+    kind = int if form.endswith("integer") else (int, float)
+    if len(values) != 2 or not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise UserError(f"sweep.space {key}: {form} needs two {'whole ' * (kind is int)}numbers, not {values!r}")
+    low, high = values
+    if low >= high:
+        raise UserError(f"sweep.space {key}: {form} from {low} to {high} is empty; write the smaller number first")
+    log = form.startswith("log_")
+    if log and low <= 0:
+        raise UserError(f"sweep.space {key}: {form} from {low} has no logarithm; begin above 0")
+    return IntDistribution(low, high, log) if kind is int else FloatDistribution(low, high, log)
+
+
+def _samples(distribution: BaseDistribution) -> Iterator[Any]:
+    """Values that show whether the setting takes what may be drawn: all choices; both ends of a range and what no whole
+    number would be."""
+    if isinstance(distribution, CategoricalDistribution):
+        yield from distribution.choices
+    elif isinstance(distribution, (IntDistribution, FloatDistribution)):
+        yield from (distribution.low, distribution.high)
+        if isinstance(distribution, FloatDistribution):
+            yield distribution.low + (distribution.high - distribution.low) / math.e
+
 
 Search = Literal["random", "grid", "optuna"]
 STARTS = 8
@@ -41,3 +132,94 @@ def _sampler(search: Search, space: Space, trials: int, seed: int) -> BaseSample
     if search == "grid":
         return GridSampler(grid_axes(space), seed)
     return TPESampler(n_startup_trials=max(min(STARTS, trials // 3), 1), multivariate=True, seed=seed)
+
+
+LOST_TOO_OFTEN = "its processes were lost too often"
+
+
+class Proposals(Searcher):
+    """A Tune searcher that goes by the ledger, and keeps it. ``inner`` may be None: then only what is in the ledger runs.
+    ``lost`` is told the number of each trial whose own process was lost for good."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        waiting: list[Trial],
+        inner: Any,
+        trials: int,
+        metric: str,
+        seed: int,
+        lost: Callable[[int], Any],
+    ) -> None:
+        super().__init__(metric=metric, mode="max")
+        self.lost = lost
+        self.ledger, self.inner, self.trials, self.seed = ledger, inner, trials, seed
+        self._running: dict[str, Trial] = {}
+        self._waiting = list(waiting)
+        self._proposed: set[str] = set()
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Tune's question whether it may choose metric and space: both are known already."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """What the next trial is told: number, drawn settings, seed, and the seconds that it has taken already."""
+        trial = self._waiting.pop(0) if self._waiting else self._new(trial_id)
+        if trial is None:
+            return str(Searcher.FINISHED)
+        self._running[trial_id], trial.status = trial, "running"
+        self.ledger.save()
+        return {
+            "number": trial.number,
+            "folder": trial.folder,
+            "drawn": trial.drawn,
+            "seed": trial.seed,
+            "seconds": trial.seconds,
+        }
+
+    def _new(self, trial_id: str) -> Trial | None:
+        if self.inner is None or len(self.ledger.first_runs) >= self.trials:
+            return None
+        drawn = self.inner.suggest(trial_id)
+        if drawn is None or drawn == Searcher.FINISHED:
+            return None
+        self._proposed.add(trial_id)
+        return self.ledger.add(drawn, self.seed)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Write a rung's value down."""
+        self._note(self._running[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Write the end down, and tell the search."""
+        trial, found = self._running.pop(trial_id), result or {}
+        self._note(trial, found)
+        trial.status = "finished" if found.get("ended") and not trial.reason else "stopped"
+        if error:
+            self.lost(trial.number)
+            trial.reason = trial.reason or LOST_TOO_OFTEN
+        if trial.reason:
+            trial.status = "failed"
+        self.ledger.save()
+        if trial_id in self._proposed:
+            self.inner.on_trial_complete(trial_id, found, error=trial.status == "failed")
+        elif self.inner is not None and trial.value is not None and trial.status != "failed":
+            self.inner.add_evaluated_point(trial.drawn, trial.value)  # of an earlier driver's search
+
+    def _note(self, trial: Trial, result: dict[str, Any]) -> None:
+        if not result:
+            return
+        trial.step = result.get("step", trial.step)
+        if self.metric in result:
+            trial.values[trial.step] = result[self.metric]
+        trial.reason = result.get("failure")
+        costs = {key.removeprefix("costs/"): value for key, value in result.items() if key.startswith("costs/")}
+        trial.costs = costs or trial.costs
+        trial.seconds = result.get("seconds", trial.seconds)
+        self.ledger.save()
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger holds everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see ``save``."""

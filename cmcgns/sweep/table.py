@@ -11,17 +11,16 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cmcgns.sweep.gate import Gate
+from cmcgns.sweep.admission import Admission, Room
 from cmcgns.sweep.ledger import Ledger, Trial
-from cmcgns.sweep.resources import Room
-from cmcgns.train.plan import Share
+from cmcgns.train.run import Share
 
 POLL_S = 1.0
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
 
 
-class Watch(Gate):
-    """A small actor on the driver's node: the gate, how far each running trial is, and what its processes have said."""
+class Watch(Admission):
+    """A small actor on the driver's node: the admission, how far each running trial is, and what its processes have said."""
 
     def __init__(self, count: Callable[[], Room]) -> None:
         super().__init__(count)
@@ -44,7 +43,7 @@ class Watch(Gate):
         self.groups.setdefault(number, []).append(group)
 
     def enter(self, number: int) -> Share | None:
-        """See ``Gate.enter``; says once why nobody may. What the trial's last attempt has left behind is freed."""
+        """See ``Admission.enter``; says once why nobody may. What the trial's last attempt has left behind is freed."""
         self._free(number)
         before = self.complaint
         share = super().enter(number)
@@ -53,7 +52,7 @@ class Watch(Gate):
         return share
 
     def leave(self, number: int) -> None:
-        """See ``Gate.leave``; whatever trial ``number`` has left behind is freed."""
+        """See ``Admission.leave``; whatever trial ``number`` has left behind is freed."""
         self._free(number)
         super().leave(number)
 
@@ -62,7 +61,7 @@ class Watch(Gate):
             ray.util.remove_placement_group(group)
 
     def empty(self) -> None:
-        """See ``Gate.empty``; whatever the trials have left behind is freed."""
+        """See ``Admission.empty``; whatever the trials have left behind is freed."""
         for number in list(self.groups):
             self._free(number)
         super().empty()

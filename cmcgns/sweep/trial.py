@@ -15,16 +15,14 @@ from typing import Any
 import ray
 from ray import tune
 
-from cmcgns.command_line import resolve
-from cmcgns.config import Config
-from cmcgns.data import storage
+from cmcgns import storage
+from cmcgns.cli import resolve
+from cmcgns.config import Config, measure
 from cmcgns.errors import UserError, last_line
-from cmcgns.evaluate.measures import measure
-from cmcgns.sweep.gate import LOOK_AGAIN_S
-from cmcgns.sweep.proposals import LOST_TOO_OFTEN
-from cmcgns.sweep.space import drawn_settings
-from cmcgns.train.opened import Materials, Pretraining, open_pretraining
-from cmcgns.train.plan import Share
+from cmcgns.sweep.admission import LOOK_AGAIN_S
+from cmcgns.sweep.search import LOST_TOO_OFTEN, drawn_settings
+from cmcgns.train.run import Share
+from cmcgns.train.setup import PreparedCorpus, Pretraining, setup_pretraining
 
 POLL_S = 0.2
 STOP_S = 60.0
@@ -42,9 +40,9 @@ class TrialTask:
     """URI of the folder that their run folders go to."""
     metric: str
     materials: Any
-    """Object reference of their ``Materials``."""
+    """Object reference of their ``PreparedCorpus``."""
     watch: Any
-    """The actor with the gate, from which the driver's table is read too."""
+    """The actor with the admission, from which the driver's table is read too."""
 
 
 def trial_config(task: TrialTask, told: dict[str, Any]) -> Config:
@@ -67,14 +65,14 @@ def finished_before(runs: str, folder: str, metric: str) -> dict[str, Any] | Non
 class TrialRunner:
     """The driver of one trial's run. What the run holds of the cluster is freed when it ends, is stopped or gives way.
 
-    After a loss the run frees all of it too, and comes to the gate again: trials that kept their pools while they wait for
+    After a loss the run frees all of it too, and comes to the admission again: trials that kept their pools while they wait for
     workers could wait for one another without end.
     """
 
     def __init__(self, task: TrialTask, told: dict[str, Any], asked_at: float) -> None:
         self.task, self.told = task, told
         self.costs = {"process": time.time() - asked_at}
-        self.board: Any = None
+        self.coordinator: Any = None
         self._rows: queue.Queue[dict[str, Any]] = queue.Queue()
         self._stopped, self._sent_away = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
@@ -92,8 +90,8 @@ class TrialRunner:
             self._thread.join(timeout=1.0)
 
     def _end_attempt(self) -> None:
-        if self.board is not None:
-            self.board.request_stop.remote()
+        if self.coordinator is not None:
+            self.coordinator.request_stop.remote()
 
     def _run(self) -> None:
         try:
@@ -115,7 +113,7 @@ class TrialRunner:
         losses = 0
         while not self._stopped.is_set():
             began, run = time.time(), self._open()
-            from cmcgns.train.run import train  # torch, only now: what is wrong with the settings is told before
+            from cmcgns.train.run import train
 
             self.costs["opening"] = time.time() - began
             result = self._attempt(run, train)
@@ -130,8 +128,8 @@ class TrialRunner:
 
     def _open(self) -> Pretraining:
         own = any(key.startswith(("data.", "model.")) for key in self.told["drawn"])
-        materials: Materials | None = None if own else ray.get(self.task.materials)
-        run = open_pretraining(trial_config(self.task, self.told), materials)
+        materials: PreparedCorpus | None = None if own else ray.get(self.task.materials)
+        run = setup_pretraining(trial_config(self.task, self.told), materials)
         self.total = run.schedule.total
         return run
 
@@ -148,7 +146,7 @@ class TrialRunner:
         finally:
             over.set()
             guard.join()
-            self.board = None
+            self.coordinator = None
             self.task.watch.leave.remote(self.told["number"])
         if "trained" in result["marks"]:
             self.costs["training"] = result["marks"]["trained"] - result["marks"]["training"]
@@ -182,15 +180,15 @@ class TrialRunner:
         self.task.watch.say.remote(self.told["number"], logging.WARNING, line)
 
     @contextmanager
-    def _follow(self, board: Any) -> Iterator[None]:
-        self.board, done, began = board, threading.Event(), time.time()
+    def _follow(self, coordinator: Any) -> Iterator[None]:
+        self.coordinator, done, began = coordinator, threading.Event(), time.time()
         self.costs["pool"] = began - self.entered_at
 
         def poll() -> None:
             over = False
             while not over:
                 over = done.wait(POLL_S)
-                self._hand_on(ray.get(board.news.remote()), began)
+                self._hand_on(ray.get(coordinator.news.remote()), began)
 
         thread = threading.Thread(target=poll, name="trial-follow", daemon=True)
         thread.start()

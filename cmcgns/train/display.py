@@ -40,10 +40,10 @@ def describe(row: dict[str, Any]) -> str:
 
 
 class Display:
-    """Follows the board until closed: a bar on a terminal, plain lines elsewhere."""
+    """Follows the coordinator until closed: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, board: Any, schedule: Schedule, console: Console) -> None:
-        self.board, self.schedule, self.console = board, schedule, console
+    def __init__(self, coordinator: Any, schedule: Schedule, console: Console) -> None:
+        self.coordinator, self.schedule, self.console = coordinator, schedule, console
         self._done = threading.Event()
         self._shown: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
@@ -70,7 +70,7 @@ class Display:
 
     def _show(self, bar: Progress, task: Any) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            news = ray.get(self.board.news.remote())
+            news = ray.get(self.coordinator.news.remote())
             for level, line in news["lines"]:
                 style = "yellow" if level >= logging.WARNING else ""
                 self.console.print(line, style=style, highlight=False)
@@ -87,13 +87,13 @@ class Display:
 
 
 @contextlib.contextmanager
-def stop_on_interrupt(board: Any) -> Iterator[None]:
+def stop_on_interrupt(coordinator: Any) -> Iterator[None]:
     """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
 
     def ask(signum: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, before)
-        board.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
-        board.request_stop.remote()
+        coordinator.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
+        coordinator.request_stop.remote()
 
     before = signal.signal(signal.SIGINT, ask)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.models.outputs import Outputs
+from cmcgns.models.vision_language import Outputs
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two running averages, by the name that torch and DeepSpeed share."""

@@ -11,16 +11,16 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cmcgns import storage
 from cmcgns.clustering.bank_pool import PoolHandles
 from cmcgns.config import Config
-from cmcgns.data import storage
-from cmcgns.data.dataset import Stream, stream_split
 from cmcgns.data.order import Arrangement
-from cmcgns.models.tokenizer import ReportTokenizer
+from cmcgns.data.stream import Stream, stream_split
+from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.models.vision_language import build_model
 from cmcgns.run_folder import RunFolder
-from cmcgns.train.opened import Pretraining
-from cmcgns.train.plan import Share, studies_ahead, threads_per_worker
+from cmcgns.train.run import Share, studies_ahead, threads_per_worker
+from cmcgns.train.setup import Pretraining
 from cmcgns.train.worker import Assignment, work
 
 GROUP_TIMEOUT_S = 1800
@@ -34,7 +34,7 @@ def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assign(run: Pretraining, pool: PoolHandles, board: Any, cpus: Share) -> Assignment:
+def assign(run: Pretraining, pool: PoolHandles, coordinator: Any, cpus: Share) -> Assignment:
     """What every worker is told."""
     config, corpus = run.config, run.corpus
 
@@ -42,11 +42,11 @@ def assign(run: Pretraining, pool: PoolHandles, board: Any, cpus: Share) -> Assi
         # beside others a bound of its own, not what is left of all: that is less than nothing once a node is lost
         cpu = {"most_cpus": cpus.data} if cpus.beside_others else {"taken_cpus": cpus.all - cpus.data}
         limits = cpu | {"studies_ahead": studies_ahead(config, corpus, cpus.data)}
-        return stream_split(corpus.source, studies, arrangement, run.tokenizer, config.data, board, **limits)
+        return stream_split(corpus.source, studies, arrangement, run.tokenizer, config.data, coordinator, **limits)
 
     train = stream(corpus.train, corpus.train_arrangement)
     valid = stream(corpus.valid, corpus.valid_arrangement)
-    return Assignment(config, run.folder.uri, run.schedule, train, valid, pool, board, threads_per_worker(config))
+    return Assignment(config, run.folder.uri, run.schedule, train, valid, pool, coordinator, threads_per_worker(config))
 
 
 def fit(

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from cmcgns import distributed
-from cmcgns.data import storage
-from cmcgns.objectives.objective import LOSS_TERMS, STATISTICS, Losses
+from cmcgns import distributed, storage
+from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Losses
 
 COLUMNS = (*LOSS_TERMS, *STATISTICS)
 
@@ -61,7 +60,7 @@ class RunLog:
         self.path = self.local / "metrics.jsonl"
         self._keep_until(step)
         self._file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(self.local / "tensorboard"), purge_step=step + 1)
+        self.tensorboard = SummaryWriter(str(self.local / "tensorboard"), purge_step=step + 1)
 
     def _keep_until(self, step: int) -> None:
         uri = storage.join(self.folder, "metrics.jsonl")
@@ -75,21 +74,21 @@ class RunLog:
             self._file.write(json.dumps(row) + "\n")
             for key, value in row.items():
                 if isinstance(value, int | float) and key not in ("step", "stage", "epoch"):
-                    self.board.add_scalar(f"{row['split']}/{key}", value, row["step"])
+                    self.tensorboard.add_scalar(f"{row['split']}/{key}", value, row["step"])
         self._file.flush()
 
     def picture(self, name: str, image_CHW: Tensor, step: int) -> None:
         """Add a picture in [0, 1] to TensorBoard, and write it beside it as PNG."""
         from PIL import Image
 
-        self.board.add_image(name, image_CHW, step)
+        self.tensorboard.add_image(name, image_CHW, step)
         pixels_HW = (image_CHW[0] * 255).round().to(torch.uint8).cpu().numpy()
         Image.fromarray(pixels_HW).save(self.local / f"{name}.png")
 
     def sync(self) -> None:
         """Send everything to object storage; nothing to do for a local folder."""
         self._file.flush()
-        self.board.flush()
+        self.tensorboard.flush()
         if self.remote:
             storage.upload_folder(self.local, self.folder)
 
@@ -97,7 +96,7 @@ class RunLog:
         """Send what is left and close."""
         self.sync()
         self._file.close()
-        self.board.close()
+        self.tensorboard.close()
 
 
 def _step_of(line: str) -> float:
@@ -120,7 +119,7 @@ class Stopwatch:
         return self._last - before
 
 
-class Waited:
+class TimedIterator:
     """The items of an iterator, and how long it has been waited for."""
 
     def __init__(self, items: Iterator[Any]) -> None:
@@ -136,35 +135,3 @@ class Waited:
             return next(self._items)
         finally:
             self.waited_s += watch.lap()
-
-
-def recall(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk: int = 1024) -> dict[str, float]:
-    """Recall at 1 and 5 both ways, chance at 1, and the number of distinct reports.
-
-    A hit is any item whose report has the same text, so chance counts duplicates too.
-    """
-    number, scores = len(report_hash_N), dict[str, float]()
-    for way, rank_N in first_hits(image_ND, report_ND, report_hash_N, chunk).items():
-        for most in (1, 5):
-            scores[f"{way}_recall_at_{most}"] = float((rank_N < most).sum()) / max(number, 1)
-    _, count_n = report_hash_N.unique(return_counts=True)
-    return scores | {
-        "chance_recall_at_1": float((count_n**2).sum()) / max(number, 1) ** 2,
-        "studies": number,
-        "distinct_reports": len(count_n),
-    }
-
-
-def first_hits(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk: int = 1024) -> dict[str, Tensor]:
-    """For each query, how many wrong items are at least as similar as the best right one, (N): ``i2t`` of films that look for
-    reports, ``t2i`` the other way. Equal similarities count against it: features that are all alike find nothing."""
-    found: dict[str, list[Tensor]] = {"i2t": [], "t2i": []}
-    for start in range(0, len(report_hash_N), chunk):
-        rows = slice(start, start + chunk)
-        right_cN = report_hash_N[rows].unsqueeze(1) == report_hash_N
-        for way, query_ND, item_ND in (("i2t", image_ND, report_ND), ("t2i", report_ND, image_ND)):
-            similarity_cN = query_ND[rows] @ item_ND.T
-            best_c1 = similarity_cN.masked_fill(~right_cN, -torch.inf).amax(1, keepdim=True)
-            # not `>=`: features that are not numbers find nothing either
-            found[way].append((~(similarity_cN < best_c1) & ~right_cN).sum(1))
-    return {way: torch.cat(ranks) if ranks else report_hash_N for way, ranks in found.items()}

@@ -1,28 +1,137 @@
-"""The driver of a pretraining run: checks, plan, workers and pool, and the run's last word."""
+"""The plan of a run: what goes where, on how much, and whether the cluster can carry it."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from cmcgns.command_line import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns import storage
+from cmcgns.bad_rows import read_bad_rows, write_bad_rows
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns.cluster.coordinator import log_to_coordinator, start_coordinator
+from cmcgns.cluster.placement import (
+    DATA,
+    MACHINES_S,
+    ROLE,
+    Machine,
+    data_machines,
+    describe_placement,
+    held_bundles,
+    machines,
+    may_grow,
+    needs,
+)
+from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Config
-from cmcgns.data import storage
-from cmcgns.errors import last_line
-from cmcgns.placement import MACHINES_S, describe_placement, held_bundles, machines, may_grow, needs
+from cmcgns.data.stream import most_ahead
+from cmcgns.errors import UserError, last_line
 from cmcgns.run_folder import RunFolder, warn_of_passing_folder
-from cmcgns.session import ONE_CPU, ray_session
 from cmcgns.terminal import console, print_plan, quiet_terminal
-from cmcgns.train.board import log_to_board, start_board
 from cmcgns.train.display import Display, stop_on_interrupt
-from cmcgns.train.folder import latest_checkpoint, read_bad_rows, write_bad_rows, write_start
-from cmcgns.train.opened import Pretraining, open_pretraining
-from cmcgns.train.plan import Share, check_cpus, check_data_nodes, describe_plan, whole_cluster
+from cmcgns.train.setup import Corpus, Pretraining, latest_checkpoint, setup_pretraining, write_start
+
+
+def check_cpus(config: Config) -> None:
+    """Refuse what would leave Ray Data without a CPU, with the numbers."""
+    train, clustering, there = config.train, config.clustering, ray.cluster_resources()
+    taken, cpus, gpus = taken_cpus(config), there.get("CPU", 0.0), there.get("GPU", 0.0)
+    if taken > cpus - 1:
+        raise UserError(
+            f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
+            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
+            "Lower train.cpus_per_worker or clustering.cpus_per_actor"
+        )
+    wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
+    if wanted > gpus:
+        raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
+
+
+def check_data_nodes(config: Config, nodes: Sequence[Machine]) -> None:
+    """Refuse nodes labelled for data that the clustering pool fills: data tasks go nowhere else."""
+    labelled = data_machines(nodes)
+    if labelled and whole_cluster(config, nodes).data < 1:
+        clustering = config.clustering
+        raise UserError(
+            f"the {len(labelled)} nodes labelled {ROLE}={DATA} have {sum(node.cpus for node in labelled):g} CPUs, and "
+            f"{clustering.actors} clustering actors of {clustering.cpus_per_actor} leave less than one of them for data. Label "
+            "more nodes, or lower clustering.cpus_per_actor"
+        )
+
+
+def taken_cpus(config: Config) -> float:
+    """CPUs that workers and pool hold for the whole run."""
+    train, clustering = config.train, config.clustering
+    return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
+
+
+@dataclass(frozen=True)
+class Share:
+    """CPUs of the nodes where data tasks may go, and those of them that a run's data tasks may count on."""
+
+    all: float
+    data: float
+    beside_others: bool = False
+    """Other runs share the cluster: what is not this run's is not left for its data, and after a loss it gives up all that it
+    holds instead of waiting for more. Whoever runs it starts it again."""
+
+
+def whole_cluster(config: Config, nodes: Sequence[Machine]) -> Share:
+    """The share of a run that has a cluster of ``nodes`` to itself."""
+    labelled = data_machines(nodes)
+    cpus = sum(node.cpus for node in labelled or nodes)
+    # an estimate: workers without GPUs may be packed onto nodes labelled for data
+    taken = config.clustering.actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
+    return Share(cpus, cpus - taken)
+
+
+def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
+    """Decoded studies that may wait for training: ``data.studies_ahead``, or enough to keep both sides busy."""
+    data = config.data
+    if data.studies_ahead is not None:
+        return data.studies_ahead
+    decoders = max(int(data_cpus / data.cpus_per_task), 1)
+    return most_ahead(corpus.source, data, len(corpus.train), config.train.global_batch_size, decoders)
+
+
+def threads_per_worker(config: Config) -> int:
+    """Torch threads of each worker."""
+    if config.train.threads_per_worker is not None:
+        return config.train.threads_per_worker
+    on_one_machine = min(config.train.num_workers, max(os.cpu_count() or 1, 1))
+    return max((os.cpu_count() or 1) // on_one_machine, 1)
+
+
+def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Machine]) -> dict[str, str]:
+    """What is about to happen, for the user to read before it does."""
+    config, folder, corpus, schedule = run.config, run.folder, run.corpus, run.schedule
+    train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
+    share = whole_cluster(config, nodes)
+    ahead = studies_ahead(config, corpus, share.data)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
+    return {
+        "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
+        "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
+        f"validation studies, about {run.materials.sentences} training sentences; films left out: {left_out}; "
+        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {ahead} studies are "
+        "decoded ahead of training",
+        "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
+        f"{parameters / 1e6:.1f} M parameters, {run.tokenizer.vocabulary_size} word pieces",
+        "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"
+        f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
+        f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "
+        f"{train.global_batch_size} studies a step = {train.num_workers} x {train.microbatch_size} x {train.accumulation}",
+        "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
+        "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
+        f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
+        "cluster": f"{describe_placement(config, nodes)}; {share.data:g} CPUs left for data",
+    }
+
 
 PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 
@@ -32,8 +141,8 @@ def pretrain(config: Config, dry_run: bool = False) -> int:
 
     A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing, and asks an autoscaler for nothing.
     """
-    terminal, run = console(), open_pretraining(config)
-    from cmcgns.train.launch import count_parameters  # only now, see ``launch``
+    terminal, run = console(), setup_pretraining(config)
+    from cmcgns.train.launch import count_parameters
 
     parameters = count_parameters(run.config, run.tokenizer)
     uris = [run.config.data.uri, run.folder.storage]
@@ -55,10 +164,10 @@ def pretrain(config: Config, dry_run: bool = False) -> int:
             return 0
 
         @contextmanager
-        def follow(board: Any) -> Iterator[None]:
-            display = Display(board, run.schedule, terminal)
+        def follow(coordinator: Any) -> Iterator[None]:
+            display = Display(coordinator, run.schedule, terminal)
             try:
-                with stop_on_interrupt(board):
+                with stop_on_interrupt(coordinator):
                     yield
             finally:
                 display.close()
@@ -75,10 +184,10 @@ def pretrain(config: Config, dry_run: bool = False) -> int:
 
 
 def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
-    """What result.json says of the run, once it has come to its end; ``follow`` is given the board while it lasts.
+    """What result.json says of the run, once it has come to its end; ``follow`` is given the coordinator while it lasts.
 
-    Beside it: ``gave_up`` after a second Ctrl-C, ``hopeless`` where another attempt would end as this one, and the ``marks``
-    of the board.
+    Interleaved it: ``gave_up`` after a second Ctrl-C, ``hopeless`` where another attempt would end as this one, and the ``marks``
+    of the coordinator.
     """
     from cmcgns.clustering.bank_pool import start_pool
     from cmcgns.train.launch import assign, fit
@@ -86,18 +195,18 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     config, folder = run.config, run.folder
     write_start(folder, config, run.corpus.digest, run.tokenizer)
     known_bad = run.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
-    board = start_board(run.corpus.studies, config.data.max_bad_fraction, known_bad)
-    log_to_board(board)
-    pool = start_pool(config.clustering, config.train.num_workers, board)
+    coordinator = start_coordinator(run.corpus.studies, config.data.max_bad_fraction, known_bad)
+    log_to_coordinator(coordinator)
+    pool = start_pool(config.clustering, config.train.num_workers, coordinator)
     gave_up = False
     try:
-        with follow(board):
-            checkpoint, error = fit(config, folder, assign(run, pool, board, cpus), cpus.beside_others)
+        with follow(coordinator):
+            checkpoint, error = fit(config, folder, assign(run, pool, coordinator, cpus), cpus.beside_others)
     except KeyboardInterrupt:  # the second one
         checkpoint, error, gave_up = None, None, True
     finally:
         pool.stop()
-    account = ray.get(board.account.remote())
+    account = ray.get(coordinator.account.remote())
     if gave_up and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)

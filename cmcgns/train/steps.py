@@ -3,15 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 
 from cmcgns import distributed
-from cmcgns.config import Config
-from cmcgns.data.augment import crop, mask_positions, normalise
-from cmcgns.data.batch import ImageReportBatch, pad_reports
+from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.blocks import Block, blank_block
 
 STEPS_AHEAD = 40
@@ -22,7 +19,7 @@ MEASURED_S = 2.0
 """Seconds of an epoch that tell its speed: what lay ready at its start comes faster than it can be read."""
 
 
-class Foresight:
+class EpochPrefetch:
     """Tells when the next epoch has to begin to be read, by how fast this one goes."""
 
     def __init__(self, studies: int, least: int) -> None:
@@ -83,37 +80,6 @@ class StepData:
     stop_requested: bool
 
 
-class Batcher:
-    """Turns blocks into batches on the device: crop, normalise, mask, pad."""
-
-    def __init__(self, config: Config, patches: int, pad_id: int, device: torch.device) -> None:
-        self.config, self.patches, self.pad_id, self.device = config, patches, pad_id, device
-
-    def __call__(self, block: Block, rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
-        """The batch of one block; ``rank_sentences`` come from ``distributed.exchange``."""
-        data = self.config.data
-        reports = pad_reports(block.tokens, block.sentence_of_token, block.sentence_counts, self.pad_id)
-        text: dict[str, Any] = {
-            name: self._to_device(part) if isinstance(part, torch.Tensor) else part
-            for name, part in reports._asdict().items()
-        }
-        key_B = self._to_device(torch.from_numpy(block.draw_keys.copy()))
-        stored_B1RR = self._to_device(torch.from_numpy(block.images_BRR.copy()).unsqueeze(1))
-        return ImageReportBatch(
-            image_B1HW=normalise(crop(stored_B1RR, data.image_size, key_B if training else None)),
-            **text,
-            sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
-            report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
-            masked_BP=mask_positions(key_B, self.patches, self.config.objective.mask_ratio),
-            rank_sentences=rank_sentences,
-        )
-
-    def _to_device(self, part: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
-            return part
-        return part.pin_memory().to(self.device, non_blocking=True)
-
-
 class StepReader:
     """Gathers each step's blocks over epochs; an epoch's last incomplete global batch is left out."""
 
@@ -122,13 +88,13 @@ class StepReader:
     ) -> None:
         self.source, self.batcher, self.place = source, batcher, place
         self.accumulation, self.stop = accumulation, stop
-        self._foresight = Foresight(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
+        self._prefetch = EpochPrefetch(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
         self._open(place)
 
     def _open(self, place: Place) -> None:
         self.place = place
         self._blocks = self.source.open(place.epoch, place.position)
-        self._foresight.begin()
+        self._prefetch.begin()
 
     def next_step(self) -> StepData:
         """The next step's batches. Collective; goes on to the next epoch where this one has no full step left."""
@@ -149,7 +115,7 @@ class StepReader:
             row[:] = block.sentence_counts.sum(), block.positions[0], block.positions[-1], digest(block)
         size = self.batcher.config.train.microbatch_size
         short = len(held) < self.accumulation or any(len(block) != size for block in held)
-        hurry = self._foresight.is_time(self.place.position)
+        hurry = self._prefetch.is_time(self.place.position)
         ranks = np.array(distributed.exchange([int(short), int(self.stop()), int(hurry), *facts.ravel().tolist()]))
         if ranks[:, 0].any():
             return None

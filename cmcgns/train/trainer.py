@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.clustering.guide import Guide
+from cmcgns.clustering.online_clustering import OnlineClustering
 from cmcgns.config import Config
+from cmcgns.data.batch import Batcher
+from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Losses, Objective
 from cmcgns.models.vision_language import RECONSTRUCTION_PARTS, VisionLanguageModel
-from cmcgns.objectives.objective import LOSS_TERMS, STATISTICS, Losses, Objective
 from cmcgns.train.checkpoint import (
     Progress,
     load_part,
@@ -25,13 +26,12 @@ from cmcgns.train.checkpoint import (
     seed_everything,
 )
 from cmcgns.train.engine import Engine, State, average_buffers, build_engine
-from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, Waited
+from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import Batcher, BlockSource, Place, StepData, StepReader, validation_batches
-from cmcgns.train.validate import Validation, validate
+from cmcgns.train.steps import BlockSource, Place, StepData, StepReader, validation_batches
+from cmcgns.train.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
-
 MEAN_COSINE = STATISTICS.index("mean_cosine")
 COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
 
@@ -55,7 +55,7 @@ class Parts:
     """A whole model with the run's first weights, the same on every rank."""
     blocks: BlockSource
     batcher: Batcher
-    guide: Guide
+    guide: OnlineClustering
     schedule: Schedule
     device: torch.device
     log: RunLog | None
@@ -189,7 +189,7 @@ class Trainer:
         """Score the validation split; in stage 1 remember the best weights. Collective."""
         average_buffers(self.engine.module)
         size = self.config.train.microbatch_size
-        batches = Waited(validation_batches(self.parts.blocks, self.parts.batcher, size))
+        batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
         self.watch.lap()
         stage, centroids = self.progress.stage, self.parts.guide.centroids
         found = validate(self.engine, self.objective, batches, centroids.current, reconstruct=stage == 2)

@@ -21,26 +21,24 @@ import torch
 import torch.distributed as dist
 from ray.util import get_current_placement_group
 
-from cmcgns import distributed
+from cmcgns import distributed, storage
+from cmcgns.bad_rows import write_bad_rows
+from cmcgns.cluster.coordinator import log_to_coordinator
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool
-from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide, Pool
+from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
 from cmcgns.config import Config
-from cmcgns.data import storage
+from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import Block, blocks
-from cmcgns.data.dataset import Stream
 from cmcgns.data.order import VALIDATION_EPOCH
+from cmcgns.data.stream import Stream
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
-from cmcgns.train.board import log_to_board
 from cmcgns.train.checkpoint import export_model, load_progress
-from cmcgns.train.folder import write_bad_rows
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import Batcher, BlockSource
+from cmcgns.train.steps import BlockSource
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
 logger = logging.getLogger(__name__)
-
 STOP_POLL_S = 1.0
 CLOSE_S, CLOSE_POLL_S = 5.0, 0.05
 """Longest wait for a stream to stop: its thread may wait for a film that is still being read."""
@@ -59,7 +57,7 @@ class Assignment:
     train: Stream
     valid: Stream
     pool: PoolHandles
-    board: Any
+    coordinator: Any
     threads: int
 
 
@@ -68,10 +66,10 @@ class RayBlocks:
 
     def __init__(self, train: Stream, valid: Stream, block_size: int) -> None:
         self.train, self.valid, self.block_size = train, valid, block_size
-        self.board = train.board
+        self.coordinator = train.coordinator
         self.studies = train.studies
         self._prepared: dict[tuple[int, int], Iterator[Block]] = {}
-        self._begun: list[Ahead] = []
+        self._begun: list[PrefetchedBlocks] = []
 
     def close(self) -> None:
         """Stop reading whatever has begun."""
@@ -97,7 +95,7 @@ class RayBlocks:
             split = stream.split(epoch, position, self.block_size, ranks)
         own = split[0] if ranks == 1 else self._hand_out(split)
         # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
-        ahead = Ahead(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
+        ahead = PrefetchedBlocks(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
         self._begun = [*(other for other in self._begun if other.reading), ahead]
         return ahead
 
@@ -105,12 +103,12 @@ class RayBlocks:
         """This rank's of rank 0's iterators."""
         if distributed.rank() == 0:
             # by way of an actor: what is pickled by hand keeps the iterators' actor alive for ever
-            ray.get(self.board.hand_out.remote(split))
+            ray.get(self.coordinator.hand_out.remote(split))
         distributed.exchange([0])  # nobody takes before all is there
-        return ray.get(self.board.take.remote(distributed.rank()))
+        return ray.get(self.coordinator.take.remote(distributed.rank()))
 
 
-class Ahead:
+class PrefetchedBlocks:
     """Reads a few blocks ahead in a thread, from the moment it is made: an epoch takes seconds to start."""
 
     def __init__(self, source: Generator[Block], keep_alive: Any) -> None:
@@ -157,14 +155,14 @@ class Ahead:
 
 
 def work(assignment: Assignment) -> None:
-    """The train loop of one rank. What a restart could mend is raised; what it could not goes to the board."""
-    log_to_board(assignment.board)
+    """The train loop of one rank. What a restart could mend is raised; what it could not goes to the coordinator."""
+    log_to_coordinator(assignment.coordinator)
     try:
         _train(assignment)
     except Exception as error:
         if isinstance(error, TrainingStoppedError):
-            ray.get(assignment.board.fail.remote(str(error)))
-        if ray.get(assignment.board.failure.remote()) is None:
+            ray.get(assignment.coordinator.fail.remote(str(error)))
+        if ray.get(assignment.coordinator.failure.remote()) is None:
             raise
         dist.destroy_process_group()  # so that no other rank waits for this one
 
@@ -173,7 +171,7 @@ def _train(assignment: Assignment) -> None:
     config, device = assignment.config, ray.train.torch.get_device()
     torch.set_num_threads(assignment.threads)
     if distributed.rank() == 0:
-        assignment.board.hold.remote(get_current_placement_group())
+        assignment.coordinator.hold.remote(get_current_placement_group())
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
         folder = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
@@ -188,15 +186,15 @@ def _train(assignment: Assignment) -> None:
             parts.guide.empty_bank(0)  # the pool may still hold what replaced workers have pushed
         elif distributed.rank() == 0:
             logger.warning("goes on after step %d of %d", step, assignment.schedule.total)
-        assignment.board.mark.remote("training")
+        assignment.coordinator.mark.remote("training")
         finished = trainer.train()
         if finished and trainer.last_validation is None:
             trainer.validate()  # a restart after the last checkpoint: only the export is left
-        assignment.board.mark.remote("trained")
+        assignment.coordinator.mark.remote("trained")
         outcome = conclude(assignment, trainer, finished)
         if log is not None:
             log.close()
-            ray.get(assignment.board.finish.remote(outcome))
+            ray.get(assignment.coordinator.finish.remote(outcome))
 
 
 def build_parts(
@@ -216,32 +214,32 @@ def build_parts(
         build_model=model,
         blocks=source,
         batcher=Batcher(config, patches, stream.tokenizer.pad_id, device),
-        guide=Guide(config.clustering, centroids, pool),
+        guide=OnlineClustering(config.clustering, centroids, pool),
         schedule=assignment.schedule,
         device=device,
         log=log,
-        display=BoardDisplay(assignment.board),
+        display=CoordinatorDisplay(assignment.coordinator),
         keep=partial(report_checkpoint, assignment),
-        stop_requested=StopPoll(assignment.board),
+        stop_requested=StopPoll(assignment.coordinator),
     )
 
 
-class BoardDisplay:
-    """Rank 0's last metrics, on the board for the driver to show."""
+class CoordinatorDisplay:
+    """Rank 0's last metrics, on the coordinator for the driver to show."""
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    def __init__(self, coordinator: Any) -> None:
+        self.coordinator = coordinator
 
     def update(self, row: dict[str, Any]) -> None:
         if distributed.rank() == 0:
-            self.board.update.remote(row)
+            self.coordinator.update.remote(row)
 
 
 class StopPoll:
-    """Asks the board in the background whether the user wants to stop (rank 0; the others hear it from rank 0)."""
+    """Asks the coordinator in the background whether the user wants to stop (rank 0; the others hear it from rank 0)."""
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    def __init__(self, coordinator: Any) -> None:
+        self.coordinator = coordinator
         self._wanted = threading.Event()
         if distributed.rank() == 0:
             threading.Thread(target=self._poll, name="stop-poll", daemon=True).start()
@@ -252,7 +250,7 @@ class StopPoll:
     def _poll(self) -> None:
         waiting = threading.Event()
         while not self._wanted.is_set():
-            if ray.get(self.board.stop_requested.remote()):
+            if ray.get(self.coordinator.stop_requested.remote()):
                 self._wanted.set()
             waiting.wait(STOP_POLL_S)
 
@@ -260,7 +258,7 @@ class StopPoll:
 def report_checkpoint(assignment: Assignment, folder: Path, step: int) -> None:
     """Hand a filled folder to Ray Train, which merges all ranks' into one checkpoint of the run folder."""
     if distributed.rank() == 0:
-        write_bad_rows(assignment.folder, ray.get(assignment.board.account.remote())["bad_rows"])
+        write_bad_rows(assignment.folder, ray.get(assignment.coordinator.account.remote())["bad_rows"])
     # unique: a run that goes on after a loss may come by the same step again
     unique = distributed.broadcast_object(secrets.token_hex(3))
     name = f"checkpoint_{step:08d}_of_{distributed.world_size()}_{unique}"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cmcgns.evaluate.clusters import own_clusters
-from cmcgns.evaluate.exported import open_run
+from cmcgns.evaluate.encoders import open_run
+from cmcgns.evaluate.tasks.clusters import own_clusters
 from cmcgns.models.vision_language import build_model
 from tests.evaluate.clusters import Agreement, agreement, attended, texts_of_test_split
 from tests.jobs import REPOSITORY, Job

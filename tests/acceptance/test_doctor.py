@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.placement import DATA, ROLE
+from cmcgns.cluster.placement import DATA, ROLE
 from tests.doctor.visits import doctor, pretrain, run
 from tests.jobs import REPOSITORY
 from tests.ray_head import RayHead, joined_node
@@ -66,7 +66,7 @@ def test_a_node_with_another_version_is_named_by_doctor_and_job(
 
 WHERE = """
 import ray
-from cmcgns.data.dataset import ordered_context
+from cmcgns.data.stream import ordered_context
 ray.init(log_to_driver=False, logging_level="ERROR")
 with ordered_context(0.0, 2**20, None):
     tasks = ray.data.range(8, override_num_blocks=8).map_batches(

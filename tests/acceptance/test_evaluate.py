@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cmcgns.evaluate.job_config import TASKS
+from cmcgns.evaluate.config import TASKS
 from tests.jobs import Job
 
 pytestmark = pytest.mark.ray

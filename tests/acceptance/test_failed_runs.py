@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
+from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from tests.jobs import Job, check_failed, checkpoints, result
 from tests.train.test_failed_runs import QUICK
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from cmcgns.clustering.kmeans import faiss_assign, kmeans
+from cmcgns.clustering.kmeans import faiss_assign, farthest_point_seeds, kmeans
 from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import farthest_point_seeds
 from tests.clustering.sets import SETS
 from tests.clustering.test_beside_faiss import ITERATIONS, check_parallel_seeding, check_same_start, objective
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.data import storage
+from cmcgns import storage
 from tests.clustering.sets import heavy_tailed, write_parquet
 from tests.clustering.test_kmeans_job import run
 from tests.s3 import S3Server

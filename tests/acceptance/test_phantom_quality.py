@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from cmcgns.data.phantom import PhantomCorpus, contact_sheet
-from tests.data.phantom_probe import Films, Labels, films_and_labels, linear_auc, small_resnet_auc
+from cmcgns.phantom import PhantomCorpus, contact_sheet
+from tests.phantom.phantom_probe import Films, Labels, films_and_labels, linear_auc, small_resnet_auc
 
 TRAIN, TEST, PIXELS, EPOCHS = 4000, 800, 128, 12
 LINEAR_TRAIN = 1500

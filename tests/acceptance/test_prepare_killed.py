@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.data import storage
+from cmcgns import storage
 from cmcgns.data.manifest import read_manifest
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
-from tests.prepare.sets import files, kill_when, run, shards
+from cmcgns.phantom import PhantomCorpus, write_pairs_csv
+from tests.data.prepare.sets import files, kill_when, run, shards
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]

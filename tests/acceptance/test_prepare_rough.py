@@ -1,7 +1,7 @@
 """A proxy that fails 10 % of the requests and cuts 2 %: prepare ends with the content hash of an undisturbed one, retries
 counted.
 
-A bucket that goes away in mid-run is in tests/prepare/test_prepare_s3.py.
+A bucket that goes away in mid-run is in tests/data/prepare/test_prepare_s3.py.
 """
 
 from pathlib import Path
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cmcgns.data.manifest import read_manifest
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
+from cmcgns.phantom import PhantomCorpus, write_pairs_csv
+from tests.data.prepare.sets import files, run
 from tests.faulty_proxy import Faults, running_proxy
-from tests.prepare.sets import files, run
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cmcgns.data import storage
+from cmcgns import storage
 from cmcgns.data.manifest import read_manifest
-from cmcgns.data.phantom import PhantomCorpus, write_mimic_cxr, write_mimic_cxr_jpg
+from cmcgns.phantom import PhantomCorpus, write_mimic_cxr, write_mimic_cxr_jpg
+from tests.data.prepare.sets import run
 from tests.jobs import Job
 from tests.jobs import rows as metric_rows
-from tests.prepare.sets import run
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]

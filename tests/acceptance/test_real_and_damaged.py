@@ -1,7 +1,7 @@
 """Every real DICOM and 120 Open-I reports as their indexes say; damage of every kind is one bad row each, and takes a whole
 run no more memory than whole films do.
 
-The files of each kind: tests/prepare/test_real_corpora.py and test_damage.py.
+The files of each kind: tests/data/prepare/test_real_corpora.py and test_damage.py.
 """
 
 import shutil
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.streaming import Watch
-from tests.prepare.conftest import local_ray  # noqa: F401
-from tests.prepare.sets import run
-from tests.prepare.test_damage import *  # noqa: F403
-from tests.prepare.test_damage import FILM_HW, MOST_MIB
-from tests.prepare.test_real_corpora import *  # noqa: F403
+from tests.data.prepare.conftest import local_ray  # noqa: F401
+from tests.data.prepare.sets import run
+from tests.data.prepare.test_damage import *  # noqa: F403
+from tests.data.prepare.test_damage import FILM_HW, MOST_MIB
+from tests.data.prepare.test_real_corpora import *  # noqa: F403
 
 
 def peak_of_a_run(raw: Path, out: Path) -> float:

@@ -2,7 +2,7 @@
 
 Shown: status 0; checkpoints, metrics.jsonl, config.yaml, result.json and export/ lie in the bucket; the mean global
 loss of the last 5 of 30 steps is under that of the first 5; filtered views are counted apart from bad rows.
-Real DICOMs and Open-I reports through their readers: tests/data/test_dicom.py and tests/data/test_sources.py.
+Real DICOMs and Open-I reports through their readers: tests/data/test_dicom.py and tests/data/test_readers.py.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cmcgns.data import storage
+from cmcgns import storage
 from tests.jobs import Job
 from tests.s3 import S3Server
 

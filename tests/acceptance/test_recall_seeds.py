@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
+from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from tests.jobs import REPOSITORY, Job, check_learned, result
 
 DEFAULT = REPOSITORY / "jobs" / "configs" / "phantom.yaml"

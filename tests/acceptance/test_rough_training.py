@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
+from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from tests.faulty_proxy import EXPIRED, Faults, FaultyProxy, running_proxy
 from tests.jobs import Job, result, rows
 from tests.s3 import S3Server

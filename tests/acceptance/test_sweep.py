@@ -13,12 +13,11 @@ import ray
 import yaml
 from safetensors.torch import load_file
 
-from cmcgns.command_line import validate
-from cmcgns.config import Config
-from cmcgns.evaluate.exported import PretrainedRun
-from cmcgns.evaluate.measures import MEAN_RECALL, measure
-from cmcgns.evaluate.retrieval import model_retrieval
-from cmcgns.models.tokenizer import load_tokenizer
+from cmcgns.cli import validate
+from cmcgns.config import MEAN_RECALL, Config, measure
+from cmcgns.data.tokenizer import load_tokenizer
+from cmcgns.evaluate.encoders import PretrainedRun
+from cmcgns.evaluate.tasks.retrieval import model_retrieval
 from cmcgns.models.vision_language import build_model
 from tests.jobs import Job, checkpoints, result
 from tests.ray_head import RayHead

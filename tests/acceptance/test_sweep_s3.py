@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cmcgns.command_line import load_config
+from cmcgns.cli import load_config
 from cmcgns.config import Config
 from cmcgns.errors import UserError
 from tests.jobs import TINY, Job

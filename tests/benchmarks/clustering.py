@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cmcgns.clustering.kmeans import Array, kmeans, normalised
-from cmcgns.clustering.source_pool import SourcePool, array_sources
+from cmcgns.clustering.pool import SourcePool, array_sources
 from cmcgns.config import PoolConfig
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians
 

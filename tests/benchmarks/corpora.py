@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash
-from cmcgns.data.phantom import PhantomCorpus
 from cmcgns.data.reports import parse_report
+from cmcgns.phantom import PhantomCorpus
 from tests.s3 import running_server
 
 GROUP = 256

@@ -16,9 +16,10 @@ import pydicom
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
+from cmcgns.data.decode import decode_film
 from cmcgns.data.dicom import dicom_to_grey
-from cmcgns.data.phantom.dicom_file import write_dicom
-from cmcgns.data.transforms import Target, decode_film, resize_film
+from cmcgns.data.image import Target, resize_film
+from cmcgns.phantom.writers import write_dicom
 from tests.benchmarks.corpora import grainy_film, jpeg
 from tests.benchmarks.measure import Line, interleaved, where
 

@@ -11,14 +11,13 @@ import numpy as np
 import ray
 import torch
 
-from cmcgns.data.sources import PhantomSource
-from cmcgns.evaluate.encoders import RANDOM, EncoderSpec
-from cmcgns.evaluate.exported import PretrainedRun
+from cmcgns.cluster.session import ray_session
+from cmcgns.data.labelled.corpus import phantom_set
+from cmcgns.data.readers import PhantomSource
+from cmcgns.evaluate.config import EvaluateConfig
+from cmcgns.evaluate.encoders import RANDOM, EncoderSpec, PretrainedRun
 from cmcgns.evaluate.features import stream_features
-from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.probe import linear_probe
-from cmcgns.evaluate.sets.corpus import phantom_set
-from cmcgns.session import ray_session
+from cmcgns.evaluate.tasks.classification import linear_probe
 from tests.benchmarks.measure import Line, where
 from tests.small import small_config
 

@@ -21,10 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.bare_settings import Config
 
 # isort: split
-from cmcgns.data.augment import mask_positions
-from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.batch import ImageReportBatch, mask_positions
+from cmcgns.methods.cm_cgns.objective import Objective
 from cmcgns.models.vision_language import build_model
-from cmcgns.objectives.objective import Objective
 from cmcgns.train.engine import Engine, build_engine
 from tests.benchmarks.measure import Line, where
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from cmcgns.config import ObjectiveConfig
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.models.cross_attention import AttentionPool, unit
+from cmcgns.methods.cm_cgns.objective import Objective
+from cmcgns.models.attention import AttentionPool, unit
 from cmcgns.models.vision_language import VisionLanguageModel
-from cmcgns.objectives.objective import Objective
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
 
 B, P, S, D, K = 64, 49, 6, 768, 128

@@ -10,13 +10,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cmcgns.command_line import load_config
-from cmcgns.data.framing import shrink, without_borders
+from cmcgns.cli import load_config
+from cmcgns.data.decode import decode_scan
+from cmcgns.data.image import Target, shrink, without_borders
 from cmcgns.data.manifest import read_manifest
-from cmcgns.data.transforms import Target, decode_scan
-from cmcgns.prepare.job_config import PrepareConfig, PrepareJobConfig
-from cmcgns.prepare.run import prepare
-from cmcgns.prepare.shard import encode
+from cmcgns.data.prepare.config import PrepareConfig, PrepareJobConfig
+from cmcgns.data.prepare.run import prepare
+from cmcgns.data.prepare.shard import encode
 from tests.benchmarks.corpora import write_raw_films
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
 from tests.benchmarks.streaming import local_ray

@@ -23,17 +23,16 @@ import ray
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from cmcgns.cluster.coordinator import start_coordinator
+from cmcgns.cluster.session import ray_session
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import ReadStudy
-from cmcgns.data.dataset import Stream, most_ahead, read_study, stream_split
-from cmcgns.data.order import Arrangement
-from cmcgns.data.sources import Source
-from cmcgns.data.transforms import Target, drawn_film
-from cmcgns.models.tokenizer import ReportTokenizer, train_tokenizer
-from cmcgns.session import ray_session
-from cmcgns.train.board import start_board
-from cmcgns.train.corpus import open_index
-from cmcgns.train.steps import STEPS_AHEAD, Foresight
+from cmcgns.data.image import Target
+from cmcgns.data.order import Arrangement, drawn_film
+from cmcgns.data.readers import Source, open_index
+from cmcgns.data.stream import Stream, most_ahead, read_study, stream_split
+from cmcgns.data.tokenizer import ReportTokenizer, train_tokenizer
+from cmcgns.train.steps import STEPS_AHEAD, EpochPrefetch
 from cmcgns.train.worker import RayBlocks
 from tests.benchmarks.corpora import many_rows, prepared_set, raw_films
 from tests.benchmarks.measure import Line, where
@@ -72,26 +71,26 @@ def open_contest(uri: str, **settings: Any) -> Contest:
     return Contest(source, studies, arrangement, words, config)
 
 
-def ready_board(contest: Contest) -> Any:
+def ready_coordinator(contest: Contest) -> Any:
     """What keeps the list of bad rows; a run has it long before its data start."""
-    board = start_board(len(contest.studies), 0.0, {})
-    ray.get(board.account.remote())
-    return board
+    coordinator = start_coordinator(len(contest.studies), 0.0, {})
+    ray.get(coordinator.account.remote())
+    return coordinator
 
 
 class OurEpochs:
     """Epochs as a training rank gets them: the next one is begun while this one ends."""
 
-    def __init__(self, contest: Contest, board: Any = None) -> None:
-        board = board or ready_board(contest)
+    def __init__(self, contest: Contest, coordinator: Any = None) -> None:
+        coordinator = coordinator or ready_coordinator(contest)
         ahead = most_ahead(contest.source, contest.config, len(contest.studies), 64, decoders=2)
         self.stream: Stream = stream_split(
-            contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, board,
+            contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, coordinator,
             studies_ahead=ahead,
         )  # fmt: skip
         self.blocks = RayBlocks(self.stream, self.stream, BLOCK)
         self.epoch = 0
-        self.foresight = Foresight(self.stream.studies, STEPS_AHEAD * BLOCK)
+        self.foresight = EpochPrefetch(self.stream.studies, STEPS_AHEAD * BLOCK)
 
     def __call__(self) -> int:
         studies = 0
@@ -229,9 +228,9 @@ def manifest_lines(folder: Path, rows: int = 377_110, last: int = 20_000) -> lis
     """A manifest as long as MIMIC-CXR's: until the first microbatch, and from the last one of an epoch to the next."""
     contest = open_contest(str(many_rows(folder, rows)), resize=64)
     with local_ray():
-        board = ready_board(contest)
+        coordinator = ready_coordinator(contest)
         began = time.perf_counter()
-        ours = OurEpochs(contest, board)
+        ours = OurEpochs(contest, coordinator)
         next(ours.blocks.open(0, 0))
         first = time.perf_counter() - began
         ours.close()

@@ -24,16 +24,15 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.clustering.bank_pool import RayPool, start_pool
-from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide
+from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
 from cmcgns.config import Config
+from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import Block
+from cmcgns.methods.cm_cgns.objective import Objective
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
-from cmcgns.objectives.objective import Objective
 from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
 from tests.train.memory import MemoryBlocks, Quiet
@@ -117,7 +116,7 @@ def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
         build_model=model,
         blocks=CachedBlocks(config),
         batcher=Batcher(config, patches, 0, torch.device("cpu")),
-        guide=Guide(config.clustering, centroids, RayPool(pool)),
+        guide=OnlineClustering(config.clustering, centroids, RayPool(pool)),
         schedule=Schedule(1, 10_000, 0),
         device=torch.device("cpu"),
         log=RunLog(str(folder), folder, 0),

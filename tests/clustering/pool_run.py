@@ -11,11 +11,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import distributed
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool, start_pool
-from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide, LocalPool, Pool
+from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering, Pool
 from cmcgns.config import Config
+from cmcgns.data.batch import Batcher
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer
 from tests.clustering.delayed_shard import DelayedShard
 from tests.small import small_config, small_model
@@ -77,7 +76,7 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
         build_model=lambda: small_model(config),
         blocks=MemoryBlocks(config, STUDIES),
         batcher=Batcher(config, small_model(config).image_encoder.patches, 0, device),
-        guide=Guide(config.clustering, centroids, pool),
+        guide=OnlineClustering(config.clustering, centroids, pool),
         schedule=Schedule(config.train.stage1_steps or 0, 0, 0),
         device=device,
         log=rows,  # type: ignore[arg-type]

@@ -8,10 +8,9 @@ import pytest
 from pyarrow import parquet
 
 from cmcgns.clustering.assignments import statistics, two_nearest, write_assignments
-from cmcgns.clustering.embeddings import Columns, open_embeddings
+from cmcgns.clustering.embeddings import Columns, StreamedRows, open_embeddings
 from cmcgns.clustering.kmeans import Array, faiss_search, normalised
 from cmcgns.clustering.rows import on_grid
-from cmcgns.clustering.stores import StreamedRows
 from tests.clustering.sets import heavy_tailed, write_parquet
 
 SEARCH = faiss_search("cpu", 1)

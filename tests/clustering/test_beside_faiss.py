@@ -6,9 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from cmcgns.clustering.kmeans import Array, faiss_assign, kmeans
+from cmcgns.clustering.kmeans import Array, faiss_assign, kmeans, parallel_seeds
 from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import parallel_seeds
 from tests.clustering.sets import SETS
 
 ROWS, CLUSTERS, ITERATIONS = 8000, 40, 10

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.clustering.centroids import Centroids
+from cmcgns.clustering.online_clustering import Centroids
 from tests.ranks import run_on_ranks
 
 

@@ -11,12 +11,12 @@ from cmcgns.clustering.kmeans import (
     Fit,
     batch_blocks,
     faiss_assign,
+    farthest_point_seeds,
     kmeans,
     normalised,
     numpy_assign,
 )
 from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import farthest_point_seeds
 from tests.clustering.sets import cuts, heavy_tailed, separated
 from tests.clustering.shards import Shards, shards_of
 

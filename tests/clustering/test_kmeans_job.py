@@ -13,10 +13,9 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from cmcgns.clustering.kmeans import kmeans, numpy_assign
+from cmcgns import storage
+from cmcgns.clustering.kmeans import kmeans, numpy_assign, parallel_seeds
 from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import parallel_seeds
-from cmcgns.data import storage
 from tests.clustering.sets import heavy_tailed, separated, write_parquet
 from tests.jobs import REPOSITORY
 from tests.s3 import S3Server

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from cmcgns.clustering.kmeans import Array, faiss_assign, kmeans, numpy_assign
+from cmcgns.clustering.kmeans import SEEDINGS, Array, faiss_assign, kmeans, numpy_assign, parallel_seeds, random_seeds
 from cmcgns.clustering.rows import RowArray, random_numbers
-from cmcgns.clustering.seeding import SEEDINGS, parallel_seeds, random_seeds
 from cmcgns.errors import UserError
 from tests.clustering.sets import cuts, heavy_tailed, separated
 from tests.clustering.shards import Shards, shards_of

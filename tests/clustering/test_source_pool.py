@@ -12,10 +12,9 @@ import pytest
 import ray
 
 from cmcgns.clustering.embeddings import Columns, open_embeddings
-from cmcgns.clustering.kmeans import NEAR_TIE, Array, Fit, kmeans, numpy_assign
+from cmcgns.clustering.kmeans import NEAR_TIE, Array, Fit, kmeans, numpy_assign, parallel_seeds
+from cmcgns.clustering.pool import MOST_LOSSES, ParquetSource, Source, SourcePool, array_sources
 from cmcgns.clustering.rows import RowArray
-from cmcgns.clustering.seeding import parallel_seeds
-from cmcgns.clustering.source_pool import MOST_LOSSES, ParquetSource, Source, SourcePool, array_sources
 from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError
 from tests.clustering.sets import SETS, cuts, heavy_tailed, write_parquet

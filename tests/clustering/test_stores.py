@@ -7,10 +7,18 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from cmcgns.clustering.embeddings import BATCH_ROWS, Columns, Embeddings, open_embeddings
+from cmcgns.clustering.embeddings import (
+    BATCH_ROWS,
+    Columns,
+    Embeddings,
+    MemoryRows,
+    RowFile,
+    StreamedRows,
+    load_rows,
+    open_embeddings,
+)
 from cmcgns.clustering.kmeans import BLOCK_ROWS, kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray, on_grid
-from cmcgns.clustering.stores import MemoryRows, RowFile, StreamedRows, load_rows
 from cmcgns.errors import UserError
 from tests.clustering.sets import heavy_tailed, write_parquet
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cmcgns.data.index import index_table
 from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
+from cmcgns.data.record import index_table
 from cmcgns.errors import UserError
 
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from cmcgns.config import DataConfig
-from cmcgns.data.dataset import MOST_PIECES, Stream, piece_bounds
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, arranged, study_keys
-from cmcgns.data.sources import open_source
+from cmcgns.data.readers import open_source
+from cmcgns.data.stream import MOST_PIECES, Stream, piece_bounds
 
 STUDIES, GROUP, WINDOW = 1000, 32, 4
 

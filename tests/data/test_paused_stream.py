@@ -9,13 +9,13 @@ import pytest
 import ray
 from ray._private import internal_api
 
+from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import blocks
-from cmcgns.data.dataset import DEALING_CPUS, Stream, bytes_per_study, stream_split
-from cmcgns.data.transforms import Target
-from cmcgns.models.tokenizer import train_tokenizer
-from cmcgns.train.board import start_board
-from cmcgns.train.corpus import open_index
+from cmcgns.data.image import Target
+from cmcgns.data.readers import open_index
+from cmcgns.data.stream import DEALING_CPUS, Stream, bytes_per_study, stream_split
+from cmcgns.data.tokenizer import train_tokenizer
 from tests.benchmarks.corpora import prepared_set
 
 pytestmark = pytest.mark.ray
@@ -34,9 +34,9 @@ def stream(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Stream:
     source, index = open_index("data.uri", config, Target(SIDE, "longer"))
     studies, arrangement = source.arrange(index.split("train"), config.group_studies)
     words = train_tokenizer(["nodule in the left lung", "no effusion"] * 10, 256, 256, 32)
-    board = start_board(STUDIES, 0.0, {})
+    coordinator = start_coordinator(STUDIES, 0.0, {})
     return stream_split(
-        source, studies, arrangement, words, config, board, taken_cpus=TAKEN_CPUS, studies_ahead=AHEAD
+        source, studies, arrangement, words, config, coordinator, taken_cpus=TAKEN_CPUS, studies_ahead=AHEAD
     )  # fmt: skip
 
 

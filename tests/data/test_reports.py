@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from cmcgns.data.phantom import PhantomCorpus
-from cmcgns.data.phantom.draws import Draws
-from cmcgns.data.phantom.mimic import report_file
 from cmcgns.data.reports import normalised_words, parse_report, report_text, sections, sentences, text_hash
 from cmcgns.errors import BadRow
+from cmcgns.phantom import PhantomCorpus
+from cmcgns.phantom.canvas import Draws
+from cmcgns.phantom.writers import report_file
 from tests.data.reference_sections import reads, reference_sections
 
 GOLDEN = yaml.safe_load(Path(__file__).with_name("golden_reports.yaml").read_text())

@@ -9,14 +9,14 @@ import pyarrow as pa
 import pytest
 import ray
 
+from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.config import Config
 from cmcgns.data.blocks import ReadStudy, blocks, deal, row_table
-from cmcgns.data.dataset import Stream, stream_split
-from cmcgns.data.phantom import PhantomCorpus, write_pairs_csv
-from cmcgns.data.sources import open_source
-from cmcgns.train.board import start_board
-from cmcgns.train.corpus import make_tokenizer, open_corpus, sample_reports
-from tests.prepare.sets import prepare_here
+from cmcgns.data.readers import open_source
+from cmcgns.data.stream import Stream, stream_split
+from cmcgns.phantom import PhantomCorpus, write_pairs_csv
+from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
+from tests.data.prepare.sets import prepare_here
 from tests.small import small_config
 
 STUDIES, GROUP, WINDOW, GLOBAL = 200, 16, 3, 24
@@ -72,9 +72,9 @@ def stream_of(folder: Path, format: str) -> Stream:
         data__format=format, data__max_bad_fraction=0.2,
     )  # fmt: skip
     corpus = open_corpus(config)
-    board = start_board(len(corpus.train), 0.2, {})
+    coordinator = start_coordinator(len(corpus.train), 0.2, {})
     tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
-    return stream_split(corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, board)
+    return stream_split(corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, coordinator)
 
 
 def global_batches(stream: Stream, epoch: int, position: int, ranks: int) -> list[set[int]]:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cmcgns.data.index import INDEX_SCHEMA, StudyIndex
-from cmcgns.data.sources import open_source
+from cmcgns.data.readers import open_source
+from cmcgns.data.record import INDEX_SCHEMA, StudyIndex
 
 REPORT = "FINDINGS: The lungs are clear.\nIMPRESSION: No effusion."
 

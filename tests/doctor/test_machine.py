@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.command_line import load_config
-from cmcgns.doctor import host, pairs
-from cmcgns.doctor.__main__ import main
-from cmcgns.doctor.job_config import DoctorJobConfig
-from cmcgns.doctor.run import PORTS, port_lines
+from cmcgns.cli import load_config
+from cmcgns.cluster import cluster_checks as pairs
+from cmcgns.cluster import machine_checks as host
+from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_lines
 
 ASKED = host.Asked(use_gpu=False, deepspeed=True, faiss_gpu=False)
 

@@ -11,14 +11,14 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from cmcgns.clustering.kmeans import Array
 from cmcgns.data.blocks import Block, ReadStudy, row_table, to_block
-from cmcgns.data.dataset import Stream, read_study
-from cmcgns.data.order import VALIDATION_EPOCH
-from cmcgns.data.transforms import Target, drawn_film
-from cmcgns.evaluate.clusters import by_chance, purity, sentence_classes
-from cmcgns.evaluate.exported import PretrainedRun
-from cmcgns.evaluate.sentences import SentenceEmbedder
+from cmcgns.data.image import Target
+from cmcgns.data.order import VALIDATION_EPOCH, drawn_film
+from cmcgns.data.readers import open_index
+from cmcgns.data.stream import Stream, read_study
+from cmcgns.evaluate.embed import SentenceEmbedder
+from cmcgns.evaluate.encoders import PretrainedRun
+from cmcgns.evaluate.tasks.clusters import by_chance, purity, sentence_classes
 from cmcgns.models.vision_language import VisionLanguageModel
-from cmcgns.train.corpus import open_index
 
 BATCH = 32
 

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cmcgns.data.sources import PhantomSource
-from cmcgns.evaluate.encoders import RANDOM, EncoderSpec, FilmEncoder
-from cmcgns.evaluate.exported import PretrainedRun
+from cmcgns.data.labelled import ImageSet
+from cmcgns.data.labelled.base import image_table
+from cmcgns.data.readers import PhantomSource
+from cmcgns.evaluate.encoders import RANDOM, EncoderSpec, FilmEncoder, PretrainedRun
 from cmcgns.evaluate.films import Films
-from cmcgns.evaluate.sets import ImageSet
-from cmcgns.evaluate.sets.base import image_table
 from tests.small import small_config
 
 KINDS = ("bright", "black")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cmcgns.evaluate.detection import Detections, mean_average_precision
 from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.tasks.detection import Detections, mean_average_precision
 from tests.evaluate.heads import films_with
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cmcgns.data.sources import PhantomSource
+from cmcgns.data.labelled import ImageSet
+from cmcgns.data.labelled.base import SPLITS, image_table
+from cmcgns.data.readers import PhantomSource
 from cmcgns.errors import UserError
-from cmcgns.evaluate.classification import auc_scores, drawn_groups, probe_scores
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.features import Features
-from cmcgns.evaluate.job_config import EvaluateConfig
 from cmcgns.evaluate.scores import Resampling
-from cmcgns.evaluate.sets import ImageSet
-from cmcgns.evaluate.sets.base import SPLITS, image_table
+from cmcgns.evaluate.tasks.classification import auc_scores, drawn_groups, probe_scores
 
 SETTINGS = EvaluateConfig(fractions=(0.1, 1.0), draws=3, resamples=100)
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
-from cmcgns.data.phantom import PhantomCorpus
 from cmcgns.data.reports import parse_report
-from cmcgns.evaluate.clusters import cluster_scores, mutual_information, purity, sentence_classes
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
+from cmcgns.evaluate.tasks.clusters import cluster_scores, mutual_information, purity, sentence_classes
+from cmcgns.phantom import PhantomCorpus
 
 STUDIES = 60
 

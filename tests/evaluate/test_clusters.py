@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from cmcgns.data.phantom import PhantomCorpus
-from cmcgns.data.phantom.sentence_truth import sentence_truth
 from cmcgns.data.reports import parse_report
-from cmcgns.evaluate.clusters import own_clusters
+from cmcgns.evaluate.sentence_truth import sentence_truth
+from cmcgns.evaluate.tasks.clusters import own_clusters
+from cmcgns.phantom import PhantomCorpus
 from tests.evaluate.clusters import agreement
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cmcgns.evaluate.job_config import EvaluateConfig
+from cmcgns.data.labelled.base import ImageSet, image_table
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.report import Results
 from cmcgns.evaluate.run import beside
 from cmcgns.evaluate.scores import Score, differences
-from cmcgns.evaluate.sets.base import ImageSet, image_table
 from cmcgns.evaluate.tasks import Evaluation
 
 

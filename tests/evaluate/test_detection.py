@@ -5,15 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmcgns.evaluate.dense import DenseModel
-from cmcgns.evaluate.detection import (
-    centre_loss,
-    detection_scores,
-    detections,
-    shared_area,
-    targets,
-)
-from cmcgns.evaluate.job_config import EvaluateConfig
+from cmcgns.evaluate.config import EvaluateConfig
+from cmcgns.evaluate.heads import DenseModel
+from cmcgns.evaluate.tasks.detection import centre_loss, detection_scores, detections, shared_area, targets
 from tests.evaluate.heads import BLANK, SET, films_with, rectangles, small_spec
 
 

@@ -11,19 +11,18 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cmcgns.command_line import to_yaml
+from cmcgns.cli import to_yaml
 from cmcgns.config import Config
+from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import ReadStudy, row_table, to_block
-from cmcgns.data.dataset import Stream, read_study
-from cmcgns.data.order import VALIDATION_EPOCH
+from cmcgns.data.order import VALIDATION_EPOCH, drawn_film
 from cmcgns.data.reports import parse_report
-from cmcgns.data.transforms import drawn_film
-from cmcgns.evaluate.exported import open_run
-from cmcgns.models.cross_attention import unit
+from cmcgns.data.stream import Stream, read_study
+from cmcgns.evaluate.encoders import open_run
+from cmcgns.models.attention import unit
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.train.checkpoint import export_model
-from cmcgns.train.corpus import make_tokenizer, open_corpus, sample_reports
-from cmcgns.train.steps import Batcher
+from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
 from tests.jobs import REPOSITORY
 from tests.small import small_config
 

@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from cmcgns.command_line import run_job
-from cmcgns.evaluate.exported import last_run
-from cmcgns.evaluate.job_config import TASKS, EvaluateJobConfig
+from cmcgns.cli import run_job
+from cmcgns.evaluate.config import TASKS, EvaluateJobConfig
+from cmcgns.evaluate.encoders import last_run
 from cmcgns.evaluate.run import evaluate
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import REPOSITORY

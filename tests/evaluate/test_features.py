@@ -8,18 +8,17 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cmcgns.data.augment import normalise
-from cmcgns.data.sources import FileSource, PhantomSource
-from cmcgns.data.transforms import resize_film
+from cmcgns.data.batch import normalise
+from cmcgns.data.image import resize_film
+from cmcgns.data.labelled import ImageSet, open_set, phantom_set
+from cmcgns.data.labelled.base import image_table
+from cmcgns.data.readers import FileSource, PhantomSource
+from cmcgns.data.tokenizer import train_tokenizer
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.features import features_uri, make_features, read_features
-from cmcgns.evaluate.films import load_films, make_films
-from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.sets import ImageSet, open_set, phantom_set
-from cmcgns.evaluate.sets.base import image_table
-from cmcgns.evaluate.squares import square_boxes, square_masks
-from cmcgns.models.tokenizer import train_tokenizer
+from cmcgns.evaluate.films import load_films, make_films, square_boxes, square_masks
+from tests.data.labelled.trees import save, shots, write
 from tests.evaluate.heads import small_spec
-from tests.evaluate.sets.trees import save, shots, write
 
 SIZE, RESIZE = 32, 40
 SETTINGS = EvaluateConfig(batch_size=7, cpus_per_worker=0.5)

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cmcgns.data.labelled.base import ImageSet, image_table
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec, open_encoders
 from cmcgns.evaluate.films import Films
-from cmcgns.evaluate.finetune import finetune_scores
-from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.sets.base import ImageSet, image_table
+from cmcgns.evaluate.tasks.classification import finetune_scores
 from tests.evaluate.test_embed_job import write_run
 from tests.small import small_config
 

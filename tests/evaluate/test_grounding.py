@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from cmcgns.config import DataConfig
-from cmcgns.data.phantom import FINDINGS, PhantomCorpus
-from cmcgns.data.phantom.sentence_truth import sentence_truth
+from cmcgns.data.labelled import phantom_set
+from cmcgns.data.readers import PhantomSource
 from cmcgns.data.reports import parse_report
-from cmcgns.data.sources import PhantomSource
-from cmcgns.evaluate.grounding import contrast_to_noise, grounding_scores
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
-from cmcgns.evaluate.sets import phantom_set
+from cmcgns.evaluate.sentence_truth import sentence_truth
+from cmcgns.evaluate.tasks.grounding import contrast_to_noise, grounding_scores
+from cmcgns.phantom import FINDINGS, PhantomCorpus
 
 STUDIES, SIDE, GRID = 30, 64, 4
 SOURCE = PhantomSource(STUDIES, 0, SIDE, SIDE, crop_borders=False)

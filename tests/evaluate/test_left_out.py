@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cmcgns.data.labelled.base import ImageSet, image_table
 from cmcgns.errors import UserError
-from cmcgns.evaluate.detection import detection_scores
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.films import Films
-from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.sets.base import ImageSet, image_table
 from cmcgns.evaluate.tasks import _empty_split
+from cmcgns.evaluate.tasks.detection import detection_scores
 
 ANYWHERE: Any = SimpleNamespace(uri="nowhere")
 BOX = [{"kind": 0, "x0": 1.0, "y0": 1.0, "x1": 5.0, "y1": 5.0}]

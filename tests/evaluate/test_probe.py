@@ -5,8 +5,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from cmcgns.evaluate.probe import STRENGTHS, linear_probe
 from cmcgns.evaluate.scores import Floats
+from cmcgns.evaluate.tasks.classification import STRENGTHS, linear_probe
 
 SIZES = (120, 60, 80)
 

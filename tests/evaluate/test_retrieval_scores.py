@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cmcgns.evaluate.pairs import Pairs
-from cmcgns.evaluate.retrieval import DEPTHS, retrieval_scores
 from cmcgns.evaluate.scores import Score
-from cmcgns.train.metrics import first_hits
+from cmcgns.evaluate.tasks.retrieval import DEPTHS, retrieval_scores
+from cmcgns.models.retrieval import first_hits
 
 
 def pairs_of(image_ND: np.ndarray, report_ND: np.ndarray, hash_N: np.ndarray, films_of_patient: int = 1) -> Pairs:

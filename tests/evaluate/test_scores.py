@@ -5,8 +5,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from cmcgns.evaluate import scores
-from cmcgns.evaluate.classification import class_auc
 from cmcgns.evaluate.scores import Floats, Resampling, Score, differences, over_draws, percentiles, weighted_auc
+from cmcgns.evaluate.tasks.classification import class_auc
 
 
 def weights(resampling: Resampling) -> Floats:

@@ -7,12 +7,11 @@ from torch.nn import functional as F
 from torchmetrics.functional.segmentation import dice_score
 
 from cmcgns.errors import UserError
-from cmcgns.evaluate.dense import DenseModel, build_dense
+from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.films import Films
-from cmcgns.evaluate.heads import fit_head
-from cmcgns.evaluate.job_config import EvaluateConfig
+from cmcgns.evaluate.heads import DenseModel, build_dense, fit_head
 from cmcgns.evaluate.scores import Score
-from cmcgns.evaluate.segmentation import STRIDE, counts, dice_and_cross_entropy, segmentation_scores
+from cmcgns.evaluate.tasks.segmentation import STRIDE, counts, dice_and_cross_entropy, segmentation_scores
 from tests.evaluate.heads import KINDS, SET, joined, rectangles, small_spec
 
 SETTINGS = EvaluateConfig(head_steps=60, head_batch=4, head_rate=5e-3, resamples=100)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cmcgns.data.transforms import resize_film
-from cmcgns.evaluate.squares import middle, patch_coverage, square_boxes, square_masks
+from cmcgns.data.image import resize_film
+from cmcgns.evaluate.films import middle, patch_coverage, square_boxes, square_masks
 
 SHAPES = [(200, 200), (150, 320), (320, 150), (97, 241), (24, 30), (30, 11)]
 """Height and width: square, wide, tall, odd, and films that are enlarged."""
@@ -69,7 +69,7 @@ def test_the_share_of_a_patch_is_that_of_a_loop_over_its_pixels(grid: int) -> No
 def test_the_middle_of_a_mask_is_what_validation_shows_of_a_film() -> None:
     import torch
 
-    from cmcgns.data.augment import crop
+    from cmcgns.data.batch import crop
 
     for side, size in ((72, 64), (41, 32), (40, 40)):
         square_RR = np.random.default_rng(side).random((side, side)) < 0.5

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.data.phantom import FINDINGS
+from cmcgns.data.labelled import SETS
+from cmcgns.data.labelled.classified import CLASSES as COVIDX
+from cmcgns.data.labelled.classified import COMPETITION
+from cmcgns.data.labelled.classified import FINDINGS as NIH
 from cmcgns.errors import UserError
-from cmcgns.evaluate.job_config import EvaluateConfig
-from cmcgns.evaluate.sets import SETS
-from cmcgns.evaluate.sets.chexpert import COMPETITION
-from cmcgns.evaluate.sets.covidx import CLASSES as COVIDX
-from cmcgns.evaluate.sets.nih import FINDINGS as NIH
-from cmcgns.evaluate.zeroshot import Prompts, read_prompts
+from cmcgns.evaluate.config import EvaluateConfig
+from cmcgns.evaluate.tasks.zeroshot import Prompts, read_prompts
+from cmcgns.phantom import FINDINGS
 
 COVERED = {
     "phantom": FINDINGS,

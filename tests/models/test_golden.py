@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmcgns.models.cross_attention import AttentionPool, CrossModalAttention
+from cmcgns.models.attention import AttentionPool, CrossModalAttention
 from tests.golden import EXACT, golden, padded_sentences
 
 
@@ -55,7 +55,7 @@ def test_the_report_pool_gives_the_published_report_embeddings(numbers: dict[str
 
 
 def test_the_predictor_and_patch_loss_give_the_published_simsiam(numbers: dict[str, Tensor]) -> None:
-    from cmcgns.objectives.local_alignment import patch_alignment_loss
+    from cmcgns.methods.cm_cgns.losses import patch_alignment_loss
 
     predictor = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32)).double()
     predictor.load_state_dict(weights(numbers, {"0": "predictor.0", "2": "predictor.2"}))

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
-from cmcgns.models.cross_attention import AttentionPool
-from cmcgns.models.image_encoder import ImageEncoder
-from cmcgns.models.presets import build_image_backbone
-from cmcgns.models.shapes import IMAGE_PRESETS
-from cmcgns.models.text_encoder import TextEncoder, sentence_means
+from cmcgns.models.attention import AttentionPool
+from cmcgns.models.backbones import ImageEncoder, build_image_backbone
+from cmcgns.models.presets import IMAGE_PRESETS
+from cmcgns.models.text import TextEncoder, sentence_means
 from cmcgns.models.vision_language import VisionLanguageModel, limited_scale
 from tests.small import random_batch, small_config, small_model
 

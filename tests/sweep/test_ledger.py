@@ -8,15 +8,14 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from cmcgns.evaluate.measures import MEAN_RECALL
+from cmcgns.config import MEAN_RECALL
 from cmcgns.run_folder import RunFolder
-from cmcgns.sweep.asha import scheduler_of
-from cmcgns.sweep.job_config import SweepConfig
+from cmcgns.sweep.admission import scheduler_of
+from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.opened import propose
-from cmcgns.sweep.proposals import LOST_TOO_OFTEN, Proposals
 from cmcgns.sweep.run import add_repeats
-from cmcgns.sweep.space import read_space
+from cmcgns.sweep.search import LOST_TOO_OFTEN, Proposals, read_space
+from cmcgns.sweep.setup import propose
 from tests.sweep.test_search import BASE, CHOICES, SPACE
 
 

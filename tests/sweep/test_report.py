@@ -8,14 +8,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cmcgns.command_line import load_config
-from cmcgns.config import Config
-from cmcgns.evaluate.measures import MEAN_RECALL
+from cmcgns.cli import load_config
+from cmcgns.config import MEAN_RECALL, Config
 from cmcgns.run_folder import RunFolder
-from cmcgns.sweep.job_config import SweepConfig
+from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.opened import propose
 from cmcgns.sweep.report import Answer, write_answer, write_table
+from cmcgns.sweep.setup import propose
 from tests.sweep.test_search import BASE, SPACE
 
 

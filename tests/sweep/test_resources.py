@@ -2,10 +2,10 @@
 
 import pytest
 
-from cmcgns.command_line import resolve
+from cmcgns.cli import resolve
 from cmcgns.config import Config
 from cmcgns.errors import UserError
-from cmcgns.sweep.resources import TRIAL_CPUS, room_for
+from cmcgns.sweep.admission import TRIAL_CPUS, room_for
 
 WORKERS = {
     "train.num_workers": 2,

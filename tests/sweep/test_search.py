@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from cmcgns.command_line import load_config
+from cmcgns.cli import load_config
 from cmcgns.config import Config
 from cmcgns.errors import UserError
-from cmcgns.sweep.search import Search, grid_axes, searcher
-from cmcgns.sweep.space import Space, default_space, drawn_settings, read_space
+from cmcgns.sweep.search import Search, Space, default_space, drawn_settings, grid_axes, read_space, searcher
 from tests.jobs import TINY
 
 BASE = load_config([], Config, TINY)

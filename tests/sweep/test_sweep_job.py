@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cmcgns.evaluate.measures import MEAN_RECALL, measure
+from cmcgns.config import MEAN_RECALL, measure
 from tests.jobs import Job, registered, result, rows
 from tests.ray_head import RayHead
 from tests.sweeping import SHORT, check_free, sweep, table, trials

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cmcgns.command_line import run_job
-from cmcgns.sweep.job_config import SweepJobConfig
+from cmcgns.cli import run_job
+from cmcgns.sweep.config import SweepJobConfig
 from cmcgns.sweep.run import sweep
 from tests.jobs import REPOSITORY, TINY
 

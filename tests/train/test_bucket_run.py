@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from cmcgns.data.phantom import PhantomCorpus
 from cmcgns.data.reports import parse_report
-from cmcgns.models.presets import build_image_backbone, build_text_backbone
-from cmcgns.models.tokenizer import train_tokenizer
+from cmcgns.data.tokenizer import train_tokenizer
+from cmcgns.models.backbones import build_image_backbone, build_text_backbone
+from cmcgns.phantom import PhantomCorpus
 from tests.jobs import REPOSITORY
 from tests.ray_head import RayHead
 from tests.s3 import S3Server

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.config import Config
+from cmcgns.methods.cm_cgns.objective import Objective
 from cmcgns.models.vision_language import RECONSTRUCTION_PARTS
-from cmcgns.objectives.objective import Objective
 from cmcgns.train.engine import DeepSpeedEngine, Engine, build_engine, build_optimizer
 from tests.ranks import run_on_ranks
 from tests.small import random_batch, small_config, small_model

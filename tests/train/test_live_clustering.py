@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from cmcgns import distributed
-from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide, LocalPool
+from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering
 from cmcgns.config import Config
+from cmcgns.data.batch import Batcher
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer
 from tests.ranks import run_on_ranks
 from tests.small import small_config, small_model
@@ -41,7 +40,7 @@ def train(config: Config) -> list[dict[str, Any]]:
             build_model=lambda: small_model(config),
             blocks=MemoryBlocks(config, STUDIES),
             batcher=Batcher(config, 4, 0, CPU),
-            guide=Guide(config.clustering, centroids, LocalPool(config.clustering)),
+            guide=OnlineClustering(config.clustering, centroids, LocalPool(config.clustering)),
             schedule=Schedule(STEPS, 0, 0),
             device=CPU,
             log=RunLog(scratch, folder, 0) if distributed.rank() == 0 else None,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmcgns.objectives.objective import LOSS_TERMS, STATISTICS, Losses
-from cmcgns.train.metrics import RunLog, StepMetrics, recall
+from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Losses
+from cmcgns.models.retrieval import recall
+from cmcgns.train.metrics import RunLog, StepMetrics
 
 
 @pytest.mark.parametrize("number", [3, 40])

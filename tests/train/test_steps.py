@@ -8,10 +8,10 @@ import torch
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.blocks import Block
 from cmcgns.train import steps
-from cmcgns.train.steps import Batcher, Foresight, Place, StepReader, validation_batches
+from cmcgns.train.steps import EpochPrefetch, Place, StepReader, validation_batches
 from tests.ranks import run_on_ranks
 from tests.small import small_config
 from tests.train.memory import MemoryBlocks, order_of, studies_of
@@ -164,7 +164,7 @@ def test_the_next_epoch_begins_so_long_before_it_is_needed(
     """8 s at the speed of this epoch, its slow start and what lay ready at it left out, and not fewer studies than asked for."""
     clock = [0.0]
     monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
-    foresight, position = Foresight(100_000, least=640), 0
+    foresight, position = EpochPrefetch(100_000, least=640), 0
     clock[0] += 30  # until the first block
     for _ in range(5):  # what lay ready
         position += 100
@@ -177,7 +177,7 @@ def test_the_next_epoch_begins_so_long_before_it_is_needed(
 
 
 def test_an_epoch_that_is_over_at_once_goes_by_the_speed_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, foresight = [0.0], Foresight(1_000, least=10)
+    clock, foresight = [0.0], EpochPrefetch(1_000, least=10)
     monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
     begun_at = []
     for _ in range(2):

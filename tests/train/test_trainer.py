@@ -13,16 +13,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmcgns.clustering.centroids import Centroids
-from cmcgns.clustering.guide import Guide, LocalPool
+from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering
 from cmcgns.config import Config
-from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.blocks import Block
 from cmcgns.models.vision_language import VisionLanguageModel
 from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import build_schedule
-from cmcgns.train.steps import Batcher
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 from tests.small import small_config, small_model
 from tests.train.memory import MemoryBlocks
@@ -80,7 +78,7 @@ def start(
         build_model=model,
         blocks=MemoryBlocks(config, STUDIES, validation=40),
         batcher=batcher(config, 4, 0, CPU),
-        guide=Guide(config.clustering, centroids, LocalPool(config.clustering)),
+        guide=OnlineClustering(config.clustering, centroids, LocalPool(config.clustering)),
         schedule=build_schedule(config.train, STUDIES),
         device=CPU,
         log=RunLog(str(folder), folder, checkpoint or 0),

@@ -1,0 +1,341 @@
+"""The doctor's looks at a running cluster: one actor on each node, and what their answers say beside each other.
+
+N nodes.
+"""
+
+import logging
+import socket
+import statistics
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cmcgns.cluster import cluster_checks as pairs
+from cmcgns.cluster import machine_checks as host
+from cmcgns.cluster import machine_checks as objects
+from cmcgns.cluster.machine_checks import Level, Line
+from cmcgns.errors import cause
+
+GOOD_SKEW_S, WORST_SKEW_S = 1.0, 300.0
+"""S3 refuses signatures that are 15 minutes off; long before that logs of nodes cannot be put in order."""
+SLOW_PAIR = 4.0
+"""A pair so many times slower than the median one has something wrong with its way."""
+
+
+class Inspector:
+    """Looks at the node that it lives on."""
+
+    def clock(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+    def versions(self) -> dict[str, str]:
+        return host.versions()
+
+    def examine(self, name: str, asked: host.Asked, gpus: int) -> list[Line]:
+        return host.examine(name, asked, gpus)
+
+    def data(self, uri: str) -> objects.Reached:
+        return objects.look_at_data(uri)
+
+    def reach(self, uri: str) -> objects.Reached:
+        return objects.look_whether_reached(uri)
+
+    def storage(self, uri: str, mark: str, mebibytes: int) -> objects.Reached:
+        return objects.look_at_storage(uri, mark, mebibytes)
+
+    def free_address(self) -> str:
+        """An address of this node, as others reach it, on a port that nothing listens on."""
+        with closing(socket.socket()) as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def reduce(self, backend: str, address: str, rank: int, mebibytes: int, timeout_s: float) -> float:
+        return pairs.all_reduce_speed(backend, address, rank, mebibytes, timeout_s)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster and the actor on it."""
+
+    name: str
+    resources: dict[str, float]
+    inspector: Any
+
+    @property
+    def gpus(self) -> int:
+        return int(self.resources.get("GPU", 0))
+
+
+def living_nodes() -> list[Node]:
+    """The cluster's nodes, each with an inspector that holds nothing of it."""
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
+    names = [node["NodeManagerHostname"] for node in alive]
+    # it is to see the node's GPUs, not those that Ray would give it
+    variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    actor = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(Inspector)
+    return [
+        Node(
+            name if names.count(name) == 1 else f"{name}/{node['NodeID'][:6]}",
+            node["Resources"],
+            actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(),
+        )
+        for name, node in zip(names, alive, strict=True)
+    ]
+
+
+def answers(requests: Sequence[Any], timeout_s: float) -> list[Any]:
+    """What came of each request: its answer, or a sentence (``NoAnswer``) that says why there is none."""
+    end, found = time.monotonic() + timeout_s, []
+    for request in requests:
+        try:
+            found.append(ray.get(request, timeout=max(end - time.monotonic(), 0.01)))
+        except GetTimeoutError:
+            found.append(NoAnswer(f"no answer within {timeout_s:g} s"))
+        except Exception as error:
+            found.append(NoAnswer(cause(error)))
+    return found
+
+
+class NoAnswer(str):
+    """Why a node did not answer."""
+
+
+def node_lines(nodes: Sequence[Node], wanted: int | None) -> Iterator[Line]:
+    """How many nodes there are and what they bring."""
+    brings = "; ".join(
+        f"{node.name} {node.resources.get('CPU', 0):g} CPU" + (f" {node.gpus} GPU" if node.gpus else "")
+        for node in nodes
+    )
+    if wanted is not None and len(nodes) < wanted:
+        yield Line(
+            "failed", "nodes", "cluster", f"{len(nodes)} of {wanted}: {brings}",
+            "On those that are missing `ray start` says why they cannot join (token, version, address, firewall)",
+        )  # fmt: skip
+    else:
+        yield Line("ok", "nodes", "cluster", brings)
+
+
+def version_lines(nodes: Sequence[Node], timeout_s: float) -> Iterator[Line]:
+    """Versions that differ from the driver's, node by node."""
+    ours, equal = host.versions(), 0
+    for node, theirs in zip(
+        nodes, answers([node.inspector.versions.remote() for node in nodes], timeout_s), strict=True
+    ):
+        if isinstance(theirs, NoAnswer):
+            yield Line(
+                "failed", "versions", node.name, f"its processes cannot work: {theirs}",
+                "Install cmcgns there, or submit with `ray job submit --working-dir .`",
+            )  # fmt: skip
+            continue
+        differ = [
+            f"{name} {theirs.get(name, 'missing')} (driver {ours.get(name, 'none')})"
+            for name in sorted({*ours, *theirs})
+            if ours.get(name) != theirs.get(name)
+        ]
+        equal += not differ
+        if differ:
+            yield Line("failed", "versions", node.name, ", ".join(differ), "Give all nodes one image or environment")
+    if equal == len(nodes):
+        shown = ", ".join(f"{name} {ours[name]}" for name in ("python", "ray", "torch", "deepspeed", "cmcgns"))
+        yield Line("ok", "versions", "cluster", f"{len(ours)} equal on {len(nodes)} nodes: {shown}")
+
+
+def clock_lines(nodes: Sequence[Node], timeout_s: float) -> Iterator[Line]:
+    """How far each node's clock is from the driver's, by half the time that asking took."""
+    for node in nodes:
+        began = time.time()
+        (theirs,) = answers([node.inspector.clock.remote()], timeout_s)
+        ended = time.time()
+        if isinstance(theirs, NoAnswer):
+            yield Line("failed", "clock", node.name, theirs)
+            continue
+        skew = theirs - (began + ended) / 2
+        found = f"{skew:+.3f} s from the driver's, within {(ended - began) / 2:.3f}"
+        level: Level = "ok" if abs(skew) <= GOOD_SKEW_S else "warning" if abs(skew) <= WORST_SKEW_S else "failed"
+        yield Line(level, "clock", node.name, found, "" if level == "ok" else "Run chrony or systemd-timesyncd there")
+
+
+def host_lines(nodes: Sequence[Node], asked: host.Asked, timeout_s: float) -> Iterator[Line]:
+    """What each node says of itself."""
+    requests = [node.inspector.examine.remote(node.name, asked, node.gpus) for node in nodes]
+    for node, lines in zip(nodes, answers(requests, timeout_s), strict=True):
+        yield from [Line("failed", "machine", node.name, lines)] if isinstance(lines, NoAnswer) else lines
+
+
+def token_line(dashboard_url: str) -> Line:
+    """Whether the dashboard, where jobs are submitted, answers whoever has no token."""
+    url = f"http://{dashboard_url}/api/jobs/"
+    way_out = "Set RAY_AUTH_MODE=token before `ray start` on every node"
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return Line("ok", "token", "cluster", f"{dashboard_url} refuses whoever has none")
+        return Line("warning", "token", "cluster", f"{dashboard_url} answers {error.code}")
+    except OSError as error:
+        return Line("warning", "token", "cluster", f"{dashboard_url} cannot be asked: {error}", "Keep the dashboard on")
+    return Line("failed", "token", "cluster", f"whoever reaches {dashboard_url} can run code here", way_out)
+
+
+def data_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[Line]:
+    """Whether something lies at ``uri`` as each node sees it."""
+    return _uri_lines(nodes, "data.uri", uri, [node.inspector.data.remote(uri) for node in nodes], timeout_s)
+
+
+def reach_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[Line]:
+    """Whether each node may ask for ``uri``, be something there or not."""
+    return _uri_lines(nodes, "storage", uri, [node.inspector.reach.remote(uri) for node in nodes], timeout_s)
+
+
+def _uri_lines(
+    nodes: Sequence[Node], subject: str, uri: str, requests: Sequence[Any], timeout_s: float
+) -> Iterator[Line]:
+    whys = [_why(reached, uri) for reached in answers(requests, timeout_s)]
+    for node, why in zip(nodes, whys, strict=True):
+        if why:
+            yield Line("failed", subject, node.name, f"{uri}: {why}", REACH)
+    if not any(whys):
+        yield Line("ok", subject, "cluster", f"{uri} is reached from {len(nodes)} nodes")
+
+
+REACH = "Every node must reach it: a shared folder, or s3:// with credentials and a route on each node"
+
+
+def storage_lines(nodes: Sequence[Node], uri: str, mark: str, mebibytes: int, timeout_s: float) -> Iterator[Line]:
+    """Whether each node reaches the place of the run folders, the same one as the driver's, and how fast."""
+    requests = [node.inspector.storage.remote(uri, mark, mebibytes) for node in nodes]
+    for node, reached in zip(nodes, answers(requests, timeout_s), strict=True):
+        why = _why(reached, uri)
+        if not why and not reached.sees_driver:
+            why = "what the driver writes there is not to be seen: the folder is not a shared one"
+        if why:
+            yield Line("failed", "run.storage", node.name, f"{uri}: {why}", REACH)
+        else:
+            yield Line(
+                "ok", "run.storage", node.name,
+                f"{uri}: {mebibytes} MiB written at {reached.write_mib_s:.0f}, read at {reached.read_mib_s:.0f} MiB/s",
+            )  # fmt: skip
+
+
+def _why(reached: Any, uri: str) -> str:
+    said: str = str(reached) if isinstance(reached, NoAnswer) else reached.error
+    return said.removeprefix(f"{uri}: ")  # most reasons begin with what was asked for
+
+
+def pair_lines(nodes: Sequence[Node], use_gpu: bool, mebibytes: int, most: int, timeout_s: float) -> Iterator[Line]:
+    """All-reduce between two nodes at a time, all of them or the first ``most`` pairs."""
+    able = [node for node in nodes if node.gpus] if use_gpu else list(nodes)
+    backend = "nccl" if use_gpu else "gloo"
+    if len(able) < 2:
+        return
+    speeds: dict[str, float] = {}
+    asked = 0
+    for turn in pairs.rounds(len(able)):
+        if asked >= most:
+            break
+        asked += len(turn)
+        for (first, second), found in zip(turn, _reduce(able, turn, backend, mebibytes, timeout_s), strict=True):
+            names = f"{able[first].name} - {able[second].name}"
+            if isinstance(found, NoAnswer):
+                yield Line(
+                    "failed", "all-reduce", names, f"{backend}: {found}",
+                    "Open all ports between the nodes; name the network card in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
+                )  # fmt: skip
+            else:
+                speeds[names] = found
+    if not speeds:
+        return
+    median = statistics.median(speeds.values())
+    for names, speed in speeds.items():
+        if speed * SLOW_PAIR < median:
+            yield Line("warning", "all-reduce", names, f"{speed:.0f} MiB/s, the median pair has {median:.0f}")
+    slowest = min(speeds, key=lambda names: speeds[names])
+    yield Line(
+        "ok", "all-reduce", "cluster",
+        f"{len(speeds)} of {len(able) * (len(able) - 1) // 2} pairs by {backend}, {mebibytes} MiB: median {median:.0f} MiB/s, "
+        f"least {speeds[slowest]:.0f} ({slowest})",
+    )  # fmt: skip
+
+
+def _reduce(
+    nodes: Sequence[Node], turn: Sequence[tuple[int, int]], backend: str, mebibytes: int, timeout_s: float
+) -> list[Any]:
+    """MiB/s of each pair of a round, at the same time, or why there is none."""
+    addresses = answers([nodes[first].inspector.free_address.remote() for first, _ in turn], timeout_s)
+    requests, places = list[Any](), list[int]()
+    for (first, second), address in zip(turn, addresses, strict=True):
+        places.append(len(requests))
+        if not isinstance(address, NoAnswer):
+            for rank, node in enumerate((first, second)):
+                requests.append(nodes[node].inspector.reduce.remote(backend, address, rank, mebibytes, timeout_s))
+    # torch gives up by itself after timeout_s; only then is a node silent
+    found = answers(requests, 2 * timeout_s + 10)
+    speeds = []
+    for address, place in zip(addresses, places, strict=True):
+        both = [address] if isinstance(address, NoAnswer) else found[place : place + 2]
+        failed = next((each for each in both if isinstance(each, NoAnswer)), None)
+        speeds.append(failed if failed is not None else min(both))
+    return speeds
+
+
+def dashboard_url() -> str:
+    """Host and port of the dashboard of the cluster that this driver is connected to."""
+    connection = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)  # a second time: only tells
+    return str(connection.address_info["webui_url"]).removeprefix("http://")
+
+
+def rounds(nodes: int) -> list[list[tuple[int, int]]]:
+    """Every pair of N nodes once, in rounds in which each node has one partner at most (the circle method)."""
+    seats = [*range(nodes), *([-1] if nodes % 2 else [])]
+    found = []
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        met = zip(seats[:half], reversed(seats[half:]), strict=True)
+        found.append([(min(pair), max(pair)) for pair in met if -1 not in pair])
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+    return found
+
+
+def all_reduce_speed(backend: str, address: str, rank: int, mebibytes: int, timeout_s: float) -> float:
+    """MiB/s at which this process and its partner sum a tensor of that size; ``address`` is where rank 0 listens.
+
+    Raises:
+        RuntimeError: the partner was not met, or the sum is wrong.
+    """
+    import torch
+    from torch import distributed
+
+    device = torch.device("cuda" if backend == "nccl" else "cpu")
+    distributed.init_process_group(
+        backend, init_method=f"tcp://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=timeout_s)
+    )
+    try:
+        values = torch.ones(mebibytes * 2**18, device=device)
+        distributed.all_reduce(values)  # connections are made by the first one
+        _wait(device)
+        began = time.perf_counter()
+        distributed.all_reduce(values)
+        _wait(device)
+        took = time.perf_counter() - began
+        if not bool((values == 4).all()):
+            raise RuntimeError("the sum of two ones twice is not four")
+        return mebibytes / took
+    finally:
+        distributed.destroy_process_group()
+
+
+def _wait(device: "torch.device") -> None:  # type: ignore[name-defined]  # noqa: F821
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()

@@ -1,0 +1,183 @@
+"""The Ray that a job runs on: the cluster that the environment names, or one of this machine alone."""
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.exceptions import AuthenticationError, RayError
+
+from cmcgns import storage
+from cmcgns.cluster import cluster_checks
+from cmcgns.cluster.placement import wait_for_room
+from cmcgns.errors import UserError
+from cmcgns.storage.errors import PATIENCE_S, PATIENCE_VARIABLE
+from cmcgns.terminal import console, print_plan
+
+LOCAL_CLUSTER = {
+    # data tasks come in bursts: keep their processes, and what they have imported, between epochs
+    "idle_worker_killing_time_threshold_ms": 600_000,
+    "num_workers_soft_limit": 16,
+    # by default what the stream has done with stays in the object store for up to a second
+    "free_objects_period_milliseconds": 100,
+}
+"""Settings of a Ray made for one run on this machine."""
+ONE_CPU = {"CPU": 1.0}
+"""What every job needs at least, and a run beside its workers and actors: a CPU for data."""
+CONNECT_S = 10.0
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of gRPC begins (RFC 9113, 3.4): the preface, and settings that change nothing."""
+SETTINGS_FRAME = 4
+SILENT = "no Ray cluster answers there. `ray status` on its head says whether it runs; its port must be open from here"
+
+
+@contextmanager
+def ray_session(
+    variables: dict[str, str] | None = None,
+    uris: Sequence[str] | None = None,
+    needed: Sequence[dict[str, float]] = (ONE_CPU,),
+) -> Iterator[float]:
+    """CPUs of the Ray cluster that the environment names, or of one made on this machine for the job.
+
+    ``variables`` are environment variables for all its processes; what the environment says already comes first. A cluster
+    that may grow is waited for until it has room for ``needed``, bundles of resources. With ``uris`` the nodes of a cluster that
+    is named are looked at: their versions, and whether they reach these.
+
+    Raises:
+        UserError: the named cluster cannot be joined, brings too little, or one of its nodes cannot carry the job.
+    """
+    environment = job_environment(variables or {})
+    os.environ.update(environment)
+    named, ours = os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
+    if ours:
+        _connect(named, environment)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
+    try:
+        if ours and named:
+            wait_for_room(needed, lambda said: print_plan(console(), {"cluster": said}))
+        if ours and named and uris is not None:
+            check_nodes(uris)
+        yield float(ray.cluster_resources().get("CPU", 0))
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(named: str | None, environment: dict[str, str]) -> None:
+    """Join the cluster at ``named``, or make one; its processes get ``environment``."""
+    # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
+    own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
+    if named:
+        _refuse_silence(named)
+    else:
+        settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
+    try:
+        with _without_attempts() if named else nullcontext():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        if not named:
+            raise
+        raise UserError(f"RAY_ADDRESS {named}: {why_not_joined(error)}") from None
+
+
+@contextmanager
+def _without_attempts() -> Iterator[None]:
+    """Without what Ray's core prints meanwhile: each attempt to join with a wrong token, once a second, past all settings."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _refuse_silence(named: str) -> None:
+    """Refuse the address of a cluster where no gRPC server answers, which Ray asks for minutes and then dies of."""
+    host, colon, port = named.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # 'auto', or another kind of address: Ray's own
+    try:
+        with socket.create_connection((host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return
+            connection.sendall(HELLO)
+            answer = connection.recv(9, socket.MSG_WAITALL)
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS {named}: {SILENT} ({error})") from None
+    if answer[3:4] != bytes([SETTINGS_FRAME]):
+        raise UserError(f"RAY_ADDRESS {named}: {SILENT} (another program has this port)")
+
+
+def why_not_joined(error: BaseException) -> str:
+    """What keeps this process out of a cluster, from what Ray says of it, and the way out."""
+    said = []
+    inner: BaseException | None = error
+    while inner is not None:
+        said.append(str(inner))
+        inner = inner.__cause__
+    text = " ".join(" ".join(said).split())
+    if "Version mismatch" in text:
+        return (
+            f"{text[text.index('Version mismatch') :].rstrip('.')}. Run the job with the cluster's own Python and Ray"
+        )
+    if "InvalidAuthToken" in text or isinstance(error, AuthenticationError):
+        return (
+            "the cluster refuses this process's token, or it has none. Set RAY_AUTH_MODE=token and give the head's "
+            "~/.ray/auth_token (mode 600) or RAY_AUTH_TOKEN"
+        )
+    if "No node info found" in text:
+        return (
+            "this machine is none of that cluster's nodes, and a driver has to run on one. Submit the job "
+            "(`ray job submit -- python ...`), or join with `ray start`"
+        )
+    return SILENT
+
+
+def submitted_variables() -> dict[str, str]:
+    """Environment variables in the runtime environment that this job was submitted with, if it was."""
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    variables: dict[str, str] = (submitted.get("runtime_env") or {}).get("env_vars") or {}
+    return variables
+
+
+def job_environment(variables: dict[str, str]) -> dict[str, str]:
+    """Environment of every process of a job: ``variables``, what keeps libraries quiet, and access to object storage."""
+    # the driver has had its answer by now: to other processes a silent server is a fault, not a wrong address
+    patience = {PATIENCE_VARIABLE: str(PATIENCE_S)}
+    own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | patience | variables
+    chosen = {name: os.environ.get(name, value) for name, value in own.items()}
+    return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+NODE_PATIENCE_S = 120.0
+"""Longer than storage is tried again for, so that it is storage that says what is wrong."""
+
+
+def check_nodes(uris: Sequence[str]) -> None:
+    """Refuse a cluster on which a node has other versions than the driver, or does not reach one of ``uris``.
+
+    Raises:
+        UserError: the first node that would fail, and the way out.
+    """
+    nodes = cluster_checks.living_nodes()
+    lines = list(cluster_checks.version_lines(nodes, NODE_PATIENCE_S))
+    for uri in filter(storage.is_s3, uris):
+        lines += cluster_checks.reach_lines(nodes, uri, NODE_PATIENCE_S)
+    failed = [line for line in lines if line.level == "failed"]
+    if failed:
+        others = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise UserError(
+            f"node {failed[0].where}, {failed[0].subject}: {failed[0].found}{others}. {failed[0].way_out}. "
+            "`python -m cmcgns.doctor` looks at all"
+        )

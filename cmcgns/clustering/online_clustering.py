@@ -1,0 +1,301 @@
+"""The centroids in force on this rank: versioned, equal on every rank, moved a little each step.
+
+n sentences of this rank, K centroids, D embedding.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmcgns import distributed
+from cmcgns.clustering.bank import BankShard
+from cmcgns.clustering.kmeans import Array, Rows, farthest_point_seeds, kmeans, numpy_assign
+from cmcgns.clustering.rows import RowArray
+from cmcgns.config import MIN_BANK, ClusteringConfig
+from cmcgns.distributed import all_reduce
+from cmcgns.errors import UserError
+
+
+class Centroids:
+    """Rank-local copy of the clustering; every rank adopts the same version at the same step."""
+
+    def __init__(self, num_clusters: int, dim: int, device: torch.device | str, momentum: float) -> None:
+        self.rows_KD = torch.zeros(num_clusters, dim, device=device)
+        self.momentum = momentum
+        self.version = 0
+        self.started_at: int | None = None
+        self._sums_KD = torch.zeros_like(self.rows_KD)
+        self._counts_K = torch.zeros(num_clusters, device=device)
+
+    @property
+    def started(self) -> bool:
+        """True once clustering-guided negatives are in force."""
+        return self.started_at is not None
+
+    @property
+    def current(self) -> Tensor | None:
+        """``rows_KD`` for the objective, or None before clustering has started."""
+        return self.rows_KD if self.started else None
+
+    def adopt(self, rows_KD: Tensor, version: int, step: int) -> None:
+        """Take a new version into force from ``step`` on."""
+        self.rows_KD = rows_KD.to(self.rows_KD.device, torch.float32)
+        self.version = version
+        self.started_at = step if self.started_at is None else self.started_at
+
+    def observe(self, attended_nD: Tensor) -> None:
+        """Remember one microbatch's normalised z2 for the online move at the end of the step."""
+        if not self.started or self.momentum == 0:
+            return
+        attended_nD = attended_nD.detach().float()
+        nearest_n = (attended_nD @ self.rows_KD.T).argmax(1)
+        self._sums_KD.index_add_(0, nearest_n, attended_nD)
+        self._counts_K.index_add_(0, nearest_n, torch.ones_like(nearest_n, dtype=torch.float32))
+
+    def move(self) -> None:
+        """c <- normalise((1 - m) c + m mean of its members on all ranks); empty clusters stay. Collective."""
+        if not self.started or self.momentum == 0:
+            return
+        totals_KE = all_reduce(torch.cat([self._sums_KD, self._counts_K.unsqueeze(1)], dim=1))
+        self.rows_KD = momentum_step(self.rows_KD, totals_KE[:, :-1], totals_KE[:, -1], self.momentum)
+        self._sums_KD.zero_()
+        self._counts_K.zero_()
+
+    def digest(self) -> str:
+        """Short hash of the rows, to compare ranks and runs."""
+        return hashlib.blake2b(self.rows_KD.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Rows, version and the step of the start (-1 before it)."""
+        started_at = -1 if self.started_at is None else self.started_at
+        return {"rows_KD": self.rows_KD.cpu(), "version_and_start": torch.tensor([self.version, started_at])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from ``state_dict``."""
+        self.rows_KD = state["rows_KD"].to(self.rows_KD.device)
+        self.version, started_at = (int(value) for value in state["version_and_start"])
+        self.started_at = None if started_at < 0 else started_at
+
+
+def momentum_step(rows_KD: Tensor, sums_KD: Tensor, counts_K: Tensor, momentum: float) -> Tensor:
+    """Centroids moved towards their members' means and put back on the sphere."""
+    means_KD = sums_KD / counts_K.clamp(min=1).unsqueeze(1)
+    moved_KD = F.normalize(unnormalised_momentum_step(rows_KD, means_KD, momentum), dim=1)
+    return torch.where((counts_K > 0).unsqueeze(1), moved_KD, rows_KD)
+
+
+def unnormalised_momentum_step(rows_KD: Tensor, means_KD: Tensor, momentum: float) -> Tensor:
+    """(1 - m) c + m mean, as in ClusterNS."""
+    return (1 - momentum) * rows_KD + momentum * means_KD
+
+
+logger = logging.getLogger(__name__)
+CENTROIDS = "centroids."
+"""Prefix of the centroids' own entries in a checkpoint."""
+
+
+class RefreshRequest(NamedTuple):
+    """One global re-clustering: which rows, from which start, and as which version."""
+
+    version: int
+    step: int
+    first_ordinal: int
+    stop_ordinal: int
+    num_clusters: int
+    start_KD: Array | None
+    """Centroids in force, so that ids stay stable; None seeds by farthest points."""
+
+
+class RefreshResult(NamedTuple):
+    """New centroids, or why there are none."""
+
+    rows_KD: Array | None
+    report: str
+
+
+class BankState(NamedTuple):
+    """The bank's rows with their ordinals, for a checkpoint."""
+
+    rows_ND: Array
+    ordinals_N: Array
+
+
+class Pool(Protocol):
+    """Where the bank lies and the passes run: Ray actors, or the twin in this process."""
+
+    def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
+        """Hand over this rank's rows of a step; does not wait."""
+
+    def request(self, request: RefreshRequest) -> None:
+        """Start a re-clustering (rank 0 only)."""
+
+    def result(self) -> RefreshResult:
+        """Wait for the re-clustering that was started last (rank 0 only)."""
+
+    def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
+        """The rows of the bank (rank 0 only)."""
+
+    def reset(self, step: int, state: BankState | None) -> None:
+        """Forget everything and go on from ``state`` after ``step``. Collective."""
+
+
+class OnlineClustering:
+    """Centroids, bank and the rule of when which version is in force; the same on every rank."""
+
+    def __init__(self, config: ClusteringConfig, centroids: Centroids, pool: Pool) -> None:
+        self.config = config
+        self.centroids = centroids
+        self.pool = pool
+        self.pushed = 0
+        """Sentences of all ranks so far: the next ordinal."""
+        self.waited_s = 0.0
+        """Time spent waiting for centroids so far."""
+        self._asked = False
+        self._early: list[Tensor | None] = []  # a result that a checkpoint had to wait for, until its step
+
+    def push(self, step: int, attended: Sequence[Tensor], counts: Sequence[int]) -> None:
+        """Add one optimizer step's z2 of this rank (one tensor a microbatch); ``counts`` are the rows of every rank."""
+        first_ordinal = self.pushed + sum(counts[: distributed.rank()])
+        self.pool.push(step, first_ordinal, torch.cat(list(attended)), counts)
+        self.pushed += sum(counts)
+
+    def refresh(self, step: int, may_start: bool, mean_cosine: Tensor) -> None:
+        """Move the centroids; at every ``refresh_every``-th step adopt what was asked for, and ask anew. Collective.
+
+        Clustering starts once ``may_start`` (the warm-up is over), the mean cosine of all ranks is low enough and the
+        bank holds max(4K, 1024) rows. The cosine is read on the host at these steps alone, and only before the start.
+        """
+        self.centroids.move()
+        if step % self.config.refresh_every:
+            return
+        self._adopt(step)
+        num_clusters = len(self.centroids.rows_KD)
+        if min(self.pushed, self.config.bank_size) < max(4 * num_clusters, MIN_BANK):
+            return
+        if self.centroids.started or self._starts(step, may_start, mean_cosine):
+            start_KD = self.centroids.rows_KD.cpu().numpy() if self.centroids.started else None
+            self._asked = True
+            if distributed.rank() == 0:
+                self.pool.request(
+                    RefreshRequest(self.centroids.version + 1, step, *self._live(), num_clusters, start_KD)
+                )
+
+    def _starts(self, step: int, may_start: bool, mean_cosine: Tensor) -> bool:
+        mean = float(distributed.all_reduce(mean_cosine)) / distributed.world_size()
+        return may_start and step >= self.config.start_step and mean <= self.config.start_cosine
+
+    def _live(self) -> tuple[int, int]:
+        return max(self.pushed - self.config.bank_size, 0), self.pushed
+
+    def _adopt(self, step: int) -> None:
+        if not self._asked:
+            return
+        rows_KD = self._early.pop() if self._early else self._receive()
+        self._asked = False
+        if rows_KD is not None:
+            self.centroids.adopt(rows_KD, self.centroids.version + 1, step)
+
+    def _receive(self) -> Tensor | None:
+        """What rank 0 gets from the pool, on every rank; None where the re-clustering failed."""
+        before = time.perf_counter()
+        result = self.pool.result() if distributed.rank() == 0 else None
+        if result is not None and result.rows_KD is None:
+            logger.warning("clustering: the centroids stay as they are: %s", result.report)
+        received = None
+        if distributed.broadcast_object(result is not None and result.rows_KD is not None):
+            received = torch.empty_like(self.centroids.rows_KD)
+            if result is not None:
+                received.copy_(torch.from_numpy(result.rows_KD))
+            distributed.broadcast(received)
+        self.waited_s += time.perf_counter() - before
+        return received
+
+    def empty_bank(self, step: int) -> None:
+        """Forget all features (stage change); centroids stay in force. Collective."""
+        if self._asked and not self._early:
+            self._receive()
+        self._asked, self._early, self.pushed = False, [], 0
+        self.pool.reset(step, None)
+
+    def state_dict(self, step: int) -> dict[str, Tensor]:
+        """Centroids, bank, write position and any refresh in flight; the bank on rank 0 only. Collective."""
+        state = {f"{CENTROIDS}{key}": value for key, value in self.centroids.state_dict().items()}
+        state["pushed"] = torch.tensor(self.pushed)
+        if self._asked:
+            self._early = self._early or [self._receive()]
+            early = self._early[0]
+            state["in_flight_KD"] = torch.empty(0) if early is None else early.cpu()
+        if distributed.rank() == 0:
+            rows_ND, ordinals_N = self.pool.save(step, *self._live())
+            state["bank.rows_ND"] = torch.from_numpy(np.ascontiguousarray(rows_ND))
+            state["bank.ordinals_N"] = torch.from_numpy(np.ascontiguousarray(ordinals_N))
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor], step: int) -> None:
+        """Go on from ``state_dict``. Collective."""
+        own = {key.removeprefix(CENTROIDS): value for key, value in state.items() if key.startswith(CENTROIDS)}
+        self.centroids.load_state_dict(own)
+        self.pushed = int(state["pushed"])
+        self._asked = "in_flight_KD" in state
+        if self._asked:
+            early = state["in_flight_KD"]
+            self._early = [early.to(self.centroids.rows_KD.device) if early.numel() else None]
+        self.pool.reset(step, BankState(state["bank.rows_ND"].numpy(), state["bank.ordinals_N"].numpy()))
+
+
+class LocalPool:
+    """The bank and the passes in this process, on one array without FAISS: the oracle of the Ray pool.
+
+    With several ranks each keeps a copy of the whole bank.
+    """
+
+    def __init__(self, config: ClusteringConfig) -> None:
+        self.config = config
+        self.bank = BankShard()
+        self._answer = RefreshResult(None, "nothing was asked for")
+
+    def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
+        everyone_ND = distributed.ragged_all_gather(rows_nD, counts).cpu().numpy()
+        self.bank.push(step, 0, first_ordinal - sum(counts[: distributed.rank()]), everyone_ND)
+
+    def request(self, request: RefreshRequest) -> None:
+        rows_ND, ordinals_N = self.bank.rows_between(request.first_ordinal, request.stop_ordinal)
+        self._answer = recluster(RowArray(rows_ND, ordinals_N, numpy_assign), request, self.config)
+        self.bank.forget_before(request.first_ordinal)
+
+    def result(self) -> RefreshResult:
+        return self._answer
+
+    def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
+        return BankState(*self.bank.rows_between(first_ordinal, stop_ordinal))
+
+    def reset(self, step: int, state: BankState | None) -> None:
+        self.bank = BankShard()
+        if state is not None:
+            self.bank.restore(step, state.rows_ND, state.ordinals_N)
+
+
+def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> RefreshResult:
+    """New centroids for ``request`` from ``rows``, or the reason why there are none."""
+    before = time.perf_counter()
+    if not rows.count():  # every actor that held some was lost
+        return RefreshResult(None, "the pool holds no rows of this bank any more")
+    try:
+        start_KD = request.start_KD
+        if start_KD is None:
+            start_KD = farthest_point_seeds(rows, request.num_clusters)
+    except UserError as error:
+        return RefreshResult(None, str(error))
+    found = kmeans(rows, start_KD, config.iterations, config.tolerance)
+    return RefreshResult(
+        found.centroids_KD,
+        f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iteration} iterations, "
+        f"mean similarity {found.objective:.4f}, {found.reseeded} re-seeded, {time.perf_counter() - before:.2f} s",
+    )

@@ -1,0 +1,117 @@
+"""Downstream sets made of a pretraining corpus: the generated one, which knows its truth, or any that has labels."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cmcgns.data.image import Film
+from cmcgns.data.labelled.base import IMAGE_SCHEMA, ImageSet, Places, box
+from cmcgns.data.readers import PhantomSource, Source
+from cmcgns.data.record import StudyIndex
+from cmcgns.phantom import FINDINGS, PhantomCorpus
+
+# S studies, L labels given, C classes
+
+RULE = "the corpus's own split; the first film of each study"
+UNCERTAIN = -1
+
+
+@dataclass(frozen=True)
+class PhantomSet(ImageSet):
+    """Boxes and masks are drawn when asked for, once for both; until then each row has an empty list of either."""
+
+    source: PhantomSource
+
+    def places(self, row: dict[str, Any], film: Film) -> Places:
+        study, place = (int(number) for number in row["path"].split("/"))
+        source = self.source
+        truth = PhantomCorpus(source.studies, source.seed, source.height, source.width).truth(study, place)
+        boxes = [box(FINDINGS.index(name), *each) for name, found in truth.boxes.items() for each in found]
+        return super().places(row | {"boxes": boxes, "truth": truth}, film)
+
+    def paint(self, row: dict[str, Any], film: Film, places: Places) -> None:
+        for mask_HW, name in zip(places.mask_KHW, FINDINGS, strict=True):
+            if name in row["truth"].masks:
+                mask_HW |= film.frame.mask(row["truth"].masks[name], *film.grey_HW.shape)
+
+
+def phantom_set(source: PhantomSource) -> ImageSet:
+    """The generated corpus under its findings, with boxes and masks; nothing is drawn yet."""
+    studies = source.index().table
+    value_SC = _labels(studies, FINDINGS)
+    nothing: list[list[Any]] = [[] for _ in range(len(studies))]
+    return PhantomSet(
+        name=source.format,
+        source=source,
+        table=_table(studies, value_SC, nothing),
+        rule=RULE,
+        classes=FINDINGS,
+        box_classes=FINDINGS,
+        mask_classes=FINDINGS,
+    )
+
+
+def labelled_set(source: Source, index: StudyIndex) -> ImageSet | None:
+    """A corpus under its labels, uncertain ones and blanks unknown; None where it has no labels of 1, 0 and -1."""
+    classes = _classes(index.table)
+    if not classes:
+        return None
+    value_SC = _labels(index.table, classes)
+    value_SC[value_SC == UNCERTAIN] = np.nan
+    return ImageSet(
+        name=source.format,
+        source=source,
+        table=_table(index.table, value_SC, [None] * len(index.table)),
+        rule=RULE,
+        classes=classes,
+        filtered=dict(index.filtered),
+    )
+
+
+def _table(studies: pa.Table, value_SC: NDArray[np.float32], places: list[Any]) -> pa.Table:
+    """The first film of each study as ``IMAGE_SCHEMA``."""
+    first = pc.list_element(studies["films"].combine_chunks(), 0)
+    count, classes = value_SC.shape
+    offsets = np.arange(count + 1, dtype=np.int32) * classes
+    columns = {
+        "image_id": first.field("image_id"),
+        "path": first.field("path"),
+        "group": studies["group"],
+        "split": studies["split"],
+        "labels": pa.ListArray.from_arrays(pa.array(offsets), pa.array(value_SC.ravel())),
+        "boxes": pa.array(places, IMAGE_SCHEMA.field("boxes").type),
+        "masks": pa.array(places, IMAGE_SCHEMA.field("masks").type),
+    }
+    return pa.table(columns, schema=IMAGE_SCHEMA)
+
+
+def _given(studies: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.object_], NDArray[np.float32]]:
+    """Study, name and value of every label that is given."""
+    maps = studies["labels"].combine_chunks()
+    offset_S = maps.offsets.to_numpy()
+    study_L = np.repeat(np.arange(len(maps)), np.diff(offset_S))
+    part = slice(int(offset_S[0]), int(offset_S[-1])) if len(offset_S) else slice(0)
+    names = maps.keys.to_numpy(zero_copy_only=False)[part]
+    return study_L, names, maps.items.to_numpy(zero_copy_only=False)[part]
+
+
+def _classes(studies: pa.Table) -> tuple[str, ...]:
+    """The names, sorted, of labels that are 1, 0 or -1 wherever they are given."""
+    _, name_L, value_L = _given(studies)
+    other_L = ~np.isin(value_L, (1, 0, UNCERTAIN))
+    return tuple(sorted(set(name_L) - set(name_L[other_L])))
+
+
+def _labels(studies: pa.Table, classes: tuple[str, ...]) -> NDArray[np.float32]:
+    """The label of each study and class as given, NaN where blank."""
+    study_L, name_L, value_L = _given(studies)
+    column = {name: k for k, name in enumerate(classes)}
+    column_L = np.array([column.get(name, -1) for name in name_L], np.int64)
+    kept_L = column_L >= 0
+    value_SC = np.full((len(studies), len(classes)), np.nan, np.float32)
+    value_SC[study_L[kept_L], column_L[kept_L]] = value_L[kept_L]
+    return value_SC

@@ -1,0 +1,177 @@
+"""The plan of a prepared set: which groups go into which shard, written down before the first shard is made."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from cmcgns import storage
+from cmcgns.data.manifest import PLAN, SPLITS, VERSION, content_hash, read_manifest, well_formed
+from cmcgns.data.order import Arrangement, arranged
+from cmcgns.data.prepare.config import PrepareJobConfig
+from cmcgns.data.prepare.shard import Maker, Pseudonyms, ShardPlan
+from cmcgns.data.readers import Source
+from cmcgns.data.record import StudyIndex
+from cmcgns.errors import UserError
+
+SAMPLE_STUDIES = 16
+"""Studies prepared beforehand, to tell how many go into a shard."""
+GUESSED_BYTES = 100_000
+"""Bytes of a film where no film of the sample can be used."""
+WHERE_AND_HOW_FAST = ("out", "cpus_per_task", "pseudonymise_key_file", "check")
+"""Settings that a prepare may be gone on with differently."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a raw corpus, in the order in which it will lie."""
+
+    studies: pa.Table
+    arrangement: Arrangement
+
+    def group(self, number: int) -> list[dict[str, Any]]:
+        """The studies of one group."""
+        first, end = self.arrangement.group_S.searchsorted([number, number + 1])
+        found: list[dict[str, Any]] = self.studies.slice(first, end - first).to_pylist()
+        return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made, the same however often it is begun."""
+
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    groups: dict[str, int]
+    shards: list[ShardPlan]
+    version: int = VERSION
+
+
+def arrange_splits(index: StudyIndex, group_studies: int, pseudonyms: Pseudonyms) -> dict[str, Split]:
+    """Train, valid and test of a raw corpus, in the order of the ids that will stand in the set: by their own order the
+    pseudonyms could be matched with a list of the ids."""
+    return {name: Split(*arranged(index.split(name), group_studies, pseudonyms)) for name in SPLITS}
+
+
+def make_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms) -> Plan:
+    """The plan of a new set."""
+    groups = {name: split.arrangement.groups for name, split in splits.items()}
+    per_shard = _groups_per_shard(config, splits, Maker(source, config.prepare, pseudonyms), sum(groups.values()))
+    shards = []
+    for split, count in groups.items():
+        files = -(-count // per_shard)
+        shards += [
+            ShardPlan(
+                f"{split}-{file:05d}-of-{files:05d}.parquet",
+                split,
+                file * per_shard,
+                min((file + 1) * per_shard, count),
+            )
+            for file in range(files)
+        ]
+    return Plan(describe_source(source, splits), settings_of(config, pseudonyms), groups, shards)
+
+
+def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
+    """What a set says of the corpus that it was made of; the digest, of all that its index says, tells whether that is still
+    the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    if source.format == "phantom":
+        digest.update(repr(source).encode())  # the size of the films that it draws
+    for name, split in splits.items():
+        digest.update(f"{name} {content_hash(split.studies)}".encode())
+    studies = sum(len(split.studies) for split in splits.values())
+    return {"uri": source.uri, "format": source.format, "studies": studies, "digest": digest.hexdigest()}
+
+
+def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, Any]:
+    """The settings that decide what a set holds."""
+    prepare = config.prepare.model_dump(mode="json", exclude=set(WHERE_AND_HOW_FAST))
+    return prepare | {
+        "views": list(config.data.views),
+        "crop_borders": config.data.crop_borders,
+        "group_studies": config.data.group_studies,
+        "seed": config.data.seed,
+        "pseudonym_key": pseudonyms.fingerprint,
+    }
+
+
+def _groups_per_shard(config: PrepareJobConfig, splits: dict[str, Split], maker: Maker, groups: int) -> int:
+    """Groups whose films take about ``shard_mb``, or fewer where that would make too few shards."""
+    most = config.prepare.shard_mb * 1_000_000 / max(_bytes_per_study(splits, maker) * config.data.group_studies, 1)
+    return max(1, min(round(most), groups // config.prepare.least_shards))
+
+
+def _bytes_per_study(splits: dict[str, Split], maker: Maker) -> float:
+    """Mean bytes of the films of a few studies, spread evenly over the largest split."""
+    studies = max((split.studies for split in splits.values()), key=len)
+    step = max(len(studies) // SAMPLE_STUDIES, 1)
+    rows, _ = maker.rows(studies.take(list(range(0, len(studies), step))[:SAMPLE_STUDIES]).to_pylist())
+    films = [len(film) for film in rows["image"].to_pylist()]
+    return sum(films) / max(len(rows["study_id"].unique()), 1) if films else GUESSED_BYTES
+
+
+def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms) -> Plan:
+    """The plan that lies at ``prepare.out``, where it is of the same corpus and settings; else a new one, written there."""
+    out = config.prepare.out
+    place = storage.join(out, PLAN)
+    if storage.exists(place):
+        plan = read_plan(place)
+        _refuse_another(f"prepare.out {out} was begun", plan.source, plan.settings, config, source, splits, pseudonyms)
+        return plan
+    others = [name for name in _files(out) if not storage.is_leftover(name)]  # of one killed while it wrote its plan
+    if others:
+        raise UserError(
+            f"prepare.out {out} is not empty ({len(others)} files such as {others[0]}) and holds no prepare that could be "
+            "gone on with; give a new folder"
+        )
+    plan = make_plan(config, source, splits, pseudonyms)
+    if not storage.write_bytes(place, (json.dumps(asdict(plan), indent=1) + "\n").encode(), if_absent=True):
+        return open_plan(config, source, splits, pseudonyms)  # another prepare was faster
+    return plan
+
+
+def read_plan(uri: str) -> Plan:
+    """The plan at ``uri``."""
+    with well_formed(uri, "plan of ours", "delete the folder, or give a new one"):
+        given = json.loads(storage.read_bytes(uri))
+        shards = [ShardPlan(**shard) for shard in given.pop("shards")]
+        return Plan(shards=shards, **given)
+
+
+def refuse_another_set(
+    config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms
+) -> None:
+    """Refuse a complete set at ``prepare.out`` that is of another corpus or of other settings."""
+    manifest = read_manifest(config.prepare.out)
+    what = f"prepare.out {config.prepare.out} holds a complete set"
+    _refuse_another(what, manifest.source, manifest.settings, config, source, splits, pseudonyms)
+
+
+def _refuse_another(
+    what: str,
+    known_source: dict[str, Any],
+    known: dict[str, Any],
+    config: PrepareJobConfig,
+    source: Source,
+    splits: dict[str, Split],
+    pseudonyms: Pseudonyms,
+) -> None:
+    for name, value in settings_of(config, pseudonyms).items():
+        if known.get(name) != value:
+            raise UserError(f"{what} with {name} {known.get(name)!r}, not {value!r}; give the same, or a new folder")
+    now = describe_source(source, splits)
+    if known_source["digest"] != now["digest"]:
+        raise UserError(
+            f"{what} from {known_source['studies']} studies of {known_source['uri']}, and data.uri {source.uri} now has "
+            f"{now['studies']} or others; give a new folder"
+        )
+
+
+def _files(uri: str) -> list[str]:
+    try:
+        return storage.list_files(uri)
+    except storage.MissingFileError:
+        return []

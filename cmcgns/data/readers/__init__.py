@@ -1,0 +1,128 @@
+"""Every corpus behind one protocol: an index of its studies, then films and reports one at a time.
+
+`open_source` picks the reader for a URI; `detect_format` recognises the layout by a few file names.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+
+from cmcgns import storage
+from cmcgns.config import CorpusConfig
+from cmcgns.data.image import Target
+from cmcgns.data.manifest import MANIFEST, PLAN
+from cmcgns.data.readers.base import DEFAULT_VIEWS, FileSource, Reader, Source
+from cmcgns.data.readers.mimic import MimicSource
+from cmcgns.data.readers.open_i import OpenISource
+from cmcgns.data.readers.pairs import PairsSource
+from cmcgns.data.readers.phantom import PhantomSource, parse_phantom_uri
+from cmcgns.data.readers.prepared import PreparedSource
+from cmcgns.data.record import StudyIndex
+from cmcgns.errors import UserError, starting_with
+
+FORMATS = ("phantom", "pairs-csv", "mimic-cxr-jpg", "mimic-cxr", "open-i", "parquet")
+MAX_DEPTH = 5
+METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
+
+
+def detect_format(uri: str) -> str:
+    """The name of the layout at ``uri``; ``UserError`` lists the known ones."""
+    if uri == "phantom" or uri.startswith("phantom:"):
+        return "phantom"
+    if uri.endswith(".csv"):
+        return "pairs-csv"
+    names = storage.list_files(uri, recursive=False)
+    if MANIFEST in names:
+        return "parquet"
+    if PLAN in names:
+        raise UserError(
+            f"{uri} is half prepared; go on with python jobs/prepare.py --prepare.out={uri} and its settings"
+        )
+    if "pairs.csv" in names:
+        return "pairs-csv"
+    example = _first_file(uri, (".jpg", ".jpeg", ".dcm", ".xml"))
+    if fnmatch.filter(names, METADATA_TABLE):
+        return "mimic-cxr" if example.endswith(".dcm") else "mimic-cxr-jpg"
+    if example.endswith(".xml") or any(name.endswith(".xml") for name in names):
+        return "open-i"
+    if example.endswith(".dcm"):
+        return "mimic-cxr"
+    raise UserError(
+        f"{uri}: no corpus is recognised. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
+        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json); or give data.format"
+    )
+
+
+def _first_file(uri: str, suffixes: tuple[str, ...], depth: int = 0) -> str:
+    """One film or report among the first folders: a corpus of 300,000 files is not listed for its name."""
+    for name in storage.list_files(uri, recursive=False):
+        if name.lower().endswith(suffixes):
+            return name.lower()
+    if depth < MAX_DEPTH:
+        for folder in storage.list_folders(uri)[:3]:
+            found = _first_file(storage.join(uri, folder), suffixes, depth + 1)
+            if found:
+                return found
+    return ""
+
+
+__all__ = [
+    "DEFAULT_VIEWS",
+    "FORMATS",
+    "FileSource",
+    "MimicSource",
+    "OpenISource",
+    "PairsSource",
+    "PhantomSource",
+    "PreparedSource",
+    "Reader",
+    "Source",
+    "detect_format",
+    "open_source",
+]
+
+
+def open_source(
+    uri: str,
+    format: str = "auto",
+    views: Sequence[str] = DEFAULT_VIEWS,
+    seed: int = 0,
+    target: Target | None = None,
+    crop_borders: bool = True,
+    phantom_studies: int = 4000,
+    phantom_size: int = 256,
+) -> Source:
+    """The corpus at ``uri``; small enough to travel into every Ray task.
+
+    ``target``: what films will be shrunk to, so that JPEGs may be decoded at a reduced scale of twice that.
+    """
+    if format == "auto":
+        format = detect_format(uri)
+    if format == "phantom":
+        studies, phantom_seed = parse_phantom_uri(uri, phantom_studies, seed)
+        return PhantomSource(studies, phantom_seed, phantom_size, phantom_size, crop_borders)
+    if format == "parquet":
+        return PreparedSource(uri, tuple(views))
+    options = (tuple(views), seed, target, crop_borders)
+    if format == "pairs-csv":
+        return PairsSource.at(uri, *options)
+    if format in ("mimic-cxr", "mimic-cxr-jpg"):
+        return MimicSource(uri, format, *options)
+    if format == "open-i":
+        return OpenISource(uri, format, *options)
+    raise UserError(f"data.format {format} is unknown; known are auto, {', '.join(FORMATS)}")
+
+
+def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, StudyIndex]:
+    """The corpus that ``data`` names and its index; where it cannot be read, the error names the setting ``key``.
+
+    ``target``: what films will be shrunk to.
+    """
+    try:
+        source = open_source(
+            data.uri, data.format, data.views, data.seed, target, data.crop_borders,
+            data.phantom_studies, data.phantom_size,
+        )  # fmt: skip
+        return source, source.index()
+    except UserError as error:
+        reason = str(error).removeprefix("data.uri ")
+        raise UserError(f"{key} {starting_with(data.uri, reason)}") from None

@@ -1,0 +1,110 @@
+"""The generated corpus as a source: nothing to fetch, every film is drawn when it is read."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cmcgns.data.image import Film, Scan, whole, without_borders
+from cmcgns.data.order import Arrangement, arranged
+from cmcgns.data.record import StudyIndex, index_table
+from cmcgns.data.reports import ParsedReport, parse_report
+from cmcgns.errors import UserError
+
+if TYPE_CHECKING:
+    from cmcgns.phantom import PhantomCorpus
+
+MAX_STUDIES = 10**7
+KEPT_BYTES = 64 * 2**20
+"""Drawn films that each process keeps: a small corpus is drawn once, not once an epoch."""
+
+
+@dataclass(frozen=True)
+class PhantomSource:
+    """``studies`` generated studies, films of ``height`` x ``width`` pixels."""
+
+    in_groups: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
+
+    studies: int
+    seed: int
+    height: int
+    width: int
+    crop_borders: bool = True
+    uri: str = "phantom"
+    format: str = "phantom"
+
+    def index(self) -> StudyIndex:
+        corpus = _corpus(self)
+        return StudyIndex(table=index_table([_row(corpus, number) for number in range(self.studies)]))
+
+    def arrange(self, studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
+        return arranged(studies, group_studies)
+
+    def reader(self, paths: Sequence[str], films: bool = True) -> "PhantomSource":
+        return self
+
+    def read_film(self, path: str) -> Film:
+        study, film = path.split("/")
+        scan = Scan(_renderer(self)(int(study), int(film)), self.height, self.width)
+        return without_borders(scan) if self.crop_borders else whole(scan)
+
+    def read_report(self, study: dict[str, Any]) -> str:
+        return str(study["report"])
+
+    def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
+        return parse_report(self.read_report(study))
+
+
+@functools.lru_cache(maxsize=4)
+def _corpus(source: PhantomSource) -> "PhantomCorpus":
+    from cmcgns.phantom import PhantomCorpus
+
+    return PhantomCorpus(studies=source.studies, seed=source.seed, height=source.height, width=source.width)
+
+
+@functools.lru_cache(maxsize=4)
+def _renderer(source: PhantomSource) -> Callable[[int, int], NDArray[np.uint8]]:
+    """Draws a film of a study, or brings it again from the last ``KEPT_BYTES``."""
+    corpus = _corpus(source)
+
+    @functools.lru_cache(maxsize=KEPT_BYTES // (source.height * source.width))
+    def render(study: int, film: int) -> NDArray[np.uint8]:
+        pixels_HW: NDArray[np.uint8] = np.asarray(corpus.render(study, film), dtype=np.uint8)
+        pixels_HW.flags.writeable = False  # shared by all who ask again
+        return pixels_HW
+
+    return render
+
+
+def _row(corpus: "PhantomCorpus", number: int) -> dict[str, Any]:
+    study = corpus.study(number)
+    films = [
+        {"image_id": film.image_id, "path": f"{number}/{place}", "view": film.view}
+        for place, film in enumerate(study.films)
+    ]
+    return {
+        "study_id": study.study_id,
+        "patient_id": study.patient_id,
+        "group": study.patient_id,
+        "split": study.split,
+        "films": films,
+        "report": study.report,
+        "report_path": None,
+        "labels": list(study.labels.items()),
+    }
+
+
+def parse_phantom_uri(uri: str, studies: int, seed: int) -> tuple[int, int]:
+    """Studies and seed of ``phantom``, ``phantom:STUDIES`` or ``phantom:STUDIES:SEED``."""
+    given = [part for part in uri.split(":")[1:] if part]
+    if uri.split(":")[0] != "phantom" or len(given) > 2 or not all(part.isdigit() for part in given):
+        raise UserError(f"data.uri {uri}: the generated corpus is phantom, phantom:STUDIES or phantom:STUDIES:SEED")
+    numbers = [int(part) for part in given] + [studies, seed][len(given) :]
+    if not 1 <= numbers[0] <= MAX_STUDIES:
+        raise UserError(f"data.uri {uri}: phantom:STUDIES takes 1 to {MAX_STUDIES} studies, not {numbers[0]}")
+    return numbers[0], numbers[1]

@@ -1,0 +1,255 @@
+"""Linear classifiers on frozen features, by scikit-learn: the problem is convex, so there is nothing to train by hand.
+
+N images, C channels, K classes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmcgns.data.batch import normalise
+from cmcgns.data.labelled.base import ImageSet
+from cmcgns.errors import UserError
+from cmcgns.evaluate.config import EvaluateConfig
+from cmcgns.evaluate.encoders import EncoderSpec, FilmEncoder
+from cmcgns.evaluate.features import Features
+from cmcgns.evaluate.figures import Figure, curves
+from cmcgns.evaluate.films import Films
+from cmcgns.evaluate.heads import fit_head, predict_head
+from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws, percent, weighted_auc
+
+Floats = NDArray[np.float64]
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse strengths of the L2 penalty that are tried, on standardised features; the validation split chooses."""
+ITERATIONS, TOLERANCE = 300, 1e-3
+
+
+def linear_probe(
+    train_NC: Floats, label_NK: Floats, valid_NC: Floats, valid_label_NK: Floats, test_NC: Floats, exclusive: bool
+) -> Floats:
+    """Scores (N, K) of the test images, by a logistic regression a class, or one over all classes where they are
+    ``exclusive``; NaN labels are left out. A class that the training images have only one side of scores 0 everywhere."""
+    mean_C, spread_C = train_NC.mean(0), train_NC.std(0) + 1e-6
+    train, valid, test = (((rows - mean_C) / spread_C).astype(np.float32) for rows in (train_NC, valid_NC, test_NC))
+    with threadpool_limits(limits=1):  # each task has one CPU
+        if exclusive:
+            return _exclusive(train, label_NK, valid, valid_label_NK, test)
+        columns = [_binary(train, label_NK[:, k], valid, valid_label_NK[:, k], test) for k in range(label_NK.shape[1])]
+    return np.stack(columns, axis=1)
+
+
+def _binary(train: Floats, label_N: Floats, valid: Floats, valid_label_N: Floats, test: Floats) -> Floats:
+    known, known_valid = np.isfinite(label_N), np.isfinite(valid_label_N)
+    target = label_N[known] > 0.5
+    if target.all() or not target.any():
+        return np.zeros(len(test))
+    valid_target = valid_label_N[known_valid] > 0.5
+    one_sided = valid_target.all() or not valid_target.any()
+    best, best_auc = None, -1.0
+    for model in _path(train[known], target):
+        scores = valid[known_valid] @ model[0] + model[1]
+        auc = 0.0 if one_sided else float(weighted_auc(scores, valid_target, np.ones((1, len(scores))))[0])
+        if auc > best_auc:
+            best, best_auc = model, auc
+    assert best is not None
+    return np.asarray(test @ best[0] + best[1], np.float64)
+
+
+def _path(train: Floats, target: NDArray[np.bool_]) -> list[tuple[Floats, float]]:
+    """Weights and bias for each of ``STRENGTHS``, each begun from the one before."""
+    model = LogisticRegression(max_iter=ITERATIONS, tol=TOLERANCE, warm_start=True)
+    found = []
+    for strength in STRENGTHS:
+        model.set_params(C=strength).fit(train, target)
+        found.append((model.coef_[0].copy(), float(model.intercept_[0])))
+    return found
+
+
+def _exclusive(train: Floats, label_NK: Floats, valid: Floats, valid_label_NK: Floats, test: Floats) -> Floats:
+    """Log-odds of one multinomial regression; classes that no training image has stay at minus infinity's stand-in."""
+    target, valid_target = label_NK.argmax(1), valid_label_NK.argmax(1)
+    scores = np.full((len(test), label_NK.shape[1]), -1e9)
+    if len(np.unique(target)) == 1:
+        scores[:, target[0]] = 0.0
+        return scores
+    model = LogisticRegression(max_iter=ITERATIONS, tol=TOLERANCE, warm_start=True)
+    best, best_accuracy = None, -1.0
+    for strength in STRENGTHS:
+        model.set_params(C=strength).fit(train, target)
+        accuracy = float((model.predict(valid) == valid_target).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = model.predict_log_proba(test), accuracy
+    assert best is not None
+    scores[:, model.classes_] = best
+    return scores
+
+
+DRAWS = 1000
+"""Most label draws of one seed; the next seed's are others."""
+AUC, ACCURACY = "AUC", "accuracy"
+
+
+def labels_of(rows: pa.Table) -> Floats:
+    """(N, K): 1, 0, NaN where unknown."""
+    return np.array(rows["labels"].to_pylist(), np.float64)
+
+
+def drawn_groups(groups: Sequence[str], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which images a draw of ``share`` of the groups takes; a smaller share of the same seed is a part of a larger one."""
+    names = sorted(set(groups), key=lambda name: hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest())
+    taken = set(names[: max(round(share * len(names)), 1)])
+    return np.array([group in taken for group in groups])
+
+
+def probe_scores(
+    features: Features, images: ImageSet, encoder: str, settings: EvaluateConfig, shown: list[Figure] | None = None
+) -> list[Score]:
+    """AUC of each class and their mean, or accuracy where classes exclude each other, for each share of the labels.
+
+    ``shown`` is given the curves of the last share.
+    """
+    parts = {}
+    for split in ("train", "valid", "test"):
+        rows = images.split(split)
+        places, found = features.of(rows["image_id"].to_pylist())
+        kept = rows.take(places)
+        parts[split] = kept, labels_of(kept), found.pooled_NC.astype(np.float64)
+    for split, (rows, *_) in parts.items():
+        if not len(rows):
+            raise UserError(f"{images.name}: no image of the {split} split can be used")
+    (_, train_NK, train_NC), (_, valid_NK, valid_NC), (_, test_NK, test_NC) = parts.values()
+    groups = parts["train"][0]["group"].to_pylist()
+    resampling = Resampling.of(parts["test"][0]["group"].to_pylist(), settings.resamples, settings.seed)
+    scores: list[Score] = []
+    for share in settings.fractions:
+        setting, draws = f"linear, {percent(share)} of labels", settings.draws if share < 1 else 1
+        found_S = []
+        for draw in range(draws):
+            taken = drawn_groups(groups, share, settings.seed * DRAWS + draw)
+            found_S.append(
+                linear_probe(train_NC[taken], train_NK[taken], valid_NC, valid_NK, test_NC, images.exclusive)
+            )
+        table = (accuracy_scores if images.exclusive else auc_scores)(found_S, images, test_NK, resampling)
+        scores += [
+            Score("classification", images.name, setting, metric, encoder, value, len(test_NK), resampled, note)
+            for metric, value, resampled, note in table
+        ]
+    if shown is not None:
+        title = f"{encoder}: {setting} of {images.name}"
+        shown.append(curves(title, found_S[-1], test_NK, images.classes))
+    return scores
+
+
+Found = tuple[str, float, Floats | None, str]
+
+
+def auc_scores(score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling) -> list[Found]:
+    """The mean over classes first, then each class. A class without positives, or without negatives, in the test images is left
+    out of the mean, and said."""
+    rows: list[Found] = []
+    left_out = []
+    for k, name in enumerate(images.classes):
+        known_n = label_NK[np.isfinite(label_NK[:, k]), k] > 0.5
+        if known_n.all() or not known_n.any():
+            left_out.append(f"{name} (no {'negatives' if len(known_n) and known_n.all() else 'positives'})")
+            continue
+        values = [class_auc(scores_NK[:, k], label_NK[:, k]) for scores_NK in score_SNK]
+        value, resampled = over_draws(
+            values, [resampling.auc(scores_NK[:, k], label_NK[:, k]) for scores_NK in score_SNK], resampling.seed
+        )
+        rows.append((f"{AUC}{OF_A_CLASS}{name}", value, resampled, ""))
+    note = f"left out: {', '.join(left_out)}" if left_out else ""
+    if not rows:
+        raise UserError(f"{images.name}: no class has both positives and negatives in the test images; {note}")
+    mean = float(np.mean([value for _, value, _, _ in rows]))
+    together = np.nanmean(np.stack([resampled for _, _, resampled, _ in rows if resampled is not None]), axis=0)
+    return [(f"mean {AUC}", mean, together, note), *rows]
+
+
+def class_auc(score_N: Floats, label_N: Floats) -> float:
+    """Area under the ROC curve, by torchmetrics, over the images whose label is known."""
+    import torch
+    from torchmetrics.functional.classification import binary_auroc
+
+    known = np.isfinite(label_N)
+    # ranks, since torchmetrics takes scores outside of [0, 1] for logits and rounds the far ones to one value
+    rank_n = np.unique(score_N[known], return_inverse=True)[1] / max(known.sum(), 1)
+    return float(binary_auroc(torch.from_numpy(rank_n), torch.from_numpy(label_N[known] > 0.5).long()))
+
+
+def accuracy_scores(
+    score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling
+) -> list[Found]:
+    """The share of the test images whose class is found."""
+    hit_SN = [(scores_NK.argmax(1) == label_NK.argmax(1)).astype(np.float64) for scores_NK in score_SNK]
+    value, resampled = over_draws(
+        [hit_N.mean() for hit_N in hit_SN], [resampling.mean(hit_N) for hit_N in hit_SN], resampling.seed
+    )
+    return [(ACCURACY, value, resampled, "")]
+
+
+@dataclass
+class Classifier:
+    """An encoder that is tuned, and a linear head on its global feature."""
+
+    encoder: FilmEncoder
+    head: nn.Linear
+    tuned: bool = True
+
+    def train(self, mode: bool) -> None:
+        """Into training or evaluation mode."""
+        self.encoder.train(mode)
+
+    def __call__(self, film_BRR: Tensor) -> Tensor:
+        return self.head(self.encoder(normalise(film_BRR.unsqueeze(1)))[0])
+
+
+def finetune_scores(
+    encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float,
+    settings: EvaluateConfig,
+) -> list[Score]:  # fmt: skip
+    """The same numbers as those of linear probes, of an encoder trained on one draw of ``share`` of the labels."""
+    labels = dict(zip(images.table["image_id"].to_pylist(), images.table["labels"].to_pylist(), strict=True))
+
+    def labels_of(films: Films) -> NDArray[np.float64]:
+        return np.array([labels[name] for name in films.image_ids], np.float64).reshape(len(films), len(images.classes))
+
+    def loss(logit_BK: Tensor, films: Films) -> Tensor:
+        label_BK = torch.from_numpy(labels_of(films)).float()
+        if images.exclusive:
+            return F.cross_entropy(logit_BK, label_BK.argmax(1))
+        known_BK = label_BK.isfinite()
+        error_BK = F.binary_cross_entropy_with_logits(logit_BK, label_BK.nan_to_num(), reduction="none")
+        return (error_BK * known_BK).sum() / known_BK.sum().clamp_min(1)
+
+    loaded = encoder.load()
+    torch.manual_seed(settings.seed)
+    model = Classifier(loaded, nn.Linear(loaded.dim, len(images.classes)))
+    steps = fit_head(model, loss, parts["train"], parts["valid"], settings, settings.seed)
+    found = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
+    score_NK = np.concatenate(found).astype(np.float64)
+    resampling = Resampling.of(groups, settings.resamples, settings.seed)
+    measured = accuracy_scores if images.exclusive else auc_scores
+    return [
+        Score(
+            "classification",
+            images.name,
+            f"tuned, {percent(share)} of labels",
+            metric,
+            encoder.name,
+            value,
+            len(score_NK),
+            resampled,
+            "; ".join(part for part in (f"{steps} steps", note) if part),
+        )
+        for metric, value, resampled, note in measured([score_NK], images, labels_of(parts["test"]), resampling)
+    ]

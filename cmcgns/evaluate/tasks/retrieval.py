@@ -1,0 +1,74 @@
+"""Retrieval on a split that a model has not seen: does a film find its report among all others, and the report its film.
+
+N studies.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmcgns.evaluate.encoders import PretrainedRun, open_run
+from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
+from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
+from cmcgns.evaluate.scores import Resampling, Score
+from cmcgns.models.retrieval import first_hits, recall
+from cmcgns.models.vision_language import VisionLanguageModel
+
+WAYS = {"i2t": "film to report", "t2i": "report to film"}
+DEPTHS = (1, 5, 10)
+SHOWN_REPORTS = 3
+
+
+def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
+    """``recall`` over ``split`` of the corpus of the finished run in the folder ``uri``, by its export; runs on one CPU."""
+    run = open_run("run", uri)
+    return model_retrieval(run.load_model(), run, split)
+
+
+def model_retrieval(model: VisionLanguageModel, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
+    """The same by ``model``, with the settings and the vocabulary of ``run``."""
+    return recall(*_tensors(embed_pairs(model, run, split)))
+
+
+def retrieval_scores(
+    pairs: Pairs, encoder: str, images: str, resamples: int, seed: int, shown: list[Figure] | None = None
+) -> list[Score]:
+    """Recall at each of ``DEPTHS`` both ways, with intervals over the queries; a hit is any item with the same report.
+
+    ``shown`` is given some films with the reports that lie nearest to them.
+    """
+    if shown is not None:
+        shown.append(nearest_reports(pairs, f"{encoder}: films of {images} and the reports nearest to them"))
+    resampling, scores = Resampling.of(list(pairs.group_N), resamples, seed), []
+    for way, rank_N in first_hits(*_tensors(pairs)).items():
+        for depth in DEPTHS:
+            hit_N = (rank_N < depth).numpy().astype(np.float64)
+            scores.append(
+                Score(
+                    "retrieval",
+                    images,
+                    WAYS[way],
+                    f"recall@{depth}",
+                    encoder,
+                    float(hit_N.mean()),
+                    len(hit_N),
+                    resampling.mean(hit_N),
+                )
+            )
+    return scores
+
+
+def nearest_reports(pairs: Pairs, title: str) -> Figure:
+    """Some films, each with the ``SHOWN_REPORTS`` nearest reports."""
+    texts = [" ".join(f"{text}." for text in pairs.text_n[pairs.study_of_n == i]) for i in range(len(pairs.study_N))]
+    films = pairs.film_MHW[:SAMPLES]
+    similarity_MN = pairs.image_ND[: len(films)] @ pairs.report_ND.T
+    found = [[texts[place] for place in row[:SHOWN_REPORTS]] for row in np.argsort(-similarity_MN, axis=1)]
+    return nearest(title, films, found, texts[: len(films)])
+
+
+def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    image_ND, report_ND, hash_N = pairs.image_ND, pairs.report_ND, pairs.report_hash_N
+    return torch.from_numpy(image_ND), torch.from_numpy(report_ND), torch.from_numpy(hash_N)

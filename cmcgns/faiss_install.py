@@ -1,0 +1,41 @@
+"""Which FAISS package is installed, and loading it: the only import of FAISS."""
+
+from importlib import metadata
+from typing import Any
+
+from cmcgns.errors import UserError
+
+
+def load_faiss(device: str) -> Any:
+    """The FAISS module, once it can be loaded and, for ``gpu``, sees one."""
+    check_faiss(device)
+    try:
+        import faiss
+    except ImportError as error:  # a wheel for another Python or CUDA
+        raise UserError(
+            f"FAISS is installed but does not load ({error}): its wheel must fit this Python"
+            + (" and the CUDA libraries of this machine" if device == "gpu" else "")
+            + "; install it anew, see the README"
+        ) from error
+    if device == "gpu" and not faiss.get_num_gpus():
+        raise UserError("clustering.device gpu: FAISS sees no GPU here; check the driver and clustering.gpus_per_actor")
+    return faiss
+
+
+def check_faiss(device: str) -> None:
+    """Refuse an installation without FAISS, with both of its packages, or without a GPU build where one is asked for."""
+    present = [name for name in ("faiss-cpu", "faiss-gpu") if _installed(name)]
+    if len(present) != 1:
+        state = "both faiss-cpu and faiss-gpu are installed" if present else "FAISS is not installed"
+        remove = "pip uninstall faiss-cpu faiss-gpu, then " if present else ""
+        raise UserError(f"{state}: {remove}pip install 'cmcgns[cpu]' or, with CUDA, pip install 'cmcgns[gpu]'")
+    if device == "gpu" and present != ["faiss-gpu"]:
+        raise UserError("clustering.device gpu needs faiss-gpu: pip uninstall faiss-cpu, pip install 'cmcgns[gpu]'")
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

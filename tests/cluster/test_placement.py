@@ -1,0 +1,109 @@
+"""What goes on which nodes, for clusters on paper."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from cmcgns.cli import load_config
+from cmcgns.cluster.placement import (
+    DATA,
+    ROLE,
+    Machine,
+    data_label,
+    describe_placement,
+    pool_machines,
+    pool_strategies,
+    wait_for_room,
+)
+from cmcgns.config import Config
+from cmcgns.errors import UserError
+from cmcgns.train.run import check_data_nodes, whole_cluster
+from tests.jobs import TINY
+
+GPU = Machine("g" * 56, "gpu-1", 48, 8)
+PLAIN = Machine("c" * 56, "cpu-1", 16, 0)
+FOR_DATA = Machine("d" * 56, "data-1", 32, 0, {ROLE: DATA})
+HEAD = Machine("a" * 56, "head", 0, 0)
+
+
+def config(*words: str) -> Config:
+    return load_config(["--config", str(TINY), *words], Config, None)
+
+
+def test_the_pool_goes_to_nodes_labelled_for_data_first_then_to_nodes_without_gpus() -> None:
+    assert pool_machines([HEAD, GPU, PLAIN, FOR_DATA], 4) == [FOR_DATA]
+    assert pool_machines([HEAD, GPU, PLAIN], 4) == [PLAIN]
+    assert pool_machines([HEAD, GPU], 4) == [], "where all are alike Ray chooses"
+    assert pool_machines([HEAD, PLAIN], 4) == []
+    assert pool_machines([GPU, PLAIN, FOR_DATA], 33) == [], "none is large enough"
+
+
+def test_actors_take_turns_over_the_nodes_and_may_leave_them() -> None:
+    second = Machine("e" * 56, "data-2", 32, 0, {ROLE: DATA})
+    strategies = pool_strategies([GPU, FOR_DATA, second], 3, 4)
+    assert [each.node_id for each in strategies] == [FOR_DATA.id, second.id, FOR_DATA.id]
+    assert all(each.soft for each in strategies)
+
+
+def test_data_tasks_ask_for_the_label_only_where_a_living_node_has_it() -> None:
+    assert data_label([HEAD, GPU, PLAIN]) is None
+    assert data_label([GPU, FOR_DATA]) == {ROLE: DATA}
+
+
+def test_data_counts_on_labelled_nodes_less_the_pool() -> None:
+    settings = config("--clustering.actors=2", "--clustering.cpus_per_actor=4")
+    assert whole_cluster(settings, [HEAD, GPU, FOR_DATA]).data == 32 - 8
+    train = settings.train
+    everywhere = whole_cluster(settings, [HEAD, GPU, PLAIN])
+    assert everywhere.data == 48 + 16 - 8 - train.num_workers * train.cpus_per_worker
+
+
+def test_a_pool_that_fills_the_nodes_labelled_for_data_is_refused_with_numbers() -> None:
+    settings = config("--clustering.actors=4", "--clustering.cpus_per_actor=8")
+    with pytest.raises(
+        UserError, match=r"1 nodes labelled .* 32 CPUs, and 4 clustering actors of 8\.0 leave less than one"
+    ):
+        check_data_nodes(settings, [GPU, FOR_DATA])
+    check_data_nodes(settings, [GPU, PLAIN])
+
+
+def test_the_plan_says_what_goes_where() -> None:
+    said = describe_placement(config(), [GPU, FOR_DATA])
+    assert said == (
+        "1 x 48 CPUs + 8 GPUs, 1 x 32 CPUs for data; workers on as few nodes as have room, clustering on data-1 first, "
+        "data tasks on data-1 alone"
+    )
+    assert describe_placement(config(), [PLAIN]) == "1 x 16 CPUs"
+
+
+def test_only_clusters_that_something_launches_may_grow() -> None:
+    launched = Machine("l" * 56, "head", 0, 0, {"ray.io/node-group": "head"})
+    own = Machine("o" * 56, "h1", 2, 0, {"ray.io/node-group": "local.cluster.node"})
+    assert launched.from_a_launcher
+    assert not own.from_a_launcher
+    assert not PLAIN.from_a_launcher
+
+
+@pytest.fixture
+def launched_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray whose node says that a launcher made it, and that gets no others."""
+    monkeypatch.setenv("RAY_NODE_TYPE_NAME", "head")
+    ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_room_that_does_not_come_is_told_with_numbers_and_what_was_asked_for_is_given_back(launched_ray: None) -> None:
+    said: list[str] = []
+    wait_for_room([{"CPU": 1.0, "GPU": 0.0}] * 2, said.append)
+    assert said == []
+    with pytest.raises(
+        UserError,
+        match=r"within 0\.017 minutes: .* needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs, .* 2 CPUs are free",
+    ):
+        wait_for_room([{"CPU": 3.0, "GPU": 1.0}], said.append, patience_s=1)
+    (waiting,) = said
+    assert waiting.startswith("waiting for its autoscaler: the job needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs")
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

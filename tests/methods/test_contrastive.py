@@ -1,0 +1,61 @@
+"""The global loss against a loop over films and reports."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmcgns.methods.contrastive import contrastive_loss
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+
+
+def random_pairs(number: int) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(0)
+    image_BD, report_BD = (
+        F.normalize(torch.randn(number, 8, generator=source, dtype=torch.float64), dim=1) for _ in range(2)
+    )
+    return image_BD, report_BD
+
+
+def slow_loss(image: Tensor, report: Tensor, hashes: Tensor, scale: float) -> Tensor:
+    number, losses = len(image), []
+    for i in range(number):
+        others = [j for j in range(number) if j == i or hashes[j] != hashes[i]]
+        for query, items in ((image[i], report), (report[i], image)):
+            logits = torch.stack([scale * (query @ items[j]) for j in others])
+            losses.append(-(scale * (query @ items[i]) - logits.exp().sum().log()))
+    return torch.stack(losses).mean()
+
+
+def test_the_global_loss_and_its_gradients_are_those_of_a_loop() -> None:
+    hash_B = torch.tensor([5, 1, 5, 2, 3, 1, 5, 4])  # three times 5, twice 1
+    both = [[part.requires_grad_() for part in random_pairs(8)] for _ in range(2)]
+    scale = torch.tensor([7.0], dtype=torch.float64, requires_grad=True)
+    fast, slow = contrastive_loss(*both[0], hash_B, scale), slow_loss(*both[1], hash_B, 7.0)
+    torch.testing.assert_close(fast, slow, **EXACT)
+    fast.backward()
+    slow.backward()
+    for ours, theirs in zip(both[0], both[1], strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **EXACT)
+    step = 1e-5
+    slope = (slow_loss(*both[1], hash_B, 7 + step) - slow_loss(*both[1], hash_B, 7 - step)) / (2 * step)
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad[0], slope.detach(), rtol=0, atol=1e-8)  # error of the difference quotient
+
+
+def test_films_of_one_text_do_not_push_each_other_away() -> None:
+    image_BD, report_BD = random_pairs(4)
+    report_BD.requires_grad_()
+    hash_B = torch.tensor([1, 1, 2, 3])
+    # only the film side of study 0: what it asks of the other reports
+    image_BD[1:] = 0.0
+    contrastive_loss(image_BD, report_BD, hash_B, torch.full((1,), 5.0, dtype=torch.float64)).backward()
+    assert report_BD.grad is not None
+    assert not report_BD.grad[1].any()
+    assert report_BD.grad[2].any()
+
+
+def test_studies_that_all_share_one_text_cost_nothing() -> None:
+    image_BD, report_BD = random_pairs(4)
+    loss = contrastive_loss(image_BD, report_BD, torch.zeros(4, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
+    assert float(loss) == 0.0

@@ -1,0 +1,205 @@
+"""Object storage that misbehaves: what passes is tried again, what does not is told once, with the reason."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cmcgns import storage
+from cmcgns.data.readers import open_source
+from cmcgns.errors import BadRow, UserError
+from cmcgns.storage import errors as faults
+from cmcgns.storage import s3
+from tests.faulty_proxy import DENIED, EXPIRED, NO_BUCKET, NO_KEY, Faults, FaultyProxy, running_proxy
+from tests.s3 import S3Server
+
+pytestmark = pytest.mark.s3
+LARGE = os.urandom(3_000_000)
+
+
+@pytest.fixture(autouse=True)
+def fresh_clients() -> None:
+    for cache in (s3._arrow_filesystem, s3._client, s3._profile_value):
+        cache.cache_clear()
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    with running_proxy(s3_server.endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        monkeypatch.setenv(faults.PATIENCE_VARIABLE, "30")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server) -> str:
+    uri = s3_server.make_bucket("misbehaving")
+    storage.write_bytes(f"{uri}/films/large.bin", LARGE)
+    for number in range(12):
+        storage.write_bytes(f"{uri}/films/{number}.bin", bytes([number]) * 1000)
+    return uri
+
+
+def test_errors_and_cut_connections_are_tried_again_and_counted(bucket: str, proxy: FaultyProxy) -> None:
+    proxy.faults = Faults(errors=0.25, cuts=0.1)
+    before = storage.retries()
+    for _ in range(2):
+        assert storage.read_bytes(f"{bucket}/films/large.bin") == LARGE
+        for number in range(12):
+            assert storage.read_bytes(f"{bucket}/films/{number}.bin") == bytes([number]) * 1000
+    assert len(storage.list_files(bucket)) == 13
+    assert proxy.counts["error"] > 5
+    assert proxy.counts["cut"] > 0
+    assert storage.retries() - before == proxy.counts["error"] + proxy.counts["cut"]
+
+
+def test_a_file_is_deleted_once_however_often_it_is_tried(bucket: str, proxy: FaultyProxy) -> None:
+    proxy.faults = Faults(errors=0.4)
+    for number in range(10):
+        place = f"{bucket}/passing/{number}"
+        storage.write_bytes(place, b"1")
+        storage.delete_file(place)
+        storage.delete_file(place)
+    proxy.faults = Faults()
+    assert not storage.exists(f"{bucket}/passing")
+
+
+def test_uploads_in_parts_survive_errors_and_leave_nothing_behind(
+    bucket: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(23_000_000)
+    (tmp_path / "shard").write_bytes(data)
+    proxy.faults = Faults(errors=0.3)
+    storage.put_file(tmp_path / "shard", f"{bucket}/shards/one")
+    proxy.faults = Faults()
+    assert storage.read_bytes(f"{bucket}/shards/one") == data
+    assert storage.clear_leftovers(f"{bucket}/shards") == 0
+    assert proxy.counts["error"] > 0
+
+
+def test_what_a_killed_upload_left_is_cleared(bucket: str, s3_server: S3Server) -> None:
+    client = s3_server.client()
+    for number in range(3):
+        client.create_multipart_upload(Bucket="misbehaving", Key=f"killed/{number}")
+    others = ["killed/by/1", "others/1"]
+    for key in others:
+        client.create_multipart_upload(Bucket="misbehaving", Key=key)
+    assert storage.clear_leftovers(f"{bucket}/killed") == 3
+    assert storage.clear_leftovers(bucket) == 0
+    assert [each["Key"] for each in client.list_multipart_uploads(Bucket="misbehaving")["Uploads"]] == others
+    assert storage.clear_leftovers(f"{bucket}/others") == storage.clear_leftovers(f"{bucket}/killed/by") == 1
+
+
+def test_a_conditional_write_keeps_what_lies_there(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert storage.write_bytes(f"{bucket}/once", b"first", if_absent=True)
+    assert not storage.write_bytes(f"{bucket}/once", b"second", if_absent=True)
+    assert storage.read_bytes(f"{bucket}/once") == b"first"
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    (tmp_path / "large").write_bytes(os.urandom(6_000_000))
+    storage.put_file(tmp_path / "large", f"{bucket}/once", if_absent=True)
+    assert storage.read_bytes(f"{bucket}/once") == b"first"
+
+
+def test_listings_go_on_beyond_a_page(s3_server: S3Server, proxy: FaultyProxy) -> None:
+    bucket = s3_server.make_bucket("manyfiles")
+    client = s3_server.client()
+    for number in range(1003):
+        client.put_object(Bucket="manyfiles", Key=f"a/{number:04d}", Body=b"")
+    proxy.faults = Faults(errors=0.3)
+    assert storage.list_files(f"{bucket}/a") == [f"{number:04d}" for number in range(1003)]
+
+
+def test_silence_is_given_up_and_tried_again(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "STALLED_SECONDS", 1.0)
+    proxy.faults = Faults(silence=0.3)
+    for number in range(4):
+        assert storage.read_bytes(f"{bucket}/films/{number}.bin") == bytes([number]) * 1000
+    assert proxy.counts["silence"] > 0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        (EXPIRED, "credentials have expired; renew them"),
+        (NO_BUCKET, "bucket does not exist"),
+        ((403, "InvalidAccessKeyId", "who are you"), "does not know the access key"),
+        ((403, "SignatureDoesNotMatch", "no"), "secret key is wrong"),
+        ((403, "RequestTimeTooSkewed", "no"), "clock is wrong"),
+    ],
+)
+def test_where_nothing_can_work_the_reason_is_told_at_once(
+    bucket: str, proxy: FaultyProxy, refusal: tuple[int, str, str], says: str
+) -> None:
+    """Also where the answer to HEAD, which Arrow begins with, carries none: a film's reader must not call it a bad row."""
+    source = open_source(bucket, format="pairs-csv")
+    proxy.faults = Faults(refusal=refusal)
+    began = time.monotonic()
+    for request in (
+        lambda: storage.read_bytes(f"{bucket}/films/1.bin"),
+        lambda: source.read_film("films/1.bin"),
+        lambda: storage.list_files(bucket),
+        lambda: storage.write_bytes(f"{bucket}/x", b"1"),
+    ):
+        with pytest.raises(UserError, match=says):
+            request()
+    if refusal != NO_BUCKET:  # to HEAD, where nothing lies: so the answer is no
+        with pytest.raises(UserError, match=says):
+            storage.exists(f"{bucket}/films/1.bin")
+    assert time.monotonic() - began < 5
+
+
+def test_one_object_that_is_gone_or_closed_is_a_bad_row(bucket: str, proxy: FaultyProxy) -> None:
+    source = open_source(bucket, format="pairs-csv")
+    with pytest.raises(BadRow, match="film file is missing"):
+        source.read_film("films/nothing.png")
+    proxy.faults = Faults(errors=0.4)
+    for number in range(10):
+        with pytest.raises(BadRow, match="film file is missing"):
+            source.read_film(f"films/nothing{number}.png")
+    assert proxy.counts["error"] > 0
+    proxy.faults = Faults(refusal=NO_KEY, only="^GET .*/2[.]bin")  # deleted after the HEAD that Arrow begins with
+    with pytest.raises(BadRow, match="film file is missing"):
+        source.read_film("films/2.bin")
+    proxy.faults = Faults(refusal=DENIED, only="1[.]bin")
+    with pytest.raises(BadRow, match="film file may not be read"):
+        source.read_film("films/1.bin")
+
+
+def test_a_server_that_keeps_failing_ends_it_within_the_stated_time(
+    bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(faults.PATIENCE_VARIABLE, "2")
+    proxy.faults = Faults(errors=1.0)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="keeps failing"):
+        storage.read_bytes(f"{bucket}/films/1.bin")
+    assert 1 < time.monotonic() - began < 12
+
+
+def test_a_process_without_an_answer_yet_gives_up_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(faults.PATIENCE_VARIABLE, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert faults.patience_s("s3://never-asked/x") == faults.FIRST_CONTACT_S
+
+
+def test_a_truncated_shard_is_told_from_a_cut_connection(bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:
+    table = pa.table({"a": [os.urandom(50) for _ in range(5000)]})
+    pq.write_table(table, tmp_path / "whole.parquet", row_group_size=500)
+    data = (tmp_path / "whole.parquet").read_bytes()
+    storage.write_bytes(f"{bucket}/whole.parquet", data)
+    storage.write_bytes(f"{bucket}/short.parquet", data[: len(data) // 2])
+    proxy.faults = Faults(cuts=0.2)
+    read = pq.ParquetFile.read
+    assert storage.read_parquet(f"{bucket}/whole.parquet", read).equals(table)
+    with pytest.raises(storage.BrokenFileError, match="truncated"):
+        storage.read_parquet(f"{bucket}/short.parquet", read)
+    footer = storage.read_parquet(f"{bucket}/whole.parquet", lambda file: file.metadata)
+    with pytest.raises(storage.BrokenFileError, match="truncated"):
+        storage.read_parquet(f"{bucket}/short.parquet", lambda file: file.read_row_group(9), footer)

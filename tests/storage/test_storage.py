@@ -1,0 +1,76 @@
+"""Local folders: what is written is there whole or not at all, and what cannot be read is said."""
+
+import errno
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cmcgns import storage
+
+
+def test_a_conditional_write_keeps_what_lies_there(tmp_path: Path) -> None:
+    place = f"{tmp_path}/folder/once"
+    assert storage.write_bytes(place, b"first", if_absent=True)
+    assert not storage.write_bytes(place, b"second", if_absent=True)
+    assert storage.read_bytes(place) == b"first"
+    assert storage.write_bytes(place, b"third")
+    assert storage.read_bytes(place) == b"third"
+    assert storage.list_files(str(tmp_path)) == ["folder/once"]
+
+
+def test_what_killed_writers_left_goes_and_what_others_write_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, alive, new = (tmp_path / f"{storage.SCRATCH}{name}" for name in ("dead", "alive", "new"))
+    for folder in (dead, alive, new):
+        folder.mkdir()
+        (folder / "shard").write_bytes(b"films")
+        (folder / storage.LOCK).touch()
+    for folder in (dead, alive):
+        os.utime(folder, (0, 0))
+    with (alive / storage.LOCK).open("r") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with storage.scratch_file("s3://bucket/shard") as path:
+            assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name, path.parent.name}
+    assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read a folder")
+def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="cmcgns-test-") as name:
+        os.chmod(name, 0o755)
+        closed = Path(name) / "closed"
+        closed.mkdir(mode=0o700)
+        (Path(name) / "lost+found").mkdir(mode=0o700)
+        (Path(name) / "film.png").write_bytes(b"")
+        os.seteuid(65534)
+        try:
+            with pytest.raises(storage.ForbiddenFileError, match="closed may not be read"):
+                storage.list_files(name)
+        finally:
+            os.seteuid(0)
+        assert storage.list_files(name) == ["film.png"]
+
+
+def test_a_name_longer_than_any_files_is_a_missing_file_and_told_shortly(tmp_path: Path) -> None:
+    with pytest.raises(storage.MissingFileError, match="longer than any file's name") as caught:
+        storage.read_bytes(f"{tmp_path}/{'the heart is enlarged ' * 20}")
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), pa.ArrowMemoryError("malloc failed")])
+def test_a_machine_in_need_is_no_broken_file(tmp_path: Path, error: Exception) -> None:
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "whole")
+
+    def fail(file: pq.ParquetFile) -> None:
+        raise error
+
+    with pytest.raises(Exception) as caught:
+        storage.read_parquet(str(tmp_path / "whole"), fail)
+    assert not isinstance(caught.value, storage.BrokenFileError)

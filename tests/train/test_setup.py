@@ -1,0 +1,58 @@
+"""What lies in a run's folder."""
+
+from pathlib import Path
+
+import pytest
+
+from cmcgns import storage
+from cmcgns.bad_rows import read_bad_rows, write_bad_rows
+from cmcgns.config import Config
+from cmcgns.data.readers.base import FileSource
+from cmcgns.errors import BadRow
+from cmcgns.run_folder import RunFolder
+from cmcgns.train.setup import latest_checkpoint, with_absolute_paths
+from tests.small import small_config
+
+
+def test_bad_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    assert read_bad_rows(str(tmp_path)) == {}
+    rows = {"b.png": "film file is missing", "a.png": "row has no report"}
+    write_bad_rows(str(tmp_path), rows)
+    assert read_bad_rows(str(tmp_path)) == rows
+
+
+def test_the_latest_checkpoint_is_the_last_complete_one(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "run", resumed=False)
+    (tmp_path / "run").mkdir()
+    assert latest_checkpoint(folder) is None
+    for name, complete in (
+        ("checkpoint_00000004_a", True),
+        ("checkpoint_00000008_b", True),
+        ("checkpoint_00000012_c", 0),
+    ):
+        (tmp_path / "run" / name).mkdir()
+        if complete:
+            (tmp_path / "run" / name / "progress.json").write_text("{}")
+    assert latest_checkpoint(folder) == f"{tmp_path}/run/checkpoint_00000008_b"
+
+
+def test_local_folders_become_absolute_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    config = small_config(data__uri="films", model__image_encoder="encoder", model__text_encoder="bert-tiny")
+    found = with_absolute_paths(config)
+    assert found.data.uri == f"{tmp_path}/films"
+    assert (found.model.image_encoder, found.model.text_encoder) == (f"{tmp_path}/encoder", "bert-tiny")
+    for uri in ("phantom", "phantom:200", "s3://bucket/films"):
+        assert with_absolute_paths(small_config(data__uri=uri)).data.uri == uri
+    assert Config.model_validate(found.model_dump()) == found
+
+
+def test_a_film_that_may_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(uri: str) -> bytes:
+        with storage.explained(uri):
+            raise OSError("When reading information for key: AWS Error ACCESS_DENIED during HeadObject operation")
+
+    monkeypatch.setattr(storage, "read_bytes", refuse)
+    with pytest.raises(BadRow, match="film file may not be read"):
+        FileSource(str(tmp_path), "pairs-csv").read_film("one.png")
