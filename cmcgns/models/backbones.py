@@ -1,15 +1,35 @@
-"""The way from a setting to an encoder: a preset's shape with fresh weights, or a pretrained one."""
+"""From a setting to an encoder: a preset with fresh weights, or any model that transformers can load.
 
-from collections.abc import Iterator
+An image backbone is any module that takes ``pixel_values`` and returns ``last_hidden_state``; grid, stride and width are read
+off its output. B studies, P patches, L tokens, C channels of the backbone.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BertConfig, PreTrainedModel, ResNetConfig, ViTConfig
+from torch.func import functional_call
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ViTConfig,
+)
 
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, first_line
 from cmcgns.models.attention import AttentionPool
 from cmcgns.models.presets import IMAGE_PRESETS, TEXT_PRESETS
+
+PROBE_SIZE = 448
+"""Pixels at which a backbone is traced: a multiple of the strides 4, 7, 8, 14, 16, 28, 32 and 56."""
+MOST_PREFIX = 8
+"""Most tokens before the patches that are believed."""
 
 
 def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrainedModel:
@@ -21,9 +41,10 @@ def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrain
         config = ViTConfig(image_size=image_size, **IMAGE_PRESETS[name], **dropouts)
         return AutoModel.from_config(config, add_pooling_layer=False)
     kind = _model_type("model.image_encoder", name)
-    if not kind.endswith(("resnet", "vit", "deit")):
-        raise UserError(f"model.image_encoder '{name}' is a {kind}; a ResNet or ViT is needed")
-    return _pretrained("model.image_encoder", name, {} if kind == "resnet" else {"add_pooling_layer": False})
+    model = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(name)), None)
+    if model is not None and model.main_input_name != "pixel_values":
+        raise UserError(f"model.image_encoder '{name}' is a {kind}; a model of images is needed")
+    return _pretrained("model.image_encoder", name)
 
 
 def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropout: float) -> PreTrainedModel:
@@ -40,7 +61,7 @@ def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropou
     kind = _model_type("model.text_encoder", name)
     if "bert" not in kind:
         raise UserError(f"model.text_encoder '{name}' is a {kind}; a BERT-like encoder is needed")
-    backbone = _pretrained("model.text_encoder", name, {"add_pooling_layer": False})
+    backbone = _pretrained("model.text_encoder", name)
     longest, entries = backbone.config.max_position_embeddings, backbone.config.vocab_size
     if max_tokens > longest:
         raise UserError(f"data.max_tokens {max_tokens} is too long for model.text_encoder '{name}': at most {longest}")
@@ -52,13 +73,16 @@ def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropou
     return backbone
 
 
-def _pretrained(key: str, name: str, options: dict[str, bool]) -> PreTrainedModel:
+def _pretrained(key: str, name: str) -> PreTrainedModel:
     try:
+        config = AutoConfig.from_pretrained(name)
+        kind = MODEL_MAPPING.get(type(config), None)
+        options = {"add_pooling_layer": False} if kind and takes(kind.__init__, "add_pooling_layer") else {}
         # the driver asks for shapes alone, and transformers loads no weights there
         if torch.get_default_device().type == "meta":
-            return AutoModel.from_config(AutoConfig.from_pretrained(name), **options)
+            return AutoModel.from_config(config, **options)
         return AutoModel.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: timm models without timm
         raise _no_model(key, name, error) from None
 
 
@@ -76,16 +100,66 @@ def _no_model(key: str, name: str, error: Exception) -> UserError:
     return UserError(f"{key} '{name}' {where} (presets: {', '.join(presets)}): {str(error).splitlines()[0]}")
 
 
+class Layout(NamedTuple):
+    """What a backbone makes of an image, read off its output and not off its name."""
+
+    dim: int
+    """Channels C of a patch."""
+    stride: int
+    """Pixels along a patch."""
+    prefix: int
+    """Tokens before the patches: CLS, DeiT's distillation token, DINOv2's registers."""
+    is_convolutional: bool
+    """A feature map (B, C, h, w) instead of tokens (B, L, C)."""
+
+
+def read_layout(backbone: nn.Module) -> Layout:
+    """The layout of any model that takes ``pixel_values`` and returns ``last_hidden_state``.
+
+    It is traced on the meta device, without memory or arithmetic, at ``PROBE_SIZE`` pixels.
+
+    Raises:
+        UserError: a model that takes or returns something else.
+    """
+    state = {name: part.to("meta") for name, part in (*backbone.named_parameters(), *backbone.named_buffers())}
+    pixels_13HW = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device="meta", dtype=next(backbone.parameters()).dtype)
+    options = {"interpolate_pos_encoding": True} if takes(backbone.forward, "interpolate_pos_encoding") else {}
+    mode = backbone.training
+    backbone.eval()  # neither dropout nor running statistics
+    try:
+        with torch.no_grad():
+            hidden = functional_call(backbone, state, kwargs={"pixel_values": pixels_13HW, **options}).last_hidden_state
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model.image_encoder: a {type(backbone).__name__} cannot be used: it must take pixel_values and return "
+            f"last_hidden_state ({first_line(error)})"
+        ) from error
+    finally:
+        backbone.train(mode)
+    if hidden.dim() == 4 and hidden.shape[2] == hidden.shape[3]:
+        return Layout(hidden.shape[1], PROBE_SIZE // hidden.shape[2], 0, True)
+    tokens = hidden.shape[1]
+    grids = [side for side in range(1, PROBE_SIZE) if PROBE_SIZE % side == 0 and 0 <= tokens - side**2 <= MOST_PREFIX]
+    if hidden.dim() != 3 or not grids:
+        raise UserError(
+            f"model.image_encoder: a {type(backbone).__name__} returns {tuple(hidden.shape)}; neither a square feature map nor "
+            "a square grid of tokens"
+        )
+    return Layout(hidden.shape[2], PROBE_SIZE // grids[-1], tokens - grids[-1] ** 2, False)
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether ``function`` has a parameter called ``name``."""
+    return name in inspect.signature(function).parameters
+
+
 class ImageEncoder(nn.Module):
-    """A backbone that gives patches in raster order and a global feature: attention pool of a ResNet, CLS of a ViT."""
+    """A backbone that gives patches in raster order and a global feature: its CLS token, or an attention pool if it has none."""
 
     def __init__(self, backbone: PreTrainedModel, image_size: int, fixed_batch_statistics: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
-        config = backbone.config
-        self.is_convolutional = hasattr(config, "hidden_sizes") and hasattr(config, "depths")
-        self.dim: int = config.hidden_sizes[-1] if self.is_convolutional else config.hidden_size
-        self.stride: int = 32 if self.is_convolutional else config.patch_size
+        self.dim, self.stride, self.prefix, self.is_convolutional = read_layout(backbone)
         if image_size % self.stride:
             near = image_size // self.stride * self.stride
             raise UserError(
@@ -94,11 +168,12 @@ class ImageEncoder(nn.Module):
             )
         self.grid = image_size // self.stride
         self.pool: nn.Module | None = None
-        if self.is_convolutional:
+        if not self.prefix:
             self.pool = AttentionPool(self.dim, positions=self.patches)
         self.fixed_batch_statistics = fixed_batch_statistics
-        resized = getattr(config, "image_size", image_size) not in (image_size, [image_size, image_size])
-        self.forward_options = {"interpolate_pos_encoding": True} if resized and not self.is_convolutional else {}
+        resized = getattr(backbone.config, "image_size", image_size) not in (image_size, [image_size, image_size])
+        interpolates = takes(backbone.forward, "interpolate_pos_encoding")
+        self.forward_options = {"interpolate_pos_encoding": True} if resized and interpolates else {}
 
     @property
     def patches(self) -> int:
@@ -109,12 +184,9 @@ class ImageEncoder(nn.Module):
         """``features_BPC`` and ``pooled_BC``; grey becomes three equal channels."""
         pixels_B3HW = image_B1HW.to(next(self.parameters()).dtype).expand(-1, 3, -1, -1)
         hidden = self.backbone(pixel_values=pixels_B3HW, **self.forward_options).last_hidden_state
-        if self.pool is not None:
-            # permute, never view: a patch is all channels of one position
-            features_BPC = hidden.flatten(2).transpose(1, 2)
-            return features_BPC, self.pool(features_BPC)
-        prefix = hidden.shape[1] - self.patches  # CLS, and DeiT's distillation token
-        return hidden[:, prefix:], hidden[:, 0]
+        # permute, never view: a patch is all channels of one position
+        features_BPC = hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
+        return features_BPC, hidden[:, 0] if self.pool is None else self.pool(features_BPC)
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         super().train(mode)

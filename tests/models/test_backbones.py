@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    AutoModel,
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    ResNetConfig,
+    SwinConfig,
+)
 
 from cmcgns.errors import UserError
-from cmcgns.models.backbones import ImageEncoder, build_image_backbone, build_text_backbone
+from cmcgns.models.backbones import ImageEncoder, build_image_backbone, build_text_backbone, read_layout
 
 
 @pytest.mark.parametrize("name", ["resnet-tiny", "vit-tiny"])
@@ -21,6 +30,41 @@ def test_an_image_encoder_saved_to_a_folder_gives_the_same_features_again(name: 
     image_B1HW = torch.rand(2, 1, 64, 64) * 2 - 1
     for ours, theirs in zip(first(image_B1HW), second(image_B1HW), strict=True):
         assert torch.equal(ours, theirs)
+
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4}
+OTHERS = {
+    # model, (C, stride, tokens before the patches)
+    "convnext": (ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32]), (32, 32, 0)),
+    "three-stage resnet": (
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 32], depths=[1, 1, 1], layer_type="basic"), (32, 16, 0),
+    ),
+    "dinov2": (Dinov2Config(**SMALL, image_size=518), (48, 14, 1)),
+    "dinov2 with registers": (Dinov2WithRegistersConfig(**SMALL, patch_size=14), (48, 14, 5)),
+    "deit": (DeiTConfig(**SMALL), (48, 16, 2)),
+    "swin": (SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2]), (64, 32, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_grid_stride_and_width_are_read_off_the_model(kind: str, tmp_path: Path) -> None:
+    config, (dim, stride, prefix) = OTHERS[kind]
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    side = 7 * stride
+    encoder = ImageEncoder(build_image_backbone(str(tmp_path), side, 0.0), side).eval()
+    assert read_layout(encoder.backbone)[:3] == (dim, stride, prefix)
+    image_B1HW = torch.rand(2, 1, side, side)
+    features_BPC, pooled_BC = encoder(image_B1HW)
+    assert (features_BPC.shape, pooled_BC.shape) == ((2, 49, dim), (2, dim))
+    # patches stand in raster order: a bright corner changes the last one most
+    image_B1HW[:, :, -stride:, -stride:] = 8.0
+    moved_BP = (encoder(image_B1HW)[0] - features_BPC).norm(dim=-1)
+    assert moved_BP.argmax(1).tolist() == [48, 48]
+
+
+def test_an_image_size_that_cuts_a_patch_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"data.image_size 100 .* patch of 32 pixels; nearest: 96 and 128"):
+        ImageEncoder(build_image_backbone("resnet-tiny", 100, 0.0), 100)
 
 
 @torch.no_grad()
@@ -65,7 +109,7 @@ def test_an_encoder_of_the_other_modality_is_refused(tmp_path: Path) -> None:
     build_text_backbone("bert-tiny", 100, 64, 0.0).save_pretrained(tmp_path / "text")
     with pytest.raises(UserError, match=r"model.text_encoder .* is a vit; a BERT-like encoder is needed"):
         build_text_backbone(str(tmp_path / "image"), 100, 64, 0.0)
-    with pytest.raises(UserError, match=r"model.image_encoder .* is a bert; a ResNet or ViT is needed"):
+    with pytest.raises(UserError, match=r"model.image_encoder .* is a bert; a model of images is needed"):
         build_image_backbone(str(tmp_path / "text"), 64, 0.0)
 
 
