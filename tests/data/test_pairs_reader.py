@@ -125,7 +125,7 @@ def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
     reasons = {f"{name}.png": "film file is missing" for name in "JKL"} | {"M.png": "row has no report"}
     complaint = too_many_bad(4, 10, 0.1, reasons.values())
     assert complaint is not None
-    assert complaint.endswith("Commonest reasons: 3 x film file is missing; 1 x row has no report")
+    assert complaint.endswith("Most common reasons: 3 x film file is missing; 1 x row has no report")
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "~/x", "C:\\x", "\\\\host\\x", "s3://b/x", "file:///x"])

@@ -31,7 +31,7 @@ def fresh_clients() -> None:
 def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     with running_proxy(s3_server.endpoint) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        monkeypatch.setenv(faults.PATIENCE_VARIABLE, "30")
+        monkeypatch.setenv(faults.RETRY_LIMIT_VARIABLE, "30")
         yield running
 
 
@@ -103,8 +103,37 @@ def test_a_conditional_write_keeps_what_lies_there(
     assert storage.read_bytes(f"{bucket}/once") == b"first"
     monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     (tmp_path / "large").write_bytes(os.urandom(6_000_000))
-    storage.put_file(tmp_path / "large", f"{bucket}/once", if_absent=True)
+    assert not storage.put_file(tmp_path / "large", f"{bucket}/once", if_absent=True)
     assert storage.read_bytes(f"{bucket}/once") == b"first"
+    assert storage.clear_leftovers(bucket) == 0
+
+
+def test_an_upload_in_parts_completes_on_the_same_condition(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up in the request, since Ceph ignores the condition when it completes an upload."""
+    conditions = []
+    s3.client(if_absent=True).meta.events.register(
+        "before-send.s3.CompleteMultipartUpload",
+        lambda request, **_: conditions.append(request.headers["If-None-Match"]),
+    )
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    (tmp_path / "large").write_bytes(os.urandom(6_000_000))
+    assert storage.put_file(tmp_path / "large", f"{bucket}/new", if_absent=True)
+    assert conditions == [b"*"]
+
+
+def test_a_failed_upload_in_parts_leaves_nothing_behind(
+    bucket: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    (tmp_path / "shard").write_bytes(os.urandom(23_000_000))
+    proxy.faults = Faults(refusal=DENIED, only="partNumber=3")
+    with pytest.raises(storage.ForbiddenFileError, match="access is denied"):
+        storage.put_file(tmp_path / "shard", f"{bucket}/shards/two")
+    proxy.faults = Faults()
+    assert not storage.exists(f"{bucket}/shards/two")
+    assert storage.clear_leftovers(f"{bucket}/shards") == 0
 
 
 def test_listings_go_on_beyond_a_page(s3_server: S3Server, proxy: FaultyProxy) -> None:
@@ -175,7 +204,7 @@ def test_one_object_that_is_gone_or_closed_is_a_bad_row(bucket: str, proxy: Faul
 def test_a_server_that_keeps_failing_ends_it_within_the_stated_time(
     bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(faults.PATIENCE_VARIABLE, "2")
+    monkeypatch.setenv(faults.RETRY_LIMIT_VARIABLE, "2")
     proxy.faults = Faults(errors=1.0)
     began = time.monotonic()
     with pytest.raises(UserError, match="keeps failing"):
@@ -184,9 +213,9 @@ def test_a_server_that_keeps_failing_ends_it_within_the_stated_time(
 
 
 def test_a_process_without_an_answer_yet_gives_up_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(faults.PATIENCE_VARIABLE, raising=False)
+    monkeypatch.delenv(faults.RETRY_LIMIT_VARIABLE, raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert faults.patience_s("s3://never-asked/x") == faults.FIRST_CONTACT_S
+    assert faults.retry_limit_s() == faults.FIRST_RETRY_LIMIT_S
 
 
 def test_a_truncated_shard_is_told_from_a_cut_connection(bucket: str, proxy: FaultyProxy, tmp_path: Path) -> None:

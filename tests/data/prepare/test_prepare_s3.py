@@ -92,7 +92,7 @@ def test_a_bucket_that_goes_away_in_mid_run_is_told_once_and_in_time(
     s3_server.upload(raw, f"{bucket}/raw")
     with running_proxy(s3_server.endpoint) as proxy:
         forget_clients(monkeypatch, proxy.endpoint)
-        monkeypatch.setenv(faults.PATIENCE_VARIABLE, "10")
+        monkeypatch.setenv(faults.RETRY_LIMIT_VARIABLE, "10")
         ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
         gone: list[float] = []
 
