@@ -28,8 +28,9 @@ from cmcgns.clustering.bank_pool import PoolHandles, RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import Block, blocks
+from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
+from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.train.checkpoint import export_model, load_progress

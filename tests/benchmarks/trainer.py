@@ -27,7 +27,7 @@ from cmcgns.clustering.bank_pool import RayPool, start_pool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import Block
+from cmcgns.data.record import Block
 from cmcgns.methods.cm_cgns.objective import Objective
 from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmcgns.data.decode import decode_scan
-from cmcgns.data.image import Frame, Scan, Target, shrink, without_borders
+from cmcgns.data.decode import decode_image
+from cmcgns.data.image import DecodedImage, Frame, Target, shrink, without_borders
 from cmcgns.phantom import PhantomCorpus
 
 
-def scan(grey_HW: np.ndarray) -> Scan:
-    return Scan(grey_HW, *grey_HW.shape)
+def scan(grey_HW: np.ndarray) -> DecodedImage:
+    return DecodedImage(grey_HW, *grey_HW.shape)
 
 
 def bordered() -> np.ndarray:
@@ -44,7 +44,7 @@ def test_a_jpeg_and_its_lossless_twin_are_cut_alike() -> None:
         grey_HW = corpus.render(number)
         file = io.BytesIO()
         Image.fromarray(grey_HW).save(file, "JPEG", quality=95)
-        lossless, lossy = without_borders(scan(grey_HW)), without_borders(decode_scan(file.getvalue(), "film.jpg"))
+        lossless, lossy = without_borders(scan(grey_HW)), without_borders(decode_image(file.getvalue(), "film.jpg"))
         assert np.abs(np.array(lossy.frame) - lossless.frame).max() <= 1
         cut += lossless.frame != Frame(0, 0, 384, 320)
     assert cut >= 10
@@ -55,7 +55,7 @@ def test_the_frame_of_a_film_decoded_at_half_scale_counts_in_the_scans_own_pixel
     grey_HW[200:1000, 320:1440] = 150
     file = io.BytesIO()
     Image.fromarray(grey_HW).save(file, "JPEG", quality=95)
-    found = decode_scan(file.getvalue(), "film.jpg", Target(256, "shorter"))
+    found = decode_image(file.getvalue(), "film.jpg", Target(256, "shorter"))
     assert found.grey_HW.shape == (600, 800)
     assert (found.height, found.width) == (1200, 1600)
     assert np.abs(np.array(without_borders(found).frame) - [320, 200, 1440, 1000]).max() <= 2

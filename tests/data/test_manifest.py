@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
-from cmcgns.data.record import index_table
+from cmcgns.data.manifest import Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
+from cmcgns.data.record import PREPARED_SCHEMA, index_table
 from cmcgns.errors import UserError
 
 
@@ -19,7 +19,7 @@ def row(number: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-ROWS = pa.Table.from_pylist([row(number) for number in range(7)], schema=SHARD_SCHEMA)
+ROWS = pa.Table.from_pylist([row(number) for number in range(7)], schema=PREPARED_SCHEMA)
 
 
 def test_equal_rows_have_one_hash_however_they_are_held(tmp_path: Path) -> None:
@@ -29,17 +29,17 @@ def test_equal_rows_have_one_hash_however_they_are_held(tmp_path: Path) -> None:
     for held in (
         pa.concat_tables([ROWS.slice(0, 3), ROWS.slice(3)]),
         padded.slice(4, 7),
-        pa.Table.from_pylist(ROWS.to_pylist(), schema=SHARD_SCHEMA),
+        pa.Table.from_pylist(ROWS.to_pylist(), schema=PREPARED_SCHEMA),
         pq.read_table(tmp_path / "rows.parquet"),
     ):
-        assert content_hash(held.select(SHARD_SCHEMA.names)) == wanted
+        assert content_hash(held.select(PREPARED_SCHEMA.names)) == wanted
 
 
-@pytest.mark.parametrize("column", SHARD_SCHEMA.names)
+@pytest.mark.parametrize("column", PREPARED_SCHEMA.names)
 def test_any_other_value_has_another_hash(column: str) -> None:
     values = ROWS[column].to_pylist()
     values[2], values[3] = values[3], values[2]
-    field = SHARD_SCHEMA.field(column)
+    field = PREPARED_SCHEMA.field(column)
     changed = ROWS.set_column(ROWS.schema.get_field_index(column), field, pa.array(values, field.type))
     same = ROWS[column].to_pylist()[2] == ROWS[column].to_pylist()[3]
     assert (content_hash(changed) == content_hash(ROWS)) == same

@@ -34,7 +34,7 @@ def test_pairs_carry_every_column_that_is_known(tmp_path: Path) -> None:
     assert second["group"] == "p2"
     assert second["labels"] == [("Edema", 0.0), ("Nodule", -1.0)]
     source = open_source(str(tmp_path))
-    assert (source.read_film("films/a b.png").grey_HW == 50).all()
+    assert (source.read_image("films/a b.png").grey_HW == 50).all()
     assert source.read_report(first) == first["report"]
     assert index.split("valid").num_rows == 1
 
@@ -54,7 +54,7 @@ def test_sources_travel(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     source = pickle.loads(pickle.dumps(open_source(str(tmp_path))))
     assert source == open_source(str(tmp_path))
-    assert source.read_film("a.png").grey_HW.shape == (20, 30)
+    assert source.read_image("a.png").grey_HW.shape == (20, 30)
 
 
 def test_views_are_filtered_and_counted_apart(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_bad_rows_have_a_source_and_a_reason(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     for path, reason in (("b.png", "missing"), ("../pairs.csv", "leaves"), ("pairs.csv", "neither")):
         with pytest.raises(BadRow, match=reason):
-            source.read_film(path)
+            source.read_image(path)
 
 
 def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
     assert index.filtered == {"view of another name": 1}
     for name in (report, report[:300], "x\0y.png"):
         with pytest.raises(BadRow) as caught:
-            open_source(str(tmp_path)).read_film(name)
+            open_source(str(tmp_path)).read_image(name)
         assert len(str(caught.value)) < 60
         assert "John" not in str(caught.value)
     reasons = {f"{name}.png": "film file is missing" for name in "JKL"} | {"M.png": "row has no report"}
@@ -202,4 +202,4 @@ def test_the_real_pairs_are_all_read(realdata: Path) -> None:
     assert index.table.num_rows + sum(index.filtered.values()) == 94
     assert index.bad_rows == []
     for row in rows(index)[::8]:
-        assert source.read_film(row["films"][0]["path"]).grey_HW.ndim == 2
+        assert source.read_image(row["films"][0]["path"]).grey_HW.ndim == 2

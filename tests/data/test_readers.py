@@ -71,7 +71,7 @@ def test_mimic_with_its_tables(tmp_path: Path, suffix: str, name: str) -> None:
     assert index.filtered == {"view LATERAL": 1, "view unknown": 1}
     assert source.read_report(first) == REPORT
     if suffix == ".jpg":
-        assert source.read_film(first["films"][0]["path"]).grey_HW.shape == (20, 30)
+        assert source.read_image(first["films"][0]["path"]).grey_HW.shape == (20, 30)
 
 
 def test_mimic_reports_unpacked_into_their_own_folder(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_mimic_study_without_report_or_film_is_a_bad_row(tmp_path: Path) -> No
     with pytest.raises(BadRow, match="report file is missing"):
         source.read_report(first)
     with pytest.raises(BadRow, match="empty"):
-        source.read_film(first["films"][0]["path"])
+        source.read_image(first["films"][0]["path"])
 
 
 def test_mimic_dicoms_without_tables_are_walked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -173,7 +173,7 @@ def test_open_i_with_and_without_its_table_of_views(tmp_path: Path) -> None:
         "9.xml": "report file is missing",
     }
     assert index.filtered == {"image file is missing": 1}
-    assert source.read_film(first["films"][0]["path"]).grey_HW.shape == (20, 30)
+    assert source.read_image(first["films"][0]["path"]).grey_HW.shape == (20, 30)
 
     csv_file(tmp_path / "dicom_metadata.csv", "imageid,View Position", "CXR1_1_IM-0001-4001,LATERAL")
     index = source.index()
@@ -214,7 +214,7 @@ def test_the_phantom_is_a_source() -> None:
     assert len(rows(index)) == 12
     assert open_source("phantom:12:3", phantom_size=64).index().table.equals(index.table)
     film = rows(index)[5]["films"][0]
-    assert source.read_film(film["path"]).grey_HW.shape == (64, 64)
+    assert source.read_image(film["path"]).grey_HW.shape == (64, 64)
     assert source.read_report(rows(index)[5])
 
 
@@ -239,5 +239,5 @@ def test_a_phantom_written_out_reads_back_as_itself(tmp_path: Path, layout: str)
         for place, film in enumerate(row["films"]):
             assert study.films[place].image_id in film["image_id"]  # pairs know a film by its path
             assert film["view"] == study.films[place].view
-            difference = source.read_film(film["path"]).grey_HW.astype(int) - corpus.render(number, place)
+            difference = source.read_image(film["path"]).grey_HW.astype(int) - corpus.render(number, place)
             assert abs(difference).mean() <= (2.5 if film["path"].endswith(".jpg") else 0.5)

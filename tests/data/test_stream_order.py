@@ -11,8 +11,9 @@ import ray
 
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.config import Config
-from cmcgns.data.blocks import ReadStudy, blocks, deal, row_table
+from cmcgns.data.blocks import blocks, deal
 from cmcgns.data.readers import open_source
+from cmcgns.data.record import StreamStudy, stream_table
 from cmcgns.data.stream import Stream, stream_split
 from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
@@ -25,12 +26,12 @@ STUDIES, GROUP, WINDOW, GLOBAL = 200, 16, 3, 24
 def numbered(rows: int) -> pa.Table:
     """Rows whose position is their number, and whose film holds it."""
     studies = [
-        ReadStudy(
+        StreamStudy(
             number, np.full((2, 2), number, np.uint8), np.arange(3, dtype=np.int32), np.zeros(3, np.int16), [1], 2, []
         )
         for number in range(rows)
     ]
-    return row_table(range(rows), studies, 2)
+    return stream_table(range(rows), studies, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 24, 30, 48])

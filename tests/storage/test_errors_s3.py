@@ -172,7 +172,7 @@ def test_where_nothing_can_work_the_reason_is_told_at_once(
     began = time.monotonic()
     for request in (
         lambda: storage.read_bytes(f"{bucket}/films/1.bin"),
-        lambda: source.read_film("films/1.bin"),
+        lambda: source.read_image("films/1.bin"),
         lambda: storage.list_files(bucket),
         lambda: storage.write_bytes(f"{bucket}/x", b"1"),
     ):
@@ -187,18 +187,18 @@ def test_where_nothing_can_work_the_reason_is_told_at_once(
 def test_one_object_that_is_gone_or_closed_is_a_bad_row(bucket: str, proxy: FaultyProxy) -> None:
     source = open_source(bucket, format="pairs-csv")
     with pytest.raises(BadRow, match="film file is missing"):
-        source.read_film("films/nothing.png")
+        source.read_image("films/nothing.png")
     proxy.faults = Faults(errors=0.4)
     for number in range(10):
         with pytest.raises(BadRow, match="film file is missing"):
-            source.read_film(f"films/nothing{number}.png")
+            source.read_image(f"films/nothing{number}.png")
     assert proxy.counts["error"] > 0
     proxy.faults = Faults(refusal=NO_KEY, only="^GET .*/2[.]bin")  # deleted after the HEAD that Arrow begins with
     with pytest.raises(BadRow, match="film file is missing"):
-        source.read_film("films/2.bin")
+        source.read_image("films/2.bin")
     proxy.faults = Faults(refusal=DENIED, only="1[.]bin")
     with pytest.raises(BadRow, match="film file may not be read"):
-        source.read_film("films/1.bin")
+        source.read_image("films/1.bin")
 
 
 def test_a_server_that_keeps_failing_ends_it_within_the_stated_time(

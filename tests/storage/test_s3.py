@@ -113,5 +113,5 @@ def test_real_pairs_read_alike_from_s3_and_from_disk(s3_server: S3Server, realda
     assert there.index().table.equals(here.index().table)
     for study in there.index().table.slice(0, 12).to_pylist():
         path = study["films"][0]["path"]
-        assert np.array_equal(there.read_film(path).grey_HW, here.read_film(path).grey_HW)
+        assert np.array_equal(there.read_image(path).grey_HW, here.read_image(path).grey_HW)
     assert s3_server.gets("realpairs/corpus/images") == 12

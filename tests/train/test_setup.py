@@ -55,4 +55,4 @@ def test_a_film_that_may_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(storage, "read_bytes", refuse)
     with pytest.raises(BadRow, match="film file may not be read"):
-        FileSource(str(tmp_path), "pairs-csv").read_film("one.png")
+        FileSource(str(tmp_path), "pairs-csv").read_image("one.png")

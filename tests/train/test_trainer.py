@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
-from cmcgns.data.blocks import Block
+from cmcgns.data.record import Block
 from cmcgns.models.vision_language import VisionLanguageModel
 from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog

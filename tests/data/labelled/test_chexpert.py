@@ -50,7 +50,7 @@ def test_labels_follow_the_published_protocol(tmp_path: Path) -> None:
     assert {name: row["labels"] for name, row in rows(images).items()} == truth
     assert images.filtered == {"view LATERAL": 28 - len(truth)}
     assert "blank counts as 0" in images.rule
-    assert images.source.reader([]).read_film(next(iter(truth))).grey_HW.size
+    assert images.source.reader([]).read_image(next(iter(truth))).grey_HW.size
 
 
 def test_the_official_validation_set_is_tested_and_whole_patients_are_held_out(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ def test_the_phantom_set_gives_the_truth_of_its_films() -> None:
     for i, (row, shot) in enumerate(zip(images.table.to_pylist(), shots(), strict=True)):
         assert (row["image_id"], row["group"], row["split"]) == (shot.image_id, shot.patient_id, corpus.study(i).split)
         assert row["labels"] == [shot.truth.labels[name] for name in FINDINGS]
-        film = SOURCE.read_film(row["path"])
-        places = images.places(row, film)
+        film = SOURCE.read_image(row["path"])
+        places = images.annotations(row, film)
         found: dict[str, list[list[float]]] = {}
         for kind, corners in zip(places.kind_N, places.box_N4.tolist(), strict=True):
             found.setdefault(FINDINGS[kind], []).append(corners)
@@ -33,9 +33,9 @@ def test_the_phantom_set_gives_the_truth_of_its_films() -> None:
 def test_truth_moves_with_the_frame() -> None:
     images = phantom_set(SOURCE)
     row = next(row for row, shot in zip(images.table.to_pylist(), shots(), strict=True) if shot.boxes("effusion"))
-    film = SOURCE.read_film(row["path"])
+    film = SOURCE.read_image(row["path"])
     cut = film._replace(grey_HW=film.grey_HW[20:60, 4:], frame=film.frame._replace(top=20, bottom=60, left=4))
-    whole, part = images.places(row, film), images.places(row, cut)
+    whole, part = images.annotations(row, film), images.annotations(row, cut)
     assert (part.mask_KHW == whole.mask_KHW[:, 20:60, 4:]).all()
     effusion = part.box_N4[part.kind_N == FINDINGS.index("effusion")]
     expected = whole.box_N4[whole.kind_N == FINDINGS.index("effusion")] - [4, 20, 4, 20]

@@ -41,7 +41,7 @@ def test_every_film_has_the_class_its_line_says(
     assert images.exclusive
     for name, row in rows(images).items():
         assert row["labels"] == [float(each.lower() == truth[name]) for each in classes]
-        images.source.reader([]).read_film(row["path"])
+        images.source.reader([]).read_image(row["path"])
 
 
 def test_patients_of_the_test_set_are_left_out_of_training(tmp_path: Path) -> None:

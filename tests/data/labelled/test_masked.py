@@ -138,8 +138,8 @@ def test_real_lungs_have_masks_and_boxes(realdata: Path) -> None:
     masked = [row for row in rows(images).values() if row["masks"]]
     assert len(masked) == len(list((realdata / "masks").iterdir()))
     for row in masked[:3]:
-        film = images.source.reader([]).read_film(row["path"])
-        places = images.places(row, film)
+        film = images.source.reader([]).read_image(row["path"])
+        places = images.annotations(row, film)
         share = places.mask_KHW.mean()
         assert 0.1 < share < 0.7
         # what is boxed as lung and what is painted as lung are much the same

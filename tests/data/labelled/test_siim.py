@@ -67,10 +67,10 @@ def test_the_rows_of_an_image_are_one_mask_on_its_film(tmp_path: Path, zoom: int
     assert max(len(row["masks"]) for row in found.values()) == 2
     assert min(len(row["masks"]) for row in found.values()) == 0
     for row, shot in zip(found.values(), shots()[CHOSEN], strict=True):
-        film = images.source.reader([]).read_film(row["path"])
+        film = images.source.reader([]).read_image(row["path"])
         assert film.frame == (LEFT * zoom, TOP * zoom, SIDE * zoom, SIDE * zoom)
         truth = np.kron(torn_mask(shot)[TOP:, LEFT:], np.ones((zoom, zoom), bool))
-        assert (images.places(row, film).mask_KHW == truth).all()
+        assert (images.annotations(row, film).mask_KHW == truth).all()
         assert row["labels"] == [float(truth.any())]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cmcgns.data.image import Frame
 from cmcgns.data.labelled import ImageSet
-from cmcgns.phantom import FilmTruth, PhantomCorpus
+from cmcgns.phantom import ImageTruth, PhantomCorpus
 
 STUDIES, SIDE = 30, 64
 DARKEST = 16
@@ -28,7 +28,7 @@ class Shot:
     image_id: str
     patient_id: str
     grey_HW: NDArray[np.uint8]
-    truth: FilmTruth
+    truth: ImageTruth
 
     @property
     def scan_HW(self) -> NDArray[np.uint8]:
@@ -92,8 +92,8 @@ def splits(images: ImageSet) -> dict[str, set[str]]:
 
 def seen(images: ImageSet, row: dict[str, Any]) -> tuple[list[tuple[str, list[float]]], NDArray[np.bool_]]:
     """The boxes, each with its class, and the masks of a row, on its film as read, whose borders are gone."""
-    film = images.source.reader([row["path"]]).read_film(row["path"])
+    film = images.source.reader([row["path"]]).read_image(row["path"])
     assert film.frame == KEPT
-    places = images.places(row, film)
+    places = images.annotations(row, film)
     named = [images.box_classes[kind] for kind in places.kind_N]
     return list(zip(named, places.box_N4.tolist(), strict=True)), places.mask_KHW

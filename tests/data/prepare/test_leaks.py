@@ -6,8 +6,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from cmcgns.data.manifest import SHARD_SCHEMA
 from cmcgns.data.prepare.check import facts_of, leaks
+from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.phantom import PhantomCorpus
 
 CORPUS = PhantomCorpus(40, seed=4, height=128, width=112)
@@ -29,7 +29,7 @@ def encoded(grey_HW: np.ndarray, suffix: str, *options: int) -> bytes:
 
 
 def facts(*rows: dict[str, object]) -> pd.DataFrame:
-    found, broken = facts_of(pa.Table.from_pylist(list(rows), schema=SHARD_SCHEMA))
+    found, broken = facts_of(pa.Table.from_pylist(list(rows), schema=PREPARED_SCHEMA))
     assert broken == []
     return found.to_pandas()
 

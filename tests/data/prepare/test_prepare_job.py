@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.image import Target, shrink
-from cmcgns.data.manifest import SHARD_SCHEMA, read_manifest
+from cmcgns.data.manifest import read_manifest
 from cmcgns.data.order import study_key
 from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.prepare.shard import encode
 from cmcgns.data.readers import open_source
 from cmcgns.data.readers.prepared import decode_prepared
+from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow, UserError
 from tests.data.prepare.sets import (
@@ -45,7 +46,7 @@ def test_each_row_is_the_pair_that_the_raw_set_gives(raw: Path, prepared: Path) 
     for row in found:
         study = studies[row["study_id"]]
         film = next(film for film in study["films"] if film["image_id"] == row["image_id"])
-        pixels = source.read_film(film["path"])
+        pixels = source.read_image(film["path"])
         image_HW = cv2.imdecode(np.frombuffer(row["image"], np.uint8), cv2.IMREAD_UNCHANGED)
         assert image_HW.dtype == np.uint8
         assert np.array_equal(image_HW, shrink(pixels.grey_HW, SIZE))
@@ -58,7 +59,7 @@ def test_each_row_is_the_pair_that_the_raw_set_gives(raw: Path, prepared: Path) 
         for name in ("patient_id", "group", "split"):
             assert row[name] == study[name]
         assert sorted(row["labels"]) == sorted(study["labels"])
-    assert list(found[0]) == SHARD_SCHEMA.names
+    assert list(found[0]) == PREPARED_SCHEMA.names
     films = sum(len(study["films"]) for study in studies.values())
     assert len({row["image_id"] for row in found}) == len(found) == films - 3
 
@@ -127,7 +128,7 @@ def test_the_prepared_set_is_a_corpus_like_the_raw_one(raw: Path, prepared: Path
         path = first["films"][0]["path"]
         reader = here.reader([path])
         assert reader.read_sentences(first, path).sentences == parse_report(here.read_report(first)).sentences
-        assert min(reader.read_film(path).grey_HW.shape) <= SIZE
+        assert min(reader.read_image(path).grey_HW.shape) <= SIZE
 
 
 def test_a_prepare_that_is_killed_goes_on_to_the_same_set(raw: Path, prepared: Path, tmp_path: Path) -> None:
@@ -272,6 +273,6 @@ def test_a_shard_that_is_gone_or_broken_gives_bad_rows(
         shard = path.partition("#")[0]
         if shard in reasons:
             with pytest.raises(BadRow, match=reasons[shard]):
-                reader.read_film(path)
+                reader.read_image(path)
         else:
-            assert reader.read_film(path).grey_HW.size
+            assert reader.read_image(path).grey_HW.size
