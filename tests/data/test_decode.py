@@ -100,7 +100,7 @@ def png_that_declares(width: int, height: int) -> bytes:
         (b"\xff\xd8\xff" + b"\0" * 50, "truncated"),
         (png_that_declares(60_000, 60_000), "over the limit"),
         (png_that_declares(12_000, 12_000), "over the limit"),
-        (encoded(Image.fromarray(RAMP), "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)]), "2 pictures"),
+        (encoded(Image.fromarray(RAMP), "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)]), "2 images"),
     ],
     ids=["0 bytes", "PDF", "HTML", "PNG cut", "JPEG cut", "PNG head", "JPEG junk", "bomb", "half bomb", "two pages"],
 )

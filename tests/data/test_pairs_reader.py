@@ -101,14 +101,14 @@ def test_bad_rows_have_a_source_and_a_reason(tmp_path: Path) -> None:
     ]
     index = index_of(tmp_path, "image,report", *lines)
     assert [(row["source"], row["reason"]) for row in index.bad_rows] == [
-        ("pairs.csv row 1", "film path leaves the corpus's folder"),
-        ("pairs.csv row 2", "film path leaves the corpus's folder"),
+        ("pairs.csv row 1", "film path is outside the corpus folder"),
+        ("pairs.csv row 2", "film path is outside the corpus folder"),
         ("pairs.csv row 3", "row names no image"),
         ("pairs.csv row 4", "row has no report"),
     ]
     assert index.table.num_rows == 1
     source = open_source(str(tmp_path))
-    for path, reason in (("b.png", "missing"), ("../pairs.csv", "leaves"), ("pairs.csv", "neither")):
+    for path, reason in (("b.png", "missing"), ("../pairs.csv", "outside"), ("pairs.csv", "neither")):
         with pytest.raises(BadRow, match=reason):
             source.read_image(path)
 
@@ -116,7 +116,7 @@ def test_bad_rows_have_a_source_and_a_reason(tmp_path: Path) -> None:
 def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
     report = "The heart of John Doe is enlarged. " * 40
     index = index_of(tmp_path, "image,report,view", f"{report},Clear lungs.,PA", "a.png,Clear lungs,JOHN DOE IS WELL")
-    assert index.filtered == {"view of another name": 1}
+    assert index.filtered == {"other view": 1}
     for name in (report, report[:300], "x\0y.png"):
         with pytest.raises(BadRow) as caught:
             open_source(str(tmp_path)).read_image(name)
@@ -165,18 +165,18 @@ def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no readable CSV"),
+        (b"", "not a valid CSV"),
         (b"\x89PNG\r\n\0\0", "zero bytes"),
         (b"a.png,Clear lungs.\n", "no column image and no column report"),
         (b"image;report\na.png;Clear lungs.\n", "seems to use semicolons"),
         (b"image,text\na.png,Clear lungs.\n", "no column report"),
         (b"image,report,Report\na.png,x,y\n", "column report appears twice"),
-        (b'image,report\na.png,"never closed\n', "no readable CSV"),
+        (b'image,report\na.png,"never closed\n', "not a valid CSV"),
         (
             b"image,report,split\na.png,Clear lungs.,tarin\n",
-            "split tarin is unknown in 1 rows, the first of them row 1",
+            "unknown split tarin in 1 rows, first in row 1",
         ),
-        (b"image,split,report\na.png,Clear lungs,train\n", "split is unknown in 1 rows"),
+        (b"image,split,report\na.png,Clear lungs,train\n", "unknown split in 1 rows"),
         (b"\x1f\x8b broken gzip", "broken gzip"),
     ],
 )

@@ -167,9 +167,9 @@ def test_open_i_with_and_without_its_table_of_views(tmp_path: Path) -> None:
     assert {row["source"]: row["reason"] for row in index.bad_rows} == {
         "3.xml": "FINDINGS and IMPRESSION are both empty",
         "4.xml": "report names no image",
-        "6.xml": "no image of the report lies in the folder",
+        "6.xml": "all images of the report are missing",
         "7.xml": "XML cannot be parsed (line 1)",
-        "8.xml": "XML cannot be parsed (its encoding is unknown or not as declared)",
+        "8.xml": "XML cannot be parsed (unknown or wrong encoding)",
         "9.xml": "report file is missing",
     }
     assert index.filtered == {"image file is missing": 1}

@@ -197,7 +197,7 @@ def test_one_object_that_is_gone_or_closed_is_a_bad_row(bucket: str, proxy: Faul
     with pytest.raises(BadRow, match="film file is missing"):
         source.read_image("films/2.bin")
     proxy.faults = Faults(refusal=DENIED, only="1[.]bin")
-    with pytest.raises(BadRow, match="film file may not be read"):
+    with pytest.raises(BadRow, match="access to the film file is denied"):
         source.read_image("films/1.bin")
 
 

@@ -107,5 +107,5 @@ def parse_phantom_uri(uri: str, studies: int, seed: int) -> tuple[int, int]:
         )
     numbers = [int(part) for part in given] + [studies, seed][len(given) :]
     if not 1 <= numbers[0] <= MAX_STUDIES:
-        raise UserError(f"data.uri {uri} asks for {numbers[0]} studies; give 1 to {MAX_STUDIES}")
+        raise UserError(f"data.uri {uri} asks for {numbers[0]} studies; phantom:STUDIES takes 1 to {MAX_STUDIES}")
     return numbers[0], numbers[1]

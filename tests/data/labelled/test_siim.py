@@ -100,12 +100,12 @@ def test_a_run_may_end_with_the_last_pixel_and_begin_with_the_first() -> None:
     [
         ("3", "1 numbers, not pairs"),
         ("", "0 numbers, not pairs"),
-        ("0 5 -2 1", "leaves the mask"),
-        ("0 5 1 1", "leaves the mask"),
-        ("9 9223372036854775807", "leaves the mask"),
-        ("0 99999999999999999999", "whole numbers"),
-        ("1 2.5", "whole numbers"),
-        ("one 2", "whole numbers"),
+        ("0 5 -2 1", "exceeds the mask"),
+        ("0 5 1 1", "exceeds the mask"),
+        ("9 9223372036854775807", "exceeds the mask"),
+        ("0 99999999999999999999", "not integers"),
+        ("1 2.5", "not integers"),
+        ("one 2", "not integers"),
     ],
 )
 def test_broken_runs_name_their_image(tmp_path: Path, text: str, says: str) -> None:

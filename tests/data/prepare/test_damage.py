@@ -27,10 +27,10 @@ REASONS = {
     "empty.png": "film file is empty (0 bytes)",
     "wrong.jpg": "film file is neither JPEG, PNG, TIFF, BMP, WebP nor DICOM",
     "bomb.png": "film is over the limit of 100000000 pixels",
-    "loop.png": "film file is a symbolic link that leads in a circle",
+    "loop.png": "film file is a circular symbolic link",
     "dangling.png": "film file is missing",
     "folder.png": "film file is missing",
-    "../escape.png": "film path leaves the corpus's folder",
+    "../escape.png": "film path is outside the corpus folder",
 }
 
 

@@ -136,7 +136,7 @@ def test_a_prepare_that_is_killed_goes_on_to_the_same_set(raw: Path, prepared: P
     assert kill_when(lambda: len(shards(str(out))) >= 2, *settings(raw, out))
     (out / ".train-00099.parquet.partial-1").write_bytes(b"half")
     left = len(shards(str(out)))
-    with pytest.raises(UserError, match="half prepared"):
+    with pytest.raises(UserError, match="incomplete prepared set"):
         open_source(str(out))
     with pytest.raises(UserError, match=r"begun with image_size 96, not 64"):
         prepare_here(raw, out, "--prepare.image_size=64")
@@ -154,7 +154,7 @@ def test_the_same_command_twice_makes_nothing_twice(
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
     assert prepare_here(raw, prepared) == 0
-    assert "was complete already" in capsys.readouterr().out
+    assert "was already complete" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
@@ -244,7 +244,7 @@ def test_tasks_larger_than_the_machine_are_refused(local_ray: None, raw: Path, t
 
 def test_a_film_too_long_for_its_format_is_a_bad_row() -> None:
     long_HW = np.zeros((70_000, 4), np.uint8)
-    with pytest.raises(BadRow, match="film of 4 x 70000 pixels is too long for jpeg"):
+    with pytest.raises(BadRow, match="film of 4 x 70000 pixels is too large for jpeg"):
         encode(long_HW, PrepareConfig())
     assert np.array_equal(decode_prepared(encode(long_HW, PrepareConfig(encoding="png"))), long_HW)
     assert decode_prepared(b"") is None

@@ -76,8 +76,8 @@ def test_through_a_server_that_misbehaves_the_same_set_comes_out_and_retries_are
         proxy.faults = Faults()
         assert read_manifest(f"{bucket}/set").content_hash == read_manifest(str(tmp_path / "set")).content_hash
         said = capsys.readouterr().out
-        assert int(said.split(" requests tried again")[-2].split()[-1]) == 0  # the last shard of the local set
-        retries = max(int(part.split()[-1]) for part in said.split(" requests tried again")[:-1])
+        assert int(said.split(" requests retried")[-2].split()[-1]) == 0  # the last shard of the local set
+        retries = max(int(part.split()[-1]) for part in said.split(" requests retried")[:-1])
         assert retries > 0
         print(f"{proxy.counts}; {retries} retries told by tasks")
         # nothing but the set lies there
