@@ -1,4 +1,4 @@
-"""A study's report: what the film shows, in words that vary, with the rest that radiologists write."""
+"""The report of a study: its findings in varying words, and the other sections that radiologists write."""
 
 import re
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from cmcgns.phantom.canvas import Draws
 from cmcgns.phantom.findings import Condition, Finding
 
 LUNG = {"consolidation", "edema", "nodule", "atelectasis"}
-"""Without any of these the lungs may be called clear."""
+"""The lungs may be called clear only without these."""
 PLEURA = {"effusion", "pneumothorax"}
 
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What a report may speak of."""
+    """The facts that a report may mention."""
 
     patient: Patient
     condition: Condition
     findings: tuple[Finding, ...]
     prior: tuple[Finding, ...] | None
-    """The findings of the patient's study before this one."""
+    """The findings of the patient's previous study."""
 
     @property
     def present(self) -> set[str]:
@@ -30,7 +30,7 @@ class ReportFacts:
 
 
 def write_report(facts: ReportFacts, *key: object) -> str:
-    """The report of study ``key``, its sections divided by blank lines."""
+    """The report of study ``key``, with blank lines between sections."""
     d = Draws(*key, "report")
     preamble = _preamble(facts, d)
     findings, impression = _body(facts, d)
@@ -46,20 +46,20 @@ def _body(facts: ReportFacts, d: Draws) -> tuple[str, str]:
         return "", _impression(facts, d)
     style = d.weighted((("both", 0.80), ("findings", 0.10), ("impression", 0.10)))
     description = "  ".join(_findings(facts, d))
-    if style == "impression":  # the whole description under one heading, as many wards write it
+    if style == "impression":  # the whole description under one heading, as is common on wards
         return "", description
     return description, _impression(facts, d) if style == "both" else ""
 
 
 def word(template: str, finding: Finding, d: Draws) -> str:
-    """``template`` with the finding's size, side and place filled in."""
+    """``template`` with size, side and location of the finding."""
     size = d.choice(phrases.SIZE[finding.name][finding.severity]) if finding.severity else ""
     return _fill(
         template,
         size=size,
         sizely=size + "ly" if size != "marked" else "markedly",
         side=finding.side,
-        place=d.choice(phrases.places(finding)),
+        place=d.choice(phrases.locations(finding)),
         length=d.choice(phrases.LENGTH[finding.size_mm]) if finding.size_mm else "",
         tip=finding.tip,
         device=finding.kind,
@@ -67,7 +67,7 @@ def word(template: str, finding: Finding, d: Draws) -> str:
 
 
 def _fill(template: str, **slots: str) -> str:
-    """``template`` with its slots filled, and capitals where a slot asks or a sentence starts."""
+    """``template`` with its slots filled, and capitals for capitalised slots and at the start."""
     capitals = {name.capitalize(): value[:1].upper() + value[1:] for name, value in slots.items()}
     text = template.format(**slots, **capitals).replace("the both", "both")
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
@@ -117,7 +117,7 @@ def _findings(facts: ReportFacts, d: Draws) -> list[str]:
 
 
 def _technique(facts: ReportFacts, d: Draws) -> list[str]:
-    """How the film was taken, where a radiologist would remark on it."""
+    """Remarks on how the film was taken, if it was not as usual."""
     condition, said = facts.condition, []
     if condition.inspiration != "normal" and d.chance(0.92):
         said.append(d.choice(phrases.INSPIRATION[condition.inspiration]))
@@ -131,7 +131,7 @@ def _technique(facts: ReportFacts, d: Draws) -> list[str]:
 
 
 def _lungs(facts: ReportFacts, d: Draws) -> list[str]:
-    """Lungs and pleura: what is there, then what is not."""
+    """Lungs and pleura: present findings, then absent ones."""
     said = []
     for finding in d.shuffled([f for f in facts.findings if f.name not in ("cardiomegaly", "device")]):
         said.append(word(d.choice(phrases.sentences(finding)), finding, d))
@@ -159,7 +159,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _change(finding: Finding, prior: tuple[Finding, ...] | None) -> str:
-    """How a finding compares with the study before: new, worse, better, same, or nothing to compare."""
+    """Change of a finding since the previous study: new, worse, better, same, or empty without one."""
     if prior is None or finding.name == "nodule":
         return ""
     grades = ("mild", "moderate", "severe")
@@ -185,7 +185,7 @@ def _heart(facts: ReportFacts, d: Draws) -> list[str]:
 
 
 def _rest(facts: ReportFacts, d: Draws) -> list[str]:
-    """Bones, diaphragm, what overlies the chest, and sentences that say little."""
+    """Bones, diaphragm, overlying structures and general remarks."""
     patient, condition = facts.patient, facts.condition
     said = []
     if patient.scoliosis and d.chance(0.85):

@@ -42,7 +42,7 @@ WRONG = [
      "b.png,Mass,1,2,3,4"]}, "BBox_List_2017.csv: 1 of its images are not in Data_Entry_2017.csv, such as b.png"),
     ("nih", {"Data_Entry_2017.csv": [NIH, NIH_ROW], "BBox_List_2017.csv": ["Image Index,Finding Label,Bbox [x,y,w,h],,,",
      "a.png,Mass,1,2,3"]}, "not every row has x, y, w and h"),
-    ("nih", {"Data_Entry_2017.csv": [NIH, NIH_ROW], "x/a.png": [], "y/a.png": []}, "image a.png exists twice, as x/a.png and y/a"),
+    ("nih", {"Data_Entry_2017.csv": [NIH, NIH_ROW], "x/a.png": [], "y/a.png": []}, "image a.png exists twice, as x/a.png and"),
     ("rsna", {"stage_2_train_labels.csv": [RSNA, "p,1,2,3,,1"]}, "row 1 under the header, patientId p, is neither Target 1"),
     ("rsna", {"stage_2_train_labels.csv": [RSNA, "p,1,2,3,4,0"]}, "row 1 under the header"),
     ("rsna", {"stage_2_train_labels.csv": [RSNA, "p,1,2,3,4,1", "q,,,,,0", "p,,,,,0"]}, "row 1 under the header"),
