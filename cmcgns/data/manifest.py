@@ -93,14 +93,14 @@ def read_manifest(uri: str) -> Manifest:
 
 
 @contextmanager
-def well_formed(uri: str, what: str, fix: str) -> Iterator[None]:
-    """Turn errors from parsing the JSON file at ``uri`` into one message that it is not a ``what``, with the ``fix``."""
+def well_formed(uri: str, kind: str, fix: str) -> Iterator[None]:
+    """Turn errors from parsing the JSON file at ``uri`` into one message that it is not a ``kind``, with the ``fix``."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{uri} is not a {what} ({type(error).__name__}); {fix}") from None
+        raise UserError(f"{uri} is not a {kind} ({type(error).__name__}); {fix}") from None
 
 
 def content_hash(rows: pa.Table) -> str:

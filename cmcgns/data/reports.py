@@ -150,33 +150,33 @@ def as_parsed(sentences: Sequence[str]) -> ParsedReport:
 
 def report_text(text: str) -> str:
     """Impression then findings; otherwise the last paragraph, other sections, the comparison, or the full text."""
-    found = sections(text)
-    parts = [found[name] for name in ("impression", "findings") if name in found]
+    contents = sections(text)
+    parts = [contents[name] for name in ("impression", "findings") if name in contents]
     if parts:
         return "\n\n".join(parts)
     for name in ("last_paragraph", "full report", "wet read"):
-        if name in found:
-            return found[name]
+        if name in contents:
+            return contents[name]
     known = set(SECTION_NAMES.values()) | {name for _, name in NAME_PARTS} | {"preamble"}
-    others = [content for name, content in found.items() if name not in known]
-    return "\n\n".join(others) or found.get("comparison") or found.get("addendum") or found.get("preamble", "")
+    others = [content for name, content in contents.items() if name not in known]
+    return "\n\n".join(others) or contents.get("comparison") or contents.get("addendum") or contents.get("preamble", "")
 
 
 def sections(text: str) -> dict[str, str]:
     """The report's sections by normalised name; ``full report`` if it has no header."""
     text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    found: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for block in _DIVIDER.split(text):
         pieces = list(_split_at_headers(block))
         # a later block is the report, an earlier one its addendum: the later one wins
-        found = {**found, **_collect(pieces)}
-    if "impression" in found or "findings" in found:
-        return found
+        contents = {**contents, **_collect(pieces)}
+    if "impression" in contents or "findings" in contents:
+        return contents
     # one line with "History: ..." in the middle is not split into sections
-    if "\n" not in text.strip() or not set(found) - {"preamble"}:
-        whole = "\n".join(_DIVIDER.split(text)).strip()
-        return {"full report": whole} if whole else {}
-    return {**found, **_last_paragraph(found)}
+    if "\n" not in text.strip() or not set(contents) - {"preamble"}:
+        full = "\n".join(_DIVIDER.split(text)).strip()
+        return {"full report": full} if full else {}
+    return {**contents, **_last_paragraph(contents)}
 
 
 def _split_at_headers(block: str) -> Iterator[tuple[str, str]]:
@@ -212,26 +212,26 @@ def _section_name(header: str) -> str:
 
 def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
     """One content per section name: repeated sections are joined, but only the last impression is kept."""
-    found: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for name, content in pieces:
         if not content:
             continue
-        if name in found and name != "impression":
-            content = f"{found[name]}\n\n{content}"
-        found.pop(name, None)
-        found[name] = content
-    both = found.pop("findings and impression", None)
+        if name in contents and name != "impression":
+            content = f"{contents[name]}\n\n{content}"
+        contents.pop(name, None)
+        contents[name] = content
+    both = contents.pop("findings and impression", None)
     if both is not None:
         # if there is a separate impression, the joint section is the findings
-        name = "findings" if "impression" in found else "impression"
-        found[name] = "\n\n".join(part for part in (both, found.get(name)) if part)
-    return found
+        name = "findings" if "impression" in contents else "impression"
+        contents[name] = "\n\n".join(part for part in (both, contents.get(name)) if part)
+    return contents
 
 
-def _last_paragraph(found: dict[str, str]) -> dict[str, str]:
+def _last_paragraph(contents: dict[str, str]) -> dict[str, str]:
     """The last section, split at its first blank line: the text after it is a description without a header."""
-    name = list(found)[-1]
-    head, blank, rest = _first_break(found[name])
+    name = list(contents)[-1]
+    head, blank, rest = _first_break(contents[name])
     if not blank or not rest.strip():
         return {}
     return {name: head.strip(), "last_paragraph": rest.strip()}
@@ -246,11 +246,11 @@ def _first_break(content: str) -> tuple[str, str, str]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of ``text``, each on one line, without list numbers and de-identification tokens."""
-    found: list[str] = []
+    pieces: list[str] = []
     for paragraph in _BREAK.split(text.replace("\r\n", "\n")):
         for item in _split_list(paragraph):
-            found += _split_sentences(" ".join(_DEIDENTIFIED.sub(" ", item).split()))
-    return [sentence for sentence in found if _WORD.search(sentence)]
+            pieces += _split_sentences(" ".join(_DEIDENTIFIED.sub(" ", item).split()))
+    return [sentence for sentence in pieces if _WORD.search(sentence)]
 
 
 def _split_list(paragraph: str) -> Iterator[str]:

@@ -116,8 +116,8 @@ class Chest:
     def wall(self, side: str, y: Points | float) -> Points:
         """The lung's lateral border (unsigned x) at height ``y``."""
         top, low = self.patient.apex, self.sulcus(side)
-        place = (np.asarray(y, np.float64) - top) / (low - top)
-        share = np.interp(place, [0.0, 0.05, 0.15, 0.35, 0.6, 0.85, 1.0], [0.42, 0.58, 0.73, 0.88, 0.97, 1.0, 0.985])
+        depth = (np.asarray(y, np.float64) - top) / (low - top)
+        share = np.interp(depth, [0.0, 0.05, 0.15, 0.35, 0.6, 0.85, 1.0], [0.42, 0.58, 0.73, 0.88, 0.97, 1.0, 0.985])
         width: Points = share * self.half_width(side)
         return width
 

@@ -87,14 +87,14 @@ class PhantomCorpus:
         patient, turn = self._patient(self._index(i))
         condition, findings = self._facts(i, patient)
         prior = self._facts(i - 1, patient)[1] if turn else None
-        found = {finding.name for finding in findings}
+        names = {finding.name for finding in findings}
         return PhantomStudy(
             study_id=f"s5{permuted(i, NUMBERS, self.seed, 'study'):07d}",
             patient_id=patient.patient_id,
             split=split_of(patient.key),
             films=tuple(PhantomImage(self._image_id(i, k), view) for k, view in enumerate(condition.views)),
             findings=findings,
-            labels={name: float(name in found) for name in FINDINGS},
+            labels={name: float(name in names) for name in FINDINGS},
             report=write_report(ReportFacts(patient, condition, findings, prior), self.seed, i),
             patient=patient,
             condition=condition,
@@ -139,11 +139,11 @@ class PhantomCorpus:
 
     def _patient(self, i: int) -> tuple[Patient, int]:
         """The patient of study ``i``, and the number of their earlier studies."""
-        block, place = divmod(i, BLOCK)
+        block, index = divmod(i, BLOCK)
         for number, size in enumerate(_shares(self.seed, block)):
-            if place < size:
-                return _draw_patient(self.seed, block, number), place
-            place -= size
+            if index < size:
+                return _draw_patient(self.seed, block, number), index
+            index -= size
         raise AssertionError("a block's shares add up to it")
 
     def _index(self, i: int) -> int:
@@ -180,8 +180,8 @@ def _shares(seed: int, block: int) -> tuple[int, ...]:
 @lru_cache(maxsize=4096)
 def _draw_patient(seed: int, block: int, number: int) -> Patient:
     """Patient ``number`` of a block; cached because a patient has several studies."""
-    place = permuted(block * BLOCK + number, NUMBERS, seed, "patient")
-    return Patient.draw(f"p1{place:07d}", seed, block, number)
+    digits = permuted(block * BLOCK + number, NUMBERS, seed, "patient")
+    return Patient.draw(f"p1{digits:07d}", seed, block, number)
 
 
 _LINE = 13  # pixels

@@ -44,8 +44,8 @@ def paint(facts: FilmFacts, height: int, width: int) -> Painting:
     canvas = _pose(height, width, chest.view, draws)
     outlines = {side: chest.lung(side) for side in SIDES}
     lungs = {side: canvas.blur(canvas.fill([outlines[side]]), 0.006) for side in SIDES}
-    torn = tuple(side for f in facts.findings if f.name == "pneumothorax" for side in f.sides)
-    setting = Setting(canvas, chest, outlines, lungs, canvas.fill([chest.heart()]), torn)
+    collapsed = tuple(side for f in facts.findings if f.name == "pneumothorax" for side in f.sides)
+    setting = Setting(canvas, chest, outlines, lungs, canvas.fill([chest.heart()]), collapsed)
     lesions = [
         (f, PAINTERS[f.name](setting, f, Draws(*facts.study_key, "lesion", f.name, f.number))) for f in facts.findings
     ]

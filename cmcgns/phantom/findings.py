@@ -175,12 +175,12 @@ def _edema(d: Draws, others: list[Finding]) -> list[Finding]:
 
 def _atelectasis(d: Draws, others: list[Finding]) -> list[Finding]:
     """Bands at one base or both, or in one mid lung."""
-    places, severity = _free_zones(d, others), _severity(d)
-    bases = [side for side, zone in places if zone == "lower"]
+    free, severity = _free_zones(d, others), _severity(d)
+    bases = [side for side, zone in free if zone == "lower"]
     if bases and d.chance(0.75):
         both = len(bases) == 2 and d.chance(0.3)
         return [Finding("atelectasis", side="bilateral" if both else bases[0], zone="lower", severity=severity)]
-    side = next(side for side, zone in places if zone == "mid")
+    side = next(side for side, zone in free if zone == "mid")
     return [Finding("atelectasis", side=side, zone="mid", severity=severity)]
 
 
@@ -210,15 +210,15 @@ def _devices(patient: Patient, present: bool, others: list[Finding], d: Draws) -
     if present:
         count = d.weighted(((1, 0.55), (2, 0.3), (3, 0.15)))
         kinds |= set(d.shuffled(DEVICES[2:7])[:count])
-    torn = [finding.side for finding in others if finding.name == "pneumothorax"]
-    if torn and d.chance(0.3):
+    collapsed = [finding.side for finding in others if finding.name == "pneumothorax"]
+    if collapsed and d.chance(0.3):
         kinds.add("chest tube")
     side = {
         "pacemaker": "left" if Draws(patient.key, "pacemaker").chance(0.8) else "right",
         "internal jugular line": d.weighted((("right", 0.75), ("left", 0.25))),
         "subclavian line": d.choice(("right", "left")),
         "PICC": d.choice(("right", "left")),
-        "chest tube": torn[0] if torn else "",
+        "chest tube": collapsed[0] if collapsed else "",
     }
     size = {"endotracheal tube": d.choice(TUBE_MM)}
     tip = {kind: d.choice(TIPS) for kind in VENOUS}

@@ -50,7 +50,7 @@ class Setting:
 Painter = Callable[[Setting, Finding, Draws], Lesion]
 
 
-def place(chest: Chest, side: str, across: float, down: float) -> tuple[float, float]:
+def lung_point(chest: Chest, side: str, across: float, down: float) -> tuple[float, float]:
     """A point of a lung: ``across`` 0 at the mediastinum, 1 at the wall; ``down`` 0 at the apex, 1 at the dome."""
     y = chest.patient.apex + down * (chest.dome(side) - chest.patient.apex)
     wall = float(chest.wall(side, y))
@@ -63,7 +63,7 @@ def zone_spot(s: Setting, finding: Finding, d: Draws) -> tuple[float, float]:
     hidden = 0.5 if finding.side == "left" and finding.zone != "upper" else 0.28
     hidden += 0.12 if s.chest.heart_ratio > 0.52 and finding.zone != "upper" else 0.0
     rim = max(hidden, 0.55) if finding.side in s.collapsed else 0.82
-    return place(s.chest, finding.side, d.uniform(hidden, rim), d.uniform(low, high))
+    return lung_point(s.chest, finding.side, d.uniform(hidden, rim), d.uniform(low, high))
 
 
 def effusion(s: Setting, finding: Finding, d: Draws) -> Lesion:
@@ -151,7 +151,7 @@ def atelectasis(s: Setting, finding: Finding, d: Draws) -> Lesion:
         bands, widths = [], []
         for _ in range((1, 2, 3)[GRADE[finding.severity]]):
             down = d.uniform(0.74, 0.95) if finding.zone == "lower" else d.uniform(0.46, 0.60)
-            x, y = place(s.chest, side, d.uniform(0.58, 0.72) if side == "left" else d.uniform(0.45, 0.65), down)
+            x, y = lung_point(s.chest, side, d.uniform(0.58, 0.72) if side == "left" else d.uniform(0.45, 0.65), down)
             reach, tilt, sag = d.uniform(0.15, 0.22), d.uniform(-0.45, 0.45), d.uniform(-0.02, 0.02)
             t = np.linspace(-1, 1, 9)
             line = np.stack([x + reach * t * np.cos(tilt), y + reach * t * np.sin(tilt) + sag * t**2], 1)

@@ -118,39 +118,39 @@ def _findings(facts: ReportFacts, d: Draws) -> list[str]:
 
 def _technique(facts: ReportFacts, d: Draws) -> list[str]:
     """Remarks on how the film was taken, if it was not as usual."""
-    condition, said = facts.condition, []
+    condition, sentences = facts.condition, []
     if condition.inspiration != "normal" and d.chance(0.92):
-        said.append(d.choice(phrases.INSPIRATION[condition.inspiration]))
+        sentences.append(d.choice(phrases.INSPIRATION[condition.inspiration]))
     if condition.rotation and d.chance(0.88):
-        said.append(_fill(d.choice(phrases.ROTATION), side=condition.rotation))
+        sentences.append(_fill(d.choice(phrases.ROTATION), side=condition.rotation))
     if condition.exposure != "normal" and d.chance(0.85):
-        said.append(d.choice(phrases.EXPOSURE[condition.exposure]))
+        sentences.append(d.choice(phrases.EXPOSURE[condition.exposure]))
     if facts.patient.habitus == "large" and d.chance(0.7):
-        said.append(d.choice(phrases.HABITUS["large"]))
-    return said
+        sentences.append(d.choice(phrases.HABITUS["large"]))
+    return sentences
 
 
 def _lungs(facts: ReportFacts, d: Draws) -> list[str]:
     """Lungs and pleura: present findings, then absent ones."""
-    said = []
+    sentences = []
     for finding in d.shuffled([f for f in facts.findings if f.name not in ("cardiomegaly", "device")]):
-        said.append(word(d.choice(phrases.sentences(finding)), finding, d))
+        sentences.append(word(d.choice(phrases.sentences(finding)), finding, d))
         change = _change(finding, facts.prior)
         if change and d.chance(0.35):
-            said.append(d.choice(phrases.CHANGES[change]))
+            sentences.append(d.choice(phrases.CHANGES[change]))
     if not facts.present & LUNG and d.chance(0.7):
-        said.append(d.choice(phrases.OTHERWISE_CLEAR if facts.present & PLEURA else phrases.CLEAR))
+        sentences.append(d.choice(phrases.OTHERWISE_CLEAR if facts.present & PLEURA else phrases.CLEAR))
     denials = _denials(facts, d)
-    return denials + said if d.chance(0.15) else said + denials
+    return denials + sentences if d.chance(0.15) else sentences + denials
 
 
 def _denials(facts: ReportFacts, d: Draws) -> list[str]:
     """Sentences that deny absent findings, one to three at a time."""
     weights = {"effusion": 0.8, "pneumothorax": 0.8, "consolidation": 0.6, "edema": 0.35, "nodule": 0.08}
     absent = [name for name, share in weights.items() if name not in facts.present and d.chance(share)]
-    said = [d.choice(phrases.ABSENT[name]) for name in d.shuffled(absent)]
-    cut = 2 if len(said) > 3 or (len(said) > 1 and d.chance(0.2)) else 0
-    return [_fill(d.choice(phrases.DENIALS), list=_listed(part)) for part in (said[:cut], said[cut:]) if part]
+    sentences = [d.choice(phrases.ABSENT[name]) for name in d.shuffled(absent)]
+    cut = 2 if len(sentences) > 3 or (len(sentences) > 1 and d.chance(0.2)) else 0
+    return [_fill(d.choice(phrases.DENIALS), list=_listed(part)) for part in (sentences[:cut], sentences[cut:]) if part]
 
 
 def _listed(items: list[str]) -> str:
@@ -173,38 +173,40 @@ def _change(finding: Finding, prior: tuple[Finding, ...] | None) -> str:
 def _heart(facts: ReportFacts, d: Draws) -> list[str]:
     """Heart, aorta and mediastinum."""
     large = [f for f in facts.findings if f.name == "cardiomegaly"]
-    said = [word(d.choice(phrases.sentences(f)), f, d) for f in large]
+    sentences = [word(d.choice(phrases.sentences(f)), f, d) for f in large]
     if not large and d.chance(0.85):
-        said.append(d.choice([s for s in phrases.HEART_NORMAL if facts.patient.aorta == "normal" or "media" not in s]))
+        sentences.append(
+            d.choice([s for s in phrases.HEART_NORMAL if facts.patient.aorta == "normal" or "media" not in s])
+        )
     if facts.patient.aorta != "normal":
         if d.chance(0.8):
-            said.append(d.choice(phrases.AORTA[facts.patient.aorta]))
+            sentences.append(d.choice(phrases.AORTA[facts.patient.aorta]))
     elif d.chance(0.4):
-        said.append(d.choice(phrases.MEDIASTINUM_NORMAL))
-    return said
+        sentences.append(d.choice(phrases.MEDIASTINUM_NORMAL))
+    return sentences
 
 
 def _rest(facts: ReportFacts, d: Draws) -> list[str]:
     """Bones, diaphragm, overlying structures and general remarks."""
     patient, condition = facts.patient, facts.condition
-    said = []
+    sentences = []
     if patient.scoliosis and d.chance(0.85):
-        said.append(d.choice(phrases.SCOLIOSIS["left" if patient.scoliosis > 0 else "right"]))
+        sentences.append(d.choice(phrases.SCOLIOSIS["left" if patient.scoliosis > 0 else "right"]))
     if patient.old_fracture and d.chance(0.8):
-        said.append(_fill(d.choice(phrases.FRACTURE), side=patient.old_fracture))
+        sentences.append(_fill(d.choice(phrases.FRACTURE), side=patient.old_fracture))
     if patient.raised_dome and d.chance(0.85):
-        said.append(_fill(d.choice(phrases.RAISED_DOME), side=patient.raised_dome))
+        sentences.append(_fill(d.choice(phrases.RAISED_DOME), side=patient.raised_dome))
     if patient.stomach > LARGE_STOMACH and d.chance(0.6):
-        said.append(d.choice(phrases.STOMACH))
+        sentences.append(d.choice(phrases.STOMACH))
     if condition.leads and d.chance(0.75):
-        said.append(d.choice(phrases.LEADS))
+        sentences.append(d.choice(phrases.LEADS))
     if condition.nipples and d.chance(0.75):
-        said.append(d.choice(phrases.NIPPLES))
+        sentences.append(d.choice(phrases.NIPPLES))
     if condition.skin_fold and d.chance(0.6):
-        said.append(_fill(d.choice(phrases.SKIN_FOLD), side=condition.skin_fold))
+        sentences.append(_fill(d.choice(phrases.SKIN_FOLD), side=condition.skin_fold))
     if not (patient.scoliosis or patient.old_fracture) and d.chance(0.4):
-        said.append(d.choice(phrases.REMARKS))
-    return said
+        sentences.append(d.choice(phrases.REMARKS))
+    return sentences
 
 
 def _impression(facts: ReportFacts, d: Draws) -> str:

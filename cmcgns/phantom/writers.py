@@ -279,19 +279,19 @@ def _write_pairs(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
 
 def _write_jpg_study(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
     study = corpus.study(i)
-    place = _write_report(study, folder, corpus.seed, i)
+    target = _write_report(study, folder, corpus.seed, i)
     for film, shot in enumerate(study.films):
-        _save(corpus.render(i, film), place / f"{shot.image_id}.jpg")
+        _save(corpus.render(i, film), target / f"{shot.image_id}.jpg")
     return _film_rows(study, i)
 
 
 def _write_dicom_study(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
     study = corpus.study(i)
-    place = _write_report(study, folder, corpus.seed, i)
+    target = _write_report(study, folder, corpus.seed, i)
     for film, shot in enumerate(study.films):
         stored, photometric, window = twelve_bit(corpus.render(i, film), Draws(corpus.seed, i, film, "dicom"))
         write_dicom(
-            place / f"{shot.image_id}.dcm",
+            target / f"{shot.image_id}.dcm",
             stored,
             photometric=photometric,
             window=window,
@@ -315,10 +315,10 @@ def twelve_bit(grey: npt.NDArray[np.uint8], d: Draws) -> tuple[npt.NDArray[np.ui
 
 def _write_report(study: PhantomStudy, folder: Path, *key: object) -> Path:
     """The study's folder, created, with the report next to it."""
-    place = study_folder(folder, study)
-    place.mkdir(parents=True, exist_ok=True)
-    place.with_suffix(".txt").write_text(report_file(study.report, Draws(*key, "report file")), encoding="utf-8")
-    return place
+    target = study_folder(folder, study)
+    target.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".txt").write_text(report_file(study.report, Draws(*key, "report file")), encoding="utf-8")
+    return target
 
 
 def _film_rows(study: PhantomStudy, i: int) -> list[Row]:

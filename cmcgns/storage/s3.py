@@ -146,15 +146,15 @@ def entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
         .get_paginator("list_objects_v2")
         .paginate(Bucket=bucket, Prefix=prefix, Delimiter="" if recursive else "/")
     )
-    found: list[tuple[str, bool]] = []
+    listed: list[tuple[str, bool]] = []
     with explained(uri):
         for page in listing:
-            found += [(each["Key"][len(prefix) :], False) for each in page.get("Contents", ())]
-            found += [(each["Prefix"][len(prefix) : -1], True) for each in page.get("CommonPrefixes", ())]
-        if not found and key:
+            listed += [(each["Key"][len(prefix) :], False) for each in page.get("Contents", ())]
+            listed += [(each["Prefix"][len(prefix) : -1], True) for each in page.get("CommonPrefixes", ())]
+        if not listed and key:
             raise FileNotFoundError(uri)
     # some tools mark an empty folder by a key that ends with /
-    return [(path, folder) for path, folder in found if path and not path.endswith("/")]
+    return [(path, folder) for path, folder in listed if path and not path.endswith("/")]
 
 
 def size(uri: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Films from odd files, resizing, and draws that depend on their key alone."""
+"""Films from unusual files, resizing, and draws that depend only on their key."""
 
 import io
 import struct
@@ -64,9 +64,9 @@ def test_a_jpeg_in_cmyk_becomes_grey() -> None:
     assert abs(grey.astype(int) - SMOOTH).mean() < 3
 
 
-def test_exif_orientation_is_obeyed() -> None:
+def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     grey = decode_pixels(encoded(SMOOTH, "JPEG", quality=95, exif=exif), "film.jpg")
     assert grey.shape == (600, 800)
     assert abs(grey.astype(int) - np.rot90(SMOOTH, -1)).mean() < 2
@@ -76,7 +76,7 @@ def test_a_reduced_jpeg_resizes_to_nearly_the_same_film() -> None:
     data = encoded(Image.fromarray(SMOOTH).resize((2400, 3200)), "JPEG", quality=90)
     full, reduced = decode_pixels(data, "film.jpg"), decode_pixels(data, "film.jpg", target=Target(256, "longer"))
     assert full.shape == (3200, 2400)
-    assert reduced.shape == (800, 600)  # 1/4: 1/8 would fall under twice 256
+    assert reduced.shape == (800, 600)  # 1/4, because 1/8 is less than twice 256
     assert abs(resize_image(full, 256).astype(int) - resize_image(reduced, 256)).max() <= 4
 
 
@@ -104,7 +104,7 @@ def png_that_declares(width: int, height: int) -> bytes:
     ],
     ids=["0 bytes", "PDF", "HTML", "PNG cut", "JPEG cut", "PNG head", "JPEG junk", "bomb", "half bomb", "two pages"],
 )
-def test_what_cannot_be_read_is_a_bad_row(data: bytes, reason: str) -> None:
+def test_unreadable_files_are_bad_rows(data: bytes, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
         decode_pixels(data, "patient-77/film.png")
 
@@ -221,11 +221,11 @@ def test_keys_change_with_each_of_their_parts() -> None:
     keys = {draw_key(*parts) for parts in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"))}
     assert len(keys) == 4
     assert all(-(2**63) <= key < 2**63 for key in keys)
-    # pinned: a resumed run must draw what the undisturbed one draws
+    # pinned: a resumed run must draw the same as the uninterrupted one
     assert draw_key(0, 0, "a") == 5350698289723012159
 
 
-def test_each_film_of_a_study_has_its_turn() -> None:
+def test_each_film_of_a_study_is_used_in_some_epoch() -> None:
     drawn = [drawn_image(0, epoch, "s50414267", 3) for epoch in range(300)]
     assert all(80 <= drawn.count(film) <= 120 for film in range(3))
     assert drawn_image(0, 0, "any", 1) == 0

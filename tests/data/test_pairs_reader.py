@@ -1,4 +1,4 @@
-"""Own pairs as a CSV: what is read, what is refused, and why."""
+"""A user's pairs as CSV: what is read, what is rejected, and why."""
 
 import pickle
 from pathlib import Path
@@ -12,7 +12,7 @@ from cmcgns.errors import BadRow, UserError
 from tests.data.trees import csv_file, index_of, picture, rows
 
 
-def test_pairs_carry_every_column_that_is_known(tmp_path: Path) -> None:
+def test_pairs_use_every_known_column(tmp_path: Path) -> None:
     picture(tmp_path / "films/a b.png", 50)
     index = index_of(
         tmp_path,
@@ -49,7 +49,7 @@ def test_the_folder_and_its_csv_are_the_same_corpus(tmp_path: Path, monkeypatch:
     assert PairsSource.at("s3://bucket/pairs.csv", ("PA",), 0).uri == "s3://bucket"
 
 
-def test_sources_travel(tmp_path: Path) -> None:
+def test_sources_can_be_pickled(tmp_path: Path) -> None:
     csv_file(tmp_path / "pairs.csv", "image,report", "a.png,Clear lungs.")
     picture(tmp_path / "a.png")
     source = pickle.loads(pickle.dumps(open_source(str(tmp_path))))
@@ -57,7 +57,7 @@ def test_sources_travel(tmp_path: Path) -> None:
     assert source.read_image("a.png").grey_HW.shape == (20, 30)
 
 
-def test_views_are_filtered_and_counted_apart(tmp_path: Path) -> None:
+def test_views_are_filtered_and_counted_separately(tmp_path: Path) -> None:
     views = ["PA", "AP", "AP Supine", "ap erect", "AP AXIAL", "", "?", "unknown", "LATERAL", "L", "lateral", "LL"]
     lines = [f"{number}.png,Clear lungs.,{view}" for number, view in enumerate(views)]
     index = index_of(tmp_path, "image,report,view", *lines)
@@ -113,7 +113,7 @@ def test_bad_rows_have_a_source_and_a_reason(tmp_path: Path) -> None:
             source.read_image(path)
 
 
-def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
+def test_shifted_columns_print_no_word_of_a_report(tmp_path: Path) -> None:
     report = "The heart of John Doe is enlarged. " * 40
     index = index_of(tmp_path, "image,report,view", f"{report},Clear lungs.,PA", "a.png,Clear lungs,JOHN DOE IS WELL")
     assert index.filtered == {"other view": 1}
@@ -138,7 +138,7 @@ def test_paths_that_stay(path: str) -> None:
     assert not escapes(path)
 
 
-def test_splits_are_taken_as_written_else_drawn_by_group(tmp_path: Path) -> None:
+def test_given_splits_are_kept_and_others_drawn_by_group(tmp_path: Path) -> None:
     written = [f"{number}.png,Text of it.,g{number % 3},{name}" for number, name in enumerate(["val", "TRAIN", "test"])]
     unset = [f"{number}.png,Text of it.,g{number % 500}," for number in range(3, 2000)]
     index = index_of(tmp_path, "image,report,group,split", *written, *unset)
@@ -153,7 +153,7 @@ def test_splits_are_taken_as_written_else_drawn_by_group(tmp_path: Path) -> None
     assert again.table["split"] != index.table["split"]
 
 
-def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
+def test_a_group_in_two_splits_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"group g1 \(3 rows: 1, 2, 4\) is in test and train"):
         index_of(tmp_path, "image,report,group,split", *(f"{n}.png,Text,g{n // 3},{s}" for n, s in
                  ((3, "train"), (4, "test"), (9, ""), (5, ""))))  # fmt: skip
@@ -180,7 +180,7 @@ def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
         (b"\x1f\x8b broken gzip", "broken gzip"),
     ],
 )
-def test_a_table_that_cannot_be_read_says_what_would_do(tmp_path: Path, content: bytes, says: str) -> None:
+def test_an_unreadable_table_raises_with_the_fix(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "pairs.csv").write_bytes(content)
     with pytest.raises(UserError, match=says) as error:
         open_source(str(tmp_path)).index()

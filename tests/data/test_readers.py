@@ -1,4 +1,4 @@
-"""Published layouts and the phantom, each on a small tree written by hand."""
+"""Published layouts and the phantom, on small hand-written trees."""
 
 import pickle
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_a_mimic_study_without_report_or_film_is_a_bad_row(tmp_path: Path) -> No
         source.read_image(first["films"][0]["path"])
 
 
-def test_mimic_dicoms_without_tables_are_walked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mimic_dicoms_without_tables_are_found_by_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mimic(tmp_path, ".dcm", tables=False)
     (tmp_path / "files/p10/p10000764/s503.txt").unlink()
     source = open_source(str(tmp_path))
@@ -188,7 +188,7 @@ def test_real_open_i_reports_without_their_films_are_bad_rows(realdata: Path) ->
     assert sum("both empty" in row["reason"] for row in index.bad_rows) == 3
 
 
-# What lies there
+# Detection of formats
 
 
 def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["phantom:0", "phantom:many", "phantom:1:2:3", "phantom:-4"])
-def test_a_misspelt_phantom_is_refused(uri: str) -> None:
+def test_a_misspelt_phantom_raises(uri: str) -> None:
     with pytest.raises(UserError, match="phantom:STUDIES"):
         open_source(uri)
 
@@ -219,7 +219,7 @@ def test_the_phantom_is_a_source() -> None:
 
 
 @pytest.mark.parametrize("layout", ["pairs-csv", "mimic-cxr-jpg", "mimic-cxr"])
-def test_a_phantom_written_out_reads_back_as_itself(tmp_path: Path, layout: str) -> None:
+def test_a_written_phantom_reads_back_as_itself(tmp_path: Path, layout: str) -> None:
     from cmcgns import phantom
 
     corpus = phantom.PhantomCorpus(studies=24, seed=5, height=96, width=80)
@@ -237,7 +237,7 @@ def test_a_phantom_written_out_reads_back_as_itself(tmp_path: Path, layout: str)
         assert parse_report(source.read_report(row)) == parse_report(study.report)
         assert len(row["films"]) == len(study.films)
         for place, film in enumerate(row["films"]):
-            assert study.films[place].image_id in film["image_id"]  # pairs know a film by its path
+            assert study.films[place].image_id in film["image_id"]  # in pairs the path is the image id
             assert film["view"] == study.films[place].view
             difference = source.read_image(film["path"]).grey_HW.astype(int) - corpus.render(number, place)
             assert abs(difference).mean() <= (2.5 if film["path"].endswith(".jpg") else 0.5)

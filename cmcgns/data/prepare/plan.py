@@ -148,12 +148,12 @@ def check_complete_set(
 ) -> None:
     """Raise if the complete set at ``prepare.out`` is of another corpus or has other settings."""
     manifest = read_manifest(config.prepare.out)
-    what = f"prepare.out {config.prepare.out} is a complete set"
-    _check_unchanged(what, manifest.source, manifest.settings, config, source, splits, pseudonyms)
+    state = f"prepare.out {config.prepare.out} is a complete set"
+    _check_unchanged(state, manifest.source, manifest.settings, config, source, splits, pseudonyms)
 
 
 def _check_unchanged(
-    what: str,
+    state: str,
     known_source: dict[str, Any],
     known: dict[str, Any],
     config: PrepareJobConfig,
@@ -164,12 +164,12 @@ def _check_unchanged(
     for name, value in settings_of(config, pseudonyms).items():
         if known.get(name) != value:
             raise UserError(
-                f"{what} with {name} {known.get(name)!r}, not {value!r}; give the same value, or a new folder"
+                f"{state} with {name} {known.get(name)!r}, not {value!r}; give the same value, or a new folder"
             )
     now = describe_source(source, splits)
     if known_source["digest"] != now["digest"]:
         raise UserError(
-            f"{what} from {known_source['studies']} studies of {known_source['uri']}, but data.uri {source.uri} now has "
+            f"{state} from {known_source['studies']} studies of {known_source['uri']}, but data.uri {source.uri} now has "
             f"{now['studies']} studies, or their content changed; give a new folder"
         )
 

@@ -55,7 +55,7 @@ class Reader(Protocol):
 
 
 class Source(Protocol):
-    """A corpus. Picklable: it travels into Ray tasks and opens its files there."""
+    """A corpus. Picklable: it is sent to Ray tasks and opens its files there."""
 
     in_groups: ClassVar[bool]
     """Whether reading whole groups of its arrangement is fastest."""
@@ -118,19 +118,19 @@ class FileSource:
             raise BadRow("study has no report")
         return decode_text(self._read(study["report_path"], "report"))
 
-    def _read(self, path: str, what: str) -> bytes:
+    def _read(self, path: str, kind: str) -> bytes:
         if escapes(path):
-            raise BadRow(f"{what} path is outside the corpus folder")
+            raise BadRow(f"{kind} path is outside the corpus folder")
         if len(path.encode()) > LONGEST_PATH:
-            raise BadRow(f"{what} path is longer than {LONGEST_PATH} bytes")
+            raise BadRow(f"{kind} path is longer than {LONGEST_PATH} bytes")
         try:
             return storage.read_bytes(storage.join(self.uri, path))
         except storage.MissingFileError:
-            raise BadRow(f"{what} file is missing") from None
+            raise BadRow(f"{kind} file is missing") from None
         except storage.ForbiddenFileError:
-            raise BadRow(f"access to the {what} file is denied") from None
+            raise BadRow(f"access to the {kind} file is denied") from None
         except storage.BrokenFileError:
-            raise BadRow(f"{what} file is a circular symbolic link") from None
+            raise BadRow(f"{kind} file is a circular symbolic link") from None
 
 
 def decode_text(data: bytes) -> str:

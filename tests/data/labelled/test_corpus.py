@@ -1,4 +1,4 @@
-"""Sets made of a pretraining corpus: the generated one with its truth, another one with its labels."""
+"""Sets from a pretraining corpus: the generated one with its ground truth, another one with its labels."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.data.labelled.trees import DARKEST, SIDE, STUDIES, shots
 SOURCE = PhantomSource(STUDIES, 0, SIDE, SIDE, crop_borders=False)
 
 
-def test_the_phantom_set_gives_the_truth_of_its_films() -> None:
+def test_the_phantom_set_has_the_ground_truth_of_its_films() -> None:
     images = check_set(phantom_set(SOURCE))
     corpus = PhantomCorpus(STUDIES, 0, SIDE, SIDE)
     for i, (row, shot) in enumerate(zip(images.table.to_pylist(), shots(), strict=True)):
@@ -77,14 +77,14 @@ def test_labels_of_a_corpus_are_known_or_not(tmp_path: Path) -> None:
     assert table["boxes"].null_count == table["masks"].null_count == 3
 
 
-def test_a_corpus_without_labels_is_no_set() -> None:
+def test_a_corpus_without_labels_gives_no_set() -> None:
     films = [{"image_id": "a", "path": "a.png", "view": "PA"}]
     for labels in ([], [("Age", 0.5)]):
         row = {"study_id": "s", "group": "p", "split": "train", "films": films, "labels": labels}
         assert labelled_set(SOURCE, StudyIndex(index_table([row]))) is None
 
 
-def test_any_corpus_of_the_generator_is_labelled_alike() -> None:
+def test_any_generated_corpus_has_the_same_labels() -> None:
     labelled = labelled_set(SOURCE, SOURCE.index())
     assert labelled is not None
     drawn = phantom_set(SOURCE)

@@ -1,4 +1,4 @@
-"""Wrong names and wrong files: one clear message each, with the file and the way out."""
+"""Wrong names and wrong files: one clear message each, with the file and the fix."""
 
 import re
 from pathlib import Path
@@ -84,14 +84,14 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, files: dict[str, list[
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_folder_without_the_label_file_is_told_what_is_missing(tmp_path: Path, name: str) -> None:
+def test_a_missing_label_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"{tmp_path} has no {FIRST_FILE[name]}, which {name} needs")):
         open_set(name, str(tmp_path))
     with pytest.raises(UserError, match="nowhere"):
         open_set(name, str(tmp_path / "nowhere"))
 
 
-def test_an_unknown_set_is_told_its_nearest() -> None:
+def test_an_unknown_set_suggests_the_nearest() -> None:
     with pytest.raises(
         UserError, match=r"unknown downstream set 'chexper'; did you mean chexpert\? give one of chexpert, nih"
     ):
