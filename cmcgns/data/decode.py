@@ -33,11 +33,6 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is
 cv2.setNumThreads(1)  # many decoding tasks share the machine, with one CPU each
 
 
-def decode_pixels(data: bytes, name: str, target: Target | None = None) -> NDArray[np.uint8]:
-    """``decode_image`` without the size in the file."""
-    return decode_image(data, name, target).grey_HW
-
-
 def decode_image(data: bytes, name: str, target: Target | None = None) -> DecodedImage:
     """The image as uint8 (H, W), whatever the name of its file; ``BadRow`` with the reason if it cannot be decoded.
 

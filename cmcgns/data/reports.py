@@ -231,17 +231,10 @@ def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
 def _last_paragraph(contents: dict[str, str]) -> dict[str, str]:
     """The last section, split at its first blank line: the text after it is a description without a header."""
     name = list(contents)[-1]
-    head, blank, rest = _first_break(contents[name])
-    if not blank or not rest.strip():
+    head, *rest = re.split(r"\n[ \t]*\n", contents[name], maxsplit=1)
+    if not rest or not rest[0].strip():
         return {}
-    return {name: head.strip(), "last_paragraph": rest.strip()}
-
-
-def _first_break(content: str) -> tuple[str, str, str]:
-    match = re.search(r"\n[ \t]*\n", content)
-    if match is None:
-        return content, "", ""
-    return content[: match.start()], match.group(), content[match.end() :]
+    return {name: head.strip(), "last_paragraph": rest[0].strip()}
 
 
 def sentences(text: str) -> list[str]:
@@ -260,16 +253,12 @@ def _split_list(paragraph: str) -> Iterator[str]:
         nearby = paragraph[max(0, marker.start() - NEARBY) : marker.start()]
         before = nearby.rstrip()
         starts_item = not before or before[-1] in ".!?:;" or "\n" in nearby[len(before) :]
-        if _is_numbering(before) or not (starts_item or (expected > 1 and int(marker["number"]) == expected)):
+        is_reference = re.search(r"(?i)\bno\.$", before) is not None  # as in "No. 3"
+        if is_reference or not (starts_item or (expected > 1 and int(marker["number"]) == expected)):
             continue
         yield paragraph[start : marker.start()]
         start, expected = marker.end(), int(marker["number"]) + 1
     yield paragraph[start:]
-
-
-def _is_numbering(before: str) -> bool:
-    """Whether the number belongs to the preceding word, as in "No. 3"."""
-    return re.search(r"(?i)\bno\.$", before) is not None
 
 
 def _split_sentences(line: str) -> Iterator[str]:

@@ -16,7 +16,6 @@ FINDINGS: tuple[str, ...] = (
     "device",
 )
 """Every label, in the order of all tables. A study without any of them is normal."""
-SEVERITIES = ("mild", "moderate", "severe")
 ZONES = ("upper", "mid", "lower")
 NODULE_MM = (10, 12, 15, 18, 20, 25, 30)
 TUBE_MM = (20, 30, 40, 50, 60)

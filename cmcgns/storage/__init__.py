@@ -1,7 +1,6 @@
 """Files in local folders and on ``s3://``, named by URI."""
 
 import fcntl
-import functools
 import os
 import secrets
 import shutil
@@ -35,6 +34,7 @@ ARROW_ATTEMPTS = 4
 SCRATCH, LOCK = "cmcgns-write-", "lock"
 LOCK_GRACE_S = 60
 """A folder younger than this may not be locked yet."""
+LOCAL_FILES = arrow_fs.LocalFileSystem()
 Result = TypeVar("Result")
 
 
@@ -64,12 +64,7 @@ def filesystem(uri: str, attempts: int = ARROW_ATTEMPTS) -> tuple[arrow_fs.FileS
     if "://" in uri and not uri.startswith("file://"):
         raise UserError(f"{uri}: unknown scheme; give a local folder or s3://BUCKET/FOLDER")
     # absolute here: Ray workers start in another folder
-    return _local(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-
-
-@functools.cache
-def _local() -> arrow_fs.LocalFileSystem:
-    return arrow_fs.LocalFileSystem()
+    return LOCAL_FILES, str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
 def read(uri: str, reader: Callable[[Any], Result]) -> Result:

@@ -16,7 +16,7 @@ import pydicom
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from cmcgns.data.decode import decode_pixels
+from cmcgns.data.decode import decode_image
 from cmcgns.data.dicom import dicom_to_grey
 from cmcgns.data.image import Target, resize_image
 from cmcgns.phantom.writers import write_dicom
@@ -33,7 +33,7 @@ def pillow_full(data: bytes) -> np.ndarray:
 
 
 def ours(data: bytes) -> np.ndarray:
-    return resize_image(decode_pixels(data, "film.jpg", Target(SIDE, "longer")), SIDE)
+    return resize_image(decode_image(data, "film.jpg", Target(SIDE, "longer")).grey_HW, SIDE)
 
 
 def opencv_full(data: bytes) -> np.ndarray:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmcgns.data.batch import CROP_STREAM, crop, keyed_uniform, mask_positions, normalise
-from cmcgns.data.decode import decode_pixels
+from cmcgns.data.decode import decode_image
 from cmcgns.data.image import Target, resize_image
 from cmcgns.data.order import draw_key, drawn_image
 from cmcgns.errors import BadRow
@@ -35,8 +35,8 @@ def rgba(alpha: int) -> NDArray[np.uint8]:
 
 
 def test_the_suffix_does_not_decide() -> None:
-    assert np.array_equal(decode_pixels(encoded(RAMP), "film.jpg"), RAMP)
-    assert np.array_equal(decode_pixels(encoded(RAMP, "TIFF"), "film.dcm"), RAMP)
+    assert np.array_equal(decode_image(encoded(RAMP), "film.jpg").grey_HW, RAMP)
+    assert np.array_equal(decode_image(encoded(RAMP, "TIFF"), "film.dcm").grey_HW, RAMP)
 
 
 @pytest.mark.parametrize(
@@ -53,28 +53,31 @@ def test_the_suffix_does_not_decide() -> None:
     ids=["RGB", "RGBA opaque", "RGBA clear", "16 bits", "palette", "LA", "1 bit"],
 )
 def test_every_mode_of_png_becomes_grey(picture: Image.Image, expected: NDArray[np.uint8]) -> None:
-    grey = decode_pixels(encoded(picture), "film.png")
+    grey = decode_image(encoded(picture), "film.png").grey_HW
     assert grey.dtype == np.uint8
     assert np.array_equal(grey, expected)
 
 
 def test_a_jpeg_in_cmyk_becomes_grey() -> None:
     cmyk = Image.fromarray(np.dstack([SMOOTH] * 3)).convert("CMYK")
-    grey = decode_pixels(encoded(cmyk, "JPEG", quality=95), "film.jpg")
+    grey = decode_image(encoded(cmyk, "JPEG", quality=95), "film.jpg").grey_HW
     assert abs(grey.astype(int) - SMOOTH).mean() < 3
 
 
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    grey = decode_pixels(encoded(SMOOTH, "JPEG", quality=95, exif=exif), "film.jpg")
+    grey = decode_image(encoded(SMOOTH, "JPEG", quality=95, exif=exif), "film.jpg").grey_HW
     assert grey.shape == (600, 800)
     assert abs(grey.astype(int) - np.rot90(SMOOTH, -1)).mean() < 2
 
 
 def test_a_reduced_jpeg_resizes_to_nearly_the_same_film() -> None:
     data = encoded(Image.fromarray(SMOOTH).resize((2400, 3200)), "JPEG", quality=90)
-    full, reduced = decode_pixels(data, "film.jpg"), decode_pixels(data, "film.jpg", target=Target(256, "longer"))
+    full, reduced = (
+        decode_image(data, "film.jpg").grey_HW,
+        decode_image(data, "film.jpg", target=Target(256, "longer")).grey_HW,
+    )
     assert full.shape == (3200, 2400)
     assert reduced.shape == (800, 600)  # 1/4, because 1/8 is less than twice 256
     assert abs(resize_image(full, 256).astype(int) - resize_image(reduced, 256)).max() <= 4
@@ -106,12 +109,12 @@ def png_that_declares(width: int, height: int) -> bytes:
 )
 def test_unreadable_files_are_bad_rows(data: bytes, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        decode_pixels(data, "patient-77/film.png")
+        decode_image(data, "patient-77/film.png")
 
 
 def test_every_real_film_is_read(realdata: Path) -> None:
     for path in sorted((realdata / "images").iterdir()):
-        grey = decode_pixels(path.read_bytes(), path.name)
+        grey = decode_image(path.read_bytes(), path.name).grey_HW
         with Image.open(path) as picture:
             assert grey.shape == (picture.height, picture.width)
         assert np.ptp(grey) > 50

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.decode import decode_pixels
+from cmcgns.data.decode import decode_image
 from cmcgns.data.image import CroppedImage
 from cmcgns.data.labelled.base import Annotations, Folder, ImageSet, box, image_table, mask_on_image, split_by_hash
 from cmcgns.data.readers import FileSource, PairsSource
@@ -79,7 +79,7 @@ class MaskFileSet(ImageSet):
         for mask_HW, path in zip(annotations.mask_KHW, row["masks"] or [], strict=False):
             if path is not None:
                 try:
-                    grey_HW = decode_pixels(storage.read_bytes(storage.join(self.source.uri, path)), path)
+                    grey_HW = decode_image(storage.read_bytes(storage.join(self.source.uri, path)), path).grey_HW
                 except BadRow as error:
                     raise BadRow(f"mask {path}: {error}") from None
                 mask_HW |= mask_on_image(grey_HW > THRESHOLD, self.source, row["path"], image)

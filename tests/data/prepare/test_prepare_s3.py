@@ -113,4 +113,4 @@ def test_a_bucket_deleted_during_the_run_is_one_error_in_time(
         said = capsys.readouterr().out
     assert time.monotonic() - gone[0] < 30
     assert said.count("bucket does not exist") == 1, said
-    assert "the same command goes on" in said
+    assert "run the same command again" in said
