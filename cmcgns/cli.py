@@ -10,13 +10,13 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cmcgns.config import RunConfig, Section
+from cmcgns.config import METHODS, MethodConfig, RunConfig, Section, method_settings
 from cmcgns.errors import UserError
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
 WORDS = (
-    "run.name", "run.resume", "run.storage", "data.uri", "clustering.start_from", "embed.run", "embed.uri", "evaluate.run",
-    "prepare.out", "prepare.pseudonymise_key_file", "sweep.resume",
+    "run.name", "run.resume", "run.storage", "method.name", "data.uri", "clustering.start_from", "embed.run", "embed.uri",
+    "evaluate.run", "prepare.out", "prepare.pseudonymise_key_file", "sweep.resume",
 )  # fmt: skip
 """Keys whose values stay words, also those like 2024-01-01 or 007."""
 RESUME_KEYS = ("run.resume", "sweep.resume")
@@ -41,7 +41,10 @@ def run_job(
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         if "--help" in arguments or "-h" in arguments:
-            print(help_text(kind, default_config, "" if plan is None else " [--dry-run]"))
+            method = next((word.partition("=")[2] for word in arguments if word.startswith("--method.name=")), None)
+            print(
+                help_text(kind, default_config, "" if plan is None else " [--dry-run]", method or MethodConfig().name)
+            )
             return 0
         flags = {word for word in arguments if word in FLAGS}
         config = load_config([word for word in arguments if word not in flags], kind, default_config)
@@ -92,12 +95,14 @@ def load_config(arguments: Sequence[str], kind: type[Settings], default_config: 
 
 def resolve(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Settings]) -> Settings:
     """Checked settings: those of a file, with ``section.key`` overrides on top."""
+    settings = _for_method(settings, overrides, kind)
+    method = _method_of(settings)
     for key, value in overrides.items():
         section, dot, name = key.partition(".")
         _known(section, kind)
         if not dot:
             raise UserError(f"--{key} names a whole section; write --{key}.<key>=value (see --help)")
-        _known(name, _section_type(kind, section), section)
+        _known(name, _section_type(kind, section, method), section, method)
         if not isinstance(settings.setdefault(section, {}), dict):
             break  # refused by name below
         settings[section][name] = value
@@ -107,23 +112,45 @@ def resolve(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Sett
     return validate(settings, kind)
 
 
+def _for_method(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """``settings`` with the command line's method; of the file's `objective` it keeps the keys that both methods have."""
+    chosen = overrides.get("method.name")
+    if chosen is None or "method" not in kind.model_fields or chosen == _method_of(settings):
+        return settings
+    objective = settings.get("objective")
+    kept = {
+        name: value
+        for name, value in (objective if isinstance(objective, dict) else {}).items()
+        if name in method_settings(chosen).model_fields
+    }
+    return settings | {"method": {"name": chosen}, "objective": kept}
+
+
+def _method_of(settings: dict[str, Any]) -> str:
+    """The method that ``settings`` name, unchecked."""
+    section = settings.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    return name if isinstance(name, str) else MethodConfig().name
+
+
 def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     """``settings`` as a ``kind``, or one ``UserError`` that names the first wrong key and its value."""
+    method = _method_of(settings)
     for section, values in settings.items():
         _known(section, kind)
         if not isinstance(values, dict):
             raise UserError(f"section '{section}' must hold keys, not {values!r}")
         for name in values:
-            _known(name, _section_type(kind, section), section)
+            _known(name, _section_type(kind, section, method), section, method)
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        if not first["loc"]:
+        if len(first["loc"]) < 2:
             raise UserError(reason) from None
         section, name = (str(part) for part in first["loc"][:2])
-        info = _section_type(kind, section).model_fields[name]
+        info = _section_type(kind, section, method).model_fields[name]
         out_of_range = first["type"].startswith(("greater_than", "less_than"))
         wanted = (_range(info) if out_of_range else "") or reason.replace("Input should be", "must be")
         meaning = (info.description or "").split("\n\n")[0].split(". ")[0].rstrip(".")
@@ -170,7 +197,9 @@ def to_yaml(config: Section) -> str:
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
 
 
-def help_text(kind: type[Section], default_config: Path | None, flags: str = "") -> str:
+def help_text(
+    kind: type[Section], default_config: Path | None, flags: str = "", method: str = MethodConfig().name
+) -> str:
     """Every key with type, default and meaning, after a line of use with ``flags`` of the job's own."""
     lines = [
         f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
@@ -180,7 +209,7 @@ def help_text(kind: type[Section], default_config: Path | None, flags: str = "")
     ]
     for section in kind.model_fields:
         lines.append("")
-        for name, info in _section_type(kind, section).model_fields.items():
+        for name, info in _section_type(kind, section, method).model_fields.items():
             meaning = " ".join((info.description or "").split())
             lines.append(f"  --{section}.{name} ({_type_name(info)}, default {info.default!r})\n      {meaning}")
     return "\n".join(lines)
@@ -212,18 +241,27 @@ def _range(info: FieldInfo) -> str:
     return f"must be {' and '.join(bounds)}" if bounds else ""
 
 
-def _section_type(kind: type[Section], section: str) -> type[Section]:
+def _section_type(kind: type[Section], section: str, method: str) -> type[Section]:
+    """The model of one section; that of `objective` is the method's."""
+    if section == "objective":
+        return method_settings(method)
     annotation = kind.model_fields[section].annotation
     assert isinstance(annotation, type)
     assert issubclass(annotation, Section)
     return annotation
 
 
-def _known(key: str, section: type[Section], prefix: str = "") -> None:
+def _known(key: str, section: type[Section], prefix: str = "", method: str = "") -> None:
+    """Refuse a key that ``section`` does not have, with the likeliest one, or the method that has it."""
     if key in section.model_fields:
         return
-    near = difflib.get_close_matches(key, section.model_fields, n=1)
     dotted = f"{prefix}.{key}" if prefix else key
+    owner = next(
+        (name for name in METHODS if prefix == "objective" and key in method_settings(name).model_fields), None
+    )
+    if owner is not None:
+        raise UserError(f"{dotted} is a setting of the method {owner}, and method.name is {method}; leave it out")
+    near = difflib.get_close_matches(key, section.model_fields, n=1)
     hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else "--help lists every key"
     raise UserError(f"there is no setting '{dotted}'; {hint}")
 

@@ -4,9 +4,22 @@ Sizes are in studies (one image-report pair) and named for their owner; lengths 
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from types import ModuleType
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from cmcgns.errors import UserError
+from cmcgns.plugins import load_plugin
 
 MIN_BANK = 1024
 """Sentence features that must have been seen before clustering may start, however few the clusters."""
@@ -82,37 +95,66 @@ class ModelConfig(Section):
     """Keep batch normalisation on its running statistics while training (for pretrained ResNets and small microbatches)."""
 
 
-class ObjectiveConfig(Section):
-    num_clusters: int = Field(128, ge=2)
-    """Centroids K of the sentence clustering."""
-    mask_ratio: float = Field(0.5, gt=0.0, lt=1.0)
-    """Share of the patches hidden from the reconstruction in stage 2."""
-    temperature: float = Field(0.1, ge=0.01, le=1.0)
-    """Temperature of the global InfoNCE, or its start when learnt."""
-    learn_temperature: bool = True
-    """Learn the global temperature; a sweep over `temperature` sets false."""
-    sentence_temperature: float = Field(0.1, gt=0.0)
-    """Temperature of the sentence loss, never learnt (published: 1.0)."""
-    hard_negative_logit: float = 3.0
-    """Added to the logit of a sentence's own hard negative."""
-    false_negatives: Literal["margin", "exclude", "both"] = "both"
-    """Sentences of the same cluster: pulled by the margin loss (published), left out of the denominator, or both."""
-    margin_alpha: float = 0.2
-    """Margin loss: false negatives may come as near as the positive minus this."""
-    margin_beta: float = 0.5
-    """Margin loss: false negatives may stay as far as the positive minus this."""
-    margin_weight: float = Field(1e-4, ge=0.0)
-    """Weight of the margin loss inside the local report loss."""
-    reconstruct: Literal["masked", "all"] = "masked"
-    """Pixels whose error counts: those of masked cells, or all (published)."""
-    reconstruction_weight: float = Field(10.0, ge=0.0)
-    """Weight of the L1 reconstruction error."""
-    global_weight: float = Field(1.0, ge=0.0)
-    """Weight of the global image-report loss."""
-    local_image_weight: float = Field(1.0, ge=0.0)
-    """Weight of the patch alignment loss."""
-    local_report_weight: float = Field(1.0, ge=0.0)
-    """Weight of the sentence loss."""
+class MethodConfig(Section):
+    name: str = "cm-cgns"
+    """What is learnt: `cm-cgns`, `infonce`, or a method of your own as `package.module` or `path/to/file.py` (docs/methods.md).
+    The keys of `objective` are those of the method."""
+
+
+class Bank(NamedTuple):
+    """Features that a method wants clustered while it trains."""
+
+    name: str
+    num_clusters: int
+    """Centroids K."""
+    dim: int
+    """Dimension D."""
+    setting: str
+    """The setting that K comes from, for messages."""
+    start_statistic: str
+    """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
+    per_sentence: bool = True
+    """A row for each sentence; else one for each study."""
+
+
+class MethodSettings(Section):
+    """The section `objective` of one method. Its module exports a subclass as `Settings` (see ``cmcgns.methods.base``)."""
+
+    stages: ClassVar[int] = 1
+    """Stages that the method trains in, 1 or 2."""
+
+    def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
+        """What the method wants clustered; without banks no clustering actor starts."""
+        return ()
+
+    def complaints(self) -> Iterable[str]:
+        """What cannot work together, one sentence each, with the fix."""
+        return ()
+
+    def sweep_space(self, sentences: int) -> dict[str, Any]:
+        """The space that a sweep draws from by default, as a user writes it, for a corpus with ``sentences``."""
+        return {"objective.temperature": {"log_uniform": [0.02, 0.5]}} if hasattr(self, "temperature") else {}
+
+
+METHODS = {"cm-cgns": "cmcgns.methods.cm_cgns", "infonce": "cmcgns.methods.infonce"}
+"""Modules of our own methods, by name."""
+
+
+def method_module(name: str) -> ModuleType:
+    """The module of a method; it has ``Settings`` and ``METHOD``."""
+    module = load_plugin("method.name", name, METHODS)
+    settings = getattr(module, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, MethodSettings)) or not hasattr(module, "METHOD"):
+        raise UserError(
+            f"method.name {name} defines no method: it needs `Settings`, a MethodSettings, and `METHOD` (docs/methods.md)"
+        )
+    return module
+
+
+def method_settings(name: str) -> type[MethodSettings]:
+    """The settings class of a method, which ``objective`` holds."""
+    found: type[MethodSettings] = method_module(name).Settings
+    return found
 
 
 class PoolConfig(Section):
@@ -242,10 +284,29 @@ class RunSections(Section):
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    method: MethodConfig = MethodConfig()
+    objective: SerializeAsAny[MethodSettings] = Field(default_factory=dict, validate_default=True)
     clustering: ClusteringConfig = ClusteringConfig()
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def settings_of_the_method(cls, given: Any, info: ValidationInfo) -> MethodSettings:
+        if "method" not in info.data:
+            return MethodSettings()  # method.name has been refused already
+        settings = method_settings(info.data["method"].name)
+        return settings.model_validate(given if isinstance(given, dict) else given.model_dump())
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """What the method wants clustered."""
+        return self.objective.banks(self.model)
+
+    @property
+    def pool_actors(self) -> int:
+        """Clustering actors of the run, over all banks."""
+        return self.clustering.actors * len(self.banks)
 
 
 class Config(RunSections):
@@ -276,17 +337,14 @@ class Config(RunSections):
                 f"and two windows are the least (8 x {block}, 2 x {train.global_batch_size}, 2 x {data.window_size}), that is "
                 f"{least_ahead}"
             )
-        clusters, rows = self.objective.num_clusters, max(4 * self.objective.num_clusters, MIN_BANK)
-        if rows > clustering.bank_size:
-            yield (
-                f"objective.num_clusters {clusters} needs clustering.bank_size of at least "
-                f"max(4 x {clusters}, {MIN_BANK}) = {rows}, not {clustering.bank_size}"
-            )
-        for pair in ("stage1", "stage2", "warmup"):
-            steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")
-            if (steps is None) == (epochs is None):
-                given = "neither" if steps is None else f"{steps} and {epochs}"
-                yield f"give exactly one of train.{pair}_steps and train.{pair}_epochs, not {given}"
+        for bank in self.banks:
+            clusters, rows = bank.num_clusters, max(4 * bank.num_clusters, MIN_BANK)
+            if rows > clustering.bank_size:
+                yield (
+                    f"{bank.setting} {clusters} needs clustering.bank_size of at least "
+                    f"max(4 x {clusters}, {MIN_BANK}) = {rows}, not {clustering.bank_size}"
+                )
+        yield from self._stage_complaints()
         if train.precision == "fp16" and not train.use_gpu:
             yield "train.precision fp16 needs train.use_gpu=true; on a CPU use fp32 or bf16"
         if train.sync_batchnorm and not train.use_gpu:
@@ -295,8 +353,21 @@ class Config(RunSections):
             yield "train.overlap_comm is ZeRO's: set train.zero_stage to 1, 2 or 3, or leave it out"
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
             yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
+        yield from self.objective.complaints()
         yield from clustering.complaints()
         yield from self.run.complaints()
+
+    def _stage_complaints(self) -> Iterable[str]:
+        train = self.train
+        if self.objective.stages == 1 and (train.stage2_steps or train.stage2_epochs):
+            given = f"steps {train.stage2_steps}" if train.stage2_steps else f"epochs {train.stage2_epochs}"
+            yield f"method {self.method.name} has one stage, so train.stage2_{given} does not apply; set train.stage2_steps=0"
+        pairs = ("stage1", "stage2", "warmup") if self.objective.stages > 1 else ("stage1", "warmup")
+        for pair in pairs:
+            steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")
+            if (steps is None) == (epochs is None):
+                given = "neither" if steps is None else f"{steps} and {epochs}"
+                yield f"give exactly one of train.{pair}_steps and train.{pair}_epochs, not {given}"
 
 
 MEAN_RECALL = "mean_recall_at_1"

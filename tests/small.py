@@ -1,13 +1,17 @@
 """Small models and random batches for tests, built from the same settings as real ones."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
 from cmcgns.config import Config
-from cmcgns.data.batch import ImageReportBatch, mask_positions, pad_reports
-from cmcgns.models.vision_language import VisionLanguageModel, build_model
+from cmcgns.data.batch import ImageReportBatch, pad_reports
+from cmcgns.methods.base import Losses, load_method
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
+from cmcgns.train.banks import Banks
 
 VOCABULARY = 120
 
@@ -30,15 +34,27 @@ def small_config(**train: object) -> Config:
     return Config.model_validate(settings)
 
 
-def small_model(config: Config, seed: int = 0) -> VisionLanguageModel:
+def small_model(config: Config, seed: int = 0) -> CmCgnsModel:
     """The model of ``config`` with weights from ``seed``."""
     torch.manual_seed(seed)
-    return build_model(config, VOCABULARY)
+    return load_method(config).build_model(VOCABULARY)
 
 
-def random_batch(
-    config: Config, patches: int, rows: slice, seed: int = 0, ranks: Sequence[slice] | None = None
-) -> ImageReportBatch:
+def losses_of(
+    config: Config, outputs: Any, batch: ImageReportBatch, centroids_KD: torch.Tensor | None, stage: int = 1
+) -> Losses:
+    """The losses of CM-CGNS under ``centroids_KD``."""
+    return load_method(config).losses(outputs, batch, {"sentences": centroids_KD}, stage, 1)
+
+
+def banks_of(config: Config, pool: Pool, device: str = "cpu") -> Banks:
+    """The method's one bank over ``pool``."""
+    method, [bank] = load_method(config), config.banks
+    centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum)
+    return Banks([bank], [OnlineClustering(config.clustering, centroids, pool)], method.statistics)
+
+
+def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[slice] | None = None) -> ImageReportBatch:
     """Rows ``rows`` of an endless random batch; the other ranks hold ``ranks``."""
     studies = [_study(index, seed, config.data.image_size) for index in range(rows.start, rows.stop)]
     counts = np.array([len(study[3]) for study in studies])
@@ -52,7 +68,7 @@ def random_batch(
         **reports._asdict(),
         sentence_hash_n=torch.from_numpy(np.concatenate([s[3] for s in studies])),
         report_hash_B=torch.tensor([s[4] for s in studies]),
-        masked_BP=mask_positions(key_B, patches, config.objective.mask_ratio),
+        draw_key_B=key_B,
         rank_sentences=rank_sentences,
     )
 

@@ -67,7 +67,7 @@ def held_bundles(config: Config) -> list[dict[str, float]]:
     """What a run's workers and clustering actors hold, one by one."""
     train, pool = config.train, config.clustering
     workers = bundles(train.num_workers, train.cpus_per_worker, train.use_gpu)
-    return [*workers, *bundles(pool.actors, pool.cpus_per_actor, pool.gpus_per_actor)]
+    return [*workers, *bundles(config.pool_actors, pool.cpus_per_actor, pool.gpus_per_actor)]
 
 
 def bundles(count: int, cpus: float, gpus: float) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""From blocks of studies to batches on the training device: crop, normalise, mask, pad."""
+"""From blocks of studies to batches on the training device: crop, normalise, pad."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,8 +95,8 @@ class ImageReportBatch(NamedTuple):
     """64-bit hash of each real sentence's words; equal hash, same text."""
     report_hash_B: Tensor
     """64-bit hash of each report's words."""
-    masked_BP: Tensor
-    """True where a patch is hidden from the reconstruction."""
+    draw_key_B: Tensor
+    """64-bit key of every draw about a study (crop, masks), the same on any rank."""
     rank_sentences: tuple[int, ...]
     """Real sentences of every rank, known on the host."""
     by_length_B: Tensor | None = None
@@ -161,10 +161,10 @@ def _rounded(tokens: int) -> int:
 
 
 class Batcher:
-    """Turns blocks into batches on the device: crop, normalise, mask, pad."""
+    """Turns blocks into batches on the device: crop, normalise, pad."""
 
-    def __init__(self, config: Config, patches: int, pad_id: int, device: torch.device) -> None:
-        self.config, self.patches, self.pad_id, self.device = config, patches, pad_id, device
+    def __init__(self, config: Config, pad_id: int, device: torch.device) -> None:
+        self.config, self.pad_id, self.device = config, pad_id, device
 
     def __call__(self, block: "Block", rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
         """The batch of one block; ``rank_sentences`` come from ``distributed.exchange``."""
@@ -181,7 +181,7 @@ class Batcher:
             **text,
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
-            masked_BP=mask_positions(key_B, self.patches, self.config.objective.mask_ratio),
+            draw_key_B=key_B,
             rank_sentences=rank_sentences,
         )
 

@@ -32,8 +32,9 @@ from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
 from cmcgns.evaluate.encoders import PretrainedRun, open_run
+from cmcgns.methods.base import load_method
 from cmcgns.models.attention import unit
-from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
 from cmcgns.terminal import console, print_plan, quiet_terminal
 from cmcgns.train.setup import with_absolute_paths
@@ -49,7 +50,8 @@ class SentenceVectors(NamedTuple):
     number_n: npt.NDArray[np.int64]
     """Place of the sentence in its report."""
     attended_nD: FloatArray
-    """What the sentence attends to on its study's film: the features that pretraining clusters."""
+    """What the sentence attends to on its study's film: the features that pretraining clusters. For a method without attention
+    the sentence embedding."""
     sentence_nD: FloatArray
     """The mean of the sentence's tokens."""
 
@@ -57,22 +59,21 @@ class SentenceVectors(NamedTuple):
 class SentenceEmbedder:
     """A model that turns blocks of studies into ``SentenceVectors``; films are cropped at the middle, nothing is drawn."""
 
-    def __init__(
-        self, model: VisionLanguageModel, tokenizer: ReportTokenizer, config: Config, device: torch.device
-    ) -> None:
+    def __init__(self, model: DualEncoder, tokenizer: ReportTokenizer, config: Config, device: torch.device) -> None:
         self.model = model.to(device).eval()
-        self.batcher = Batcher(config, model.image_encoder.patches, tokenizer.pad_id, device)
+        self.method, self.batcher = load_method(config), Batcher(config, tokenizer.pad_id, device)
 
     @torch.inference_mode()
     def __call__(self, block: Block) -> SentenceVectors:
         counts_B = block.sentence_counts
         batch = self.batcher(block, (int(counts_B.sum()),), training=False)
         outputs = self.model(batch)
+        looks = self.method.attention(self.model, outputs)
         rows = lambda values_BSD: unit(values_BSD.flatten(0, 1)[batch.sentence_row_n].float()).cpu().numpy()
         return SentenceVectors(
             np.repeat(np.arange(len(block)), counts_B),
             np.concatenate([np.arange(count) for count in counts_B]),
-            rows(outputs.image_to_text_BSD),
+            rows(outputs.sentences_BSD if looks is None else looks.attended_BSD),
             rows(outputs.sentences_BSD),
         )
 

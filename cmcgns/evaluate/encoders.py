@@ -18,8 +18,9 @@ from cmcgns.cli import validate
 from cmcgns.config import Config
 from cmcgns.data.tokenizer import SPECIAL_TOKENS, ReportTokenizer, load_tokenizer
 from cmcgns.errors import UserError
+from cmcgns.methods.base import Method, load_method
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
-from cmcgns.models.vision_language import VisionLanguageModel, build_model
+from cmcgns.models.dual_encoder import DualEncoder
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,23 @@ class PretrainedRun:
         return self.vocabulary.vocabulary_size if self.vocabulary else len(SPECIAL_TOKENS)
 
     @property
+    def method(self) -> Method[Any]:
+        """The method that it was trained with."""
+        return load_method(self.config)
+
+    @property
     def export(self) -> str:
         """URI of the folder with encoders, heads and centroids."""
         return storage.join(self.uri, "export")
 
-    def load_model(self) -> VisionLanguageModel:
+    def load_model(self) -> DualEncoder:
         """The whole model on the CPU, in evaluation mode."""
         with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
             local = Path(scratch)
             storage.download_folder(self.export, local)
             encoders = {name: str(local / name) for name in ("image_encoder", "text_encoder")}
             built = self.config.model_copy(update={"model": self.config.model.model_copy(update=encoders)})
-            model = build_model(built, self.vocabulary_size)
+            model = load_method(built).build_model(self.vocabulary_size)
             left = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
         missing = [name for name in left.missing_keys if ".backbone." not in name]
         if missing or left.unexpected_keys:
@@ -115,6 +121,8 @@ def _vocabulary(uri: str, config: Config) -> ReportTokenizer | None:
 
 RANDOM = "random"
 PRETRAINED = "pretrained"
+CLUSTERS = 128
+"""Clusters for a method that has attention but clusters nothing itself."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,11 @@ class EncoderSpec:
         return self.run.config
 
     @property
+    def num_clusters(self) -> int:
+        """Clusters K of its sentences: as many as pretraining used."""
+        return self.config.banks[0].num_clusters if self.config.banks else CLUSTERS
+
+    @property
     def origin(self) -> str:
         """Where its weights are from."""
         return "untrained" if self.kind == RANDOM else self.folder or self.run.export
@@ -145,12 +158,12 @@ class EncoderSpec:
         """Whether it reads reports too."""
         return self.kind != "folder"
 
-    def load_model(self) -> VisionLanguageModel:
+    def load_model(self) -> DualEncoder:
         """The whole model of a run, or the same before training, on the CPU, in evaluation mode."""
         if self.kind == "run":
             return self.run.load_model()
         torch.manual_seed(self.seed)
-        return build_model(self.run.config, self.run.vocabulary_size).eval()
+        return self.run.method.build_model(self.run.vocabulary_size).eval()
 
     def load(self) -> "FilmEncoder":
         """What sees films, on the CPU, in evaluation mode."""

@@ -21,8 +21,9 @@ from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.films import middle
+from cmcgns.methods.base import Method, SentenceAttention
 from cmcgns.models.attention import unit
-from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.models.dual_encoder import DualEncoder
 
 Floats = NDArray[np.float32]
 FILMS = 64
@@ -48,15 +49,15 @@ class Pairs:
     study_of_n: NDArray[np.int64]
     """Place of each sentence's study in the rows above."""
     attended_nD: Floats
-    """What each sentence attends to on its film, of length 1: the features that pretraining clusters."""
+    """What each sentence attends to on its film, of length 1; (n, 0) for a method without attention."""
     weight_nP: Floats
-    """How strongly it attends to each patch."""
+    """How strongly it attends to each patch; (n, 0) likewise."""
     film_MHW: NDArray[np.uint8]
     """The first ``FILMS`` studies' films as the model saw them."""
 
 
 @torch.inference_mode()
-def embed_pairs(model: VisionLanguageModel, run: PretrainedRun, split: SplitName) -> Pairs:
+def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pairs:
     """``split`` of the run's corpus through ``model``, with the settings and the vocabulary of ``run``; on one CPU."""
     found = open_split(run, EmbedConfig(run=run.uri, split=split))
     coordinator = start_coordinator(len(found.studies), found.config.data.max_bad_fraction, {})
@@ -64,26 +65,28 @@ def embed_pairs(model: VisionLanguageModel, run: PretrainedRun, split: SplitName
         found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, coordinator,
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
-    batch_of = Batcher(run.config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
+    batch_of = Batcher(run.config, run.tokenizer.pad_id, torch.device("cpu"))
     parts, held = list[Pairs](), 0
     with stream.context():
         tables = stream.rows(VALIDATION_EPOCH, 0).iter_batches(
             batch_size=run.config.train.microbatch_size, batch_format="pyarrow"
         )
         for table in tables:
-            parts.append(_block_pairs(model, batch_of, table.combine_chunks(), found, FILMS - held))
+            parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), found, FILMS - held))
             held += len(parts[-1].film_MHW)
     if not parts:
         raise UserError(f"{found.config.data.uri}: no study of the {split} split can be used")
     return _joined(parts)
 
 
-def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table, split: Split, films: int) -> Pairs:
+def _block_pairs(
+    model: DualEncoder, method: Method[Any], batch_of: Batcher, table: pa.Table, split: Split, films: int
+) -> Pairs:
     """One block, with its first ``films`` films."""
     block = to_block(table, split.config.data.resize)
     batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
     outputs = model(batch)
-    weight_BSP = model.cross_attention.sentence_weights(outputs.patches_BPD, outputs.sentences_BSD)
+    looks = method.attention(model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
     real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().numpy()
     studies = split.studies.take(block.positions)
     data = split.config.data
@@ -100,8 +103,8 @@ def _block_pairs(model: VisionLanguageModel, batch_of: Batcher, table: pa.Table,
         report_hash_N=block.report_hashes.copy(),
         text_n=np.array(table["sentences"].chunk(0).flatten().to_pylist(), object),
         study_of_n=np.repeat(np.arange(len(block)), block.sentence_counts),
-        attended_nD=unit(torch.from_numpy(real(outputs.image_to_text_BSD))).numpy(),
-        weight_nP=real(weight_BSP),
+        attended_nD=unit(torch.from_numpy(real(looks.attended_BSD))).numpy(),
+        weight_nP=real(looks.weight_BSP),
         film_MHW=middle(block.images_BRR[:films], data.image_size).copy(),
     )
 

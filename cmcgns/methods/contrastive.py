@@ -1,6 +1,6 @@
-"""Loss 1: films against reports, over all ranks.
+"""InfoNCE between films and reports over all ranks, and the mask that several methods share.
 
-B studies on this rank, G studies on all ranks, D embedding.
+B studies on this rank, G studies on all ranks, D embedding; n and N the same for sentences.
 """
 
 import torch
@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.distributed import all_gather, all_gather_with_grad
-from cmcgns.methods.cm_cgns.losses import same_text_mask
 
 
 def contrastive_loss(image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor, scale: Tensor) -> Tensor:
@@ -24,3 +23,11 @@ def contrastive_loss(image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor,
     image_to_report_BG = (scale * image_BD @ report_GD.T).masked_fill(same_text_BG, -torch.inf)
     report_to_image_BG = (scale * report_BD @ image_GD.T).masked_fill(same_text_BG, -torch.inf)
     return (F.cross_entropy(image_to_report_BG, label_B) + F.cross_entropy(report_to_image_BG, label_B)) / 2
+
+
+def same_text_mask(own_hash_n: Tensor, hash_N: Tensor, offset: int) -> Tensor:
+    """True where another sentence has the same words; never for a sentence itself, which stands at ``offset`` + row."""
+    same_nN = own_hash_n.unsqueeze(1) == hash_N
+    # narrow, not a scatter: the own columns are one block
+    same_nN.narrow(1, offset, own_hash_n.shape[0]).fill_diagonal_(False)
+    return same_nN

@@ -27,39 +27,6 @@ def linear(dim_in: int, dim_out: int) -> nn.Linear:
     return layer
 
 
-class CrossModalAttention(nn.Module):
-    """One head, a sigmoid in place of the softmax: a patch may attend to no sentence at all (PRIOR, ICCV 2023)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.image = nn.ModuleDict({role: linear(dim, dim) for role in ("query", "key", "value")})
-        self.text = nn.ModuleDict({role: linear(dim, dim) for role in ("query", "key", "value")})
-
-    def forward(
-        self, patches_BPD: Tensor, sentences_BSD: Tensor, sentence_mask_BS: Tensor, mask_token_D: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``image_to_text_BSD``, ``text_to_image_BPD`` and, with a mask token, what a hidden patch attends to (B1D)."""
-        text_key_BSD, text_value_BSD = self.text["key"](sentences_BSD), self.text["value"](sentences_BSD)
-        image_to_text_BSD = sigmoid_attention(
-            self.text["query"](sentences_BSD), self.image["key"](patches_BPD), self.image["value"](patches_BPD)
-        )
-        text_to_image_BPD = sigmoid_attention(
-            self.image["query"](patches_BPD), text_key_BSD, text_value_BSD, sentence_mask_BS
-        )
-        if mask_token_D is None:
-            return image_to_text_BSD, text_to_image_BPD, None
-        query_B1D = self.image["query"](mask_token_D).expand(patches_BPD.shape[0], 1, -1)
-        return (
-            image_to_text_BSD,
-            text_to_image_BPD,
-            sigmoid_attention(query_B1D, text_key_BSD, text_value_BSD, sentence_mask_BS),
-        )
-
-    def sentence_weights(self, patches_BPD: Tensor, sentences_BSD: Tensor) -> Tensor:
-        """How strongly each sentence attends to each patch of its study's film, (B, S, P) within 0 and 1."""
-        return attention_weights(self.text["query"](sentences_BSD), self.image["key"](patches_BPD))
-
-
 def sigmoid_attention(query_BLD: Tensor, key_BMD: Tensor, value_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
     """sigmoid(q k^T / sqrt(D)) v; masked keys take no part."""
     weight_BLM = attention_weights(query_BLD, key_BMD)

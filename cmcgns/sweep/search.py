@@ -19,7 +19,6 @@ from cmcgns.sweep.ledger import Ledger, Trial
 Space = dict[str, BaseDistribution]
 """Distribution of each drawn ``section.key``."""
 FORMS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
-MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 FIXED = (
     "train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
     "clustering.cpus_per_actor", "clustering.gpus_per_actor", "data.cpus_per_task", "data.seed",
@@ -28,18 +27,6 @@ FIXED = (
 """What all trials share: what they hold of the cluster, the drawn splits, the rungs, and the seed, which repetitions change."""
 LEARNT = {"objective.temperature": "objective.learn_temperature"}
 """Settings that count only where another one is false."""
-
-
-def default_space(sentences: int) -> dict[str, Any]:
-    """What is drawn where nothing else is asked for, as a user would write it, for a corpus of ``sentences``."""
-    most = max(min(MOST_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), LEAST_CLUSTERS)
-    powers = [2**power for power in range(int(math.log2(LEAST_CLUSTERS)), int(math.log2(most)) + 1)]
-    return {
-        "objective.mask_ratio": {"uniform": [0.25, 0.85]},
-        "objective.num_clusters": {"choice": powers},
-        "objective.temperature": {"log_uniform": [0.02, 0.5]},
-        "objective.sentence_temperature": {"log_uniform": [0.02, 0.5]},
-    }
 
 
 def read_space(written: dict[str, Any], base: Config) -> Space:

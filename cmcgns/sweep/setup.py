@@ -12,7 +12,7 @@ from cmcgns.faiss_install import check_faiss
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
-from cmcgns.sweep.search import Space, default_space, grid_axes, read_space, searcher
+from cmcgns.sweep.search import Space, grid_axes, read_space, searcher
 from cmcgns.sweep.trial import finished_before
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.setup import (
@@ -74,7 +74,7 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     materials = prepare_corpus(with_any_clusters(base, settings))
     if folder.resumed:
         check_corpus(folder, base, materials.corpus.digest, "sweep.resume")
-    written = settings.space or default_space(min(materials.sentences, base.clustering.bank_size))
+    written = settings.space or base.objective.sweep_space(min(materials.sentences, base.clustering.bank_size))
     space = read_space(written, base)
     total = build_schedule(base.train, len(materials.corpus.train)).total
     base, rungs = with_rungs(base, settings, total)
@@ -100,9 +100,9 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
 
 def with_any_clusters(base: Config, settings: SweepConfig) -> Config:
     """``base`` for a look at the corpus: where clusters are drawn, no trial has its own number of them."""
-    if settings.space is not None and "objective.num_clusters" not in settings.space:
-        return base
-    return base.model_copy(update={"objective": base.objective.model_copy(update={"num_clusters": 2})})
+    drawn = [bank.setting for bank in base.banks if settings.space is None or bank.setting in settings.space]
+    any_number = dict.fromkeys((key.removeprefix("objective.") for key in drawn), 2)
+    return base.model_copy(update={"objective": base.objective.model_copy(update=any_number)})
 
 
 def with_rungs(base: Config, settings: SweepConfig, total: int) -> tuple[Config, list[int]]:

@@ -95,5 +95,6 @@ def export_model(
     model.text_encoder.backbone.save_pretrained(folder / "text_encoder")
     tokenizer.save(folder / "tokenizer")
     save_file(heads(weights), folder / "heads.safetensors")
-    save_file({key: value.contiguous() for key, value in centroids.items()}, folder / "centroids.safetensors")
+    if centroids:
+        save_file({key: value.contiguous() for key, value in centroids.items()}, folder / "centroids.safetensors")
     (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n")

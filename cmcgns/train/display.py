@@ -24,19 +24,12 @@ def describe(row: dict[str, Any]) -> str:
         both = f"i2t {row['i2t_recall_at_1']:.1%} t2i {row['t2i_recall_at_1']:.1%}"
         return f"stage {row['stage']} validation: recall@1 {both} (chance {row['chance_recall_at_1']:.2%})"
     losses = " ".join(
-        f"{name} {row[key]:.3f}"
-        for name, key in (
-            ("loss", "loss"),
-            ("global", "loss_global"),
-            ("image", "loss_local_image"),
-            ("report", "loss_local_report"),
-            ("rebuild", "loss_reconstruction"),
-        )
-        if key in row
+        f"{key.removeprefix('loss_')} {value:.3f}" for key, value in row.items() if key.split("_")[0] == "loss"
     )
     waits = f"data {row['data_wait_s'] / row['step_s']:.0%} pool {row['pool_wait_s'] / row['step_s']:.0%}"
     speed = f"{row['studies_per_s']:.0f} studies/s, waiting {waits}"
-    return f"stage {row['stage']}: {losses} | centroids v{row['centroids_version']} | {speed}"
+    centroids = f" | centroids v{row['centroids_version']}" if "centroids_version" in row else ""
+    return f"stage {row['stage']}: {losses}{centroids} | {speed}"
 
 
 class Display:

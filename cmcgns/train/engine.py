@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.models.vision_language import Outputs
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two running averages, by the name that torch and DeepSpeed share."""
@@ -37,7 +36,7 @@ class Engine(Protocol):
 
     module: nn.Module
 
-    def __call__(self, batch: ImageReportBatch, reconstruct: bool) -> Outputs:
+    def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
         """Forward of one microbatch. Collective under ZeRO-3."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -93,8 +92,8 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
 
-    def __call__(self, batch: ImageReportBatch, reconstruct: bool) -> Outputs:
-        return self.engine(batch, reconstruct)
+    def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
+        return self.engine(batch, stage)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.backward(loss)
@@ -238,9 +237,9 @@ class TorchEngine:
         dtype = AUTOCAST.get(config.precision)
         self.autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
 
-    def __call__(self, batch: ImageReportBatch, reconstruct: bool) -> Outputs:
+    def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
         with self.autocast:
-            return self.module(batch, reconstruct)
+            return self.module(batch, stage)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss / self.accumulation).backward()

@@ -17,7 +17,7 @@ from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
 from cmcgns.data.stream import Stream, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer
-from cmcgns.models.vision_language import build_model
+from cmcgns.methods.base import load_method
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.run import Share, studies_ahead, threads_per_worker
 from cmcgns.train.setup import Pretraining
@@ -30,11 +30,11 @@ GROUP_TIMEOUT_S = 1800
 def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     """Learnable numbers of the model; building it without memory also proves that the settings fit together."""
     with torch.device("meta"):
-        model = build_model(config, tokenizer.vocabulary_size)
+        model = load_method(config).build_model(tokenizer.vocabulary_size)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assign(run: Pretraining, pool: PoolHandles, coordinator: Any, cpus: Share) -> Assignment:
+def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cpus: Share) -> Assignment:
     """What every worker is told."""
     config, corpus = run.config, run.corpus
 
@@ -46,7 +46,9 @@ def assign(run: Pretraining, pool: PoolHandles, coordinator: Any, cpus: Share) -
 
     train = stream(corpus.train, corpus.train_arrangement)
     valid = stream(corpus.valid, corpus.valid_arrangement)
-    return Assignment(config, run.folder.uri, run.schedule, train, valid, pool, coordinator, threads_per_worker(config))
+    return Assignment(
+        config, run.folder.uri, run.schedule, train, valid, pools, coordinator, threads_per_worker(config)
+    )
 
 
 def fit(

@@ -5,7 +5,7 @@ Values stay on the device until they are written; N studies, D embedding.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from cmcgns import distributed, storage
-from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Losses
-
-COLUMNS = (*LOSS_TERMS, *STATISTICS)
+from cmcgns.methods.base import Losses, Method
 
 
 class StepMetrics:
     """Collects each step's values on the device and turns them into rows when they are due."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method[Any]) -> None:
+        self._method = method
         self._values: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []
 
@@ -37,17 +36,12 @@ class StepMetrics:
         if not self._values:
             return []
         values = (distributed.all_reduce(torch.stack(self._values)) / distributed.world_size()).tolist()
-        rows = [finished(facts, row) for facts, row in zip(self._facts, values, strict=True)]
+        rows = [
+            facts | dict(zip((*self._method.terms(facts["stage"]), *self._method.statistics), row, strict=True))
+            for facts, row in zip(self._facts, values, strict=True)
+        ]
         self._values, self._facts = [], []
         return rows
-
-
-def finished(facts: dict[str, Any], values: Sequence[float]) -> dict[str, Any]:
-    """One row as it is written, from ``COLUMNS``; stage 1 has no reconstruction."""
-    named = dict(zip(COLUMNS, values, strict=True))
-    if facts["stage"] == 1:
-        named.pop("loss_reconstruction")
-    return facts | named
 
 
 class RunLog:

@@ -67,7 +67,7 @@ def check_data_nodes(config: Config, nodes: Sequence[Machine]) -> None:
 def taken_cpus(config: Config) -> float:
     """CPUs that workers and pool hold for the whole run."""
     train, clustering = config.train, config.clustering
-    return train.num_workers * train.cpus_per_worker + clustering.actors * clustering.cpus_per_actor
+    return train.num_workers * train.cpus_per_worker + config.pool_actors * clustering.cpus_per_actor
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def whole_cluster(config: Config, nodes: Sequence[Machine]) -> Share:
     labelled = data_machines(nodes)
     cpus = sum(node.cpus for node in labelled or nodes)
     # an estimate: workers without GPUs may be packed onto nodes labelled for data
-    taken = config.clustering.actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
+    taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
     return Share(cpus, cpus - taken)
 
 
@@ -126,9 +126,14 @@ def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Machine]) -
         f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
         f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "
         f"{train.global_batch_size} studies a step = {train.num_workers} x {train.microbatch_size} x {train.accumulation}",
-        "steps": f"{schedule.stage1} + {schedule.stage2}, warm-up {schedule.warmup} each",
-        "clustering": f"{config.objective.num_clusters} centroids, {clustering.actors} actors x "
-        f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps",
+        "method": f"{config.method.name}, {schedule.stage1}{f' + {schedule.stage2}' if schedule.stage2 else ''} steps, "
+        f"warm-up {schedule.warmup}{' each' if schedule.stage2 else ''}",
+        **{
+            f"clustering {bank.name}" if len(config.banks) > 1 else "clustering": f"{bank.num_clusters} centroids, "
+            f"{clustering.actors} actors x {clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every "
+            f"{clustering.refresh_every} steps"
+            for bank in config.banks
+        },
         "cluster": f"{describe_placement(config, nodes)}; {share.data:g} CPUs left for data",
     }
 
@@ -173,7 +178,7 @@ def pretrain(config: Config, dry_run: bool = False) -> int:
                 display.close()
 
         result = train(run, whole_cluster(config, nodes), follow)
-        report(terminal, run.folder, result)
+        report(terminal, config, run.folder, result)
         status = {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(result["status"], STATUS_FAILED)
         if result["gave_up"]:
             # Ray Train's thread still waits in Ray, which answers a shutdown under it by ending the process with
@@ -197,15 +202,16 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     known_bad = run.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(run.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
-    pool = start_pool(config.clustering, config.train.num_workers, coordinator)
+    pools = {bank.name: start_pool(config.clustering, config.train.num_workers, coordinator) for bank in config.banks}
     gave_up = False
     try:
         with follow(coordinator):
-            checkpoint, error = fit(config, folder, assign(run, pool, coordinator, cpus), cpus.beside_others)
+            checkpoint, error = fit(config, folder, assign(run, pools, coordinator, cpus), cpus.beside_others)
     except KeyboardInterrupt:  # the second one
         checkpoint, error, gave_up = None, None, True
     finally:
-        pool.stop()
+        for pool in pools.values():
+            pool.stop()
     account = ray.get(coordinator.account.remote())
     if gave_up and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
@@ -253,17 +259,17 @@ def conclude(
     return result
 
 
-def report(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> None:
+def report(terminal: Console, config: Config, folder: RunFolder, result: dict[str, Any]) -> None:
     """The run's last lines."""
     again = f"python jobs/pretrain.py --run.storage={folder.storage} --run.resume={folder.name}"
     if result["status"] == "failed":
         terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
         terminal.print(f"go on from the last checkpoint with: {again}", highlight=False)
         return
-    if result["clustering_started_at"] is None:
+    if config.banks and result["clustering_started_at"] is None:
         terminal.print(
             "[yellow]clustering never started[/yellow]: the losses are plain InfoNCE. See clustering.start_cosine, "
-            "refresh_every and objective.num_clusters",
+            f"refresh_every and {config.banks[0].setting}",
             highlight=False,
         )
     if result["status"] == "stopped":
@@ -276,7 +282,7 @@ def report(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> None
         terminal,
         {
             "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
-            f"{result['centroids_version']} centroid versions",
+            f"{result['centroids_version'] or 0} centroid versions",
             "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film "
             f"of {scores['studies']} unseen studies (chance {scores['chance_recall_at_1']:.2%})",
             "export": str(result["export"]),

@@ -25,6 +25,7 @@ from cmcgns.data.tokenizer import ReportTokenizer, load_tokenizer, train_tokeniz
 from cmcgns.errors import BadRow, UserError
 from cmcgns.faiss_install import check_faiss
 from cmcgns.models.presets import TEXT_PRESETS
+from cmcgns.plugins import absolute_plugin
 from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes
 from cmcgns.train.schedule import Schedule, build_schedule
 
@@ -123,12 +124,13 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
 
 def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:
     """Refuse settings that this corpus cannot carry, with the numbers."""
-    clusters = config.objective.num_clusters
-    if 4 * clusters > sentences:
-        raise UserError(
-            f"objective.num_clusters {clusters} needs at least 4 x {clusters} = {4 * clusters} training sentences; "
-            f"the corpus has {sentences}, enough for {sentences // 4}"
-        )
+    for bank in config.banks:
+        clusters, rows = bank.num_clusters, sentences if bank.per_sentence else len(corpus.train)
+        if 4 * clusters > rows:
+            raise UserError(
+                f"{bank.setting} {clusters} needs at least 4 x {clusters} = {4 * clusters} training "
+                f"{'sentences' if bank.per_sentence else 'studies'}; the corpus has {rows}, enough for {rows // 4}"
+            )
     if config.train.global_batch_size > len(corpus.train):
         raise UserError(
             f"train.global_batch_size {config.train.global_batch_size} is larger than the corpus's "
@@ -159,7 +161,11 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     given = {name: getattr(model, name) for name in ("image_encoder", "text_encoder", "tokenizer")}
     folders = {name: str(Path(value).absolute()) for name, value in given.items() if Path(value).is_dir()}
     return config.model_copy(
-        update={"data": data.model_copy(update={"uri": uri}), "model": model.model_copy(update=folders)}
+        update={
+            "data": data.model_copy(update={"uri": uri}),
+            "model": model.model_copy(update=folders),
+            "method": config.method.model_copy(update={"name": absolute_plugin(config.method.name)}),
+        }
     )
 
 

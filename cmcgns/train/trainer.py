@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.clustering.online_clustering import OnlineClustering
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
-from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Losses, Objective
-from cmcgns.models.vision_language import RECONSTRUCTION_PARTS, VisionLanguageModel
+from cmcgns.methods.base import Losses, Method
+from cmcgns.models.dual_encoder import DualEncoder
+from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import (
     Progress,
     load_part,
@@ -32,8 +32,9 @@ from cmcgns.train.steps import BlockSource, Place, StepData, StepReader, validat
 from cmcgns.train.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
-MEAN_COSINE = STATISTICS.index("mean_cosine")
 COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
+CENTROIDS = "centroids."
+"""Prefix of the centroids' entries beside the best weights."""
 
 
 class TrainingStoppedError(RuntimeError):
@@ -51,11 +52,12 @@ class Display(Protocol):
 class Parts:
     """What surrounds the loop."""
 
-    build_model: Callable[[], VisionLanguageModel]
+    method: Method[Any]
+    build_model: Callable[[], DualEncoder]
     """A whole model with the run's first weights, the same on every rank."""
     blocks: BlockSource
     batcher: Batcher
-    guide: OnlineClustering
+    banks: Banks
     schedule: Schedule
     device: torch.device
     log: RunLog | None
@@ -71,8 +73,8 @@ class Trainer:
 
     def __init__(self, config: Config, parts: Parts, checkpoint: Path | None = None) -> None:
         self.config, self.parts = config, parts
-        self.objective = Objective(config.objective)
-        self.metrics = StepMetrics()
+        self.method, self.banks = parts.method, parts.banks
+        self.metrics = StepMetrics(parts.method)
         self.progress = Progress(ranks=distributed.world_size())
         self.best: State = {}
         self.last_validation: Validation | None = None
@@ -117,42 +119,36 @@ class Trainer:
         return data.stop_requested
 
     def train_step(self, step: int, data: StepData) -> None:
-        """One optimizer step: forward, objective, backward, then parameters, bank and centroids move."""
-        waited_s = self.watch.lap()
-        pool_waited_s = self.parts.guide.waited_s
+        """One optimizer step: forward, losses, backward, then parameters, banks and centroids move."""
+        waited_s, stage = self.watch.lap(), self.progress.stage
+        pool_waited_s = self.banks.waited_s
         losses: list[Losses] = []
         for i, batch in enumerate(data.microbatches):
-            outputs = self.engine(batch, self.progress.stage == 2)
-            losses.append(self.objective(outputs, batch, self.parts.guide.centroids.current))
-            self.parts.guide.centroids.observe(losses[-1].attended_nD)
+            outputs = self.engine(batch, stage)
+            losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
+            self.banks.observe(losses[-1])
             last = i == len(data.microbatches) - 1
             if last:
-                self.finite.start(torch.stack([each.terms for each in losses]))
+                self.finite.start(self.method.terms(stage), torch.stack([each.terms for each in losses]))
             self.engine.backward(losses[-1].total, last)
         self.finite.check(step)  # before any weight moves
         self.engine.step(self.learning_rate(step))
-        self._guide(step, data, losses)
+        self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, data.microbatches)
         step_s = waited_s + self.watch.lap()
         facts = {
             "step": step,
-            "stage": self.progress.stage,
+            "stage": stage,
             "split": "train",
             "epoch": data.place.epoch,
             "learning_rate": self.learning_rate(step),
-            "centroids_version": self.parts.guide.centroids.version,
+            **self.banks.facts(),
             "studies_digest": data.studies_digest,
             "studies_per_s": self.config.train.global_batch_size / step_s,
             "data_wait_s": waited_s,
-            "pool_wait_s": self.parts.guide.waited_s - pool_waited_s,
+            "pool_wait_s": self.banks.waited_s - pool_waited_s,
             "step_s": step_s,
         }
         self.metrics.record(facts, losses)
-
-    def _guide(self, step: int, data: StepData, losses: list[Losses]) -> None:
-        counts = [sum(column) for column in zip(*(batch.rank_sentences for batch in data.microbatches), strict=True)]
-        self.parts.guide.push(step, [each.attended_nD for each in losses], counts)
-        mean_cosine = torch.stack([each.statistics[MEAN_COSINE] for each in losses]).mean()
-        self.parts.guide.refresh(step, self.parts.schedule.warmed_up(step), mean_cosine)
 
     def learning_rate(self, step: int) -> float:
         """The scheduled rate of ``step``."""
@@ -175,11 +171,11 @@ class Trainer:
         self.watch.lap()
 
     def _watch_for_collapse(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            collapsed = min(row["patches_std"], row["attended_std"]) < COLLAPSED_SPREAD
-            self.progress.collapsed_steps = self.progress.collapsed_steps + 1 if collapsed else 0
+        names = self.method.collapse_statistics
+        for row in rows if names else []:
+            name = min(names, key=lambda each: row[each])
+            self.progress.collapsed_steps = self.progress.collapsed_steps + 1 if row[name] < COLLAPSED_SPREAD else 0
             if self.progress.collapsed_steps == COLLAPSED_STEPS and distributed.rank() == 0:
-                name = min(("patches_std", "attended_std"), key=lambda key: row[key])
                 logger.warning(
                     "features have collapsed: %s has been under %s for %d steps (%.4f at step %d)",
                     name, COLLAPSED_SPREAD, COLLAPSED_STEPS, row[name], row["step"],
@@ -191,15 +187,15 @@ class Trainer:
         size = self.config.train.microbatch_size
         batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
         self.watch.lap()
-        stage, centroids = self.progress.stage, self.parts.guide.centroids
-        found = validate(self.engine, self.objective, batches, centroids.current, reconstruct=stage == 2)
+        stage = self.progress.stage
+        found = validate(self.engine, self.method, batches, self.banks.centroids, stage, self.progress.step)
         self.last_validation = found
         step_s = self.watch.lap()
         facts = {
             "step": self.progress.step,
             "stage": stage,
             "split": "val",
-            "centroids_version": centroids.version,
+            **self.banks.facts(),
             "studies_per_s": found.scores["studies"] / step_s,
             "data_wait_s": batches.waited_s,
             "step_s": step_s,
@@ -209,40 +205,38 @@ class Trainer:
             if found.picture_1HW is not None:
                 self.parts.log.picture("reconstruction", found.picture_1HW, self.progress.step)
         self.parts.display.update(facts | found.scores)
-        if stage == 1 and self._is_best(found):
-            self.progress.best = {
-                "step": self.progress.step,
-                "mean_recall": found.mean_recall,
-                "loss_global": found.scores["loss_global"],
-            }
-            self.best = self.engine.weights() | prefixed("centroids.", centroids.state_dict())
+        if stage == 1:
+            self._keep_if_best(found)
         self.watch.lap()
 
-    def _is_best(self, found: Validation) -> bool:
-        """Highest mean recall, then lower global loss, then later."""
-        best = self.progress.best
-        if not best:
-            return True
-        return (found.mean_recall, -found.scores["loss_global"]) >= (best["mean_recall"], -best["loss_global"])
+    def _keep_if_best(self, found: Validation) -> None:
+        """Keep weights and centroids if no earlier validation of the stage ranks higher; of equals the later."""
+        numbers = found.scores | {"mean_recall": found.mean_recall}
+        here = {name.lstrip("-"): numbers[name.lstrip("-")] for name in self.method.ranked_by}
+        if not self.progress.best or self._rank(here) >= self._rank(self.progress.best):
+            self.progress.best = {"step": self.progress.step, **here}
+            self.best = self.engine.weights() | prefixed(CENTROIDS, self.banks.centroids_state())
+
+    def _rank(self, numbers: dict[str, float]) -> list[float]:
+        return [-numbers[name[1:]] if name.startswith("-") else numbers[name] for name in self.method.ranked_by]
 
     def start_stage2(self) -> None:
-        """Go on from stage 1's best weights and centroids with an empty bank and a new engine. Collective."""
+        """Continue from stage 1's best weights and centroids with empty banks and a new engine. Collective."""
         self.progress.stage = 2
-        guide = self.parts.guide
-        guide.empty_bank(self.progress.step)
-        guide.centroids.load_state_dict(unprefixed("centroids.", self.best))
-        weights = {name: value for name, value in self.best.items() if not name.startswith("centroids.")}
+        self.banks.empty(self.progress.step)
+        self.banks.load_centroids(unprefixed(CENTROIDS, self.best))
+        weights = {name: value for name, value in self.best.items() if not name.startswith(CENTROIDS)}
         self._build_engine(weights)
         self.best = {}
         if distributed.rank() == 0:
             logger.info("stage 2 starts from the weights of step %d", self.progress.best["step"])
 
     def _build_engine(self, weights: State | None) -> None:
-        with torch.random.fork_rng():  # the same weights on every rank, and dropout none the wiser
+        with torch.random.fork_rng():  # the same weights on every rank, without consuming dropout RNG
             model = self.parts.build_model()
         if weights is not None:
             model.load_state_dict(weights)
-        frozen = RECONSTRUCTION_PARTS if self.progress.stage == 1 else ()
+        frozen = self.method.frozen(self.progress.stage)
         self.engine = build_engine(model, self.config.train, self.parts.device, frozen)
         self.engine.module.train()
 
@@ -253,8 +247,10 @@ class Trainer:
         parts = {
             "weights": self.engine.weights(),
             "optimizer": self.engine.optimizer_state(),
-            "clustering": self.parts.guide.state_dict(self.progress.step),
         }
+        clustering = self.banks.state_dict(self.progress.step)
+        if clustering:
+            parts["clustering"] = clustering
         if self.best:
             parts["best"] = self.best
         with tempfile.TemporaryDirectory(prefix="cmcgns-checkpoint-") as folder:
@@ -268,7 +264,7 @@ class Trainer:
         saved = self.progress
         self._build_engine(load_part(folder, "weights"))
         self.engine.load_optimizer_state(load_part(folder, "optimizer"))
-        self.parts.guide.load_state_dict(load_part(folder, "clustering"), saved.step)
+        self.banks.load_state_dict(load_part(folder, "clustering"), saved.step)
         self.best = load_part(folder, "best")
         if not restore_random_state(folder, saved, self.config.train.seed) and distributed.rank() == 0:
             logger.info(
@@ -282,11 +278,13 @@ class FiniteWatch:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.host_T = torch.ones(len(LOSS_TERMS), pin_memory=self.on_gpu)
         self.copied = torch.cuda.Event() if self.on_gpu else None
+        self.names: tuple[str, ...] = ()
 
-    def start(self, terms_AT: Tensor) -> None:
-        """Put the question of all microbatches' ``LOSS_TERMS`` to the device. Collective."""
+    def start(self, names: tuple[str, ...], terms_AT: Tensor) -> None:
+        """Ask the device about the terms (named ``names``) of all microbatches. Collective."""
+        if names != self.names:
+            self.names, self.host_T = names, torch.ones(len(names), pin_memory=self.on_gpu)
         finite_T = distributed.all_reduce(torch.isfinite(terms_AT).all(0).float(), dist.ReduceOp.MIN)
         self.host_T.copy_(finite_T, non_blocking=True)
         if self.copied is not None:
@@ -296,7 +294,7 @@ class FiniteWatch:
         """Raise on every rank alike where a term is not finite. Waits for the forward, while the backward runs."""
         if self.copied is not None:
             self.copied.synchronize()
-        bad = [name for name, good in zip(LOSS_TERMS, self.host_T.tolist(), strict=True) if not good]
+        bad = [name for name, good in zip(self.names, self.host_T.tolist(), strict=True) if not good]
         if bad:
             raise TrainingStoppedError(
                 f"step {step}: {', '.join(bad[1:] or bad)} is not finite; the weights are those of step {step - 1}. "

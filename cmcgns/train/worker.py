@@ -7,7 +7,7 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +26,15 @@ from cmcgns.bad_rows import write_bad_rows
 from cmcgns.cluster.coordinator import log_to_coordinator
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
-from cmcgns.config import Config
+from cmcgns.config import Bank, Config
 from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
-from cmcgns.models.vision_language import VisionLanguageModel, build_model
+from cmcgns.methods.base import load_method
+from cmcgns.models.dual_encoder import DualEncoder
+from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import export_model, load_progress
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
@@ -57,7 +59,8 @@ class Assignment:
     schedule: Schedule
     train: Stream
     valid: Stream
-    pool: PoolHandles
+    pools: dict[str, PoolHandles]
+    """Clustering actors of each bank."""
     coordinator: Any
     threads: int
 
@@ -181,10 +184,11 @@ def _train(assignment: Assignment) -> None:
         log = RunLog(assignment.folder, scratch, step) if distributed.rank() == 0 else None
         source = RayBlocks(assignment.train, assignment.valid, config.train.microbatch_size)
         stack.callback(source.close)
-        parts = build_parts(assignment, source, RayPool(assignment.pool), device, log)
+        pools = {name: RayPool(handles) for name, handles in assignment.pools.items()}
+        parts = build_parts(assignment, source, pools, device, log)
         trainer = Trainer(config, parts, folder)
         if folder is None:
-            parts.guide.empty_bank(0)  # the pool may still hold what replaced workers have pushed
+            parts.banks.empty(0)  # the pools may still hold what replaced workers have pushed
         elif distributed.rank() == 0:
             logger.warning("goes on after step %d of %d", step, assignment.schedule.total)
         assignment.coordinator.mark.remote("training")
@@ -199,23 +203,26 @@ def _train(assignment: Assignment) -> None:
 
 
 def build_parts(
-    assignment: Assignment, source: BlockSource, pool: Pool, device: torch.device, log: RunLog | None
+    assignment: Assignment, source: BlockSource, pools: Mapping[str, Pool], device: torch.device, log: RunLog | None
 ) -> Parts:
     """Everything around the loop, from what the driver sent."""
     config, stream = assignment.config, assignment.train
+    method = load_method(config)
 
-    def model() -> VisionLanguageModel:
+    def model() -> DualEncoder:
         torch.manual_seed(config.train.seed)
-        return build_model(config, stream.tokenizer.vocabulary_size)
+        return method.build_model(stream.tokenizer.vocabulary_size)
 
-    centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, device, config.clustering.momentum)
-    with torch.device("meta"):
-        patches = build_model(config, stream.tokenizer.vocabulary_size).image_encoder.patches
+    def clustering(bank: Bank) -> OnlineClustering:
+        centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum)
+        return OnlineClustering(config.clustering, centroids, pools[bank.name])
+
     return Parts(
+        method=method,
         build_model=model,
         blocks=source,
-        batcher=Batcher(config, patches, stream.tokenizer.pad_id, device),
-        guide=OnlineClustering(config.clustering, centroids, pool),
+        batcher=Batcher(config, stream.tokenizer.pad_id, device),
+        banks=Banks(method.banks, [clustering(bank) for bank in method.banks], method.statistics),
         schedule=assignment.schedule,
         device=device,
         log=log,
@@ -269,14 +276,14 @@ def report_checkpoint(assignment: Assignment, folder: Path, step: int) -> None:
 
 def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[str, Any]:
     """Rank 0's account of the run, after the export of a finished one. Collective."""
-    guide, config = trainer.parts.guide, assignment.config
+    first, config = trainer.banks.first, assignment.config
     weights = trainer.engine.weights()
     outcome: dict[str, Any] = {
         "finished": finished,
         "steps": trainer.progress.step,
         "studies_seen": trainer.progress.studies_seen,
-        "clustering_started_at": guide.centroids.started_at,
-        "centroids_version": guide.centroids.version,
+        "clustering_started_at": first.centroids.started_at if first else None,
+        "centroids_version": first.centroids.version if first else None,
         "metrics": trainer.last_validation.scores if trainer.last_validation else {},
         "best_stage1": trainer.progress.best,
     }
@@ -284,7 +291,7 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
         outcome["export"] = storage.join(assignment.folder, "export")
         with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
             local = Path(scratch)
-            model = build_model(config, assignment.train.tokenizer.vocabulary_size)
+            model = trainer.method.build_model(assignment.train.tokenizer.vocabulary_size)
             preprocess = {
                 "resize": config.data.resize,
                 "crop": config.data.image_size,
@@ -294,6 +301,6 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
                 "lower_case": True,
                 "report": ["impression", "findings"],
             }
-            export_model(local, model, weights, assignment.train.tokenizer, preprocess, guide.centroids.state_dict())
+            export_model(local, model, weights, assignment.train.tokenizer, preprocess, trainer.banks.centroids_state())
             storage.upload_folder(local, outcome["export"])
     return outcome

@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from cmcgns.evaluate.encoders import open_run
 from cmcgns.evaluate.tasks.clusters import own_clusters
-from cmcgns.models.vision_language import build_model
+from cmcgns.methods.base import load_method
 from tests.evaluate.clusters import Agreement, agreement, attended, texts_of_test_split
 from tests.jobs import REPOSITORY, Job
 
@@ -51,7 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Agreement]:
     texts_in_order = texts_of_test_split(run)
     assert sorted(texts_in_order) == sorted(texts)
     torch.manual_seed(1)
-    fresh = build_model(run.config, run.tokenizer.vocabulary_size)
+    fresh = load_method(run.config).build_model(run.tokenizer.vocabulary_size)
     features = {
         OTHER_FILM: attended(run, run.load_model(), shift=7),
         RANDOM: attended(run, fresh),

@@ -18,7 +18,7 @@ from cmcgns.config import MEAN_RECALL, Config, measure
 from cmcgns.data.tokenizer import load_tokenizer
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.tasks.retrieval import model_retrieval
-from cmcgns.models.vision_language import build_model
+from cmcgns.methods.base import load_method
 from tests.jobs import Job, checkpoints, result
 from tests.ray_head import RayHead
 from tests.sweeping import check_free, sweep, table, trials
@@ -74,7 +74,7 @@ def on_test(folder: Path) -> float:
     tokenizer = load_tokenizer(
         str(folder / "tokenizer"), str(folder / "tokenizer"), config.data.max_tokens, config.data.max_sentences
     )
-    model = build_model(config, tokenizer.vocabulary_size)
+    model = load_method(config).build_model(tokenizer.vocabulary_size)
     model.load_state_dict(load_file(checkpoints(folder)[-1] / "weights.safetensors"))
     scores: dict[str, Any] = model_retrieval(model.eval(), PretrainedRun(str(folder), config, tokenizer), "test")
     return measure(MEAN_RECALL, scores)

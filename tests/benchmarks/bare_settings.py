@@ -21,14 +21,15 @@ class _Unchecked:
     @classmethod
     def model_validate(cls, sections: dict[str, dict[str, Any]]) -> Any:
         """Settings with ``sections`` on top of the defaults."""
-        return cls(**{name: type(getattr(cls, name))(**values) for name, values in sections.items()})
+        kinds = {name: type(getattr(cls, name)) for name in sections} | {"objective": Settings}
+        return cls(**{name: kinds[name](**values) for name, values in ({"objective": {}} | sections).items()})
 
 
-def _field(default: Any, **bounds: Any) -> Any:
+def _field(default: Any = None, **bounds: Any) -> Any:
     return default
 
 
-def _validator(mode: str) -> Callable[[Any], Any]:
+def _validator(*fields: str, mode: str) -> Callable[[Any], Any]:
     return lambda method: method
 
 
@@ -36,6 +37,7 @@ def _stand_in() -> ModuleType:
     """As much of pydantic as ``cmcgns.config`` names."""
     module = ModuleType("pydantic")
     names = {"BaseModel": _Unchecked, "ConfigDict": dict, "Field": _field, "PositiveInt": int}
+    names |= {"SerializeAsAny": list, "ValidationInfo": Any, "field_validator": _validator}
     vars(module).update(names, model_validator=_validator)
     return module
 
@@ -45,6 +47,7 @@ if not checked:
     sys.modules["pydantic"] = _stand_in()
 
 from cmcgns.config import Config  # noqa: E402
+from cmcgns.methods.cm_cgns.settings import Settings  # noqa: E402
 
 if not checked:
     del sys.modules["pydantic"]  # transformers must not take it for the real one

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.bare_settings import Config
 
 # isort: split
-from cmcgns.data.batch import ImageReportBatch, mask_positions
-from cmcgns.methods.cm_cgns.objective import Objective
-from cmcgns.models.vision_language import build_model
+from cmcgns.data.batch import ImageReportBatch
+from cmcgns.methods.base import Method, load_method
 from cmcgns.train.engine import Engine, build_engine
 from tests.benchmarks.measure import Line, where
 
@@ -90,7 +90,7 @@ def settings(shape: Shape, precision: str, engine: str, device: torch.device) ->
     )  # fmt: skip
 
 
-def random_batches(shape: Shape, patches: int, mask_ratio: float, device: torch.device) -> list[ImageReportBatch]:
+def random_batches(shape: Shape, device: torch.device) -> list[ImageReportBatch]:
     """Batches of whole reports: every sentence as long as the others."""
     generator = torch.Generator().manual_seed(0)
     studies, tokens, sentences = shape.studies, shape.tokens, shape.sentences
@@ -108,7 +108,7 @@ def random_batches(shape: Shape, patches: int, mask_ratio: float, device: torch.
             sentence_row_n=torch.arange(studies * sentences),
             sentence_hash_n=draw(2**40, studies * sentences),
             report_hash_B=draw(2**40, studies),
-            masked_BP=mask_positions(draw(2**40, studies), patches, mask_ratio),
+            draw_key_B=draw(2**40, studies),
             rank_sentences=(studies * sentences,),
         ).to(device)
 
@@ -120,7 +120,7 @@ class Run:
     """An engine with its batches: one call is one optimizer step."""
 
     engine: Engine
-    objective: Objective
+    method: Method[Any]
     batches: list[ImageReportBatch]
     centroids_KD: Tensor
     losses: list[Tensor]
@@ -128,7 +128,7 @@ class Run:
     def forward_backward(self) -> None:
         """Gradients of the next batch."""
         batch = self.batches[len(self.losses) % len(self.batches)]
-        found = self.objective(self.engine(batch, True), batch, self.centroids_KD)
+        found = self.method.losses(self.engine(batch, 2), batch, {"sentences": self.centroids_KD}, 2, 1)
         self.losses.append(found.total.detach())
         self.engine.backward(found.total, last=True)
 
@@ -141,13 +141,12 @@ def build_run(shape: Shape, precision: str, engine: str, device: torch.device) -
     """The same weights and batches for every precision."""
     torch.manual_seed(0)
     config = settings(shape, precision, engine, device)
-    model = build_model(config, shape.vocabulary)
-    patches = model.image_encoder.patches
+    method = load_method(config)
+    model = method.build_model(shape.vocabulary)
     centroids_KD = F.normalize(torch.randn(shape.num_clusters, shape.embed_dim), dim=1).to(device)
     built = build_engine(model, config.train, device)
     built.module.train()
-    batches = random_batches(shape, patches, config.objective.mask_ratio, device)
-    return Run(built, Objective(config.objective), batches, centroids_KD, [])
+    return Run(built, method, random_batches(shape, device), centroids_KD, [])
 
 
 def wait(device: torch.device) -> None:

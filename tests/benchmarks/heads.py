@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cmcgns.config import ObjectiveConfig
+from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.cm_cgns.objective import Objective
+from cmcgns.methods.cm_cgns.method import CmCgns
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
+from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.models.attention import AttentionPool, unit
-from cmcgns.models.vision_language import VisionLanguageModel
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
 
 B, P, S, D, K = 64, 49, 6, 768, 128
@@ -58,14 +59,14 @@ class ReadyReports(nn.Module):
 def build_step() -> Callable[[], None]:
     """Forward and backward of heads and losses."""
     torch.manual_seed(0)
-    model = VisionLanguageModel(ReadyFilms(), ReadyReports(), D, 0.1, True)  # type: ignore[arg-type]
+    model = CmCgnsModel(ReadyFilms(), ReadyReports(), D, 0.1, True, 0.5)  # type: ignore[arg-type]
     model.decoder = nn.Identity()
-    objective, batch = Objective(ObjectiveConfig()), ready_batch()
+    method, batch = CmCgns(Config.model_construct(objective=Settings())), ready_batch()
     centroids_KD = F.normalize(torch.randn(K, D), dim=1)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        objective(model(batch), batch, centroids_KD).total.backward()
+        method.losses(model(batch), batch, {"sentences": centroids_KD}, 1, 1).total.backward()
 
     return step
 
@@ -82,7 +83,7 @@ def ready_batch() -> ImageReportBatch:
         sentence_row_n=torch.arange(B * S),
         sentence_hash_n=torch.arange(B * S),
         report_hash_B=torch.arange(B),
-        masked_BP=torch.zeros(B, P, dtype=torch.bool),
+        draw_key_B=torch.arange(B),
         rank_sentences=(B * S,),
     )
 

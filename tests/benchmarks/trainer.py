@@ -24,17 +24,17 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.clustering.bank_pool import RayPool, start_pool
-from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
 from cmcgns.data.record import Block
-from cmcgns.methods.cm_cgns.objective import Objective
-from cmcgns.models.vision_language import VisionLanguageModel, build_model
+from cmcgns.methods.base import load_method
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.trainer import Parts, Trainer
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
+from tests.small import banks_of, losses_of
 from tests.train.memory import MemoryBlocks, Quiet
 
 MICROBATCH, EVERY, ROUNDS, CACHED = 16, 5, 5, 4
@@ -105,18 +105,17 @@ class Clock:
 def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
     """A trainer that has taken its first steps in stage 2 and holds centroids."""
     torch.manual_seed(0)
-    centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, "cpu", config.clustering.momentum)
-    patches = (config.data.image_size // 16) ** 2
 
-    def model() -> VisionLanguageModel:
+    def model() -> CmCgnsModel:
         torch.manual_seed(0)
-        return build_model(config, VOCABULARY)
+        return load_method(config).build_model(VOCABULARY)
 
     parts = Parts(
         build_model=model,
         blocks=CachedBlocks(config),
-        batcher=Batcher(config, patches, 0, torch.device("cpu")),
-        guide=OnlineClustering(config.clustering, centroids, RayPool(pool)),
+        batcher=Batcher(config, 0, torch.device("cpu")),
+        banks=banks_of(config, RayPool(pool)),
+        method=load_method(config),
         schedule=Schedule(1, 10_000, 0),
         device=torch.device("cpu"),
         log=RunLog(str(folder), folder, 0),
@@ -125,7 +124,8 @@ def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
         stop_requested=lambda: False,
     )
     trainer = Trainer(config, parts)
-    parts.guide.empty_bank(0)
+    parts.banks.empty(0)
+    centroids = parts.banks.first.centroids
     centroids.adopt(F.normalize(torch.randn_like(centroids.rows_KD), dim=1), 1, 0)
     trainer.next_step()  # stage 1, its validation and checkpoint
     trainer.next_step()
@@ -135,7 +135,7 @@ def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
 def build_bare_step(config: Config, trainer: Trainer) -> Callable[[], None]:
     """Forward, losses, backward and step of a DeepSpeed engine of its own, on ready batches."""
     torch.manual_seed(0)
-    model = build_model(config, VOCABULARY)
+    model = load_method(config).build_model(VOCABULARY)
     deepspeed = import_deepspeed(torch.device("cpu"))
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -143,13 +143,13 @@ def build_bare_step(config: Config, trainer: Trainer) -> Callable[[], None]:
         config=deepspeed_settings(config.train, 1),
         dist_init_required=False,
     )
-    objective, centroids_KD = Objective(config.objective), trainer.parts.guide.centroids.rows_KD.clone()
+    centroids_KD = trainer.parts.banks.first.centroids.rows_KD.clone()
     blocks = trainer.parts.blocks.blocks  # type: ignore[attr-defined]
     batches = [trainer.parts.batcher(block, (int(block.sentence_counts.sum()),), True) for block in blocks]
 
     def step() -> None:
         batch = batches.pop(0)
-        engine.backward(objective(engine(batch, True), batch, centroids_KD).total)
+        engine.backward(losses_of(config, engine(batch, 2), batch, centroids_KD, stage=2).total)
         engine.step()
         batches.append(batch)
 
@@ -163,7 +163,7 @@ def watch_parts(trainer: Trainer) -> Clock:
         (trainer.reader, "next_step", "data wait"),
         (trainer.engine, "backward", "backward"),
         (trainer.engine, "step", "optimizer"),
-        (trainer, "_guide", "pool pushes and centroids"),
+        (trainer.banks, "advance", "pool pushes and centroids"),
         (trainer, "write_metrics", "logging"),
     ):
         clock.watch(owner, method, name)
@@ -173,7 +173,7 @@ def watch_parts(trainer: Trainer) -> Clock:
 def alone(config: Config, trainer: Trainer, rounds: int) -> dict[str, list[float]]:
     """Seconds of forward and backward of the encoders and of the decoder, each by itself on the trainer's batches."""
     torch.manual_seed(0)
-    model = build_model(config, VOCABULARY)
+    model = load_method(config).build_model(VOCABULARY)
     block = trainer.parts.blocks.blocks[0]  # type: ignore[attr-defined]
     batch = trainer.parts.batcher(block, (int(block.sentence_counts.sum()),), True)
     text = (
@@ -214,7 +214,7 @@ def compare(loop: dict[str, Any]) -> None:
             "seconds": {name: [each / EVERY for each in taken] for name, taken in seconds.items()},
             "spent": spent,
             "alone": alone(config, trainer, loop["rounds"]),
-            "version": trainer.parts.guide.centroids.version,
+            "version": trainer.parts.banks.first.centroids.version,
         }
     assert distributed.world_size() == 1
     Path(loop["output"]).write_text(json.dumps(found))

@@ -11,13 +11,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import distributed
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool, start_pool
-from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering, Pool
+from cmcgns.clustering.online_clustering import LocalPool, Pool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
+from cmcgns.methods.base import load_method
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.trainer import Parts, Trainer
 from tests.clustering.delayed_shard import DelayedShard
-from tests.small import small_config, small_model
+from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks
 
 STUDIES = 160
@@ -37,7 +38,7 @@ class Watched(Trainer):
 
     def train_step(self, step: int, data: Any) -> None:
         super().train_step(step, data)
-        centroids = self.parts.guide.centroids
+        centroids = self.parts.banks.first.centroids
         self.seen.append((step, centroids.version, centroids.digest()))
 
     seen: list[tuple[int, int, str]]
@@ -71,12 +72,12 @@ def train_loop(loop: dict[str, Any]) -> None:
 
 def train(config: Config, pool: Pool) -> dict[str, Any]:
     device, rows = torch.device("cpu"), Rows()
-    centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, device, config.clustering.momentum)
     parts = Parts(
         build_model=lambda: small_model(config),
         blocks=MemoryBlocks(config, STUDIES),
-        batcher=Batcher(config, small_model(config).image_encoder.patches, 0, device),
-        guide=OnlineClustering(config.clustering, centroids, pool),
+        batcher=Batcher(config, 0, device),
+        banks=banks_of(config, pool),
+        method=load_method(config),
         schedule=Schedule(config.train.stage1_steps or 0, 0, 0),
         device=device,
         log=rows,  # type: ignore[arg-type]
@@ -86,9 +87,9 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
     )
     trainer = Watched(config, parts)
     trainer.seen = []
-    parts.guide.empty_bank(0)
+    parts.banks.empty(0)
     trainer.train()
-    return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.guide.waited_s}
+    return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.banks.first.waited_s}
 
 
 def run(folder: Path, steps: int, shard_type: type[DelayedShard]) -> dict[str, list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ from cmcgns.data.stream import Stream, read_study
 from cmcgns.evaluate.embed import SentenceEmbedder
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.tasks.clusters import by_chance, purity, sentence_classes
-from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
 
 BATCH = 32
 
@@ -45,7 +45,7 @@ def agreement(cluster_n: Array, texts: Sequence[str]) -> Agreement:
     )
 
 
-def attended(run: PretrainedRun, model: VisionLanguageModel, shift: int = 0) -> npt.NDArray[np.float32]:
+def attended(run: PretrainedRun, model: CmCgnsModel, shift: int = 0) -> npt.NDArray[np.float32]:
     """Attended features of the run's test split under ``model``, each report with the film of the study ``shift`` on."""
     blocks = blocks_of_test_split(run)
     films_NRR = np.roll(np.concatenate([block.images_BRR for block in blocks]), shift, axis=0)

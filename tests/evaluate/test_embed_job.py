@@ -19,19 +19,20 @@ from cmcgns.data.record import StreamStudy, stream_table, to_block
 from cmcgns.data.reports import parse_report
 from cmcgns.data.stream import Stream, read_study
 from cmcgns.evaluate.encoders import open_run
+from cmcgns.methods.base import load_method
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import unit
-from cmcgns.models.vision_language import VisionLanguageModel, build_model
 from cmcgns.train.checkpoint import export_model
 from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
 from tests.jobs import REPOSITORY
 from tests.small import small_config
 
 
-def write_run(folder: Path, config: Config) -> VisionLanguageModel:
+def write_run(folder: Path, config: Config) -> CmCgnsModel:
     """A run folder as the end of pretraining leaves it, of a model that has learnt nothing."""
     tokenizer = make_tokenizer(config, sample_reports(open_corpus(config), 1000))
     torch.manual_seed(1)
-    model = build_model(config, tokenizer.vocabulary_size)
+    model = load_method(config).build_model(tokenizer.vocabulary_size)
     (folder / "export").mkdir(parents=True)
     export_model(folder / "export", model, model.state_dict(), tokenizer, {}, {})
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -57,7 +58,7 @@ def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path
     studies = corpus.index.split("test")
     stream = Stream(corpus.source, None, len(studies), run.tokenizer, config.data, None)
     reader = corpus.source.reader([])
-    batcher = Batcher(config, model.image_encoder.patches, run.tokenizer.pad_id, torch.device("cpu"))
+    batcher = Batcher(config, run.tokenizer.pad_id, torch.device("cpu"))
     for study in studies.to_pylist():
         shown = drawn_image(config.data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
         read = read_study(study, shown, reader, stream, VALIDATION_EPOCH)

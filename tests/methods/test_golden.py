@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns.clustering.online_clustering import Centroids, momentum_step, unnormalised_momentum_step
-from cmcgns.config import ObjectiveConfig
 from cmcgns.methods.cm_cgns.losses import (
     SentenceClusters,
     margin_penalty,
@@ -14,10 +13,11 @@ from cmcgns.methods.cm_cgns.losses import (
     negative_masks,
     sentence_alignment_loss,
 )
+from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.methods.contrastive import contrastive_loss
 from tests.golden import EXACT, golden
 
-PUBLISHED = ObjectiveConfig(
+PUBLISHED = Settings(
     num_clusters=6, sentence_temperature=1.0, hard_negative_logit=3.0, false_negatives="margin", margin_weight=1e-4
 )
 

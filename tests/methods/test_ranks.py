@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Objective
+from cmcgns.methods.base import load_method
 from tests.ranks import run_on_ranks
-from tests.small import random_batch, small_config, small_model
+from tests.small import losses_of, random_batch, small_config, small_model
 
 GLOBAL_BATCH = 6
 CONFIGS = {
@@ -35,9 +35,9 @@ def loss_and_gradients(name: str) -> tuple[float, list[float], dict[str, Tensor]
     model.train()
     size = GLOBAL_BATCH // world
     rows = [slice(rank * size, (rank + 1) * size) for rank in range(world)]
-    batch = random_batch(config, 4, rows[distributed.rank()], ranks=rows)
+    batch = random_batch(config, rows[distributed.rank()], ranks=rows)
     centroids_KD = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(1)), dim=1)
-    losses = Objective(config.objective)(model(batch, True), batch, centroids_KD)
+    losses = losses_of(config, model(batch, 2), batch, centroids_KD, stage=2)
     losses.total.backward()
     gradients = {}
     for key, parameter in model.named_parameters():
@@ -67,7 +67,8 @@ def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
         for name, (total, parts, gradients) in found.items():
             expected_total, expected_parts, expected = single[name]
             assert total == pytest.approx(expected_total, rel=1e-12), name
-            for part, theirs, ours in zip((*LOSS_TERMS, *STATISTICS), expected_parts, parts, strict=True):
+            method = load_method(config_of(name))
+            for part, theirs, ours in zip((*method.terms(2), *method.statistics), expected_parts, parts, strict=True):
                 if part not in ("patches_std", "attended_std"):  # over this rank's rows: their mean is near, not equal
                     assert ours == pytest.approx(theirs, rel=1e-5), (name, part)  # float32 on the way to the log
             for key, gradient in gradients.items():

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmcgns.config import ObjectiveConfig
 from cmcgns.methods.cm_cgns.losses import SentenceLoss, sentence_alignment_loss
+from cmcgns.methods.cm_cgns.settings import Settings
 
 TEMPERATURE, OWN_LOGIT = 0.3, 2.0
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 
-def objective(false_negatives: str, **more: float) -> ObjectiveConfig:
-    return ObjectiveConfig.model_validate(
+def objective(false_negatives: str, **more: float) -> Settings:
+    return Settings.model_validate(
         {
             "false_negatives": false_negatives,
             "sentence_temperature": TEMPERATURE,
@@ -38,9 +38,7 @@ def random_sentences(
     return z1_nD, z2_nD, torch.randint(0, texts, (number,), generator=source), centroids_KD
 
 
-def slow_loss(
-    z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor, config: ObjectiveConfig
-) -> tuple[Tensor, int, float]:
+def slow_loss(z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor, config: Settings) -> tuple[Tensor, int, float]:
     """Loss, rows restored and negatives per sentence, row by row as method.md has it."""
     number = len(z1)
     order = [(z1[i] @ centroids.T).argsort(descending=True).tolist() for i in range(number)]
@@ -70,9 +68,7 @@ def slow_loss(
     return torch.stack(losses).mean() + config.margin_weight * margin, restored, negatives / number
 
 
-def fast_loss(
-    z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor | None, config: ObjectiveConfig
-) -> SentenceLoss:
+def fast_loss(z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor | None, config: Settings) -> SentenceLoss:
     return sentence_alignment_loss(z1, z2, hashes, (len(z1),), centroids, config)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmcgns.models.attention import AttentionPool, CrossModalAttention
+from cmcgns.methods.cm_cgns.model import CrossModalAttention
+from cmcgns.models.attention import AttentionPool
 from tests.golden import EXACT, golden, padded_sentences
 
 

@@ -11,11 +11,12 @@ import pytest
 from cmcgns.cli import load_config
 from cmcgns.config import Config
 from cmcgns.errors import UserError
-from cmcgns.sweep.search import Search, Space, default_space, drawn_settings, grid_axes, read_space, searcher
+from cmcgns.methods.cm_cgns.settings import Settings
+from cmcgns.sweep.search import Search, Space, drawn_settings, grid_axes, read_space, searcher
 from tests.jobs import TINY
 
 BASE = load_config([], Config, TINY)
-SPACE = read_space(default_space(4000), BASE)
+SPACE = read_space(Settings().sweep_space(4000), BASE)
 CHOICES: dict[str, Any] = {
     "objective.num_clusters": {"choice": [16, 32, 64]},
     "objective.false_negatives": {"choice": ["margin", "both"]},
@@ -77,7 +78,7 @@ def test_a_grid_refuses_a_range() -> None:
     ("sentences", "clusters"), [(4000, [16, 32, 64, 128, 256, 512]), (10**6, [2**p for p in range(4, 11)]), (20, [16])]
 )
 def test_no_more_clusters_are_drawn_than_a_quarter_of_the_sentences(sentences: int, clusters: list[int]) -> None:
-    assert default_space(sentences)["objective.num_clusters"] == {"choice": clusters}
+    assert Settings().sweep_space(sentences)["objective.num_clusters"] == {"choice": clusters}
 
 
 def test_a_drawn_temperature_is_not_learnt() -> None:

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.methods.cm_cgns.objective import Objective
-from cmcgns.models.vision_language import RECONSTRUCTION_PARTS
+from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS
 from cmcgns.train.engine import DeepSpeedEngine, Engine, build_engine, build_optimizer
 from tests.ranks import run_on_ranks
-from tests.small import random_batch, small_config, small_model
+from tests.small import losses_of, random_batch, small_config, small_model
 
 STEPS, GLOBAL_BATCH, CPU = 20, 6, torch.device("cpu")
 State = dict[str, Tensor]
@@ -44,8 +43,8 @@ def run_step(engine: Engine, config: Config, seed: int, stage2: bool = False) ->
     total = torch.zeros(())
     for i in range(accumulation):
         rows = [slice(start, start + size) for start in range(i * world * size, (i + 1) * world * size, size)]
-        batch = random_batch(config, 4, rows[distributed.rank()], seed, rows)
-        loss = Objective(config.objective)(engine(batch, stage2), batch, centroids()).total
+        batch = random_batch(config, rows[distributed.rank()], seed, rows)
+        loss = losses_of(config, engine(batch, 2 if stage2 else 1), batch, centroids(), 2 if stage2 else 1).total
         engine.backward(loss, last=i == accumulation - 1)
         total = total + loss.detach().float() / accumulation
     return float(distributed.all_reduce(total)) / world
@@ -236,8 +235,8 @@ def test_accumulation_averages_microbatches_that_are_normalised_each_by_itself()
     losses, parts = [], []
     for start in (0, 3):
         engine = engine_of(half)
-        batch = random_batch(half, 4, slice(start, start + 3))
-        each = Objective(half.objective)(engine(batch, False), batch, centroids()).total
+        batch = random_batch(half, slice(start, start + 3))
+        each = losses_of(half, engine(batch, 1), batch, centroids()).total
         engine.backward(each, last=True)
         losses.append(float(each.detach()))
         parts.append(gradients(engine))

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from cmcgns import distributed
-from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering
+from cmcgns.clustering.online_clustering import LocalPool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
+from cmcgns.methods.base import load_method
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.trainer import Parts, Trainer
 from tests.ranks import run_on_ranks
-from tests.small import small_config, small_model
+from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks, Quiet
 
 STEPS, REFRESH, STUDIES, CPU = 20, 4, 400, torch.device("cpu")
@@ -35,12 +36,12 @@ def train(config: Config) -> list[dict[str, Any]]:
     """Rows of the run on rank 0; nothing on the others."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        centroids = Centroids(config.objective.num_clusters, config.model.embed_dim, CPU, config.clustering.momentum)
         parts = Parts(
             build_model=lambda: small_model(config),
             blocks=MemoryBlocks(config, STUDIES),
-            batcher=Batcher(config, 4, 0, CPU),
-            guide=OnlineClustering(config.clustering, centroids, LocalPool(config.clustering)),
+            batcher=Batcher(config, 0, CPU),
+            banks=banks_of(config, LocalPool(config.clustering)),
+            method=load_method(config),
             schedule=Schedule(STEPS, 0, 0),
             device=CPU,
             log=RunLog(scratch, folder, 0) if distributed.rank() == 0 else None,

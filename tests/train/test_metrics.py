@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmcgns.methods.cm_cgns.objective import LOSS_TERMS, STATISTICS, Losses
+from cmcgns.methods.base import Losses, load_method
 from cmcgns.models.retrieval import recall
 from cmcgns.train.metrics import RunLog, StepMetrics
+from tests.small import small_config
 
 
 @pytest.mark.parametrize("number", [3, 40])
@@ -50,16 +51,23 @@ def test_perfect_embeddings_are_always_found() -> None:
     assert found["chance_recall_at_1"] == pytest.approx(1 / 9)
 
 
-def losses_of(value: float) -> Losses:
-    terms, statistics = torch.full((len(LOSS_TERMS),), value), torch.full((len(STATISTICS),), 10 * value)
-    return Losses(total=terms[0], terms=terms, statistics=statistics, attended_nD=torch.zeros(0, 4))
+METHOD = load_method(small_config())
+
+
+def losses_of(value: float, stage: int = 1) -> Losses:
+    terms, statistics = (
+        torch.full((len(METHOD.terms(stage)),), value),
+        torch.full((len(METHOD.statistics),), 10 * value),
+    )
+    return Losses(total=terms[0], terms=terms, statistics=statistics)
 
 
 def test_a_row_is_the_mean_over_microbatches_and_leaves_out_what_its_stage_lacks() -> None:
-    metrics = StepMetrics()
+    metrics = StepMetrics(METHOD)
     metrics.record({"step": 1, "stage": 1}, [losses_of(1.0), losses_of(3.0)])
-    metrics.record({"step": 2, "stage": 2}, [losses_of(5.0)])
-    first, second = metrics.rows()
+    [first] = metrics.rows()  # a stage's last step is always written
+    metrics.record({"step": 2, "stage": 2}, [losses_of(5.0, stage=2)])
+    [second] = metrics.rows()
     assert (first["loss"], first["mean_cosine"], second["loss"]) == (2.0, 20.0, 5.0)
     assert "loss_reconstruction" not in first
     assert second["loss_reconstruction"] == 5.0

@@ -8,7 +8,7 @@ import torch
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.data.batch import Batcher, ImageReportBatch
+from cmcgns.data.batch import Batcher, ImageReportBatch, mask_positions
 from cmcgns.data.record import Block
 from cmcgns.train import steps
 from cmcgns.train.steps import EpochPrefetch, Place, StepReader, validation_batches
@@ -39,7 +39,7 @@ class RecordingBatcher(Batcher):
 
 def read(ranks: int, accumulation: int, steps: int, place: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     config = config_of(ranks, accumulation)
-    batcher = RecordingBatcher(config, 4, 0, CPU)
+    batcher = RecordingBatcher(config, 0, CPU)
     source = MemoryBlocks(config, STUDIES, bad=BAD)
     reader = StepReader(source, batcher, Place(*place), accumulation, lambda: False)
     batcher.seen, places, digests = [], [], []
@@ -93,21 +93,21 @@ def test_a_restart_from_any_place_gives_the_rest_also_on_other_ranks() -> None:
 def test_the_next_epoch_is_prepared_before_this_one_ends() -> None:
     config = config_of(1)
     source = MemoryBlocks(config, STUDIES)
-    reader = StepReader(source, Batcher(config, 4, 0, CPU), Place(), 1, lambda: False)
+    reader = StepReader(source, Batcher(config, 0, CPU), Place(), 1, lambda: False)
     reader.next_step()
     assert set(source.prepared) == {1}
 
 
 def test_a_corpus_smaller_than_a_global_batch_is_an_error_and_not_an_endless_loop() -> None:
     config = config_of(1)
-    reader = StepReader(MemoryBlocks(config, 11), Batcher(config, 4, 0, CPU), Place(), 1, lambda: False)
+    reader = StepReader(MemoryBlocks(config, 11), Batcher(config, 0, CPU), Place(), 1, lambda: False)
     with pytest.raises(RuntimeError, match="less than one global batch"):
         reader.next_step()
 
 
 def test_a_wish_to_stop_reaches_every_step() -> None:
     config = config_of(1)
-    reader = StepReader(MemoryBlocks(config, STUDIES), Batcher(config, 4, 0, CPU), Place(), 1, lambda: True)
+    reader = StepReader(MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Place(), 1, lambda: True)
     assert reader.next_step().stop_requested
 
 
@@ -115,12 +115,12 @@ def crops(ranks: int) -> dict[int, tuple[float, list[bool]]]:
     """Each study's pixels and mask, by study."""
     config = config_of(ranks)
     source = MemoryBlocks(config, STUDIES)
-    step = StepReader(source, Batcher(config, 4, 0, CPU), Place(), 1, lambda: False).next_step()
+    step = StepReader(source, Batcher(config, 0, CPU), Place(), 1, lambda: False).next_step()
     keys = next(MemoryBlocks(config, STUDIES).open(0, 0)).draw_keys
     [batch] = step.microbatches
     return {
         int(key): (float(image.double().sum()), mask.tolist())
-        for key, image, mask in zip(keys, batch.image_B1HW, batch.masked_BP, strict=True)
+        for key, image, mask in zip(keys, batch.image_B1HW, mask_positions(batch.draw_key_B, 16, 0.5), strict=True)
     }
 
 
@@ -133,7 +133,7 @@ def test_a_studys_crop_and_mask_do_not_depend_on_its_rank() -> None:
 def validation_rows() -> list[tuple[int, bool, int]]:
     config = small_config(num_workers=2, microbatch_size=4, global_batch_size=8)
     source = MemoryBlocks(config, 0, validation=14)  # blocks of 4, 4, 4, 2 on two ranks; 10 on three
-    batches = validation_batches(source, Batcher(config, 4, 0, CPU), 4)
+    batches = validation_batches(source, Batcher(config, 0, CPU), 4)
     return [(real, whole, len(batch.token_BT)) for batch, real, whole in batches]
 
 
@@ -150,7 +150,7 @@ def test_validation_shows_every_study_once_and_fills_up_with_rows_that_do_not_co
 def test_validation_crops_the_middle() -> None:
     config = small_config(num_workers=1, microbatch_size=4, global_batch_size=8)
     source = MemoryBlocks(config, 0, validation=4)
-    [(batch, real, whole)] = validation_batches(source, Batcher(config, 4, 0, CPU), 4)
+    [(batch, real, whole)] = validation_batches(source, Batcher(config, 0, CPU), 4)
     stored_BRR = next(source.open_validation()).images_BRR
     expected = torch.from_numpy(stored_BRR[:, 4:36, 4:36].astype(np.float32)) / 127.5 - 1
     assert (real, whole) == (4, True)

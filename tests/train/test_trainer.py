@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering
+from cmcgns.clustering.online_clustering import LocalPool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
-from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.methods.base import load_method
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
-from tests.small import small_config, small_model
+from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks
 
 CPU = torch.device("cpu")
@@ -67,18 +68,18 @@ def start(
     if source is not None:
         shutil.copy(source / "metrics.jsonl", folder / "metrics.jsonl")
 
-    def model() -> VisionLanguageModel:
+    def model() -> CmCgnsModel:
         return small_model(config, config.train.seed)
 
     def keep(filled: Path, step: int) -> None:
         shutil.copytree(filled, folder / f"checkpoint_{step}", dirs_exist_ok=True)
 
-    centroids = Centroids(6, 32, CPU, config.clustering.momentum)
     parts = Parts(
         build_model=model,
         blocks=MemoryBlocks(config, STUDIES, validation=40),
-        batcher=batcher(config, 4, 0, CPU),
-        guide=OnlineClustering(config.clustering, centroids, LocalPool(config.clustering)),
+        batcher=batcher(config, 0, CPU),
+        banks=banks_of(config, LocalPool(config.clustering)),
+        method=load_method(config),
         schedule=build_schedule(config.train, STUDIES),
         device=CPU,
         log=RunLog(str(folder), folder, checkpoint or 0),
@@ -122,7 +123,7 @@ def test_clustering_starts_once_and_its_versions_follow_the_refreshes(finished: 
     versions = [row["centroids_version"] for row in finished.rows()]
     # 1024 sentences are there at step 12; what is asked for at a refresh comes into force at the next
     assert versions[:24] == [0] * 15 + [1] * 4 + [2] * 4 + [3]
-    assert finished.trainer.parts.guide.centroids.started_at == 16
+    assert finished.trainer.parts.banks.first.centroids.started_at == 16
     restored = [row["rows_restored"] for row in finished.rows()]
     assert not any(restored[:16])
     assert any(restored[16:])  # young sentences share a cluster: their false negatives had to stay
@@ -148,7 +149,7 @@ def test_a_resumed_run_matches_the_uninterrupted_one(checkpoint: int, finished: 
             if name in theirs:
                 # the same arithmetic in the same order, dropout included
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-6), (ours["step"], name)
-    guides = resumed.trainer.parts.guide, finished.trainer.parts.guide
+    guides = resumed.trainer.parts.banks.first, finished.trainer.parts.banks.first
     assert guides[0].centroids.digest() == guides[1].centroids.digest()
 
 
@@ -166,7 +167,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_to_go_on_from(finished:
 
 def test_stage_2_starts_from_the_best_weights_and_centroids_with_an_empty_bank(finished: Run, tmp_path: Path) -> None:
     run = start(config_of(), tmp_path / "run", 24, finished.folder)
-    trainer, guide = run.trainer, run.trainer.parts.guide
+    trainer, guide = run.trainer, run.trainer.parts.banks.first
     best = {key: value.clone() for key, value in trainer.best.items()}
     assert trainer.progress.best["step"] in (8, 16, 24)
     with torch.no_grad():
@@ -241,7 +242,7 @@ def test_validation_moves_neither_weights_nor_statistics_nor_centroids_nor_dropo
     config = config_of(model__image_encoder="resnet-tiny", data__image_size=64, data__resize=72)
     run = start(config, tmp_path / "run")
     trainer = run.trainer
-    guide = trainer.parts.guide
+    guide = trainer.parts.banks.first
     trainer.train_step(1, trainer.reader.next_step())
     guide.centroids.adopt(torch.nn.functional.normalize(torch.randn(6, 32), dim=1), 1, 1)
     before, random, pushed = trainer.engine.weights(), torch.get_rng_state(), guide.pushed
@@ -279,7 +280,7 @@ class HostReads(TorchDispatchMode):
 def test_a_steady_step_reads_nothing_back_from_the_device(finished: Run, tmp_path: Path) -> None:
     run = start(config_of(), tmp_path / "run", 28, finished.folder)
     trainer = run.trainer
-    assert trainer.parts.guide.centroids.started
+    assert trainer.parts.banks.first.centroids.started
     trainer.train_step(29, trainer.reader.next_step())
     data = trainer.reader.next_step()
     # Adam's step counts lie on the host also beside a GPU

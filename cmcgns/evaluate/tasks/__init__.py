@@ -30,6 +30,8 @@ from cmcgns.evaluate.tasks.segmentation import segmentation_scores
 from cmcgns.evaluate.tasks.zeroshot import Prompts, zeroshot_scores
 
 ON_PAIRS = ("retrieval", "clusters", "grounding")
+ON_ATTENTION = ("clusters", "grounding")
+"""Those of them that ask where sentences attend."""
 ON_FEATURES = ("zeroshot", "classification")
 CORPUS = "corpus"
 """What the run's own corpus is called where it is no set of images."""
@@ -81,6 +83,16 @@ def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
         if not encoder.has_reports:
             found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: it reads no reports")
             continue
+        own, method = list(wanted), encoder.run.method
+        if not method.has_attention:
+            own = [task for task in wanted if task not in ON_ATTENTION]
+            found.left_out += [
+                f"{task} by {encoder.name}: {encoder.config.method.name} attends to no patches"
+                for task in wanted
+                if task not in own
+            ]
+        if not own:
+            continue
         pairs = embed.remote(encoder)
         try:  # one after the other: each needs a CPU beside those of its data
             digest = ray.get(studies_digest.remote(pairs))
@@ -91,7 +103,7 @@ def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
             found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: its corpus has other test studies")
             continue
         found.pairs_digest = digest
-        for task in wanted:
+        for task in own:
             started[on_pairs.remote(task, pairs, encoder, shared, settings)] = f"{task} by {encoder.name}"
     return started
 
@@ -211,7 +223,7 @@ def on_pairs(
     if task == "retrieval" or images is None:
         scores = retrieval_scores(pairs, encoder.name, name, *again, shown)
     elif task == "clusters":
-        scores = cluster_scores(pairs, encoder.name, name, encoder.config.objective.num_clusters, *again)
+        scores = cluster_scores(pairs, encoder.name, name, encoder.num_clusters, *again)
     else:
         scores = grounding_scores(pairs, images, encoder.config.data, encoder.name, *again, shown)
     return Measured(scores, shown, time.perf_counter() - began)

@@ -13,8 +13,8 @@ from cmcgns.evaluate.encoders import PretrainedRun, open_run
 from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
 from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
 from cmcgns.evaluate.scores import Resampling, Score
+from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.models.retrieval import first_hits, recall
-from cmcgns.models.vision_language import VisionLanguageModel
 
 WAYS = {"i2t": "film to report", "t2i": "report to film"}
 DEPTHS = (1, 5, 10)
@@ -27,7 +27,7 @@ def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
     return model_retrieval(run.load_model(), run, split)
 
 
-def model_retrieval(model: VisionLanguageModel, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
+def model_retrieval(model: DualEncoder, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
     """The same by ``model``, with the settings and the vocabulary of ``run``."""
     return recall(*_tensors(embed_pairs(model, run, split)))
 

@@ -22,7 +22,7 @@ from cmcgns.evaluate.features import Features
 from cmcgns.evaluate.figures import Figure, curves
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.evaluate.tasks.classification import accuracy_scores, auc_scores, labels_of
-from cmcgns.models.vision_language import VisionLanguageModel
+from cmcgns.models.dual_encoder import DualEncoder
 
 Prompts = dict[str, dict[str, list[str]]]
 """For each class the sentences under `present` and `absent`."""
@@ -59,7 +59,7 @@ def _are_prompts(sides: Any) -> bool:
 
 
 @torch.inference_mode()
-def embed_sentences(model: VisionLanguageModel, run: PretrainedRun, texts: list[str]) -> NDArray[np.float64]:
+def embed_sentences(model: DualEncoder, run: PretrainedRun, texts: list[str]) -> NDArray[np.float64]:
     """Each text as a report of its own, rows of length 1, (texts, D)."""
     encoded = [run.tokenizer.encode([" ".join(normalised_words(text))]) for text in texts]
     counts = np.array([each.sentences for each in encoded])
@@ -76,7 +76,7 @@ def embed_sentences(model: VisionLanguageModel, run: PretrainedRun, texts: list[
 
 
 def zeroshot_scores(
-    model: VisionLanguageModel,
+    model: DualEncoder,
     run: PretrainedRun,
     features: Features,
     images: ImageSet,
@@ -107,7 +107,7 @@ def zeroshot_scores(
 
 
 def _class_score(
-    model: VisionLanguageModel, run: PretrainedRun, image_ND: Any, sides: dict[str, list[str]]
+    model: DualEncoder, run: PretrainedRun, image_ND: Any, sides: dict[str, list[str]]
 ) -> NDArray[np.float64]:
     present_D = embed_sentences(model, run, sides["present"]).mean(0)
     absent_D = embed_sentences(model, run, sides["absent"]).mean(0) if sides.get("absent") else 0.0

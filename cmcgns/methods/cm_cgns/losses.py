@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.config import ObjectiveConfig
 from cmcgns.distributed import all_reduce, ragged_all_gather
+from cmcgns.methods.cm_cgns.settings import Settings
+from cmcgns.methods.contrastive import same_text_mask
 
 MIN_NEGATIVES = 8
 """A sentence keeps at least this many other columns, or its false negatives stay in."""
@@ -45,14 +46,6 @@ class NegativeMasks(NamedTuple):
     """M: True for other sentences of the same cluster with another text."""
     restored_n: Tensor
     """True for rows that would have kept too few negatives and got M back."""
-
-
-def same_text_mask(own_hash_n: Tensor, hash_N: Tensor, offset: int) -> Tensor:
-    """True where another sentence has the same words; never for a sentence itself, which stands at ``offset`` + row."""
-    same_nN = own_hash_n.unsqueeze(1) == hash_N
-    # narrow, not a scatter: the own columns are one block
-    same_nN.narrow(1, offset, own_hash_n.shape[0]).fill_diagonal_(False)
-    return same_nN
 
 
 def negative_masks(
@@ -108,7 +101,7 @@ def sentence_alignment_loss(
     hash_n: Tensor,
     rank_sentences: tuple[int, ...],
     centroids_KD: Tensor | None,
-    config: ObjectiveConfig,
+    config: Settings,
 ) -> SentenceLoss:
     """InfoNCE of each sentence against the attended features of all ranks' sentences, guided by the centroids.
 
@@ -148,7 +141,7 @@ def sentence_alignment_loss(
 
 
 def hard_negative_logits(
-    similarity_nK: Tensor, own: SentenceClusters, everyone: SentenceClusters, config: ObjectiveConfig
+    similarity_nK: Tensor, own: SentenceClusters, everyone: SentenceClusters, config: Settings
 ) -> Tensor:
     """Logits whose sum of exponentials equals that of the N hard-negative columns, (n, K + 1); the last is the own one."""
     exclude = config.false_negatives != "margin"
@@ -158,7 +151,7 @@ def hard_negative_logits(
     return torch.cat([scaled_nK + counts_nK.to(scaled_nK.dtype).log(), own_n1], dim=1)
 
 
-def margin_penalty(cosine_nN: Tensor, positive_n: Tensor, false_negative_nN: Tensor, config: ObjectiveConfig) -> Tensor:
+def margin_penalty(cosine_nN: Tensor, positive_n: Tensor, false_negative_nN: Tensor, config: Settings) -> Tensor:
     """Bidirectional margin of each false negative, 0 elsewhere: relu(d + alpha) + relu(-d - beta), d = cos - positive."""
     gap_nN = cosine_nN - positive_n.unsqueeze(1)
     penalty_nN = F.relu(gap_nN + config.margin_alpha) + F.relu(-gap_nN - config.margin_beta)

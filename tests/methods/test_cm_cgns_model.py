@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
+from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import AttentionPool
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
+from cmcgns.models.dual_encoder import limited_scale
 from cmcgns.models.presets import IMAGE_PRESETS
 from cmcgns.models.text import TextEncoder, sentence_means
-from cmcgns.models.vision_language import VisionLanguageModel, limited_scale
 from tests.small import random_batch, small_config, small_model
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -21,10 +22,10 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_and_batch(kind: str) -> tuple[VisionLanguageModel, ImageReportBatch]:
+def model_and_batch(kind: str) -> tuple[CmCgnsModel, ImageReportBatch]:
     config = small_config(**ENCODERS[kind])
     model = small_model(config).eval()
-    return model, random_batch(config, model.image_encoder.patches, slice(0, 4))
+    return model, random_batch(config, slice(0, 4))
 
 
 class PerturbedEncoder(nn.Module):
@@ -43,21 +44,21 @@ class PerturbedEncoder(nn.Module):
 @torch.no_grad()
 def test_a_masked_positions_own_feature_cannot_change_the_reconstruction(kind: str) -> None:
     model, batch = model_and_batch(kind)
-    before = model(batch, True)
+    before = model(batch, 2)
     encoder = model.image_encoder
-    model.image_encoder = PerturbedEncoder(encoder, batch.masked_BP)
-    after = model(batch, True)
+    model.image_encoder = PerturbedEncoder(encoder, before.masked_BP)
+    after = model(batch, 2)
     assert not torch.equal(before.patches_BPD, after.patches_BPD)
     assert torch.equal(before.reconstruction_B1HW, after.reconstruction_B1HW)
-    model.image_encoder = PerturbedEncoder(encoder, ~batch.masked_BP)
-    assert not torch.equal(before.reconstruction_B1HW, model(batch, True).reconstruction_B1HW)
+    model.image_encoder = PerturbedEncoder(encoder, ~before.masked_BP)
+    assert not torch.equal(before.reconstruction_B1HW, model(batch, 2).reconstruction_B1HW)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_the_reconstruction_reaches_both_encoders_and_comes_only_when_asked(kind: str) -> None:
     model, batch = model_and_batch(kind)
     assert model(batch).reconstruction_B1HW is None
-    rebuilt_B1HW = model(batch, True).reconstruction_B1HW
+    rebuilt_B1HW = model(batch, 2).reconstruction_B1HW
     assert rebuilt_B1HW.shape == batch.image_B1HW.shape
     (rebuilt_B1HW - batch.image_B1HW).abs().mean().backward()
     for part in (model.image_encoder.backbone, model.text_encoder.backbone, model.mask_token):
@@ -71,7 +72,7 @@ def test_a_reconstruction_can_reach_below_zero_and_beyond_every_limit(kind: str)
     model, batch = model_and_batch(kind)
     decoder = model.decoder
     decoder.exit.bias.fill_(-3.0)
-    assert (model(batch, True).reconstruction_B1HW < -1).any()
+    assert (model(batch, 2).reconstruction_B1HW < -1).any()
 
 
 @torch.no_grad()
@@ -80,8 +81,8 @@ def test_padded_sentences_and_tokens_take_no_part() -> None:
     counts_B = batch.sentence_mask_BS.sum(1)
     shortest = int(counts_B.argmin())
     assert counts_B[shortest] < counts_B.max()
-    alone = random_batch(small_config(), 4, slice(shortest, shortest + 1))
-    together, single = model(batch, True), model(alone, True)
+    alone = random_batch(small_config(), slice(shortest, shortest + 1))
+    together, single = model(batch, 2), model(alone, 2)
     size = int(counts_B[shortest])
     for name in ("image_BD", "report_BD", "patches_BPD", "text_to_image_BPD", "reconstruction_B1HW"):
         # other matrix shapes, another order of float32 sums
@@ -94,7 +95,7 @@ def test_padded_sentences_and_tokens_take_no_part() -> None:
 def test_reports_sliced_by_length_give_the_features_and_gradients_of_one_rectangle() -> None:
     config = small_config()
     model = small_model(config).eval().double()
-    batch = random_batch(config, model.image_encoder.patches, slice(0, 37))
+    batch = random_batch(config, slice(0, 37))
     batch = batch._replace(image_B1HW=batch.image_B1HW.double())
     assert len(batch.slice_tokens) == 4
     assert batch.slice_tokens[0] < batch.slice_tokens[-1] == batch.token_BT.shape[1]
@@ -236,7 +237,7 @@ def test_fixed_batch_statistics_stay_as_they_are_while_training() -> None:
     for fixed in (config, small_config(**ENCODERS["resnet"])):
         model = small_model(fixed).train()
         before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
-        model(random_batch(fixed, model.image_encoder.patches, slice(0, 4)))
+        model(random_batch(fixed, slice(0, 4)))
         same = all(torch.equal(buffer, dict(model.named_buffers())[name]) for name, buffer in before.items())
         assert same == fixed.model.fixed_batch_statistics
 

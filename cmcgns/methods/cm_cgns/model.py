@@ -1,0 +1,201 @@
+"""The parts that CM-CGNS adds to the two encoders: attention between them, SimSiam's predictor, the decoder of rebuilt films.
+
+B studies, P patches (g x g), S sentences (padded), D embedding.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cmcgns.data.batch import ImageReportBatch, mask_positions
+from cmcgns.models.attention import attention_weights, linear, sigmoid_attention, unit
+from cmcgns.models.backbones import ImageEncoder
+from cmcgns.models.dual_encoder import DualEncoder
+from cmcgns.models.text import TextEncoder
+
+RECONSTRUCTION_PARTS = ("decoder.", "mask_token")
+"""Names of the parameters that only stage 2 trains."""
+
+
+class CmCgnsOutputs(NamedTuple):
+    """What the model makes of one microbatch."""
+
+    image_BD: Tensor
+    """Normalised film embeddings."""
+    report_BD: Tensor
+    """Normalised report embeddings."""
+    patches_BPD: Tensor
+    """Normalised patch embeddings."""
+    sentences_BSD: Tensor
+    """Sentence embeddings: means of normalised tokens, not normalised themselves."""
+    image_to_text_BSD: Tensor
+    """Each sentence's attention over its study's patches, raw (z2)."""
+    text_to_image_BPD: Tensor
+    """Each patch's attention over its study's sentences, raw."""
+    predicted_patches_BPD: Tensor
+    """SimSiam prediction from the patches."""
+    predicted_attended_BPD: Tensor
+    """SimSiam prediction from the attended sentences."""
+    scale: Tensor
+    """Inverse temperature of the global loss, shape (1,)."""
+    masked_BP: Tensor | None
+    """True where a patch is hidden from the reconstruction (stage 2)."""
+    reconstruction_B1HW: Tensor | None
+    """Films rebuilt from unmasked patches and reports (stage 2)."""
+
+
+class CmCgnsModel(DualEncoder):
+    """Image and text encoder, cross-modal attention, SimSiam predictor, decoder and temperature."""
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        dim: int,
+        temperature: float,
+        learn_temperature: bool,
+        mask_ratio: float,
+    ) -> None:
+        super().__init__(image_encoder, text_encoder, dim, temperature, learn_temperature)
+        self.mask_ratio = mask_ratio
+
+    def add_parts(self, dim: int) -> None:
+        # the order decides which weights a seed draws
+        self.patch_projection = linear(self.image_encoder.dim, dim)
+        self.image_projection = linear(self.image_encoder.dim, dim)
+        self.cross_attention = CrossModalAttention(dim)
+        self.predictor = nn.Sequential(linear(dim, dim // 2), nn.ReLU(), linear(dim // 2, dim))
+        # CM-MIR's own parts; they stay out of stage 1's optimizer. The token belongs to the root, where ZeRO-3 has it at hand
+        self.mask_token = nn.Parameter(torch.randn(dim) / math.sqrt(dim))
+        encoder = self.image_encoder
+        self.decoder = build_decoder(dim, encoder.grid, encoder.stride, encoder.is_convolutional)
+
+    def forward(self, batch: ImageReportBatch, stage: int = 1) -> CmCgnsOutputs:
+        """Embeddings and alignments of one microbatch; in stage 2 also films rebuilt from their visible patches."""
+        features_BPC, image_BD = self.embed_images(batch.image_B1HW)
+        patches_BPD = unit(self.patch_projection(features_BPC))
+        sentences_BSD, report_BD = self.embed_reports(batch)
+        image_to_text_BSD, text_to_image_BPD, hidden_B1D = self.cross_attention(
+            patches_BPD, sentences_BSD, batch.sentence_mask_BS, self.mask_token if stage == 2 else None
+        )
+        masked_BP, reconstruction_B1HW = None, None
+        if hidden_B1D is not None:
+            masked_BP = mask_positions(batch.draw_key_B, features_BPC.shape[1], self.mask_ratio)
+            visible_BPD = hide(patches_BPD, self.mask_token, masked_BP)
+            answered_BPD = hide(text_to_image_BPD, hidden_B1D, masked_BP)
+            reconstruction_B1HW = self.decoder(torch.cat([visible_BPD, answered_BPD], dim=-1))
+        return CmCgnsOutputs(
+            image_BD=image_BD,
+            report_BD=report_BD,
+            patches_BPD=patches_BPD,
+            sentences_BSD=sentences_BSD,
+            image_to_text_BSD=image_to_text_BSD,
+            text_to_image_BPD=text_to_image_BPD,
+            predicted_patches_BPD=self.predictor(patches_BPD),
+            predicted_attended_BPD=self.predictor(text_to_image_BPD),
+            scale=self.scale,
+            masked_BP=masked_BP,
+            reconstruction_B1HW=reconstruction_B1HW,
+        )
+
+
+def hide(rows_BPD: Tensor, stand_in: Tensor, masked_BP: Tensor) -> Tensor:
+    """``rows_BPD`` with ``stand_in`` at hidden positions, so that nothing of the hidden patches remains."""
+    return torch.where(masked_BP.unsqueeze(-1), stand_in.to(rows_BPD.dtype), rows_BPD)
+
+
+class CrossModalAttention(nn.Module):
+    """One head, a sigmoid in place of the softmax: a patch may attend to no sentence at all (PRIOR, ICCV 2023)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.image = nn.ModuleDict({role: linear(dim, dim) for role in ("query", "key", "value")})
+        self.text = nn.ModuleDict({role: linear(dim, dim) for role in ("query", "key", "value")})
+
+    def forward(
+        self, patches_BPD: Tensor, sentences_BSD: Tensor, sentence_mask_BS: Tensor, mask_token_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``image_to_text_BSD``, ``text_to_image_BPD`` and, with a mask token, what a hidden patch attends to (B1D)."""
+        text_key_BSD, text_value_BSD = self.text["key"](sentences_BSD), self.text["value"](sentences_BSD)
+        image_to_text_BSD = sigmoid_attention(
+            self.text["query"](sentences_BSD), self.image["key"](patches_BPD), self.image["value"](patches_BPD)
+        )
+        text_to_image_BPD = sigmoid_attention(
+            self.image["query"](patches_BPD), text_key_BSD, text_value_BSD, sentence_mask_BS
+        )
+        if mask_token_D is None:
+            return image_to_text_BSD, text_to_image_BPD, None
+        query_B1D = self.image["query"](mask_token_D).expand(patches_BPD.shape[0], 1, -1)
+        return (
+            image_to_text_BSD,
+            text_to_image_BPD,
+            sigmoid_attention(query_B1D, text_key_BSD, text_value_BSD, sentence_mask_BS),
+        )
+
+    def sentence_weights(self, patches_BPD: Tensor, sentences_BSD: Tensor) -> Tensor:
+        """How strongly each sentence attends to each patch of its study's film, (B, S, P) within 0 and 1."""
+        return attention_weights(self.text["query"](sentences_BSD), self.image["key"](patches_BPD))
+
+
+def build_decoder(dim: int, grid: int, stride: int, is_convolutional: bool) -> nn.Module:
+    """Upsampling convolutions behind a ResNet, a small transformer behind a ViT."""
+    if is_convolutional:
+        return ConvolutionalDecoder(dim, grid, stride)
+    return TransformerDecoder(dim, grid, stride)
+
+
+class ConvolutionalDecoder(nn.Module):
+    """Each stage doubles the side and halves the channels, until a patch is ``stride`` pixels wide."""
+
+    def __init__(self, dim: int, grid: int, stride: int, channels: int = 256) -> None:
+        super().__init__()
+        self.grid = grid
+        widths = [max(channels >> stage, 16) for stage in range(int(math.log2(stride)) + 1)]
+        self.entry = nn.Conv2d(2 * dim, widths[0], 1)
+        self.stages = nn.Sequential(*(upsampling_stage(*pair) for pair in itertools.pairwise(widths)))
+        self.exit = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, joint_BPE: Tensor) -> Tensor:
+        """(B, 1, H, W) from patches beside what they attend to, E = 2D."""
+        features_BEgg = joint_BPE.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return self.exit(self.stages(self.entry(features_BEgg)))
+
+
+def upsampling_stage(width_in: int, width_out: int) -> nn.Module:
+    """Twice the side; group norm, so that ranks need not share statistics."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+        nn.Conv2d(width_in, width_out, 3, padding=1),
+        nn.GroupNorm(min(8, width_out // 4), width_out),
+        nn.GELU(),
+    )
+
+
+class TransformerDecoder(nn.Module):
+    """Four transformer layers over all positions, then each position's square of pixels."""
+
+    def __init__(self, dim: int, grid: int, stride: int, width: int = 256, layers: int = 4) -> None:
+        super().__init__()
+        self.grid = grid
+        self.entry = nn.Linear(2 * dim, width)
+        self.position_PC = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
+        # one layer at a time: nn.TransformerEncoder clones one layer's first weights into all
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+                for _ in range(layers)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.exit = nn.Linear(width, stride * stride)
+        self.upsample = nn.PixelShuffle(stride)
+
+    def forward(self, joint_BPE: Tensor) -> Tensor:
+        """(B, 1, H, W) from patches beside what they attend to, E = 2D."""
+        hidden_BPC = self.entry(joint_BPE)
+        hidden_BPC = self.layers(hidden_BPC + self.position_PC.to(hidden_BPC.dtype))
+        pixels_BPp = self.exit(self.norm(hidden_BPC))
+        return self.upsample(pixels_BPp.transpose(1, 2).unflatten(2, (self.grid, self.grid)))

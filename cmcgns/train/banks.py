@@ -1,0 +1,98 @@
+"""The banks of a method: what is clustered online while it trains; empty for a method without clustering."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmcgns.clustering.online_clustering import OnlineClustering
+from cmcgns.config import Bank
+from cmcgns.data.batch import ImageReportBatch
+from cmcgns.methods.base import Losses
+from cmcgns.train.engine import State
+
+
+class Banks:
+    """One ``OnlineClustering`` for each bank, in the method's order.
+
+    A single bank keeps plain names in checkpoints and metrics; of several, the second and later carry their bank's name.
+    """
+
+    def __init__(
+        self, banks: Sequence[Bank], clusterings: Sequence[OnlineClustering], statistics: Sequence[str] = ()
+    ) -> None:
+        self.clusterings = dict(zip(banks, clusterings, strict=True))
+        self.statistics = list(statistics)
+
+    @property
+    def first(self) -> OnlineClustering | None:
+        """The first bank's clustering, by which a run is described."""
+        return next(iter(self.clusterings.values()), None)
+
+    @property
+    def centroids(self) -> Mapping[str, Tensor | None]:
+        """Centroids in force by bank; None before clustering has started."""
+        return {bank.name: each.centroids.current for bank, each in self.clusterings.items()}
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for centroids so far."""
+        return sum(each.waited_s for each in self.clusterings.values())
+
+    def facts(self) -> dict[str, Any]:
+        """Centroid versions, as rows of metrics show them."""
+        versions = {bank: each.centroids.version for bank, each in self.clusterings.items()}
+        return {f"{self._prefix(bank)}centroids_version": version for bank, version in versions.items()}
+
+    def observe(self, losses: Losses) -> None:
+        """Remember one microbatch's rows for the centroids' move at the end of the step."""
+        for bank, each in self.clusterings.items():
+            each.centroids.observe(losses.bank_rows[bank.name])
+
+    def advance(
+        self, step: int, warmed_up: bool, losses: Sequence[Losses], microbatches: Sequence[ImageReportBatch]
+    ) -> None:
+        """Push the step's rows and refresh centroids where due. Collective."""
+        for bank, each in self.clusterings.items():
+            ranks = zip(*(batch.rank_sentences for batch in microbatches), strict=True)
+            counts = [sum(column) if bank.per_sentence else sum(b.studies for b in microbatches) for column in ranks]
+            each.push(step, [loss.bank_rows[bank.name] for loss in losses], counts)
+            place = self.statistics.index(bank.start_statistic)
+            each.refresh(step, warmed_up, torch.stack([loss.statistics[place] for loss in losses]).mean())
+
+    def empty(self, step: int) -> None:
+        """Forget all rows (stage change, replaced workers); centroids stay in force. Collective."""
+        for each in self.clusterings.values():
+            each.empty_bank(step)
+
+    def centroids_state(self) -> State:
+        """Centroids, versions and starts alone."""
+        return self._joined({bank: each.centroids.state_dict() for bank, each in self.clusterings.items()})
+
+    def load_centroids(self, state: State) -> None:
+        """Continue from ``centroids_state``."""
+        for bank, each in self.clusterings.items():
+            each.centroids.load_state_dict(self._part(bank, state))
+
+    def state_dict(self, step: int) -> State:
+        """Centroids, rows and refreshes in flight; the rows on rank 0 only. Collective."""
+        return self._joined({bank: each.state_dict(step) for bank, each in self.clusterings.items()})
+
+    def load_state_dict(self, state: State, step: int) -> None:
+        """Continue from ``state_dict``. Collective."""
+        for bank, each in self.clusterings.items():
+            each.load_state_dict(self._part(bank, state), step)
+
+    def _prefix(self, bank: Bank) -> str:
+        return "" if bank == next(iter(self.clusterings)) else f"{bank.name}/"
+
+    def _joined(self, states: Mapping[Bank, State]) -> State:
+        return {f"{self._prefix(bank)}{key}": value for bank, state in states.items() for key, value in state.items()}
+
+    def _part(self, bank: Bank, state: State) -> State:
+        prefix = self._prefix(bank)
+        if prefix:
+            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        others = tuple(f"{each.name}/" for each in self.clusterings if each != bank) or ("\0",)
+        return {key: value for key, value in state.items() if not key.startswith(others)}
