@@ -80,16 +80,16 @@ def read_manifest(uri: str) -> Manifest:
     """The manifest of the prepared set at ``uri``; ``UserError`` if it is not valid."""
     path = storage.join(uri, MANIFEST)
     with well_formed(path, "manifest of a prepared set", "prepare the set again"):
-        given: dict[str, Any] = json.loads(storage.read_bytes(path))
-        if given["version"] != VERSION:
+        fields: dict[str, Any] = json.loads(storage.read_bytes(path))
+        if fields["version"] != VERSION:
             raise UserError(
-                f"{path} has version {given['version']}, this code reads version {VERSION}; prepare the set again"
+                f"{path} has version {fields['version']}, this code reads version {VERSION}; prepare the set again"
             )
         shards = [
             Shard(each["name"], each["split"], each["bytes"], [RowGroup(**group) for group in each["row_groups"]])
-            for each in given.pop("shards")
+            for each in fields.pop("shards")
         ]
-        return Manifest(shards=shards, **given)
+        return Manifest(shards=shards, **fields)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ Box = list[float]
 
 
 @dataclass(frozen=True)
-class PhantomImage:
+class PhantomFilm:
     """One film of a study."""
 
     image_id: str
@@ -43,7 +43,7 @@ class PhantomStudy:
     patient_id: str
     split: str
     """``train``, ``valid`` or ``test``, the same for all studies of a patient."""
-    films: tuple[PhantomImage, ...]
+    films: tuple[PhantomFilm, ...]
     findings: tuple[Finding, ...]
     labels: Mapping[str, float]
     """1 or 0 for every name of ``FINDINGS``; all 0 is a normal study."""
@@ -53,7 +53,7 @@ class PhantomStudy:
 
 
 @dataclass(frozen=True)
-class ImageTruth:
+class FilmTruth:
     """Labels, boxes and masks of one film."""
 
     labels: Mapping[str, float]
@@ -92,7 +92,7 @@ class PhantomCorpus:
             study_id=f"s5{permuted(i, NUMBERS, self.seed, 'study'):07d}",
             patient_id=patient.patient_id,
             split=split_of(patient.key),
-            films=tuple(PhantomImage(self._image_id(i, k), view) for k, view in enumerate(condition.views)),
+            films=tuple(PhantomFilm(self._image_id(i, k), view) for k, view in enumerate(condition.views)),
             findings=findings,
             labels={name: float(name in names) for name in FINDINGS},
             report=write_report(ReportFacts(patient, condition, findings, prior), self.seed, i),
@@ -108,7 +108,7 @@ class PhantomCorpus:
         """The same film without ``finding``."""
         return paint(without(self._film_facts(i, film), finding), self.height, self.width).pixels
 
-    def truth(self, i: int, film: int = 0) -> ImageTruth:
+    def truth(self, i: int, film: int = 0) -> FilmTruth:
         """Labels, boxes and masks of one film of study ``i``."""
         painting = self._paint(i, film)
         boxes: dict[str, list[Box]] = {}
@@ -118,7 +118,7 @@ class PhantomCorpus:
             boxes.setdefault(finding.name, []).extend(box_of(mask) for mask in seen)
             for mask in seen:
                 masks[finding.name] = masks[finding.name] | mask if finding.name in masks else mask
-        return ImageTruth(labels=self.study(i).labels, boxes=boxes, masks=masks)
+        return FilmTruth(labels=self.study(i).labels, boxes=boxes, masks=masks)
 
     def _paint(self, i: int, film: int) -> Painting:
         return paint(self._film_facts(i, film), self.height, self.width)

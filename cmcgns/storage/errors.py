@@ -61,7 +61,7 @@ _NETWORK = {
     "proxyconnectionerror", "httpclienterror", "responsestreamingerror", "incompletereaderror",
 }  # fmt: skip
 _OVERLOAD = {
-    "slowdown", "internalerror", "internalfailure", "serviceunavailable", "throttling", "requesttimeout",
+    "slowdown", "internalerror", "internalfailure", "serviceunavailable", "throttling", "throttlingexception", "requesttimeout",
     "429", "500", "502", "503", "504",
 }  # fmt: skip
 _FIXES |= dict.fromkeys(sorted(_NETWORK), _NO_ANSWER) | dict.fromkeys(sorted(_OVERLOAD), _BUSY)

@@ -138,9 +138,9 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
 def read_plan(uri: str) -> Plan:
     """The plan at ``uri``."""
     with well_formed(uri, "plan of a prepared set", "delete the folder, or give a new one"):
-        given = json.loads(storage.read_bytes(uri))
-        shards = [ShardPlan(**shard) for shard in given.pop("shards")]
-        return Plan(shards=shards, **given)
+        fields = json.loads(storage.read_bytes(uri))
+        shards = [ShardPlan(**shard) for shard in fields.pop("shards")]
+        return Plan(shards=shards, **fields)
 
 
 def check_complete_set(

@@ -110,10 +110,10 @@ class ShardAccount:
     @classmethod
     def from_json(cls, text: str | bytes) -> "ShardAccount":
         """The account from the result of ``to_json``."""
-        given = json.loads(text)
-        row_groups = [RowGroup(**group) for group in given["row_groups"]]
-        numbers = ({int(key): count for key, count in given[name].items()} for name in ("sentences", "words", "sides"))
-        return cls(row_groups, given["bad_rows"], given["lost"], given["views"], *numbers)
+        fields = json.loads(text)
+        row_groups = [RowGroup(**group) for group in fields["row_groups"]]
+        numbers = ({int(key): count for key, count in fields[name].items()} for name in ("sentences", "words", "sides"))
+        return cls(row_groups, fields["bad_rows"], fields["lost"], fields["views"], *numbers)
 
 
 @dataclass(frozen=True)

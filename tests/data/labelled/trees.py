@@ -12,7 +12,7 @@ from PIL import Image
 
 from cmcgns.data.image import Frame
 from cmcgns.data.labelled import ImageSet
-from cmcgns.phantom import ImageTruth, PhantomCorpus
+from cmcgns.phantom import FilmTruth, PhantomCorpus
 
 STUDIES, SIDE = 30, 64
 DARKEST = 16
@@ -28,7 +28,7 @@ class Shot:
     image_id: str
     patient_id: str
     grey_HW: NDArray[np.uint8]
-    truth: ImageTruth
+    truth: FilmTruth
 
     @property
     def scan_HW(self) -> NDArray[np.uint8]:
