@@ -21,7 +21,7 @@ from rich.markup import escape
 import cmcgns
 from cmcgns import storage
 from cmcgns.errors import UserError, first_line
-from cmcgns.storage.errors import PATIENCE_VARIABLE
+from cmcgns.storage.errors import RETRY_LIMIT_VARIABLE
 
 Level = Literal["ok", "warning", "failed"]
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -278,4 +278,4 @@ def look_at_storage(uri: str, mark: str, mebibytes: int) -> Reached:
 
 def _impatient() -> None:
     """The doctor asks once: a bucket that answers only after minutes has failed."""
-    os.environ[PATIENCE_VARIABLE] = "5"
+    os.environ[RETRY_LIMIT_VARIABLE] = "5"

@@ -17,7 +17,7 @@ from cmcgns import storage
 from cmcgns.cluster import cluster_checks
 from cmcgns.cluster.placement import wait_for_room
 from cmcgns.errors import UserError
-from cmcgns.storage.errors import PATIENCE_S, PATIENCE_VARIABLE
+from cmcgns.storage.errors import RETRY_LIMIT_S, RETRY_LIMIT_VARIABLE
 from cmcgns.terminal import console, print_plan
 
 LOCAL_CLUSTER = {
@@ -154,7 +154,7 @@ def submitted_variables() -> dict[str, str]:
 def job_environment(variables: dict[str, str]) -> dict[str, str]:
     """Environment of every process of a job: ``variables``, what keeps libraries quiet, and access to object storage."""
     # the driver has had its answer by now: to other processes a silent server is a fault, not a wrong address
-    patience = {PATIENCE_VARIABLE: str(PATIENCE_S)}
+    patience = {RETRY_LIMIT_VARIABLE: str(RETRY_LIMIT_S)}
     own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | patience | variables
     chosen = {name: os.environ.get(name, value) for name, value in own.items()}
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

@@ -10,7 +10,7 @@ from torch import Tensor
 from cmcgns.config import Config
 
 if TYPE_CHECKING:
-    from cmcgns.data.blocks import Block  # Arrow, which a model alone does without
+    from cmcgns.data.record import Block  # Arrow, which a model alone does without
 
 # B studies on this rank, R pixels of the stored square, H = W pixels of the crop, C draws, P patches
 

@@ -1,4 +1,4 @@
-"""The one door to pydicom: a DICOM file's bytes become a grey film that is dark where there is air."""
+"""Bytes of a DICOM file decoded to 8-bit grey, with air dark. The only module that reads with pydicom."""
 
 import io
 import logging
@@ -25,7 +25,7 @@ from cmcgns.errors import BadRow
 
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
-# pydicom's warnings quote the values it stumbles over, and those may be a patient's: none leave this module.
+# pydicom's warnings quote values of the file, which may identify a patient: none may be printed.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -34,22 +34,22 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 
 def dicom_to_grey(data: bytes) -> NDArray[np.uint8]:
-    """The film as uint8 (H, W), dark where there is air; ``BadRow`` with the reason where there is none."""
-    with _refusing_what_breaks():
+    """The film as uint8 (H, W) with air dark; ``BadRow`` with the reason if it cannot be decoded."""
+    with _bad_row_on_error():
         film = _read(data)
-        _refuse_what_is_no_film(film)
+        _check_is_film(film)
         if film.file_meta.TransferSyntaxUID.is_encapsulated:
-            return _decode_elsewhere(data)
+            return _decode_isolated(data)
         return _grey(film)
 
 
 def decode_here(data: bytes) -> NDArray[np.uint8]:
-    """``dicom_to_grey`` of a compressed film, in this process: the C++ decoders may take it down."""
-    with _refusing_what_breaks():
+    """``dicom_to_grey`` of a compressed film in this process, which the C++ decoders may crash."""
+    with _bad_row_on_error():
         return _grey(_read(data))
 
 
-_decode_elsewhere = IsolatedDecoder(__name__, "decode_here")
+_decode_isolated = IsolatedDecoder(__name__, "decode_here")
 
 
 def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
@@ -57,7 +57,7 @@ def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
     photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
     if photometric.startswith("MONOCHROME"):
         grey = _tone(pixels, film)
-        # DX demands INVERSE for MONOCHROME1: they say the same thing twice, so either inverts once
+        # DX requires INVERSE with MONOCHROME1; both mean the same, so invert once
         if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
             grey = 255 - grey
     else:
@@ -66,8 +66,8 @@ def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _refusing_what_breaks() -> Iterator[None]:
-    """Elements are parsed when they are first looked at, so any line that reads one can fail."""
+def _bad_row_on_error() -> Iterator[None]:
+    """Turn any error into a ``BadRow``: elements are parsed on first access, so any line that reads one can fail."""
     try:
         yield
     except BadRow:
@@ -85,7 +85,7 @@ def _read(data: bytes) -> pydicom.Dataset:
     if not film.file_meta.TransferSyntaxUID.is_transfer_syntax:
         raise BadRow("DICOM file has an unknown transfer syntax")
     if not len(film) and "MediaStorageSOPClassUID" not in film.file_meta:
-        raise BadRow("no DICOM file: no element could be read")
+        raise BadRow("not a DICOM file: no element could be read")
     return film
 
 
@@ -96,13 +96,13 @@ def _integer(film: pydicom.Dataset, name: str) -> int:
         return 0
 
 
-def _refuse_what_is_no_film(film: pydicom.Dataset) -> None:
+def _check_is_film(film: pydicom.Dataset) -> None:
     storage = film.file_meta.get("MediaStorageSOPClassUID")
     if storage == MediaStorageDirectoryStorage or "DirectoryRecordSequence" in film:
         raise BadRow("DICOMDIR: a directory of films, not a film")
     if "PixelData" not in film:
         report = film.get("Modality") == "SR" or "ContentSequence" in film
-        raise BadRow("DICOM structured report, no film" if report else "DICOM file has no PixelData, or ends within it")
+        raise BadRow("DICOM structured report, not a film" if report else "DICOM file has no PixelData or is truncated")
     if not film.PixelData:
         raise BadRow("DICOM PixelData is empty")
     frames = _integer(film, "NumberOfFrames")
@@ -110,18 +110,18 @@ def _refuse_what_is_no_film(film: pydicom.Dataset) -> None:
         raise BadRow(f"DICOM file has {frames} frames, not one film")
     height, width = _integer(film, "Rows"), _integer(film, "Columns")
     if height < 1 or width < 1:
-        raise BadRow(f"DICOM file gives its size as {height} x {width} pixels")
+        raise BadRow(f"DICOM header gives a size of {height} x {width} pixels")
     if height * width > MAX_PIXELS:
         raise BadRow(f"DICOM film of {height} x {width} pixels is over the limit of {MAX_PIXELS}")
 
 
 def _decode(film: pydicom.Dataset) -> NDArray[Any]:
-    """Stored values (H, W), or RGB (H, W, 3) for every colour space but the palette's indices."""
+    """Stored values or palette indices (H, W), or RGB (H, W, 3) for the other colour spaces."""
     try:
         if film.file_meta.TransferSyntaxUID == JPEGExtended12Bit and _integer(film, "BitsAllocated") == 16:
             return _decode_jpeg_extended(film)
         pixels: NDArray[Any] = pixel_array(film)
-    except Exception as error:  # each plug-in raises its own; the message may quote values of the file
+    except Exception as error:  # each plug-in raises its own classes; the message may quote values of the file
         syntax = film.file_meta.TransferSyntaxUID
         name = syntax.name if syntax.is_transfer_syntax else "an unknown transfer syntax"
         raise BadRow(f"DICOM pixels ({name}) are truncated or cannot be decoded ({type(error).__name__})") from None
@@ -132,7 +132,7 @@ def _decode(film: pydicom.Dataset) -> NDArray[Any]:
 
 
 def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
-    """12-bit lossy JPEG by GDCM's own reader: pydicom declines it with every plug-in."""
+    """12-bit lossy JPEG by GDCM's own reader, because pydicom rejects it with every plug-in."""
     import gdcm
 
     stored = _integer(film, "BitsStored")
@@ -161,22 +161,22 @@ def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
 
 
 def _tone(pixels_HW: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.uint8]:
-    """Grey levels of monochrome pixels: their tone curve is worked out once for each stored value."""
+    """Grey levels of monochrome pixels, by a lookup table over the stored values."""
     if pixels_HW.ndim != 2:
-        raise BadRow(f"DICOM file calls itself monochrome and decodes to {pixels_HW.shape}")
+        raise BadRow(f"DICOM file is declared monochrome but decodes to {pixels_HW.shape}")
     low, high = int(pixels_HW.min()), int(pixels_HW.max())
     if high - low > 0xFFFF:
         raise BadRow(f"DICOM pixels span {low} to {high}, more than 16 bits")
     curve = _curve(pixels_HW, low, high, film)
     if pixels_HW.dtype in (np.uint8, np.uint16):
-        # a table from 0 on is indexed with the pixels themselves: faster than with what a subtraction gives
+        # a table that starts at 0 is indexed by the pixels directly, which is faster than subtracting first
         return np.asarray(np.pad(curve, (low, 0))[pixels_HW])
     return np.asarray(curve[pixels_HW.astype(np.int32) - low])
 
 
 def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) -> NDArray[np.uint8]:
-    """uint8 grey of each value from ``low`` to ``high``, the film's least and greatest: VOI LUT, else the first window
-    that shows something, else min to max."""
+    """uint8 grey of each value from ``low`` (minimum) to ``high`` (maximum): by the VOI LUT, otherwise by the first window
+    with any contrast, otherwise from min to max."""
     try:
         with np.errstate(all="ignore"):
             values = np.asarray(apply_modality_lut(np.arange(low, high + 1, dtype=np.int32), film), dtype=np.float64)
@@ -187,7 +187,7 @@ def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) 
     padded = "PixelPaddingValue" in film
     for unit in _voi_curves(values, film):
         grey = _to_uint8(unit)
-        # the ends are values of the film: where they differ, which others occur need not be known
+        # the ends are values of the film: if they differ there is contrast, and the others need no check
         if not padded and grey[0] != grey[-1]:
             return grey
         shown = _shown(pixels_HW, low, high, film)
@@ -199,20 +199,20 @@ def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) 
 
 
 def _shown(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) -> NDArray[np.bool_]:
-    """Which values from ``low`` to ``high`` occur on the film and are not its padding; all where none are left."""
+    """Which values from ``low`` to ``high`` occur on the film and are not padding; all values if none are left."""
     used = np.bincount(pixels_HW.ravel().astype(np.int32) - low, minlength=high - low + 1) > 0
     shown = used & (np.arange(low, high + 1) != film.get("PixelPaddingValue", low - 1))
     return shown if shown.any() else np.ones_like(shown)
 
 
 def _to_uint8(unit: NDArray[Any]) -> NDArray[np.uint8]:
-    """0 to 1 as 0 to 255; what lies outside is clipped."""
+    """0 to 1 scaled to 0 to 255; values outside are clipped."""
     grey: NDArray[np.uint8] = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
     return grey
 
 
 def _voi_curves(values: NDArray[np.float64], film: pydicom.Dataset) -> Iterator[NDArray[np.float64]]:
-    """What the header offers to show ``values`` as 0 to 1, best first; unusable entries are passed over."""
+    """``values`` mapped to 0 to 1 by each VOI LUT and window of the header, best first; unusable entries are skipped."""
     for item in film.get("VOILUTSequence") or []:
         unit = _voi_lut(values, item)
         if unit is not None:
@@ -231,13 +231,13 @@ def _voi_lut(values: NDArray[np.float64], item: pydicom.Dataset) -> NDArray[np.f
         if isinstance(table, bytes):
             table = np.frombuffer(table, dtype="<u2" if len(table) >= 2 * (entries or 2**16) else "u1")
         table = np.asarray(table, dtype=np.float64)[: entries or 2**16]
-    except Exception:  # an unreadable table is passed over, as a width of 0 is
+    except Exception:  # an unreadable table is skipped, like a width of 0
         return None
     if first > 0x7FFF and values.min() < 0:
         first -= 0x10000
     if table.size < 2 or not 1 <= bits <= 16:
         return None
-    # the range of the table itself: 8-bit tables that declare 16 bits are common
+    # scale by the table's own range: 8-bit tables declared as 16 bits are common
     low, high = table.min(), table.max()
     shown = table[np.clip(np.rint(values) - first, 0, table.size - 1).astype(np.int64)]
     return np.asarray((shown - low) / max(high - low, 1e-9))
@@ -253,7 +253,7 @@ def _window(values: NDArray[np.float64], centre: float, width: float, function: 
 
 
 def _numbers(value: Any) -> list[float]:
-    """The numbers of a possibly multi-valued, possibly malformed element."""
+    """The finite numbers of an element that may have several values or be malformed."""
     if value is None:
         return []
     try:

@@ -1,4 +1,4 @@
-"""A child process for decoders that may crash: broken files make GDCM abort, and that must not end a Ray worker."""
+"""A child process for decoders that may crash: broken files make GDCM abort, which must not kill a Ray worker."""
 
 import os
 import select
@@ -18,11 +18,11 @@ from cmcgns.errors import BadRow
 TIMEOUT_SECONDS = 60.0
 _LENGTH = struct.Struct("<Q")
 _ANSWER = struct.Struct("<BQQ")  # 0 and height, width, or 1 and the reason's length, 0
-_FILM, _REASON = 0, 1
+_IMAGE, _REASON = 0, 1
 
 
 class IsolatedDecoder:
-    """``module.function`` (bytes to a grey film) in a child that is started at first use and again after a crash."""
+    """``module.function`` (bytes to a grey image) in a child process, started on first use and after each crash."""
 
     def __init__(self, module: str, function: str) -> None:
         self._target = (module, function)
@@ -39,17 +39,17 @@ class IsolatedDecoder:
                 child.kill()
                 child.wait()
                 self._child = None
-                raise BadRow(f"film file makes its decoder crash or hang ({type(error).__name__})") from None
+                raise BadRow(f"decoder crashed or hung on the film file ({type(error).__name__})") from None
 
     def _running_child(self) -> "subprocess.Popen[bytes]":
-        # after a fork the pipes are the parent's: each process has a child of its own
+        # after a fork the pipes belong to the parent: each process needs its own child
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             self._child = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import serve; serve(*{self._target!r})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # decoders print there, and what they print is not ours
+                stderr=subprocess.DEVNULL,  # decoders print warnings there
                 env={**os.environ, "PYTHONPATH": path},
                 bufsize=0,
             )
@@ -76,7 +76,7 @@ def _write(pipe: IO[bytes], data: bytes) -> None:
 
 
 def _read(pipe: IO[bytes], size: int, deadline: float | None = None) -> bytearray:
-    """Exactly ``size`` bytes, or an error when the other side is gone or too slow."""
+    """Exactly ``size`` bytes; an error if the other side has exited or is too slow."""
     data = bytearray()
     while len(data) < size:
         if deadline is not None and not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -89,22 +89,22 @@ def _read(pipe: IO[bytes], size: int, deadline: float | None = None) -> bytearra
 
 
 def serve(module: str, function: str) -> None:
-    """The child: answer one film after another until the parent is gone."""
+    """Main loop of the child: decode one file after another until the parent exits."""
     import importlib
 
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a decoder prints must not get between the answers
+    os.dup2(2, 1)  # what a decoder prints must not mix with the answers
     decode: Callable[[bytes], NDArray[np.uint8]] = getattr(importlib.import_module(module), function)
-    questions = os.fdopen(0, "rb", buffering=0)
+    requests = os.fdopen(0, "rb", buffering=0)
     while True:
         try:
-            (size,) = _LENGTH.unpack(_read(questions, _LENGTH.size))
+            (size,) = _LENGTH.unpack(_read(requests, _LENGTH.size))
         except EOFError:
             return
-        data = bytes(_read(questions, size))
+        data = bytes(_read(requests, size))
         try:
-            film = np.ascontiguousarray(decode(data))
-            head, body = _ANSWER.pack(_FILM, *film.shape), film.tobytes()
+            grey_HW = np.ascontiguousarray(decode(data))
+            head, body = _ANSWER.pack(_IMAGE, *grey_HW.shape), grey_HW.tobytes()
         except BadRow as error:
             body = str(error).encode()
             head = _ANSWER.pack(_REASON, len(body), 0)

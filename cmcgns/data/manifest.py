@@ -1,4 +1,4 @@
-"""The contract of a prepared set: the columns of its shards, its manifest, and the hash of what they hold."""
+"""The manifest of a prepared set and the hash of its content; its columns are in ``record``."""
 
 import hashlib
 import json
@@ -15,28 +15,9 @@ from cmcgns.errors import UserError
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
-"""Lies in a set until it is complete."""
+"""Present in a set until it is complete."""
 VERSION = 1
 SPLITS = ("train", "valid", "test")
-SHARD_SCHEMA = pa.schema(
-    [
-        pa.field("patient_id", pa.string()),
-        pa.field("study_id", pa.string()),
-        pa.field("group", pa.string()),  # what splits keep together
-        pa.field("image_id", pa.string()),
-        pa.field("view", pa.string()),
-        pa.field("split", pa.string()),
-        pa.field("image", pa.binary()),  # 8-bit grey, a PNG or a JPEG
-        pa.field("height", pa.int32()),
-        pa.field("width", pa.int32()),
-        pa.field("crop", pa.list_(pa.int32())),  # left, top, right, bottom of what was kept, in pixels of the raw film
-        pa.field("report", pa.string()),
-        pa.field("sentences", pa.list_(pa.string())),  # normalised, as the model reads them
-        pa.field("labels", pa.map_(pa.string(), pa.float32())),
-        pa.field("source", pa.string()),  # the film's path in the raw set
-    ]
-)
-"""One row an image-report pair; the rows of a study follow each other."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +25,7 @@ class RowGroup:
     """One row group of a shard."""
 
     group: int
-    """Number of its group among those of its split."""
+    """Index of its group among those of the split."""
     rows: int
     studies: int
     content_hash: str
@@ -70,14 +51,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete prepared set says of itself."""
+    """Description of a complete prepared set."""
 
     rows: int
     studies: int
     content_hash: str
-    """Of all rows in their order, however they are cut into shards."""
+    """Hash of all rows in order; does not depend on how they are cut into shards."""
     groups: dict[str, int]
-    """Groups planned for each split, those included of which no study could be used."""
+    """Groups planned for each split, including those without a usable study."""
     shards: list[Shard]
     source: dict[str, Any]
     """The raw set: uri, format, digest of its index."""
@@ -88,7 +69,7 @@ class Manifest:
     version: int = VERSION
 
     def to_json(self) -> str:
-        """The manifest as it lies in the set; each shard on one line."""
+        """The content of manifest.json, with one line per shard."""
         shards = [asdict(shard) | {"rows": shard.rows, "studies": shard.studies} for shard in self.shards]
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "shards"}
         lines = ",\n  ".join(json.dumps(shard) for shard in shards)
@@ -96,34 +77,34 @@ class Manifest:
 
 
 def read_manifest(uri: str) -> Manifest:
-    """The manifest of the prepared set at ``uri``; ``UserError`` where it is none of ours."""
-    place = storage.join(uri, MANIFEST)
-    with well_formed(place, "manifest of a prepared set", "prepare the set again"):
-        given: dict[str, Any] = json.loads(storage.read_bytes(place))
-        if given["version"] != VERSION:
+    """The manifest of the prepared set at ``uri``; ``UserError`` if it is not valid."""
+    path = storage.join(uri, MANIFEST)
+    with well_formed(path, "manifest of a prepared set", "prepare the set again"):
+        fields: dict[str, Any] = json.loads(storage.read_bytes(path))
+        if fields["version"] != VERSION:
             raise UserError(
-                f"{place} is of version {given['version']}; this code reads version {VERSION}: prepare again"
+                f"{path} has version {fields['version']}, this code reads version {VERSION}; prepare the set again"
             )
         shards = [
             Shard(each["name"], each["split"], each["bytes"], [RowGroup(**group) for group in each["row_groups"]])
-            for each in given.pop("shards")
+            for each in fields.pop("shards")
         ]
-        return Manifest(shards=shards, **given)
+        return Manifest(shards=shards, **fields)
 
 
 @contextmanager
-def well_formed(uri: str, what: str, way_out: str) -> Iterator[None]:
-    """What does not hold the keys of ``what`` in the JSON file at ``uri`` becomes one message with the ``way_out``."""
+def well_formed(uri: str, kind: str, fix: str) -> Iterator[None]:
+    """Turn errors from parsing the JSON file at ``uri`` into one message that it is not a ``kind``, with the ``fix``."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{uri} is no {what} ({type(error).__name__}); {way_out}") from None
+        raise UserError(f"{uri} is not a {kind} ({type(error).__name__}); {fix}") from None
 
 
 def content_hash(rows: pa.Table) -> str:
-    """Hash of the rows' values, the same however Arrow lays them out."""
+    """Hash of the rows' values; does not depend on Arrow's memory layout."""
     digest = hashlib.blake2b(digest_size=16)
     for name in rows.schema.names:
         digest.update(name.encode())
@@ -132,12 +113,12 @@ def content_hash(rows: pa.Table) -> str:
 
 
 def joint_hash(hashes: Iterable[str]) -> str:
-    """Hash of row groups' hashes in their order."""
+    """Hash of the hashes of row groups, in order."""
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def _add(digest: Any, values: pa.Array) -> None:
-    """Lengths of lists and texts, then what they hold."""
+    """Add the lengths of lists and strings, then their content."""
     if isinstance(values, pa.ChunkedArray):
         values = values.chunk(0) if values.num_chunks else pa.array([], values.type)
     kind = values.type

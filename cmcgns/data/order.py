@@ -1,9 +1,11 @@
-"""The order of an epoch: a function of (seed, epoch) and of the studies alone, the same for a raw and a prepared set.
+"""The order of an epoch: a function of (seed, epoch) and the studies only, the same for a raw and a prepared set.
 
-Studies lie in groups (the row groups of a prepared set; as many studies each of a raw one). An epoch permutes the groups,
-joins ``groups_per_window`` of them at a time, and shuffles within each such window. Since groups are themselves random
-samples of the corpus, that is as good as a shuffle of everything, and a window is all that a reader has to hold.
+Studies are in groups: the row groups of a prepared set, or as many studies each of a raw one. An epoch permutes the groups,
+joins every ``groups_per_window`` of them into a window, and shuffles within each window. Since groups are random samples of
+the corpus, this is as good as a full shuffle, and a reader holds only one window in memory.
 """
+
+# S studies of a split, G groups
 
 import hashlib
 from collections.abc import Callable
@@ -14,41 +16,41 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 VALIDATION_EPOCH = -1
-"""Stands for validation where draws are keyed by epoch, so that they never change."""
+"""Epoch number of validation, so that its random draws never change."""
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the S studies of a split lie, one row each in the order of its table."""
+    """Groups of the S studies of a split, in the order of its table."""
 
     key_S: NDArray[np.int64]
     """Hash of each study's id."""
     group_S: NDArray[np.int32]
-    """Group of each study, counted from 0; never falls."""
+    """Group of each study, from 0, in ascending order."""
     groups: int
-    """Groups in all; one may be left without a study that can be used."""
+    """Number of groups; some may have no usable study."""
 
     def first(self, studies: int | None) -> "Arrangement":
-        """The first ``studies`` of them."""
+        """The arrangement of the first ``studies``."""
         return Arrangement(self.key_S[:studies], self.group_S[:studies], self.groups)
 
     def epoch(self, seed: int, epoch: int, groups_per_window: int) -> "EpochOrder":
-        """The rows of ``epoch`` in their order; validation keeps the table's own."""
+        """The order of ``epoch``; validation keeps the order of the table."""
         if epoch == VALIDATION_EPOCH:
             window_S, row_S = self.group_S.astype(np.int64) // groups_per_window, np.arange(len(self.key_S))
         else:
             random = np.random.Generator(np.random.PCG64([seed % 2**64, epoch]))
             turn_G = random.permutation(self.groups)
             window_S = turn_G[self.group_S] // groups_per_window
-            # by a hash, not by a permutation: a study that is missing leaves the others in their order
+            # by a hash and not a permutation: a missing study does not change the order of the others
             row_S = np.lexsort((_mixed(self.key_S, random.integers(2**63)), window_S))
         return EpochOrder(row_S, np.searchsorted(window_S[row_S], np.arange(window_S.max(initial=-1) + 2)))
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The rows of a split in an epoch's order, and where its windows begin (their end comes last)."""
+    """The rows of a split in the order of an epoch, and the starts of its windows plus the end of the last."""
 
     row_S: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -64,18 +66,18 @@ def _mixed(key_S: NDArray[np.int64], salt: np.int64) -> NDArray[np.uint64]:
 
 def study_key(study_id: str) -> int:
     """Signed 64-bit hash of a study's id."""
-    return int.from_bytes(hashlib.blake2b(study_id.encode(), digest_size=8).digest(), "little", signed=True)
+    return _hash64(study_id)
 
 
 def study_keys(studies: pa.Table, rename: Callable[[str], str] = str) -> NDArray[np.int64]:
-    """``study_key`` of each row of an index table, whose ids ``rename`` replaces first."""
+    """``study_key`` of each index row, after ``rename`` has replaced its id."""
     return np.fromiter((study_key(rename(study)) for study in studies["study_id"].to_pylist()), np.int64, len(studies))
 
 
 def arranged(studies: pa.Table, group_studies: int, rename: Callable[[str], str] = str) -> tuple[pa.Table, Arrangement]:
-    """The studies of a raw split in the order of the keys of their renamed ids, in groups of ``group_studies``.
+    """The studies of a raw split sorted by the key of their renamed id, in groups of ``group_studies``.
 
-    That order mixes patients and years, so that each group is a random sample of the corpus.
+    This order mixes patients and years, so each group is a random sample of the corpus.
     """
     key_S = study_keys(studies, rename)
     row_S = np.argsort(key_S, kind="stable")
@@ -84,12 +86,12 @@ def arranged(studies: pa.Table, group_studies: int, rename: Callable[[str], str]
 
 
 def draw_key(seed: int, epoch: int, image_id: str) -> int:
-    """Signed 64-bit key of every draw about one film in one epoch, the same on any rank."""
+    """Signed 64-bit key for all random draws about one image in one epoch, the same on every rank."""
     return _hash64(f"{seed}|{epoch}|{image_id}")
 
 
-def drawn_film(seed: int, epoch: int, study_id: str, films: int) -> int:
-    """Which of a study's ``films`` this epoch shows."""
+def drawn_image(seed: int, epoch: int, study_id: str, films: int) -> int:
+    """Index of the film of a study, out of ``films``, that this epoch uses."""
     return _hash64(f"film|{seed}|{epoch}|{study_id}") % films
 
 

@@ -1,4 +1,4 @@
-"""From a report as it lies in the file to the normalised sentences that a model reads."""
+"""Normalised sentences of a report for the model, from the text of its file."""
 
 import hashlib
 import re
@@ -10,14 +10,14 @@ from cmcgns.errors import BadRow
 MIN_SENTENCE_WORDS = 2
 MIN_REPORT_WORDS = 3
 NEARBY = 48
-"""Characters looked at around a possible end of a sentence."""
+"""Characters to look at around a possible end of a sentence."""
 
 
 def _words(line: str) -> frozenset[str]:
     return frozenset(line.split())
 
 
-# Names that open a section in any case of letters, and what we call the section.
+# Names that start a section, in upper or lower case, and the normalised name of the section.
 SECTION_NAMES = {
     "addendum": "addendum",
     "clinical history": "history",
@@ -63,7 +63,7 @@ SECTION_NAMES = {
     "wet read": "wet read",
 }
 
-# Substrings that settle an unlisted capital header, first match first.
+# Substrings that decide the section of an unlisted header in capitals; the first match wins.
 NAME_PARTS = (
     ("impression", "impression"),
     ("conclusion", "impression"),
@@ -75,13 +75,13 @@ NAME_PARTS = (
     ("technique", "technique"),
 )
 
-# A header made of these words alone ("PA AND LATERAL CHEST") heads a description of what the views show.
+# A header of only these words ("PA AND LATERAL CHEST") starts the findings.
 VIEW_WORDS = _words(
     "a ap an and chest cxr erect film films for frontal image images lateral of one pa portable radiograph "
     "radiographs ray semi semierect semiupright single supine the three two upright view views x xray"
 )
 
-# Sub-headers inside a description ("LUNGS: clear"): their words belong to the text.
+# Sub-headers inside the findings ("LUNGS: clear"): their words are part of the text.
 ANATOMY_WORDS = _words(
     "abdomen airways and aorta bone bones cardiac cardiomediastinal diaphragm heart hila hilum left line lines lung "
     "lungs mediastinal mediastinum osseous other pleura pleural pulmonary right silhouette size skeleton soft spaces "
@@ -97,7 +97,7 @@ _KNOWN = "|".join(
 
 _KNOWN_HEADER = rf"(?:^|(?<=\n))[ \t]*(?P<known>(?i:{_KNOWN}))[ \t]*:"
 
-# Mid-line (a report whose line ends were lost): the name in capitals, or with one capital after a sentence's end.
+# Headers within a line (a report that lost its line ends): in capitals, or capitalised after the end of a sentence.
 _INLINE_NAMES = (
     "Findings and impression", "Findings", "Impression", "Conclusion",
     "Comparison", "Indication", "Technique", "History",
@@ -122,14 +122,14 @@ class ParsedReport:
     """A report as the model sees it."""
 
     sentences: list[str]
-    """Normalised words joined by one blank, impression first."""
+    """Normalised words joined by one space, impression first."""
     sentence_hashes: list[int]
     report_hash: int
-    """Of all words of all sentences: equal means "same text"."""
+    """Hash of all words of all sentences; equal hashes mean equal text."""
 
 
 def parse_report(text: str) -> ParsedReport:
-    """Normalised sentences and their hashes; a report too short to learn from is a ``BadRow``."""
+    """Normalised sentences and their hashes; ``BadRow`` if the report is too short."""
     words = [normalised_words(sentence) for sentence in sentences(report_text(text))]
     words = [sentence for sentence in words if len(sentence) >= MIN_SENTENCE_WORDS]
     everything = [word for sentence in words for word in sentence]
@@ -142,45 +142,45 @@ def parse_report(text: str) -> ParsedReport:
 
 
 def as_parsed(sentences: Sequence[str]) -> ParsedReport:
-    """``parse_report``'s result out of its own ``sentences``."""
+    """The result of ``parse_report``, rebuilt from its ``sentences``."""
     words = [sentence.split(" ") for sentence in sentences]
     everything = [word for sentence in words for word in sentence]
     return ParsedReport(list(sentences), [text_hash(sentence) for sentence in words], text_hash(everything))
 
 
 def report_text(text: str) -> str:
-    """Impression then findings; else the last paragraph, other sections, the comparison, or the whole note."""
-    found = sections(text)
-    parts = [found[name] for name in ("impression", "findings") if name in found]
+    """Impression then findings; otherwise the last paragraph, other sections, the comparison, or the full text."""
+    contents = sections(text)
+    parts = [contents[name] for name in ("impression", "findings") if name in contents]
     if parts:
         return "\n\n".join(parts)
     for name in ("last_paragraph", "full report", "wet read"):
-        if name in found:
-            return found[name]
+        if name in contents:
+            return contents[name]
     known = set(SECTION_NAMES.values()) | {name for _, name in NAME_PARTS} | {"preamble"}
-    others = [content for name, content in found.items() if name not in known]
-    return "\n\n".join(others) or found.get("comparison") or found.get("addendum") or found.get("preamble", "")
+    others = [content for name, content in contents.items() if name not in known]
+    return "\n\n".join(others) or contents.get("comparison") or contents.get("addendum") or contents.get("preamble", "")
 
 
 def sections(text: str) -> dict[str, str]:
-    """The report's sections by normalised name; ``full report`` where it has no header at all."""
+    """The report's sections by normalised name; ``full report`` if it has no header."""
     text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    found: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for block in _DIVIDER.split(text):
         pieces = list(_split_at_headers(block))
-        # a later block is the report itself, an earlier one an addendum to it: the later wins
-        found = {**found, **_collect(pieces)}
-    if "impression" in found or "findings" in found:
-        return found
-    # a note on one line that says "History: ..." on its way is a note all the same
-    if "\n" not in text.strip() or not set(found) - {"preamble"}:
-        whole = "\n".join(_DIVIDER.split(text)).strip()
-        return {"full report": whole} if whole else {}
-    return {**found, **_last_paragraph(found)}
+        # a later block is the report, an earlier one its addendum: the later one wins
+        contents = {**contents, **_collect(pieces)}
+    if "impression" in contents or "findings" in contents:
+        return contents
+    # one line with "History: ..." in the middle is not split into sections
+    if "\n" not in text.strip() or not set(contents) - {"preamble"}:
+        full = "\n".join(_DIVIDER.split(text)).strip()
+        return {"full report": full} if full else {}
+    return {**contents, **_last_paragraph(contents)}
 
 
 def _split_at_headers(block: str) -> Iterator[tuple[str, str]]:
-    """(normalised name, content) in order; what precedes the first header comes first, as ``preamble``."""
+    """(normalised name, content) in order; text before the first header is ``preamble``."""
     name, start = "preamble", 0
     for header in _HEADER.finditer(block):
         following = _section_name(header.group(header.lastgroup or 0))
@@ -211,65 +211,54 @@ def _section_name(header: str) -> str:
 
 
 def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
-    """One content for each name of a block: repeated ones are joined, but the last impression stands alone."""
-    found: dict[str, str] = {}
+    """One content per section name: repeated sections are joined, but only the last impression is kept."""
+    contents: dict[str, str] = {}
     for name, content in pieces:
         if not content:
             continue
-        if name in found and name != "impression":
-            content = f"{found[name]}\n\n{content}"
-        found.pop(name, None)
-        found[name] = content
-    both = found.pop("findings and impression", None)
+        if name in contents and name != "impression":
+            content = f"{contents[name]}\n\n{content}"
+        contents.pop(name, None)
+        contents[name] = content
+    both = contents.pop("findings and impression", None)
     if both is not None:
-        # an impression of its own makes the joint section the findings
-        name = "findings" if "impression" in found else "impression"
-        found[name] = "\n\n".join(part for part in (both, found.get(name)) if part)
-    return found
+        # if there is a separate impression, the joint section is the findings
+        name = "findings" if "impression" in contents else "impression"
+        contents[name] = "\n\n".join(part for part in (both, contents.get(name)) if part)
+    return contents
 
 
-def _last_paragraph(found: dict[str, str]) -> dict[str, str]:
-    """The last section split at its first blank line: what follows it is the unheaded description."""
-    name = list(found)[-1]
-    head, blank, rest = _first_break(found[name])
-    if not blank or not rest.strip():
+def _last_paragraph(contents: dict[str, str]) -> dict[str, str]:
+    """The last section, split at its first blank line: the text after it is a description without a header."""
+    name = list(contents)[-1]
+    head, *rest = re.split(r"\n[ \t]*\n", contents[name], maxsplit=1)
+    if not rest or not rest[0].strip():
         return {}
-    return {name: head.strip(), "last_paragraph": rest.strip()}
-
-
-def _first_break(content: str) -> tuple[str, str, str]:
-    match = re.search(r"\n[ \t]*\n", content)
-    if match is None:
-        return content, "", ""
-    return content[: match.start()], match.group(), content[match.end() :]
+    return {name: head.strip(), "last_paragraph": rest[0].strip()}
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of ``text``, on one line each, without list numbers and de-identification tokens."""
-    found: list[str] = []
+    """The sentences of ``text``, each on one line, without list numbers and de-identification tokens."""
+    pieces: list[str] = []
     for paragraph in _BREAK.split(text.replace("\r\n", "\n")):
         for item in _split_list(paragraph):
-            found += _split_sentences(" ".join(_DEIDENTIFIED.sub(" ", item).split()))
-    return [sentence for sentence in found if _WORD.search(sentence)]
+            pieces += _split_sentences(" ".join(_DEIDENTIFIED.sub(" ", item).split()))
+    return [sentence for sentence in pieces if _WORD.search(sentence)]
 
 
 def _split_list(paragraph: str) -> Iterator[str]:
-    """The items of a numbered list: "1." opens one, and then each number that follows in turn."""
+    """The items of a numbered list: it starts with "1." and continues with consecutive numbers."""
     start, expected = 0, 1
     for marker in _LIST_ITEM.finditer(paragraph):
         nearby = paragraph[max(0, marker.start() - NEARBY) : marker.start()]
         before = nearby.rstrip()
-        opens = not before or before[-1] in ".!?:;" or "\n" in nearby[len(before) :]
-        if _is_numbering(before) or not (opens or (expected > 1 and int(marker["number"]) == expected)):
+        starts_item = not before or before[-1] in ".!?:;" or "\n" in nearby[len(before) :]
+        is_reference = re.search(r"(?i)\bno\.$", before) is not None  # as in "No. 3"
+        if is_reference or not (starts_item or (expected > 1 and int(marker["number"]) == expected)):
             continue
         yield paragraph[start : marker.start()]
         start, expected = marker.end(), int(marker["number"]) + 1
     yield paragraph[start:]
-
-
-def _is_numbering(before: str) -> bool:
-    """Whether the number belongs to the word before it, as in "No. 3"."""
-    return re.search(r"(?i)\bno\.$", before) is not None
 
 
 def _split_sentences(line: str) -> Iterator[str]:
@@ -285,7 +274,7 @@ def _split_sentences(line: str) -> Iterator[str]:
 
 
 def _is_abbreviation(before: str, after: str, stop: str) -> bool:
-    """Whether the full stop between ``before`` and ``after`` belongs to a word and ends no sentence."""
+    """Whether the full stop between ``before`` and ``after`` belongs to a word and does not end a sentence."""
     token = _LAST_TOKEN.search(before)
     if stop != "." or token is None or not after:
         return False
@@ -300,19 +289,19 @@ def _is_abbreviation(before: str, after: str, stop: str) -> bool:
 
 
 def _is_initial(before: str, after: str) -> bool:
-    """Whether a lone letter is a person's initial ("Dr. J. Smith") rather than a name's end ("hepatitis C.")."""
+    """Whether a single letter is an initial ("Dr. J. Smith") and not the end of a name ("hepatitis C.")."""
     return (
         not after[0].isupper() or re.search(r"(?i)(?:^|\b(?:drs?\.|mr\.|mrs\.|ms\.|by|with)\s)\s*$", before) is not None
     )
 
 
 def normalised_words(sentence: str) -> list[str]:
-    """The lower-cased words and numbers of ``sentence``, punctuation gone ("a.m." is "am", "2.5" stays)."""
+    """The lower-cased words and numbers of ``sentence`` without punctuation ("a.m." becomes "am", "2.5" stays)."""
     joined = _INITIALISM.sub(lambda match: match.group().replace(".", ""), sentence.replace("’", "'"))
     return _WORD.findall(joined.lower())
 
 
 def text_hash(words: Sequence[str]) -> int:
-    """Signed 64-bit BLAKE2b of the words joined by one blank."""
+    """Signed 64-bit BLAKE2b of the words joined by one space."""
     digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -22,10 +22,11 @@ from ray.util.annotations import RayDeprecationWarning
 
 from cmcgns.cluster.placement import data_label, data_resources, machines
 from cmcgns.config import DataConfig
-from cmcgns.data.blocks import ReadStudy, deal, row_table
-from cmcgns.data.image import resize_film
-from cmcgns.data.order import Arrangement, EpochOrder, draw_key, drawn_film
+from cmcgns.data.blocks import deal
+from cmcgns.data.image import resize_image
+from cmcgns.data.order import Arrangement, EpochOrder, draw_key, drawn_image
 from cmcgns.data.readers import Reader, Source
+from cmcgns.data.record import StreamStudy, stream_table
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import BadRow, UserError
 
@@ -91,7 +92,7 @@ class Stream:
         return max(studies // (ranks * block_size), 1)
 
     def rows(self, epoch: int, position: int) -> Any:
-        """The epoch's good studies from ``position`` on as a Ray Data set of ``row_schema``; to be called, and consumed,
+        """The epoch's good studies from ``position`` on as a Ray Data set of ``stream_schema``; to be called, and consumed,
         within ``context()``."""
         pieces = len(piece_bounds(self, epoch, position)) - 1
         # with the same CPUs as the tasks that follow, so that Ray Data joins the two: else it first counts through all pieces
@@ -245,14 +246,14 @@ def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Tabl
     config, (table, _) = stream.config, fetched(stream.split_ref)
     order = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window)
     studies = table.take(order.row_S[positions.start : positions.stop]).to_pylist()
-    shown = [drawn_film(config.seed, epoch, study["study_id"], len(study["films"])) for study in studies]
+    shown = [drawn_image(config.seed, epoch, study["study_id"], len(study["films"])) for study in studies]
     reader = stream.source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
     read = partial(read_study, reader=reader, stream=stream, epoch=epoch)
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         at_once = GROUPED_ROWS if stream.source.in_groups else config.window_size
         for start in range(0, len(studies), at_once):
             part = slice(start, start + at_once)
-            rows = list((threads.map if reader.waits else map)(read, studies[part], shown[part]))
+            rows = list((threads.map if reader.io_bound else map)(read, studies[part], shown[part]))
             bad = [
                 {"source": study["study_id"], "reason": str(row)}
                 for study, row in zip(studies[part], rows, strict=True)
@@ -261,26 +262,18 @@ def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Tabl
             if bad:
                 ray.get(stream.coordinator.add_bad_rows.remote(bad))
             good = [
-                (place, row) for place, row in zip(positions[part], rows, strict=True) if isinstance(row, ReadStudy)
+                (place, row) for place, row in zip(positions[part], rows, strict=True) if isinstance(row, StreamStudy)
             ]
-            yield row_table([place for place, _ in good], [row for _, row in good], config.resize, stream.with_text)
+            yield stream_table([place for place, _ in good], [row for _, row in good], config.resize, stream.with_text)
 
 
-def read_study(study: dict[str, Any], shown: int, reader: Reader, stream: Stream, epoch: int) -> ReadStudy | BadRow:
+def read_study(study: dict[str, Any], shown: int, reader: Reader, stream: Stream, epoch: int) -> StreamStudy | BadRow:
     """A study with the film of it that the epoch shows, or why it cannot be used."""
     config, film = stream.config, study["films"][shown]
     try:
         report = reader.read_sentences(study, film["path"])
         encoded = stream.tokenizer.encode(report.sentences)
-        square_RR = resize_film(reader.read_film(film["path"]).grey_HW, config.resize)
+        square_RR = resize_image(reader.read_image(film["path"]).grey_HW, config.resize)
     except BadRow as reason:
         return reason
-    return ReadStudy(
-        draw_key(config.seed, epoch, film["image_id"]),
-        square_RR,
-        encoded.tokens_T,
-        encoded.sentence_of_token_T,
-        report.sentence_hashes[: encoded.sentences],
-        report.report_hash,
-        report.sentences[: encoded.sentences],
-    )
+    return StreamStudy.of(draw_key(config.seed, epoch, film["image_id"]), square_RR, report, encoded)

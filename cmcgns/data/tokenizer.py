@@ -1,4 +1,4 @@
-"""Reports to token ids, with the sentence that each token belongs to."""
+"""Token ids of reports, and the sentence of each token."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 
-KNOWN_SENTENCES = 50_000
-"""Sentences whose pieces each process remembers."""
+CACHED_SENTENCES = 50_000
+"""Sentences whose token ids each process caches."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class EncodedReport:
     sentence_of_token_T: np.ndarray
     """Sentence of each token, -1 for [CLS] and [SEP], int16."""
     sentences: int
-    """Sentences that fit whole."""
+    """Number of sentences that fit completely."""
 
 
 class ReportTokenizer:
-    """A word-piece tokenizer that keeps sentences whole. It travels into Ray tasks, so it holds no transformers object."""
+    """A word-piece tokenizer that never splits a sentence. It is pickled into Ray tasks, so it has no transformers object."""
 
     def __init__(
         self, pieces: Tokenizer, max_tokens: int, max_sentences: int, names: dict[str, str] | None = None
@@ -46,20 +46,20 @@ class ReportTokenizer:
         self.names = names or SPECIAL_TOKENS
         cls, sep, pad = (pieces.token_to_id(self.names[name]) for name in ("cls_token", "sep_token", "pad_token"))
         if cls is None or sep is None or pad is None:
-            raise UserError(f"the tokenizer lacks one of {', '.join(self.names.values())}; a BERT-like one is needed")
+            raise UserError(f"the tokenizer lacks one of {', '.join(self.names.values())}; give a BERT tokenizer")
         self.cls_id, self.sep_id, self.pad_id = int(cls), int(sep), int(pad)
-        self._known: dict[str, list[int]] = {}
+        self._cache: dict[str, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known": {}}  # what one process has seen does not travel
+        return self.__dict__ | {"_cache": {}}  # the cache is not pickled
 
     @property
     def vocabulary_size(self) -> int:
-        """Entries, special tokens included."""
+        """Number of entries, including special tokens."""
         return int(self.pieces.get_vocab_size())
 
     def encode(self, sentences: Sequence[str]) -> EncodedReport:
-        """``sentences`` in order until one would not fit whole; ``BadRow`` where none does."""
+        """``sentences`` in order up to the first that does not fit completely; ``BadRow`` if none fits."""
         tokens, owners, kept = [self.cls_id], [-1], 0
         for ids in self._ids(sentences[: self.max_sentences]):
             if not ids or len(tokens) + len(ids) + 1 > self.max_tokens:
@@ -68,23 +68,23 @@ class ReportTokenizer:
             owners += [kept] * len(ids)
             kept += 1
         if not kept:
-            raise BadRow(f"report has no sentence that fits into {self.max_tokens} tokens")
+            raise BadRow(f"first sentence of the report does not fit into {self.max_tokens} tokens")
         return EncodedReport(np.array([*tokens, self.sep_id], np.int32), np.array([*owners, -1], np.int16), kept)
 
     def _ids(self, sentences: Sequence[str]) -> list[list[int]]:
-        """The pieces of each sentence; those of ``KNOWN_SENTENCES`` are looked up, since reports say the same again."""
-        known = self._known
-        new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in known]
-        if len(known) + len(new) > KNOWN_SENTENCES:  # other threads may go on with the old ones
-            known = self._known = {}
+        """The token ids of each sentence, with a cache of ``CACHED_SENTENCES``, because reports repeat sentences."""
+        cache = self._cache
+        new = [sentence for sentence in dict.fromkeys(sentences) if sentence not in cache]
+        if len(cache) + len(new) > CACHED_SENTENCES:  # a new dict, since other threads may still use the old one
+            cache = self._cache = {}
             new = list(dict.fromkeys(sentences))
         if new:
             encoded = self.pieces.encode_batch(new, add_special_tokens=False)
-            known.update({sentence: each.ids for sentence, each in zip(new, encoded, strict=True)})
-        return [known[sentence] for sentence in sentences]
+            cache.update({sentence: each.ids for sentence, each in zip(new, encoded, strict=True)})
+        return [cache[sentence] for sentence in sentences]
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face tokenizer folder."""
+        """Save as a Hugging Face tokenizer folder."""
         from transformers import PreTrainedTokenizerFast
 
         fast = PreTrainedTokenizerFast(tokenizer_object=self.pieces, model_max_length=self.max_tokens, **self.names)
@@ -92,7 +92,7 @@ class ReportTokenizer:
 
 
 def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sentences: int) -> ReportTokenizer:
-    """The tokenizer of a local folder or hub name; `auto` takes the text encoder's."""
+    """The tokenizer of a local folder or hub name; `auto` is the text encoder's."""
     from transformers import AutoTokenizer
 
     name = text_encoder if tokenizer == "auto" else tokenizer
@@ -101,7 +101,7 @@ def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sente
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"model.tokenizer '{name}' is no tokenizer folder and not to be had from the hub: {reason}"
+            f"model.tokenizer '{name}' is not a tokenizer folder and cannot be downloaded from the hub: {reason}"
         ) from None
     names = {key: str(getattr(fast, key)) for key in SPECIAL_TOKENS}
     pieces = fast.backend_tokenizer
@@ -111,9 +111,9 @@ def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sente
 
 
 def train_tokenizer(sentences: Iterable[str], size: int, max_tokens: int, max_sentences: int) -> ReportTokenizer:
-    """A lower-cased WordPiece tokenizer of at most ``size`` entries: all letters, then the commonest words.
+    """A lower-cased WordPiece tokenizer of at most ``size`` entries: all letters, then the most frequent words.
 
-    The library's own trainer breaks ties by hash order, so that two runs of one seed would read different tokens.
+    Not trained by the tokenizers library, whose trainer breaks ties by hash order: two runs with one seed would differ.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts = Counter(

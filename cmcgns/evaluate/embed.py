@@ -23,10 +23,10 @@ from cmcgns.cluster.placement import bundles
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import Block, to_block
 from cmcgns.data.image import Target
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
 from cmcgns.data.readers import Source, open_index
+from cmcgns.data.record import Block, to_block
 from cmcgns.data.stream import piece_studies, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause

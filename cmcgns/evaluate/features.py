@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from cmcgns import storage
 from cmcgns.data.batch import crop, normalise
-from cmcgns.data.image import resize_film
-from cmcgns.data.labelled.base import FilmSource, ImageSet
+from cmcgns.data.image import resize_image
+from cmcgns.data.labelled.base import ImageSet, ImageSource
 from cmcgns.data.readers import Reader
 from cmcgns.data.stream import FETCH_THREADS, fetched, ordered_context
 from cmcgns.errors import BadRow
@@ -163,13 +163,13 @@ def stream_features(
 
 def read_films(rows: pa.Table, source_ref: Any, resize: int) -> pa.Table:
     """image_id, film (the padded square's bytes, null where it cannot be used) and reason of each row."""
-    source: FilmSource = fetched(source_ref)
+    source: ImageSource = fetched(source_ref)
     paths = rows["path"].to_pylist()
     reader = source.reader(paths)
 
     def read(path: str) -> tuple[bytes | None, str | None]:
         try:
-            return resize_film(reader.read_film(path).grey_HW, resize).tobytes(), None
+            return resize_image(reader.read_image(path).grey_HW, resize).tobytes(), None
         except BadRow as reason:
             return None, str(reason)
 
@@ -191,7 +191,7 @@ def pieces_of(table: pa.Table) -> list[pa.Table]:
 def read_each(reader: Reader, read: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """What ``read`` makes of each item, several at a time where ``reader`` waits for storage."""
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        return list((threads.map if reader.waits else map)(read, items))
+        return list((threads.map if reader.io_bound else map)(read, items))
 
 
 def usable(part: pa.Table, bad: dict[str, str]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Boxes and masks of a film on the padded square that an encoder sees, moved as ``resize_film`` moves the film itself.
+"""Boxes and masks of a film on the padded square that an encoder sees, moved as ``resize_image`` moves the film itself.
 
 N boxes, K masks, R pixels of the square.
 """
@@ -16,7 +16,7 @@ import ray
 from numpy.typing import NDArray
 
 from cmcgns import storage
-from cmcgns.data.image import resize_film
+from cmcgns.data.image import resize_image
 from cmcgns.data.labelled.base import BOX_TYPE, ImageSet
 from cmcgns.data.stream import fetched, ordered_context
 from cmcgns.errors import BadRow
@@ -56,7 +56,7 @@ def square_masks(mask_KHW: Masks, side: int) -> Masks:
     """Masks (K, side, side): set where at least half of what a pixel covers is."""
     _, height, width = mask_KHW.shape
     top, left, new_height, new_width = _placed(height, width, side)
-    filter_ = cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR  # as resize_film has it
+    filter_ = cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR  # as resize_image has it
     square_KRR = np.zeros((len(mask_KHW), side, side), bool)
     for k, mask_HW in enumerate(mask_KHW):
         scaled = cv2.resize(mask_HW.astype(np.float32), (new_width, new_height), interpolation=filter_)
@@ -150,8 +150,8 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            film = reader.read_film(row["path"])
-            places = images.places(row, film)  # masks are files of their own
+            film = reader.read_image(row["path"])
+            places = images.annotations(row, film)  # masks are files of their own
         except BadRow as reason:
             return {"image_id": row["image_id"], "reason": str(reason)}
         box_N4 = square_boxes(places.box_N4, film.grey_HW.shape, side)
@@ -161,7 +161,7 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
         ]
         return {
             "image_id": row["image_id"],
-            "film": resize_film(film.grey_HW, side).tobytes(),
+            "film": resize_image(film.grey_HW, side).tobytes(),
             "masks": np.packbits(square_masks(places.mask_KHW, side)).tobytes(),
             "boxes": boxes,
         }

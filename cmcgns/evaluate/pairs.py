@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import to_block
-from cmcgns.data.order import VALIDATION_EPOCH, drawn_film
+from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
+from cmcgns.data.record import to_block
 from cmcgns.data.stream import stream_split
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EmbedConfig
@@ -91,7 +91,7 @@ def _block_pairs(
     studies = split.studies.take(block.positions)
     data = split.config.data
     shown = [
-        study["films"][drawn_film(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))]["path"]
+        study["films"][drawn_image(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))]["path"]
         for study in studies.select(["study_id", "films"]).to_pylist()
     ]
     return Pairs(

@@ -1,4 +1,4 @@
-"""The phantom corpus: chest films, their reports and the truth about both, drawn from a seed."""
+"""The phantom corpus: chest films, reports and ground truth, generated from a seed."""
 
 from cmcgns.phantom.corpus import FilmTruth, PhantomCorpus, PhantomFilm, PhantomStudy, contact_sheet
 from cmcgns.phantom.findings import FINDINGS, Finding

@@ -1,4 +1,4 @@
-"""A patient's chest: what is theirs for life, how they stood for the film, and the outlines that follow.
+"""A patient's chest: constant traits, pose for one film, and the outlines of the organs.
 
 Lengths are in units of half the plain film's width (about 17 cm), so 0.06 is a centimeter.
 """
@@ -12,16 +12,16 @@ from cmcgns.phantom.canvas import Draws, Points, curve, ellipse
 SIGN = {"right": -1.0, "left": 1.0}  # the patient's right is the image's left
 CM = 0.059
 LATERAL, DIAPHRAGM = slice(0, 33), slice(33, 49)
-"""Where a lung's outline follows the chest wall, and where the diaphragm."""
+"""Parts of a lung's outline along the chest wall and along the diaphragm."""
 _DOWN = np.linspace(0.03, 1.0, 9)
 _ACROSS = np.linspace(1, -0.75, 16)  # 1 at the costophrenic angle, 0 under the dome's top
 LARGE_STOMACH = 0.15
-"""An air bubble above this is worth a remark."""
+"""Reports mention an air bubble above this size."""
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What stays the same over a patient's studies."""
+    """Traits that are the same in all studies of a patient."""
 
     patient_id: str
     sex: str
@@ -31,7 +31,7 @@ class Patient:
     apex: float
     dome: float
     heart_ratio: float
-    """Heart width over chest width when the heart is not enlarged."""
+    """Heart width over chest width without cardiomegaly."""
     rib_spacing: float
     rib_slope: float
     bone: float
@@ -40,18 +40,18 @@ class Patient:
     aorta: str
     """``normal``, ``tortuous`` or ``calcified``."""
     old_fracture: str
-    """Side of healed rib fractures, or nothing."""
+    """Side of healed rib fractures, or empty."""
     raised_dome: str
-    """Side of an elevated hemidiaphragm, or nothing."""
+    """Side of an elevated hemidiaphragm, or empty."""
     implants: tuple[str, ...]
     stomach: float
-    """Size of the air bubble in the stomach, 0 where none is seen."""
+    """Size of the air bubble in the stomach, 0 for none."""
     markings: float
     """Density of the lung vessels."""
     hila: float
     """Density of the lungs' roots."""
     lung_air: float
-    """How much darker than soft tissue the lungs are."""
+    """How much darker the lungs are than soft tissue."""
     key: str
 
     @classmethod
@@ -85,20 +85,20 @@ class Patient:
 
 @dataclass(frozen=True)
 class Chest:
-    """The outlines of one patient on one day, seen from the front or the back."""
+    """The outlines of one patient in one study, from the front or the back."""
 
     patient: Patient
     view: str
     inspiration: str
     """``low``, ``normal`` or ``deep``."""
     yaw: float
-    """Turn of the trunk; positive to the patient's left. Structures in front move with it."""
+    """Rotation of the trunk, positive to the patient's left; it shifts structures in front."""
     heart_ratio: float
     volume_loss: tuple[str, ...] = ()
-    """Sides on which the base has lost volume."""
+    """Sides with volume loss at the base."""
 
     def half_width(self, side: str) -> float:
-        """From the midline to the chest wall; the side turned away from the detector looks narrower."""
+        """Distance from the midline to the chest wall; the side rotated away from the detector is narrower."""
         return self.patient.chest_width * (1 + 0.9 * self.yaw * SIGN[side])
 
     def dome(self, side: str) -> float:
@@ -116,8 +116,8 @@ class Chest:
     def wall(self, side: str, y: Points | float) -> Points:
         """The lung's lateral border (unsigned x) at height ``y``."""
         top, low = self.patient.apex, self.sulcus(side)
-        place = (np.asarray(y, np.float64) - top) / (low - top)
-        share = np.interp(place, [0.0, 0.05, 0.15, 0.35, 0.6, 0.85, 1.0], [0.42, 0.58, 0.73, 0.88, 0.97, 1.0, 0.985])
+        depth = (np.asarray(y, np.float64) - top) / (low - top)
+        share = np.interp(depth, [0.0, 0.05, 0.15, 0.35, 0.6, 0.85, 1.0], [0.42, 0.58, 0.73, 0.88, 0.97, 1.0, 0.985])
         width: Points = share * self.half_width(side)
         return width
 
@@ -135,7 +135,7 @@ class Chest:
         return self._placed(outline, side)
 
     def heart(self) -> Points:
-        """The heart's outline, two thirds of it on the patient's left."""
+        """The heart's outline, with two thirds on the patient's left."""
         span = 2 * self.patient.chest_width * self.heart_ratio * (1.08 if self.view == "AP" else 1.0)
         base = 0.5 * (self.dome("right") + self.dome("left")) + 0.06
         r, left, rise = 0.34 * span, 0.66 * span, 0.52 + 0.25 * (span - 0.6)
@@ -180,7 +180,7 @@ class Chest:
         return bend
 
     def body(self) -> Points:
-        """Skin outline: neck, shoulders, arms' roots and flanks."""
+        """Skin outline: neck, shoulders, upper arms and flanks."""
         fat = {"slim": 0.08, "average": 0.15, "large": 0.27}[self.patient.habitus]
         drop = 0.06 if self.view == "AP" else 0.0
         flank = self.patient.chest_width + fat
@@ -203,7 +203,7 @@ class Chest:
         return -0.30 + 0.3 * (self.patient.dome - 0.36)
 
     def hilum(self, side: str) -> tuple[float, float]:
-        """Where the vessels of one lung start; the left lies higher."""
+        """Point where the vessels of one lung start; the left one is higher."""
         return SIGN[side] * 0.15 + 0.3 * self.yaw, self.carina + (0.13 if side == "right" else 0.08)
 
     def breast(self, side: str) -> Points:
@@ -213,7 +213,7 @@ class Chest:
         return ellipse(x, self.dome(side) - 0.04, size, size * 0.85)
 
     def _placed(self, outline: Points, side: str) -> Points:
-        """An outline drawn for positive x, put on its side of a bent and turned chest."""
+        """An outline given for positive x, moved to its side of a bent and rotated chest."""
         placed = outline * [SIGN[side], 1.0]
         return placed + np.stack([0.3 * self.spine_x(placed[:, 1]), np.zeros(len(placed))], 1)
 

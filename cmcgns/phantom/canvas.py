@@ -1,4 +1,4 @@
-"""Drawing by numbers: keyed random draws, and the canvas that shapes are painted on."""
+"""Keyed random draws, and a canvas to paint shapes on."""
 
 import hashlib
 import struct
@@ -18,12 +18,12 @@ _UNPACK = struct.Struct("<8Q").unpack
 
 
 def digest(*key: object) -> bytes:
-    """64 bytes that stand for ``key``."""
+    """A 64-byte hash of ``key``."""
     return hashlib.blake2b(repr(key).encode()).digest()
 
 
 class Draws:
-    """A stream of draws that starts anew wherever the same key is given."""
+    """A stream of random draws; the same key always gives the same stream."""
 
     def __init__(self, *key: object) -> None:
         self._key = digest(*key)
@@ -43,9 +43,9 @@ class Draws:
         return low + (high - low) * ((self._word() >> 11) * 2.0**-53)
 
     def normal(self, scale: float = 1.0) -> float:
-        """A bell-shaped number of standard deviation ``scale``, never beyond 3.5 of them.
+        """A roughly normal number with standard deviation ``scale``, at most 3.5 of them from 0.
 
-        Sum of four uniforms: no library's logarithm, hence the same bits everywhere.
+        Sum of four uniforms, without a library's logarithm: bit-equal on every machine.
         """
         return scale * sum(self.uniform(-1.0, 1.0) for _ in range(4)) * _ROOT
 
@@ -62,7 +62,7 @@ class Draws:
         return items[self.integer(len(items))]
 
     def weighted(self, items: Sequence[tuple[T, float]]) -> T:
-        """One of ``items``, each given with its weight."""
+        """One of the weighted ``items``."""
         left = self.uniform(0.0, sum(weight for _, weight in items))
         for item, weight in items:
             left -= weight
@@ -71,7 +71,7 @@ class Draws:
         return items[-1][0]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """``items`` in a drawn order."""
+        """``items`` in random order."""
         rest = list(items)
         return [rest.pop(self.integer(len(rest))) for _ in range(len(rest))]
 
@@ -82,21 +82,21 @@ def uniform_array(key: bytes, shape: tuple[int, ...]) -> FloatArray:
 
 
 def normal_array(key: bytes, shape: tuple[int, ...]) -> FloatArray:
-    """Peaked numbers of mean 0 and deviation 1, each the sum of two raw Philox bytes."""
+    """Numbers with mean 0 and standard deviation 1, each the sum of two raw Philox bytes."""
     raw = _raw_bytes(key, shape, 2).view(np.uint16).reshape(shape)
     total = (raw & np.uint16(0xFF)) + (raw >> np.uint16(8))
     return (total.astype(np.float32) - np.float32(255.0)) * np.float32(1 / 104.5)
 
 
 def _raw_bytes(key: bytes, shape: tuple[int, ...], width: int) -> npt.NDArray[np.uint8]:
-    """As many raw bytes as ``shape`` numbers of ``width`` bytes take, in little-endian order."""
+    """Raw little-endian bytes for ``shape`` numbers of ``width`` bytes."""
     count = int(np.prod(shape)) * width
     words = np.random.Philox(key=int.from_bytes(key[:16], "little")).random_raw((count + 7) // 8)
     return words.astype("<u8", copy=False).view(np.uint8)[:count]
 
 
 def permuted(index: int, count: int, *key: object) -> int:
-    """The place of ``index`` in a keyed permutation of range(count): unlike a hash, it never collides."""
+    """The position of ``index`` in a keyed permutation of range(count); unlike a hash it never collides."""
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     while True:  # cycle walking: at most a few rounds, since count > 4 ** (half - 1)
@@ -114,18 +114,18 @@ _TURNS = np.arange(28) * (2 * np.pi / 28)
 _CIRCLE = np.stack([np.cos(_TURNS), np.sin(_TURNS)], 1)
 _SHIFT = 4  # fillPoly takes 1/16 pixel
 _LEFT = np.array([-1.0, 1.0])  # (dx, dy) reversed and multiplied by this is the normal
-_EDGE = 0.70  # pixels by which fillPoly's antialiased edge lies outside its polygon, as measured
+_EDGE = 0.70  # pixels from a polygon to the antialiased edge that fillPoly paints around it, measured
 _THINNEST = 0.87  # pixels: half the width of the thinnest line fillPoly draws
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A film's pixel grid and where the anatomy falls on it."""
+    """The pixel grid of a film and the position of the anatomy on it."""
 
     height: int
     width: int
     affine: npt.NDArray[np.float64]
-    """2 x 3: anatomy coordinates to pixels, where 0 is the outer edge of the first pixel."""
+    """2 x 3: anatomy coordinates to pixels, with 0 at the outer edge of the first pixel."""
     scale: float = field(init=False)
     """Pixels per unit of anatomy."""
 
@@ -142,7 +142,7 @@ class Canvas:
         return self._paint([_trimmed(self.pixels(outline)) for outline in outlines], [1.0] * len(outlines))
 
     def ribbons(self, lines: Sequence[Points] | Points, half_width: float | Points) -> FloatArray:
-        """Coverage by lines of equal length, with half widths for all, for each point, or for each line and point."""
+        """Coverage by lines with equally many points; half widths for all, per point, or per line and point."""
         outlines = self._ribbons(np.asarray(lines), np.asarray(half_width))
         return self._paint(outlines, np.broadcast_to(self._faint(np.asarray(half_width)), len(outlines)))
 
@@ -152,7 +152,7 @@ class Canvas:
         return self._paint([self._ribbons(line, width) for line in lines], [float(self._faint(width))] * len(lines))
 
     def tangle(self, lines: Points, half_width: Points) -> FloatArray:
-        """Coverage by many thin lines, painted in one go; where two cross they cancel."""
+        """Coverage by many thin lines, painted at once; two lines cancel where they cross."""
         sheet = np.zeros((self.height, self.width), np.uint8)
         value = round(255 * float(np.mean(self._faint(half_width))))
         cv2.fillPoly(sheet, _fixed(self._ribbons(lines, half_width)), (value,), lineType=cv2.LINE_AA, shift=_SHIFT)
@@ -171,7 +171,7 @@ class Canvas:
         return np.concatenate([placed + side, (placed - side)[..., ::-1, :]], axis=-2)
 
     def _faint(self, half_width: Points) -> Points:
-        """How strongly to paint each line: one thinner than ``fillPoly`` can draw is drawn fainter."""
+        """Strength of each line: lines thinner than ``fillPoly`` can draw are painted fainter."""
         shares: Points = np.minimum(half_width * (self.scale / _THINNEST), 1.0)
         return shares.mean(-1) if half_width.ndim else shares
 
@@ -183,7 +183,7 @@ class Canvas:
         return sheet.astype(np.float32) * np.float32(1 / 255)
 
     def blur(self, picture: FloatArray, sigma: float) -> FloatArray:
-        """``picture`` under a Gaussian of ``sigma``; wide ones are taken on a coarser grid."""
+        """``picture`` blurred by a Gaussian of ``sigma``; wide ones are computed on a coarser grid."""
         pixels = sigma * self.scale
         if pixels < 0.25:
             return picture
@@ -196,7 +196,7 @@ class Canvas:
         return np.asarray(cv2.resize(soft, (self.width, self.height)), np.float32)
 
     def texture(self, grid: FloatArray, extent: float = 1.3) -> FloatArray:
-        """A square ``grid`` stretched over anatomy [-extent, extent], as this film sees it."""
+        """A square ``grid`` over anatomy [-extent, extent], in pixels of this film."""
         unit = 2 * extent / grid.shape[0]
         to_anatomy = np.array([[unit, 0, -extent + unit / 2], [0, unit, -extent + unit / 2]])
         joined = self.affine[:, :2] @ to_anatomy
@@ -208,7 +208,7 @@ class Canvas:
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Points:
-    """The outline of an ellipse, turned by ``angle`` radians."""
+    """The outline of an ellipse, rotated by ``angle`` radians."""
     c, s = np.cos(angle), np.sin(angle)
     outline: Points = _CIRCLE @ np.array([[c * rx, s * rx], [-s * ry, c * ry]]) + np.array([x, y])
     return outline
@@ -228,7 +228,7 @@ def curve(points: Sequence[tuple[float, float]], steps: int = 8, closed: bool = 
 
 @lru_cache
 def _basis(steps: int) -> Points:
-    """Catmull-Rom weights of four neighboring knots at ``steps`` places of a leg."""
+    """Catmull-Rom weights of four neighboring knots at ``steps`` points of a segment."""
     t = np.arange(steps)[:, None] / steps
     powers = np.concatenate([t**0, t, t**2, t**3], 1)
     weights = np.array([[0.0, 2, 0, 0], [-1, 0, 1, 0], [2, -5, 4, -1], [-1, 3, -3, 1]])
@@ -237,7 +237,7 @@ def _basis(steps: int) -> Points:
 
 
 def _fixed(outlines: Sequence[Points] | Points) -> list[npt.NDArray[np.int32]]:
-    """Outlines in pixels as fillPoly takes them: 1/16 pixels, counted from pixel centers."""
+    """Outlines in pixels converted for fillPoly: in 1/16 pixels, from pixel centers."""
     if isinstance(outlines, np.ndarray):
         return list(np.rint((outlines - 0.5) * (1 << _SHIFT)).astype(np.int32))
     if not outlines:
@@ -248,7 +248,7 @@ def _fixed(outlines: Sequence[Points] | Points) -> list[npt.NDArray[np.int32]]:
 
 
 def _trimmed(outline: Points) -> Points:
-    """A closed outline in pixels, drawn in by what fillPoly adds to it."""
+    """A closed outline in pixels, shrunk by the margin that fillPoly adds."""
     ahead = np.concatenate([outline[1:], outline[:1]])
     behind = np.concatenate([outline[-1:], outline[:-1]])
     along = ahead - behind

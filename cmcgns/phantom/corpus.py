@@ -1,4 +1,4 @@
-"""The phantom corpus: any number of chest studies, each a function of the seed and its place alone."""
+"""The phantom corpus: any number of chest studies, each a function of the seed and its index only."""
 
 import re
 import textwrap
@@ -19,11 +19,11 @@ from cmcgns.phantom.lesions import Mask
 from cmcgns.phantom.report_text import ReportFacts, write_report
 
 BLOCK = 12
-"""Studies that are shared out among patients together."""
+"""Studies that are assigned to patients together."""
 NUMBERS = 10**7
-"""Patients, and studies, that ids can tell apart."""
+"""Number of distinct ids of patients, and of studies."""
 Box = list[float]
-"""x0, y0, x1, y1 in pixels; x1 and y1 lie just beyond the last pixel."""
+"""x0, y0, x1, y1 in pixels; x1 and y1 are exclusive."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PhantomFilm:
 
 @dataclass(frozen=True)
 class PhantomStudy:
-    """What is known of a study without drawing it."""
+    """A study without its pixels."""
 
     study_id: str
     patient_id: str
@@ -54,13 +54,13 @@ class PhantomStudy:
 
 @dataclass(frozen=True)
 class FilmTruth:
-    """Where everything on a film lies."""
+    """Labels, boxes and masks of one film."""
 
     labels: Mapping[str, float]
     boxes: Mapping[str, list[Box]]
-    """For each finding on the film, one box a place (two for a bilateral one)."""
+    """Boxes by finding: one per location, so two for a bilateral finding."""
     masks: Mapping[str, Mask]
-    """For each finding on the film, and for ``lung_right``, ``lung_left`` and ``heart``."""
+    """Masks by finding, and of ``lung_right``, ``lung_left`` and ``heart``."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class PhantomCorpus:
         patient, turn = self._patient(self._index(i))
         condition, findings = self._facts(i, patient)
         prior = self._facts(i - 1, patient)[1] if turn else None
-        found = {finding.name for finding in findings}
+        names = {finding.name for finding in findings}
         return PhantomStudy(
             study_id=f"s5{permuted(i, NUMBERS, self.seed, 'study'):07d}",
             patient_id=patient.patient_id,
             split=split_of(patient.key),
             films=tuple(PhantomFilm(self._image_id(i, k), view) for k, view in enumerate(condition.views)),
             findings=findings,
-            labels={name: float(name in found) for name in FINDINGS},
+            labels={name: float(name in names) for name in FINDINGS},
             report=write_report(ReportFacts(patient, condition, findings, prior), self.seed, i),
             patient=patient,
             condition=condition,
@@ -105,7 +105,7 @@ class PhantomCorpus:
         return self._paint(i, film).pixels
 
     def render_without(self, i: int, finding: str, film: int = 0) -> npt.NDArray[np.uint8]:
-        """The same film had the patient not had ``finding``."""
+        """The same film without ``finding``."""
         return paint(without(self._film_facts(i, film), finding), self.height, self.width).pixels
 
     def truth(self, i: int, film: int = 0) -> FilmTruth:
@@ -124,7 +124,7 @@ class PhantomCorpus:
         return paint(self._film_facts(i, film), self.height, self.width)
 
     def _film_facts(self, i: int, film: int) -> FilmFacts:
-        """All that film ``film`` of study ``i`` depends on."""
+        """The facts of film ``film`` of study ``i``."""
         patient, _ = self._patient(self._index(i))
         condition, findings = self._facts(i, patient)
         if not 0 <= film < len(condition.views):
@@ -132,18 +132,18 @@ class PhantomCorpus:
         return FilmFacts(patient, condition, findings, (self.seed, i), film)
 
     def _facts(self, i: int, patient: Patient) -> tuple[Condition, tuple[Finding, ...]]:
-        """How study ``i`` was filmed and what it shows."""
+        """Condition and findings of study ``i``."""
         findings = draw_findings(patient, self.seed, i)
         bedside = any(finding.kind in BEDSIDE for finding in findings)
         return Condition.draw(bedside, self.seed, i), findings
 
     def _patient(self, i: int) -> tuple[Patient, int]:
-        """The patient of study ``i``, and how many studies they had before it."""
-        block, place = divmod(i, BLOCK)
+        """The patient of study ``i``, and the number of their earlier studies."""
+        block, index = divmod(i, BLOCK)
         for number, size in enumerate(_shares(self.seed, block)):
-            if place < size:
-                return _draw_patient(self.seed, block, number), place
-            place -= size
+            if index < size:
+                return _draw_patient(self.seed, block, number), index
+            index -= size
         raise AssertionError("a block's shares add up to it")
 
     def _index(self, i: int) -> int:
@@ -169,7 +169,7 @@ def box_of(mask: Mask) -> Box:
 
 @lru_cache(maxsize=4096)
 def _shares(seed: int, block: int) -> tuple[int, ...]:
-    """How a block's studies are shared out: one to four each."""
+    """Number of studies of each patient of a block, one to four."""
     d = Draws(seed, "block", block)
     sizes: list[int] = []
     while (left := BLOCK - sum(sizes)) > 0:
@@ -179,19 +179,19 @@ def _shares(seed: int, block: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _draw_patient(seed: int, block: int, number: int) -> Patient:
-    """Patient ``number`` of a block; a pure function, kept because each has several studies."""
-    place = permuted(block * BLOCK + number, NUMBERS, seed, "patient")
-    return Patient.draw(f"p1{place:07d}", seed, block, number)
+    """Patient ``number`` of a block; cached because a patient has several studies."""
+    digits = permuted(block * BLOCK + number, NUMBERS, seed, "patient")
+    return Patient.draw(f"p1{digits:07d}", seed, block, number)
 
 
 _LINE = 13  # pixels
-_MOST_LINES = 14
+_MAX_LINES = 14
 
 
 def contact_sheet(corpus: PhantomCorpus, path: str | Path, rows: int = 6, cols: int = 6, start: int = 0) -> Path:
-    """``path``, a PNG of the first films of ``rows`` x ``cols`` studies, each over its findings and impression."""
+    """Write ``path``, a PNG of the first films of ``rows`` x ``cols`` studies, each above its findings and impression."""
     height, width = corpus.height, corpus.width
-    cell = height + _MOST_LINES * _LINE + 8
+    cell = height + _MAX_LINES * _LINE + 8
     sheet = Image.new("L", (cols * width, rows * cell), 255)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=10)
@@ -205,7 +205,7 @@ def contact_sheet(corpus: PhantomCorpus, path: str | Path, rows: int = 6, cols: 
 
 
 def _lines(report: str, columns: int) -> list[str]:
-    """FINDINGS and IMPRESSION in lines of ``columns`` characters, cut where the cell ends."""
+    """FINDINGS and IMPRESSION in lines of ``columns`` characters, cut at the end of the cell."""
     body = re.search(r"(FINDINGS|IMPRESSION):.*", report, re.DOTALL)
     paragraphs = (body.group() if body else report).replace("  ", " ").split("\n")
-    return [line for part in paragraphs if part for line in textwrap.wrap(part, columns)][:_MOST_LINES]
+    return [line for part in paragraphs if part for line in textwrap.wrap(part, columns)][:_MAX_LINES]

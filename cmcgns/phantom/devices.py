@@ -1,4 +1,4 @@
-"""Lines, tubes and implants: where each runs and how it is drawn."""
+"""Lines, tubes and implants: their paths and how they are painted."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def device(s: Setting, finding: Finding, d: Draws) -> Lesion:
 
 
 def cava(chest: Chest, tip: str = "lower SVC") -> tuple[tuple[float, float], tuple[float, float]]:
-    """The superior vena cava's top, right of the midline, and the place in it that ``tip`` names."""
+    """The top of the superior vena cava, right of the midline, and the point in it named ``tip``."""
     x = -0.095 + 0.35 * chest.yaw
     depth = {"upper SVC": -0.06, "mid SVC": 0.05, "lower SVC": 0.16, "cavoatrial junction": 0.28}[tip]
     return (x, chest.carina - 0.22), (x - 0.01, chest.carina + depth)
@@ -85,7 +85,7 @@ def _chest_tube(chest: Chest, finding: Finding, d: Draws) -> tuple[list[Path], l
 
 
 def _pacemaker(chest: Chest, finding: Finding, d: Draws) -> tuple[list[Path], list[Points]]:
-    """A generator under the collar bone, with one or two leads into the right heart."""
+    """A generator below the clavicle, with one or two leads into the right heart."""
     sign, own = SIGN[finding.side], Draws(chest.patient.key, "generator")
     x, y = sign * own.uniform(0.48, 0.62), chest.patient.apex + own.uniform(0.24, 0.40)
     turn = own.uniform(-0.4, 0.4)
@@ -101,7 +101,7 @@ def _pacemaker(chest: Chest, finding: Finding, d: Draws) -> tuple[list[Path], li
 
 
 def _sternotomy(chest: Chest, finding: Finding, d: Draws) -> tuple[list[Path], list[Points]]:
-    """Wire loops down the breastbone, which moves with the front of a turned chest."""
+    """Wire loops along the sternum, which moves with the front of a rotated chest."""
     own = Draws(chest.patient.key, "sternotomy")
     paths: list[Path] = []
     for y in np.linspace(chest.patient.apex + 0.26, 0.22, 6):
@@ -133,7 +133,7 @@ def _rounded_box(x: float, y: float, rx: float, ry: float, angle: float) -> Poin
 
 
 def electrodes(chest: Chest, d: Draws) -> tuple[list[Points], list[Points]]:
-    """Wires and discs of electrocardiogram leads, which are no finding."""
+    """Wires and discs of electrocardiogram leads; not a finding."""
     wires, discs = [], []
     spots = [(-0.62, -0.42), (0.62, -0.40), (0.55, 0.30), (-0.55, 0.34)]
     for x, y in spots[: 3 + d.integer(2)]:

@@ -1,4 +1,4 @@
-"""A chest film, painted layer by layer: soft tissue, lungs, bones, findings, exposure, grain."""
+"""A chest film painted in layers: soft tissue, lungs, bones, findings, exposure, grain."""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ PAINTERS = {**PAINTERS, "device": devices.device}
 
 @dataclass(frozen=True)
 class FilmFacts:
-    """Everything a film depends on, besides its size."""
+    """All parameters of a film except its size."""
 
     patient: Patient
     condition: Condition
@@ -30,7 +30,7 @@ class FilmFacts:
 
 @dataclass
 class Painting:
-    """A finished film and where everything on it lies."""
+    """A finished film with the masks of everything on it."""
 
     pixels: npt.NDArray[np.uint8]
     lesions: list[tuple[Finding, Lesion]]
@@ -44,8 +44,8 @@ def paint(facts: FilmFacts, height: int, width: int) -> Painting:
     canvas = _pose(height, width, chest.view, draws)
     outlines = {side: chest.lung(side) for side in SIDES}
     lungs = {side: canvas.blur(canvas.fill([outlines[side]]), 0.006) for side in SIDES}
-    torn = tuple(side for f in facts.findings if f.name == "pneumothorax" for side in f.sides)
-    setting = Setting(canvas, chest, outlines, lungs, canvas.fill([chest.heart()]), torn)
+    collapsed = tuple(side for f in facts.findings if f.name == "pneumothorax" for side in f.sides)
+    setting = Setting(canvas, chest, outlines, lungs, canvas.fill([chest.heart()]), collapsed)
     lesions = [
         (f, PAINTERS[f.name](setting, f, Draws(*facts.study_key, "lesion", f.name, f.number))) for f in facts.findings
     ]
@@ -58,7 +58,7 @@ def paint(facts: FilmFacts, height: int, width: int) -> Painting:
 
 
 def _chest(facts: FilmFacts, d: Draws) -> Chest:
-    """The chest as it stood for this film."""
+    """The chest in the pose of this film."""
     by_name = {finding.name: finding for finding in facts.findings}
     ratio = facts.patient.heart_ratio
     if "cardiomegaly" in by_name:
@@ -74,7 +74,7 @@ def _chest(facts: FilmFacts, d: Draws) -> Chest:
 
 
 def _pose(height: int, width: int, view: str, d: Draws) -> Canvas:
-    """Where the chest falls on the film: size, tilt and shift."""
+    """Position of the chest on the film: size, tilt and shift."""
     zoom = d.uniform(0.76, 1.10) * (1.04 if view == "AP" else 1.0)
     tilt = d.normal(0.05 if view == "AP" else 0.03)
     dx, dy = d.uniform(-0.13, 0.13), d.uniform(-0.08, 0.16)
@@ -110,7 +110,7 @@ def _chest_density(s: Setting, facts: FilmFacts, lesions: list[Lesion]) -> Float
 
 
 def _soft_tissue(s: Setting, patient: Patient) -> FloatArray:
-    """Skin to skin without the lungs: thick in the belly, thin at the flanks; breasts, windpipe, stomach air."""
+    """The body without the lungs: thick at the abdomen, thin at the flanks; breasts, trachea, stomach air."""
     canvas, chest = s.canvas, s.chest
     body = canvas.blur(canvas.fill([chest.body()]), 0.012)
     depth = canvas.blur(body, 0.13)
@@ -135,7 +135,7 @@ def _soft_tissue(s: Setting, patient: Patient) -> FloatArray:
 
 
 def _vessels(s: Setting, facts: FilmFacts) -> FloatArray:
-    """Vessel markings, wider in the upper lobes of a congested lung; the tree is the patient's own."""
+    """Vessel markings, wider in the upper lobes of a congested lung; the tree is constant for a patient."""
     p = facts.patient
     congested = any(finding.name == "edema" for finding in facts.findings)
     total = np.zeros((s.canvas.height, s.canvas.width), np.float32)
@@ -151,7 +151,7 @@ def _vessels(s: Setting, facts: FilmFacts) -> FloatArray:
 
 
 def _bones(s: Setting, patient: Patient) -> FloatArray:
-    """Ribs, collar bones, shoulder blades and spine."""
+    """Ribs, clavicles, scapulae and spine."""
     canvas, chest = s.canvas, s.chest
     back = [skeleton.posterior_ribs(chest, side) for side in SIDES]
     front = [skeleton.anterior_ribs(chest, side, arcs) for side, arcs in zip(SIDES, back, strict=True)]
@@ -174,7 +174,7 @@ def _bones(s: Setting, patient: Patient) -> FloatArray:
 
 
 def _tubular(canvas: Canvas, lines: Points, half_width: float) -> FloatArray:
-    """Coverage by long bones, whose rims are brighter than their marrow."""
+    """Coverage by long bones, with rims brighter than the marrow."""
     rims = canvas.ribbons(lines, half_width)
     marrow = canvas.ribbons(lines, half_width * 0.62)
     return canvas.blur(rims - 0.42 * marrow, 0.004)
@@ -192,7 +192,7 @@ def _callus(canvas: Canvas, chest: Chest, patient: Patient) -> FloatArray:
 
 
 def _on_skin(s: Setting, facts: FilmFacts, d: Draws) -> FloatArray:
-    """What lies on the skin or is skin: leads, nipples, folds. None of it is a finding."""
+    """Structures on or of the skin: leads, nipples, folds. None is a finding."""
     canvas, chest, condition = s.canvas, s.chest, facts.condition
     total = np.zeros((canvas.height, canvas.width), np.float32)
     if condition.leads:
@@ -240,7 +240,7 @@ def _develop(density: FloatArray, canvas: Canvas, facts: FilmFacts, d: Draws) ->
 
 
 def _mark(grey: FloatArray, canvas: Canvas, d: Draws) -> FloatArray:
-    """The side marker, burnt in on the side it names, and black beyond the collimator."""
+    """The side marker, on its side of the film, and black outside the collimator."""
     height, width = grey.shape
     if d.chance(0.5):
         side = d.choice(("R", "L"))
@@ -257,7 +257,7 @@ def _mark(grey: FloatArray, canvas: Canvas, d: Draws) -> FloatArray:
 
 
 def _letter(letter: str, x: float, y: float, height: int, width: int) -> FloatArray:
-    """Coverage by a lead letter centered at (x, y), in shares of the film."""
+    """Coverage by a lead letter centered at (x, y), as fractions of the film."""
     size = 0.022
     strokes = {
         "R": [[(-1, 1.4), (-1, -1.4), (0.6, -1.4), (1, -0.7), (0.6, 0.0), (-1, 0.0)], [(-0.1, 0.0), (1, 1.4)]],
@@ -271,5 +271,5 @@ def _letter(letter: str, x: float, y: float, height: int, width: int) -> FloatAr
 
 
 def without(facts: FilmFacts, name: str) -> FilmFacts:
-    """The same film of a patient spared the finding ``name``; everything else stays as drawn."""
+    """The facts without the finding ``name``; nothing else changes."""
     return replace(facts, findings=tuple(f for f in facts.findings if f.name != name))

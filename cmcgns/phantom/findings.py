@@ -1,4 +1,4 @@
-"""What is wrong in a study, and how the patient was filmed: the facts behind both picture and report."""
+"""Findings and condition of a study: the facts from which both film and report are made."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,12 @@ FINDINGS: tuple[str, ...] = (
     "device",
 )
 """Every label, in the order of all tables. A study without any of them is normal."""
-SEVERITIES = ("mild", "moderate", "severe")
 ZONES = ("upper", "mid", "lower")
 NODULE_MM = (10, 12, 15, 18, 20, 25, 30)
 TUBE_MM = (20, 30, 40, 50, 60)
 TIPS = ("upper SVC", "mid SVC", "lower SVC", "cavoatrial junction")
 BEDSIDE = ("endotracheal tube", "enteric tube", "chest tube")
-"""Devices of patients who do not stand up for a film."""
+"""Devices of patients who cannot stand for a film."""
 VENOUS = ("internal jugular line", "subclavian line", "PICC")
 DEVICES = (
     "pacemaker",
@@ -51,38 +50,38 @@ _NORMAL = 0.20
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to be seen on the films of a study."""
+    """One finding visible on the films of a study."""
 
     name: str
     side: str = ""
-    """``right``, ``left``, ``bilateral``, or nothing for the midline."""
+    """``right``, ``left``, ``bilateral``, or empty for the midline."""
     zone: str = ""
-    """``upper``, ``mid``, ``lower``, or nothing where the finding has no zone."""
+    """``upper``, ``mid``, ``lower``, or empty if the finding has no zone."""
     severity: str = ""
     kind: str = ""
-    """Which device."""
+    """The kind of device."""
     size_mm: int = 0
     """A nodule's diameter, or the height of an endotracheal tube's tip above the carina."""
     tip: str = ""
-    """Where a venous line ends."""
+    """Tip position of a venous line."""
     number: int = 0
-    """Place among the study's findings of this name; its geometry is drawn from it."""
+    """Index among the study's findings of this name; seeds its geometry."""
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides it is on, one or two."""
+        """Its one or two sides."""
         return ("right", "left") if self.side == "bilateral" else (self.side,) if self.side else ()
 
 
 @dataclass(frozen=True)
 class Condition:
-    """How the patient was filmed, and what lies over them that is no finding."""
+    """How the films were taken, and overlying structures that are not findings."""
 
     views: tuple[str, ...]
     inspiration: str
     """``low``, ``normal`` or ``deep``."""
     rotation: str
-    """Side to which the patient is turned, or nothing."""
+    """Side to which the patient is rotated, or empty."""
     exposure: str
     """``under`` (too bright), ``normal`` or ``over``."""
     leads: bool
@@ -90,7 +89,7 @@ class Condition:
     nipples: bool
     """Nipple shadows over both bases."""
     skin_fold: str
-    """Side of a fold that mimics a pleural line, or nothing."""
+    """Side of a skin fold that mimics a pleural line, or empty."""
 
     @classmethod
     def draw(cls, bedside: bool, *key: object) -> "Condition":
@@ -112,7 +111,7 @@ class Condition:
 
 
 def draw_findings(patient: Patient, *key: object) -> tuple[Finding, ...]:
-    """The findings of study ``key``, those of one name together and in the order of ``FINDINGS``."""
+    """The findings of study ``key``, in the order of ``FINDINGS``."""
     d = Draws(*key, "findings")
     names = {name for name, share in _SHARE.items() if d.chance(share)} or {d.choice(FINDINGS)}
     if d.chance(_NORMAL):
@@ -150,8 +149,8 @@ def _pneumothorax(d: Draws, others: list[Finding]) -> list[Finding]:
     return [Finding("pneumothorax", side=_side(d, 0.0), severity=_severity(d))]
 
 
-def _free_places(d: Draws, others: list[Finding]) -> list[tuple[str, str]]:
-    """Sides and zones in a drawn order, without those that an effusion hides: a report tells what can be seen."""
+def _free_zones(d: Draws, others: list[Finding]) -> list[tuple[str, str]]:
+    """Sides and zones in random order, without those hidden by an effusion, because reports describe what is visible."""
     hidden = {"": 0, "mild": 0, "moderate": 1, "severe": 2}
     depth = dict.fromkeys(("right", "left"), 0)
     for finding in others:
@@ -161,11 +160,11 @@ def _free_places(d: Draws, others: list[Finding]) -> list[tuple[str, str]]:
 
 
 def _consolidation(d: Draws, others: list[Finding]) -> list[Finding]:
-    """One or two patches, in different places."""
+    """One or two patches in different zones."""
     count = d.weighted(((1, 0.7), (2, 0.3)))
     return [
         Finding("consolidation", side=side, zone=zone, severity=_severity(d), number=k)
-        for k, (side, zone) in enumerate(_free_places(d, others)[:count])
+        for k, (side, zone) in enumerate(_free_zones(d, others)[:count])
     ]
 
 
@@ -175,21 +174,21 @@ def _edema(d: Draws, others: list[Finding]) -> list[Finding]:
 
 def _atelectasis(d: Draws, others: list[Finding]) -> list[Finding]:
     """Bands at one base or both, or in one mid lung."""
-    places, severity = _free_places(d, others), _severity(d)
-    bases = [side for side, zone in places if zone == "lower"]
+    free, severity = _free_zones(d, others), _severity(d)
+    bases = [side for side, zone in free if zone == "lower"]
     if bases and d.chance(0.75):
         both = len(bases) == 2 and d.chance(0.3)
         return [Finding("atelectasis", side="bilateral" if both else bases[0], zone="lower", severity=severity)]
-    side = next(side for side, zone in places if zone == "mid")
+    side = next(side for side, zone in free if zone == "mid")
     return [Finding("atelectasis", side=side, zone="mid", severity=severity)]
 
 
 def _nodule(d: Draws, others: list[Finding]) -> list[Finding]:
-    """One or two nodules, in different places."""
+    """One or two nodules in different zones."""
     count = d.weighted(((1, 0.8), (2, 0.2)))
     return [
         Finding("nodule", side=side, zone=zone, size_mm=d.choice(NODULE_MM), number=k)
-        for k, (side, zone) in enumerate(_free_places(d, others)[:count])
+        for k, (side, zone) in enumerate(_free_zones(d, others)[:count])
     ]
 
 
@@ -205,20 +204,20 @@ _DRAW = {
 
 
 def _devices(patient: Patient, present: bool, others: list[Finding], d: Draws) -> list[Finding]:
-    """The patient's implants, and the day's lines and tubes."""
+    """The patient's implants, and the lines and tubes of this study."""
     kinds = set(patient.implants)
     if present:
         count = d.weighted(((1, 0.55), (2, 0.3), (3, 0.15)))
         kinds |= set(d.shuffled(DEVICES[2:7])[:count])
-    torn = [finding.side for finding in others if finding.name == "pneumothorax"]
-    if torn and d.chance(0.3):
+    collapsed = [finding.side for finding in others if finding.name == "pneumothorax"]
+    if collapsed and d.chance(0.3):
         kinds.add("chest tube")
     side = {
         "pacemaker": "left" if Draws(patient.key, "pacemaker").chance(0.8) else "right",
         "internal jugular line": d.weighted((("right", 0.75), ("left", 0.25))),
         "subclavian line": d.choice(("right", "left")),
         "PICC": d.choice(("right", "left")),
-        "chest tube": torn[0] if torn else "",
+        "chest tube": collapsed[0] if collapsed else "",
     }
     size = {"endotracheal tube": d.choice(TUBE_MM)}
     tip = {kind: d.choice(TIPS) for kind in VENOUS}

@@ -1,4 +1,4 @@
-"""How each finding changes a film: what it does to the lung's air, the density and the vessels."""
+"""The effect of each finding on a film: on the air of the lung, the density and the vessels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,21 +19,21 @@ EXTENT = 1.3
 
 @dataclass
 class Lesion:
-    """A finding's effect on the film, pixel by pixel; what is left out changes nothing."""
+    """The effect of a finding per pixel; None means no change."""
 
     filled: FloatArray | None = None
     """Share of the lung's air that is replaced, 0 to 1."""
     density: FloatArray | None = None
-    """Attenuation that is added."""
+    """Added attenuation."""
     bare: FloatArray | None = None
-    """Share of the vessels that is gone, 0 to 1."""
+    """Share of the vessels that is removed, 0 to 1."""
     masks: list[Mask] = field(default_factory=list)
-    """Where it is, one mask for each of its places (a bilateral finding has two)."""
+    """One mask per location; a bilateral finding has two."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a lesion needs to know of the film it is painted on."""
+    """The film on which a lesion is painted."""
 
     canvas: Canvas
     chest: Chest
@@ -44,13 +44,13 @@ class Setting:
     heart: FloatArray
     """Coverage by the heart."""
     collapsed: tuple[str, ...] = ()
-    """Sides with a pneumothorax: what lies in the lung moves toward its root."""
+    """Sides with a pneumothorax: structures in the lung move toward its root."""
 
 
 Painter = Callable[[Setting, Finding, Draws], Lesion]
 
 
-def place(chest: Chest, side: str, across: float, down: float) -> tuple[float, float]:
+def lung_point(chest: Chest, side: str, across: float, down: float) -> tuple[float, float]:
     """A point of a lung: ``across`` 0 at the mediastinum, 1 at the wall; ``down`` 0 at the apex, 1 at the dome."""
     y = chest.patient.apex + down * (chest.dome(side) - chest.patient.apex)
     wall = float(chest.wall(side, y))
@@ -63,7 +63,7 @@ def zone_spot(s: Setting, finding: Finding, d: Draws) -> tuple[float, float]:
     hidden = 0.5 if finding.side == "left" and finding.zone != "upper" else 0.28
     hidden += 0.12 if s.chest.heart_ratio > 0.52 and finding.zone != "upper" else 0.0
     rim = max(hidden, 0.55) if finding.side in s.collapsed else 0.82
-    return place(s.chest, finding.side, d.uniform(hidden, rim), d.uniform(low, high))
+    return lung_point(s.chest, finding.side, d.uniform(hidden, rim), d.uniform(low, high))
 
 
 def effusion(s: Setting, finding: Finding, d: Draws) -> Lesion:
@@ -92,7 +92,7 @@ def pneumothorax(s: Setting, finding: Finding, d: Draws) -> Lesion:
     away = outline - [x0, y0]
     height = np.clip((outline[:, 1] - s.chest.patient.apex) / (s.chest.sulcus(side) - s.chest.patient.apex), 0, 1)
     pull = amount * (1.15 - (0.85 if amount < 0.3 else 0.35) * height)
-    pull *= np.clip((np.abs(outline[:, 0]) - 0.1) / 0.12, 0, 1)  # the root holds
+    pull *= np.clip((np.abs(outline[:, 0]) - 0.1) / 0.12, 0, 1)  # the root stays in place
     inner = [x0, y0] + away * (1 - pull[:, None])
     within = s.canvas.fill([inner])
     outside = s.lungs[side] * (1 - within)
@@ -109,7 +109,7 @@ def pneumothorax(s: Setting, finding: Finding, d: Draws) -> Lesion:
 
 
 def consolidation(s: Setting, finding: Finding, d: Draws) -> Lesion:
-    """A fluffy patch of filled air spaces, with bronchi left open inside it."""
+    """A fluffy patch of filled air spaces with open bronchi inside."""
     x, y = zone_spot(s, finding, d)
     grade = GRADE[finding.severity]
     radius = (0.17, 0.22, 0.28)[grade] * d.uniform(0.9, 1.15)
@@ -151,7 +151,7 @@ def atelectasis(s: Setting, finding: Finding, d: Draws) -> Lesion:
         bands, widths = [], []
         for _ in range((1, 2, 3)[GRADE[finding.severity]]):
             down = d.uniform(0.74, 0.95) if finding.zone == "lower" else d.uniform(0.46, 0.60)
-            x, y = place(s.chest, side, d.uniform(0.58, 0.72) if side == "left" else d.uniform(0.45, 0.65), down)
+            x, y = lung_point(s.chest, side, d.uniform(0.58, 0.72) if side == "left" else d.uniform(0.45, 0.65), down)
             reach, tilt, sag = d.uniform(0.15, 0.22), d.uniform(-0.45, 0.45), d.uniform(-0.02, 0.02)
             t = np.linspace(-1, 1, 9)
             line = np.stack([x + reach * t * np.cos(tilt), y + reach * t * np.sin(tilt) + sag * t**2], 1)
@@ -164,7 +164,7 @@ def atelectasis(s: Setting, finding: Finding, d: Draws) -> Lesion:
 
 
 def nodule(s: Setting, finding: Finding, d: Draws) -> Lesion:
-    """A round, well-edged shadow."""
+    """A round, well-defined shadow."""
     x, y = zone_spot(s, finding, d)
     radius = max(0.5 * CM * finding.size_mm / 10, 0.038)
     lobed = ellipse(x, y, radius * d.uniform(0.94, 1.06), radius, d.uniform(0, 3))
@@ -175,7 +175,7 @@ def nodule(s: Setting, finding: Finding, d: Draws) -> Lesion:
 
 
 def cardiomegaly(s: Setting, finding: Finding, d: Draws) -> Lesion:
-    """Nothing but the heart's outline: the chest was already drawn with the large heart."""
+    """Only the outline of the heart: the chest is already drawn with an enlarged heart."""
     return Lesion(masks=[s.heart > 0.5])
 
 
@@ -198,7 +198,7 @@ def _grid() -> tuple[FloatArray, FloatArray]:
 
 
 def _clouds(d: Draws, cells: float) -> FloatArray:
-    """Smooth noise of deviation 1 on the coarse grid, ``cells`` cells in correlation length."""
+    """Smooth noise with standard deviation 1 on the coarse grid, with a correlation length of ``cells`` cells."""
     noise = cv2.GaussianBlur(normal_array(digest(d.uniform()), (GRID, GRID)), (0, 0), cells)
     return np.asarray(noise * np.float32(2 * np.sqrt(np.pi) * cells), np.float32)
 

@@ -1,4 +1,4 @@
-"""The words of the reports: every fact in several wordings, with slots for size, side and place."""
+"""Phrases of the reports: several wordings per fact, with slots for size, side and location."""
 
 from cmcgns.phantom.findings import Finding
 
@@ -142,7 +142,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{Side} pleural drain is present.",
     ),
 }
-"""Sentences of FINDINGS; a finding uses those of its name, or its name and ``mild`` or ``bilateral``."""
+"""Sentences of FINDINGS by name of the finding, or by name and ``mild`` or ``bilateral``."""
 SUMMARIES: dict[str, tuple[str, ...]] = {
     "effusion": ("{Size} {side} pleural effusion.", "{Side} pleural effusion, {size}."),
     "effusion bilateral": ("{Size} bilateral pleural effusions.", "Bilateral pleural effusions, {size}."),
@@ -260,7 +260,7 @@ ABSENT = {
     "edema": ("pulmonary edema", "overt pulmonary edema"),
     "nodule": ("nodule or mass", "suspicious nodule"),
 }
-"""What is said not to be there; atelectasis, heart size and devices are seldom denied."""
+"""Phrases to deny a finding; atelectasis, heart size and devices are rarely denied."""
 DENIALS = ("There is no {list}.", "No {list}.", "No evidence of {list}.", "No {list} is seen.", "No {list} identified.")
 REMARKS = (
     "Osseous structures are unremarkable.",
@@ -286,7 +286,7 @@ NORMAL_SUMMARY = (
 )
 
 QUIET_SUMMARY = NORMAL_SUMMARY[:3]
-"""For studies whose only findings are devices."""
+"""Impressions of studies whose only findings are devices."""
 STOCK_NORMAL = (
     ("Lungs are clear.  The heart size is normal.  No pleural effusion or pneumothorax.", "Normal chest radiograph."),
     (
@@ -308,7 +308,7 @@ STOCK_NORMAL = (
     ("", "No acute cardiopulmonary process."),
     ("", "Normal chest radiograph."),
 )
-"""What many a normal film gets, word for word."""
+"""Identical reports that many normal films get."""
 INDICATIONS = (
     "with cough", "with dyspnea", "with chest pain", "with fever", "with shortness of breath", "status post fall",
     "with altered mental status", "with hypoxia", "with weakness", "for preoperative evaluation", "with leukocytosis",
@@ -334,11 +334,11 @@ LENGTH = {
     50: ("5 cm",),
     60: ("6 cm",),
 }
-"""The only lengths there are, by millimeters: no report can be told by its numbers."""
+"""Texts of the possible lengths, by millimeters; few of them, so that numbers do not identify a report."""
 
 
-def places(finding: Finding) -> tuple[str, ...]:
-    """The names of where a finding lies; nothing for one that has no zone."""
+def locations(finding: Finding) -> tuple[str, ...]:
+    """Names of the location of a finding; empty if it has no zone."""
     if not finding.zone:
         return ("",)
     if finding.name == "atelectasis" and finding.zone == "lower":

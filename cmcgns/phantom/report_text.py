@@ -1,4 +1,4 @@
-"""A study's report: what the film shows, in words that vary, with the rest that radiologists write."""
+"""The report of a study: its findings in varying words, and the other sections that radiologists write."""
 
 import re
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from cmcgns.phantom.canvas import Draws
 from cmcgns.phantom.findings import Condition, Finding
 
 LUNG = {"consolidation", "edema", "nodule", "atelectasis"}
-"""Without any of these the lungs may be called clear."""
+"""The lungs may be called clear only without these."""
 PLEURA = {"effusion", "pneumothorax"}
 
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What a report may speak of."""
+    """The facts that a report may mention."""
 
     patient: Patient
     condition: Condition
     findings: tuple[Finding, ...]
     prior: tuple[Finding, ...] | None
-    """The findings of the patient's study before this one."""
+    """The findings of the patient's previous study."""
 
     @property
     def present(self) -> set[str]:
@@ -30,7 +30,7 @@ class ReportFacts:
 
 
 def write_report(facts: ReportFacts, *key: object) -> str:
-    """The report of study ``key``, its sections divided by blank lines."""
+    """The report of study ``key``, with blank lines between sections."""
     d = Draws(*key, "report")
     preamble = _preamble(facts, d)
     findings, impression = _body(facts, d)
@@ -46,20 +46,20 @@ def _body(facts: ReportFacts, d: Draws) -> tuple[str, str]:
         return "", _impression(facts, d)
     style = d.weighted((("both", 0.80), ("findings", 0.10), ("impression", 0.10)))
     description = "  ".join(_findings(facts, d))
-    if style == "impression":  # the whole description under one heading, as many wards write it
+    if style == "impression":  # the whole description under one heading, as is common on wards
         return "", description
     return description, _impression(facts, d) if style == "both" else ""
 
 
 def word(template: str, finding: Finding, d: Draws) -> str:
-    """``template`` with the finding's size, side and place filled in."""
+    """``template`` with size, side and location of the finding."""
     size = d.choice(phrases.SIZE[finding.name][finding.severity]) if finding.severity else ""
     return _fill(
         template,
         size=size,
         sizely=size + "ly" if size != "marked" else "markedly",
         side=finding.side,
-        place=d.choice(phrases.places(finding)),
+        place=d.choice(phrases.locations(finding)),
         length=d.choice(phrases.LENGTH[finding.size_mm]) if finding.size_mm else "",
         tip=finding.tip,
         device=finding.kind,
@@ -67,7 +67,7 @@ def word(template: str, finding: Finding, d: Draws) -> str:
 
 
 def _fill(template: str, **slots: str) -> str:
-    """``template`` with its slots filled, and capitals where a slot asks or a sentence starts."""
+    """``template`` with its slots filled, and capitals for capitalised slots and at the start."""
     capitals = {name.capitalize(): value[:1].upper() + value[1:] for name, value in slots.items()}
     text = template.format(**slots, **capitals).replace("the both", "both")
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
@@ -117,40 +117,40 @@ def _findings(facts: ReportFacts, d: Draws) -> list[str]:
 
 
 def _technique(facts: ReportFacts, d: Draws) -> list[str]:
-    """How the film was taken, where a radiologist would remark on it."""
-    condition, said = facts.condition, []
+    """Remarks on how the film was taken, if it was not as usual."""
+    condition, sentences = facts.condition, []
     if condition.inspiration != "normal" and d.chance(0.92):
-        said.append(d.choice(phrases.INSPIRATION[condition.inspiration]))
+        sentences.append(d.choice(phrases.INSPIRATION[condition.inspiration]))
     if condition.rotation and d.chance(0.88):
-        said.append(_fill(d.choice(phrases.ROTATION), side=condition.rotation))
+        sentences.append(_fill(d.choice(phrases.ROTATION), side=condition.rotation))
     if condition.exposure != "normal" and d.chance(0.85):
-        said.append(d.choice(phrases.EXPOSURE[condition.exposure]))
+        sentences.append(d.choice(phrases.EXPOSURE[condition.exposure]))
     if facts.patient.habitus == "large" and d.chance(0.7):
-        said.append(d.choice(phrases.HABITUS["large"]))
-    return said
+        sentences.append(d.choice(phrases.HABITUS["large"]))
+    return sentences
 
 
 def _lungs(facts: ReportFacts, d: Draws) -> list[str]:
-    """Lungs and pleura: what is there, then what is not."""
-    said = []
+    """Lungs and pleura: present findings, then absent ones."""
+    sentences = []
     for finding in d.shuffled([f for f in facts.findings if f.name not in ("cardiomegaly", "device")]):
-        said.append(word(d.choice(phrases.sentences(finding)), finding, d))
+        sentences.append(word(d.choice(phrases.sentences(finding)), finding, d))
         change = _change(finding, facts.prior)
         if change and d.chance(0.35):
-            said.append(d.choice(phrases.CHANGES[change]))
+            sentences.append(d.choice(phrases.CHANGES[change]))
     if not facts.present & LUNG and d.chance(0.7):
-        said.append(d.choice(phrases.OTHERWISE_CLEAR if facts.present & PLEURA else phrases.CLEAR))
+        sentences.append(d.choice(phrases.OTHERWISE_CLEAR if facts.present & PLEURA else phrases.CLEAR))
     denials = _denials(facts, d)
-    return denials + said if d.chance(0.15) else said + denials
+    return denials + sentences if d.chance(0.15) else sentences + denials
 
 
 def _denials(facts: ReportFacts, d: Draws) -> list[str]:
     """Sentences that deny absent findings, one to three at a time."""
     weights = {"effusion": 0.8, "pneumothorax": 0.8, "consolidation": 0.6, "edema": 0.35, "nodule": 0.08}
     absent = [name for name, share in weights.items() if name not in facts.present and d.chance(share)]
-    said = [d.choice(phrases.ABSENT[name]) for name in d.shuffled(absent)]
-    cut = 2 if len(said) > 3 or (len(said) > 1 and d.chance(0.2)) else 0
-    return [_fill(d.choice(phrases.DENIALS), list=_listed(part)) for part in (said[:cut], said[cut:]) if part]
+    sentences = [d.choice(phrases.ABSENT[name]) for name in d.shuffled(absent)]
+    cut = 2 if len(sentences) > 3 or (len(sentences) > 1 and d.chance(0.2)) else 0
+    return [_fill(d.choice(phrases.DENIALS), list=_listed(part)) for part in (sentences[:cut], sentences[cut:]) if part]
 
 
 def _listed(items: list[str]) -> str:
@@ -159,7 +159,7 @@ def _listed(items: list[str]) -> str:
 
 
 def _change(finding: Finding, prior: tuple[Finding, ...] | None) -> str:
-    """How a finding compares with the study before: new, worse, better, same, or nothing to compare."""
+    """Change of a finding since the previous study: new, worse, better, same, or empty without one."""
     if prior is None or finding.name == "nodule":
         return ""
     grades = ("mild", "moderate", "severe")
@@ -173,38 +173,40 @@ def _change(finding: Finding, prior: tuple[Finding, ...] | None) -> str:
 def _heart(facts: ReportFacts, d: Draws) -> list[str]:
     """Heart, aorta and mediastinum."""
     large = [f for f in facts.findings if f.name == "cardiomegaly"]
-    said = [word(d.choice(phrases.sentences(f)), f, d) for f in large]
+    sentences = [word(d.choice(phrases.sentences(f)), f, d) for f in large]
     if not large and d.chance(0.85):
-        said.append(d.choice([s for s in phrases.HEART_NORMAL if facts.patient.aorta == "normal" or "media" not in s]))
+        sentences.append(
+            d.choice([s for s in phrases.HEART_NORMAL if facts.patient.aorta == "normal" or "media" not in s])
+        )
     if facts.patient.aorta != "normal":
         if d.chance(0.8):
-            said.append(d.choice(phrases.AORTA[facts.patient.aorta]))
+            sentences.append(d.choice(phrases.AORTA[facts.patient.aorta]))
     elif d.chance(0.4):
-        said.append(d.choice(phrases.MEDIASTINUM_NORMAL))
-    return said
+        sentences.append(d.choice(phrases.MEDIASTINUM_NORMAL))
+    return sentences
 
 
 def _rest(facts: ReportFacts, d: Draws) -> list[str]:
-    """Bones, diaphragm, what overlies the chest, and sentences that say little."""
+    """Bones, diaphragm, overlying structures and general remarks."""
     patient, condition = facts.patient, facts.condition
-    said = []
+    sentences = []
     if patient.scoliosis and d.chance(0.85):
-        said.append(d.choice(phrases.SCOLIOSIS["left" if patient.scoliosis > 0 else "right"]))
+        sentences.append(d.choice(phrases.SCOLIOSIS["left" if patient.scoliosis > 0 else "right"]))
     if patient.old_fracture and d.chance(0.8):
-        said.append(_fill(d.choice(phrases.FRACTURE), side=patient.old_fracture))
+        sentences.append(_fill(d.choice(phrases.FRACTURE), side=patient.old_fracture))
     if patient.raised_dome and d.chance(0.85):
-        said.append(_fill(d.choice(phrases.RAISED_DOME), side=patient.raised_dome))
+        sentences.append(_fill(d.choice(phrases.RAISED_DOME), side=patient.raised_dome))
     if patient.stomach > LARGE_STOMACH and d.chance(0.6):
-        said.append(d.choice(phrases.STOMACH))
+        sentences.append(d.choice(phrases.STOMACH))
     if condition.leads and d.chance(0.75):
-        said.append(d.choice(phrases.LEADS))
+        sentences.append(d.choice(phrases.LEADS))
     if condition.nipples and d.chance(0.75):
-        said.append(d.choice(phrases.NIPPLES))
+        sentences.append(d.choice(phrases.NIPPLES))
     if condition.skin_fold and d.chance(0.6):
-        said.append(_fill(d.choice(phrases.SKIN_FOLD), side=condition.skin_fold))
+        sentences.append(_fill(d.choice(phrases.SKIN_FOLD), side=condition.skin_fold))
     if not (patient.scoliosis or patient.old_fracture) and d.chance(0.4):
-        said.append(d.choice(phrases.REMARKS))
-    return said
+        sentences.append(d.choice(phrases.REMARKS))
+    return sentences
 
 
 def _impression(facts: ReportFacts, d: Draws) -> str:

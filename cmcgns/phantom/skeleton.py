@@ -1,4 +1,4 @@
-"""The bones of a chest and the vessels of its lungs, as lines to draw."""
+"""Bones of the chest and vessels of the lungs, as lines to draw."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def posterior_ribs(chest: Chest, side: str) -> Points:
 
 
 def anterior_ribs(chest: Chest, side: str, back: Points) -> Points:
-    """The front arcs of the upper ribs, from where their ``back`` arcs end down to the cartilage."""
+    """The front arcs of the upper ribs, from the end of their ``back`` arcs down to the cartilage."""
     n = np.arange(1, 7)[:, None]
     t = _ARC
     x0, y0 = back[1:7, -1, 0, None], back[1:7, -1, 1, None]
@@ -35,7 +35,7 @@ def anterior_ribs(chest: Chest, side: str, back: Points) -> Points:
 
 
 def clavicle(chest: Chest, side: str) -> Points:
-    """The collar bone; its inner end moves with the front of a turned chest."""
+    """The clavicle; its inner end moves with the front of a rotated chest."""
     lift = 0.07 if chest.view == "AP" else 0.0
     top = chest.patient.apex - lift
     inner = 0.075 + 0.8 * chest.yaw * SIGN[side]
@@ -50,7 +50,7 @@ def clavicle(chest: Chest, side: str) -> Points:
 
 
 def scapula(chest: Chest, side: str) -> Points:
-    """The shoulder blade: over the lung on an AP film, beside it on a PA film."""
+    """The scapula: over the lung on an AP film, lateral to it on a PA film."""
     x = 0.60 if chest.view == "AP" else 0.90
     top = chest.patient.apex + 0.02
     knots = [
@@ -101,13 +101,13 @@ def vessels(chest: Chest, side: str, key: bytes, upper_lobe: float = 1.0) -> lis
 
 
 def hilar_shadow(chest: Chest, side: str) -> Points:
-    """The outline of the vessels' root."""
+    """The outline of the hilum."""
     x, y = chest.hilum(side)
     return ellipse(x + SIGN[side] * 0.025, y + 0.02, 0.05, 0.12, SIGN[side] * -0.25)
 
 
 def _tapered(girth: Points, tip: float) -> Points:
-    """Half widths (lines, points) that fall from ``girth`` to ``tip``."""
+    """Half widths (lines, points) that decrease from ``girth`` to ``tip``."""
     widths: Points = girth[:, None] * (1 - _ALONG) + tip * _ALONG
     return widths
 
@@ -121,6 +121,6 @@ def _twigs(start: Points, angle: Points, bend: Points, length: Points, sign: flo
 
 
 def _on(chest: Chest, side: str, x: Points, y: Points, depth: float) -> Points:
-    """A line drawn for positive x, on its side; ``depth`` is how far it follows the chest's turn."""
-    shift = chest.spine_x(y) * np.clip(1.3 - 2 * x, 0.3, 1.0)  # a bent spine takes the ribs' heads along
+    """A line given for positive x, moved to its side; ``depth`` is how much it follows the rotation of the chest."""
+    shift = chest.spine_x(y) * np.clip(1.3 - 2 * x, 0.3, 1.0)  # a bent spine shifts the heads of the ribs
     return np.stack([SIGN[side] * x + shift + depth * chest.yaw, y], -1)

@@ -1,4 +1,4 @@
-"""The phantom written as files in the layouts of public archives: pairs CSV, MIMIC-CXR and MIMIC-CXR-JPG."""
+"""Writers of the phantom corpus as files: pairs CSV, MIMIC-CXR and MIMIC-CXR-JPG."""
 
 import csv
 import gzip
@@ -41,7 +41,7 @@ def write_dicom(
 
     ``photometric`` is MONOCHROME1 or MONOCHROME2, ``window`` is (center, width).
     """
-    # data/dicom.py is pydicom's door for reading; this lone writer serves tests, hence the import in here
+    # imported here: only tests write DICOM
     from pydicom.dataset import FileDataset, FileMetaDataset
 
     meta = FileMetaDataset()
@@ -64,12 +64,12 @@ def write_dicom(
 
 
 def _uid(*key: object) -> str:
-    """A UID under the root for UUID-like numbers, from ``key`` alone."""
+    """A UID under the root for UUIDs, derived from ``key``."""
     return f"2.25.{int.from_bytes(digest(*key)[:15], 'big')}"
 
 
 LINE = 79
-"""No line of a report file is longer."""
+"""Longest line of a report file."""
 SPLITS = {"train": "train", "valid": "validate", "test": "test"}
 CHEXPERT = (
     "Atelectasis",
@@ -120,12 +120,12 @@ Row = dict[str, Any]
 
 
 def study_folder(root: Path, study: PhantomStudy) -> Path:
-    """``root/files/p10/p10000032/s50414267``; the report lies beside it with ``.txt``."""
+    """``root/files/p10/p10000032/s50414267``; the report is next to it with ``.txt``."""
     return root / "files" / study.patient_id[:3] / study.patient_id / study.study_id
 
 
 def report_file(report: str, d: Draws) -> str:
-    """The report as MIMIC-CXR prints it: a centered head, one space before every line, 79 characters at most."""
+    """The report in the layout of MIMIC-CXR: a centered title, one space before every line, at most 79 characters."""
     lines = [" " * 33 + "FINAL REPORT"]
     roomy = d.chance(0.3)  # some put the heading on a line of its own
     for paragraph in report.split("\n\n"):
@@ -139,7 +139,7 @@ def report_file(report: str, d: Draws) -> str:
 
 
 def write_tables(corpus: PhantomCorpus, folder: Path, films: list[Row]) -> None:
-    """Metadata and split, one row a film; CheXpert's and NegBio's labels, one row a study."""
+    """Metadata and split, one row per film; CheXpert and NegBio labels, one row per study."""
     studies = [corpus.study(i) for i in range(corpus.studies)]
     splits = [
         {**_ids(studies[f["index"]]), "dicom_id": f["dicom_id"], "split": SPLITS[studies[f["index"]].split]}
@@ -154,7 +154,7 @@ def write_tables(corpus: PhantomCorpus, folder: Path, films: list[Row]) -> None:
 
 
 def chexpert_labels(study: PhantomStudy) -> dict[str, float]:
-    """What a labeler reads in the report: 1 present, 0 denied, -1 uncertain; what is not mentioned is left out."""
+    """Labels as a labeler would extract them: 1 present, 0 denied, -1 uncertain; labels not mentioned are missing."""
     labels: dict[str, float] = {}
     for name, label in LABEL_OF.items():
         if study.labels[name]:
@@ -176,12 +176,12 @@ def chexpert_labels(study: PhantomStudy) -> dict[str, float]:
 
 
 def _ids(study: PhantomStudy) -> Row:
-    """Subject and study as the tables write them, without their letters."""
+    """Ids of subject and study without their letters, as in the tables."""
     return {"subject_id": study.patient_id[1:], "study_id": study.study_id[1:]}
 
 
 def _metadata(corpus: PhantomCorpus, study: PhantomStudy, film: Row) -> Row:
-    """One film's row; a patient's dates are shifted far into the future and keep their order."""
+    """The row of one film; dates of a patient are shifted far into the future and keep their order."""
     d = Draws(study.patient.key, "dates")
     day = date(2110, 1, 1) + timedelta(days=d.integer(30000) + 40 * (film["index"] % BLOCK))
     clock = Draws(study.study_id, "clock")
@@ -215,7 +215,7 @@ StudyWriter = Callable[[PhantomCorpus, Path, int], list[Row]]
 
 
 def write_pairs_csv(corpus: PhantomCorpus, folder: str | Path, workers: int = 1) -> Path:
-    """``folder/pairs.csv``, one row a film, with the films under ``folder/images``."""
+    """Write ``folder/pairs.csv``, one row per film, with the films in ``folder/images``; returns the table's path."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     table = folder / "pairs.csv"
@@ -228,12 +228,12 @@ def write_pairs_csv(corpus: PhantomCorpus, folder: str | Path, workers: int = 1)
 
 
 def write_mimic_cxr_jpg(corpus: PhantomCorpus, folder: str | Path, workers: int = 1) -> Path:
-    """``folder`` laid out as MIMIC-CXR-JPG: JPEGs, reports and the four gzip tables."""
+    """Write ``folder`` in the layout of MIMIC-CXR-JPG: JPEGs, reports and the four gzip tables."""
     return _write_mimic(_write_jpg_study, corpus, Path(folder), workers)
 
 
 def write_mimic_cxr(corpus: PhantomCorpus, folder: str | Path, workers: int = 1) -> Path:
-    """``folder`` laid out as MIMIC-CXR: 12-bit DICOM films, reports and the same tables."""
+    """Write ``folder`` in the layout of MIMIC-CXR: 12-bit DICOM films, reports and the same tables."""
     return _write_mimic(_write_dicom_study, corpus, Path(folder), workers)
 
 
@@ -244,27 +244,27 @@ def _write_mimic(write_study: StudyWriter, corpus: PhantomCorpus, folder: Path, 
 
 
 def _each_study(write_study: StudyWriter, corpus: PhantomCorpus, folder: Path, workers: int) -> Iterator[Row]:
-    """The rows of every study in order, its files being written meanwhile."""
+    """Write the files of every study, and yield its rows in order."""
     work = partial(write_study, corpus, folder)
     if workers <= 1:
         for i in range(corpus.studies):
             yield from work(i)
         return
-    # spawn: a fork of a process that holds threads (torch, gRPC, OpenCV) may hang
+    # spawn: a fork of a process with threads (torch, gRPC, OpenCV) may hang
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _single_thread) as pool:
         for rows in pool.map(work, range(corpus.studies), chunksize=max(1, min(64, corpus.studies // (4 * workers)))):
             yield from rows
 
 
 def _single_thread() -> None:
-    """Keep OpenCV to one thread in each worker."""
+    """Limit OpenCV to one thread in each worker."""
     import cv2
 
     cv2.setNumThreads(1)
 
 
 def _write_pairs(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
-    """The rows of study ``i``; its films are PNG or JPEG, as drawn."""
+    """The rows of study ``i``; its films are PNG or JPEG at random."""
     study = corpus.study(i)
     rows = []
     for film, shot in enumerate(study.films):
@@ -279,19 +279,19 @@ def _write_pairs(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
 
 def _write_jpg_study(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
     study = corpus.study(i)
-    place = _write_report(study, folder, corpus.seed, i)
+    target = _write_report(study, folder, corpus.seed, i)
     for film, shot in enumerate(study.films):
-        _save(corpus.render(i, film), place / f"{shot.image_id}.jpg")
+        _save(corpus.render(i, film), target / f"{shot.image_id}.jpg")
     return _film_rows(study, i)
 
 
 def _write_dicom_study(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]:
     study = corpus.study(i)
-    place = _write_report(study, folder, corpus.seed, i)
+    target = _write_report(study, folder, corpus.seed, i)
     for film, shot in enumerate(study.films):
         stored, photometric, window = twelve_bit(corpus.render(i, film), Draws(corpus.seed, i, film, "dicom"))
         write_dicom(
-            place / f"{shot.image_id}.dcm",
+            target / f"{shot.image_id}.dcm",
             stored,
             photometric=photometric,
             window=window,
@@ -304,7 +304,7 @@ def _write_dicom_study(corpus: PhantomCorpus, folder: Path, i: int) -> list[Row]
 
 
 def twelve_bit(grey: npt.NDArray[np.uint8], d: Draws) -> tuple[npt.NDArray[np.uint16], str, tuple[float, float]]:
-    """Stored values, photometric interpretation and (center, width) that show as ``grey`` when windowed."""
+    """Stored values, photometric interpretation and (center, width) that give ``grey`` after windowing."""
     low, span = 16 * d.integer(40), 2400 + 16 * d.integer(60)
     shown = low + np.rint(grey.astype(np.float64) * (span / 255)).astype(np.uint16)
     # DICOM PS3.3 C.11.2.1.2: the window runs from center - 0.5 - (width - 1) / 2 to center - 0.5 + (width - 1) / 2
@@ -314,20 +314,20 @@ def twelve_bit(grey: npt.NDArray[np.uint8], d: Draws) -> tuple[npt.NDArray[np.ui
 
 
 def _write_report(study: PhantomStudy, folder: Path, *key: object) -> Path:
-    """The study's folder, made, with the report beside it."""
-    place = study_folder(folder, study)
-    place.mkdir(parents=True, exist_ok=True)
-    place.with_suffix(".txt").write_text(report_file(study.report, Draws(*key, "report file")), encoding="utf-8")
-    return place
+    """The study's folder, created, with the report next to it."""
+    target = study_folder(folder, study)
+    target.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".txt").write_text(report_file(study.report, Draws(*key, "report file")), encoding="utf-8")
+    return target
 
 
 def _film_rows(study: PhantomStudy, i: int) -> list[Row]:
-    """What the tables need to know of each film."""
+    """The rows of the study's films for the tables."""
     return [{"index": i, "dicom_id": shot.image_id, "view": shot.view} for shot in study.films]
 
 
 def _save(pixels: npt.NDArray[np.uint8], path: Path) -> None:
-    """Write an 8-bit grey image in the format its name asks for."""
+    """Write an 8-bit grey image as PNG or JPEG, by its name."""
     if path.suffix == ".png":
         Image.fromarray(pixels).save(path, compress_level=6)
     else:

@@ -1,7 +1,6 @@
-"""One small door to local folders and ``s3://``; everything travels as a URI and is opened where it is used."""
+"""Files in local folders and on ``s3://``, named by URI."""
 
 import fcntl
-import functools
 import os
 import secrets
 import shutil
@@ -22,18 +21,20 @@ from cmcgns.storage.errors import (
     BrokenFileError,
     ForbiddenFileError,
     MissingFileError,
+    error_codes,
     explained,
-    passes,
-    patiently,
+    is_transient,
     retries,
+    with_retries,
 )
 
 __all__ = ["BrokenFileError", "ForbiddenFileError", "MissingFileError", "explained", "retries"]
 ARROW_ATTEMPTS = 4
-"""Times that Arrow tries a request by itself where we hand its file system on."""
+"""Attempts per request that Arrow makes itself when others use its file system."""
 SCRATCH, LOCK = "cmcgns-write-", "lock"
-JUST_MADE_S = 60
-"""So long after it was made a folder may not be locked yet."""
+LOCK_GRACE_S = 60
+"""A folder younger than this may not be locked yet."""
+LOCAL_FILES = arrow_fs.LocalFileSystem()
 Result = TypeVar("Result")
 
 
@@ -42,7 +43,7 @@ def is_s3(uri: str) -> bool:
 
 
 def absolute(key: str, uri: str) -> str:
-    """``uri``, which the setting ``key`` names, as processes that start in other folders than the driver understand it."""
+    """``uri``, the value of the setting ``key``, valid in processes that start in other folders than the driver."""
     try:
         path = filesystem(uri)[1]
     except UserError as error:
@@ -56,48 +57,40 @@ def join(uri: str, path: str) -> str:
 
 
 def filesystem(uri: str, attempts: int = ARROW_ATTEMPTS) -> tuple[arrow_fs.FileSystem, str]:
-    """The Arrow file system of ``uri``, one for each process and bucket, and the path in it."""
+    """The Arrow file system of ``uri`` (cached per process and bucket) and the path in it."""
     if is_s3(uri):
         bucket, key = s3.split(uri)
         return s3.arrow_filesystem(bucket, attempts), f"{bucket}/{key}".rstrip("/")
     if "://" in uri and not uri.startswith("file://"):
-        raise UserError(f"{uri}: only local folders and s3:// are understood")
+        raise UserError(f"{uri}: unknown scheme; give a local folder or s3://BUCKET/FOLDER")
     # absolute here: Ray workers start in another folder
-    return _local(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-
-
-@functools.cache
-def _local() -> arrow_fs.LocalFileSystem:
-    return arrow_fs.LocalFileSystem()
+    return LOCAL_FILES, str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
 def read(uri: str, reader: Callable[[Any], Result]) -> Result:
-    """What ``reader`` makes of the open file at ``uri``; from S3 tried again, whole, while its faults pass."""
+    """The result of ``reader`` on the open file at ``uri``; on S3 the whole read is retried after transient errors."""
     files, path = filesystem(uri, attempts=1)
 
     def attempt() -> Result:
         with files.open_input_file(path) as file:
             return reader(file)
 
-    return _with_reason(uri, attempt)
+    return _request(uri, attempt)
 
 
-def _with_reason(uri: str, request: Callable[[], Result]) -> Result:
-    """What Arrow's ``request`` returns, tried again while its faults pass; else an error that says why."""
+def _request(uri: str, request: Callable[[], Result]) -> Result:
+    """The result of Arrow's ``request``, on S3 retried after transient errors; otherwise an error with the reason."""
     if not is_s3(uri):
         with explained(uri):
             return request()
     try:
-        return patiently(uri, request)
+        return with_retries(uri, request)
     except BrokenFileError:
         raise
     except UserError as error:
-        # Arrow begins with a HEAD, whose answer says no more than a number
-        reason = None if error.__cause__ is not None and passes(error.__cause__) else s3.reason(uri)
-        if reason is None:
-            raise
-        with explained(uri):
-            raise OSError(reason) from None
+        if error.__cause__ is None or not is_transient(error.__cause__):
+            s3.raise_if_unreachable(uri)
+        raise
 
 
 def read_bytes(uri: str) -> bytes:
@@ -106,28 +99,28 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_parquet(uri: str, reader: Callable[[pq.ParquetFile], Result], footer: pq.FileMetaData | None = None) -> Result:
-    """What ``reader`` makes of the Parquet file at ``uri``; ``BrokenFileError`` where it is none.
+    """The result of ``reader`` on the Parquet file at ``uri``; ``BrokenFileError`` if it is not valid Parquet.
 
-    ``footer``: the file's, where it has been read before.
+    ``footer``: the file's metadata if it has been read before.
     """
 
     def parse(file: Any) -> Result:
         try:
             return reader(pq.ParquetFile(file, metadata=footer, pre_buffer=True))
         except (pa.ArrowException, OSError, EOFError) as error:
-            # the file's own faults come without a number of the operating system
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or "AWS Error" in str(error):
+            # errors of the system or of S3 carry a number or a code, errors in the file do not
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or error_codes(error):
                 raise
             kind = type(error).__name__
-            raise BrokenFileError(f"{uri} is no Parquet file, or truncated ({kind}); write it again") from None
+            raise BrokenFileError(f"{uri} is not a Parquet file, or it is truncated ({kind}); write it again") from None
 
     return read(uri, parse)
 
 
 def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> bool:
-    """Write the file at ``uri`` whole; it appears complete or not at all.
+    """Write the file at ``uri``; it appears complete or not at all.
 
-    ``if_absent``: False, and nothing is written, where a file lies there already.
+    ``if_absent``: if the file exists, keep it and return False.
     """
     if is_s3(uri):
         return s3.put(uri, data, if_absent)
@@ -140,7 +133,7 @@ def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> bool:
 def put_file(local: Path, uri: str, if_absent: bool = False) -> bool:
     """Move the finished file ``local`` to ``uri``, where it appears complete.
 
-    ``if_absent``: False, and what lies there stays, where something does.
+    ``if_absent``: if the file exists, keep it and return False.
     """
     if is_s3(uri):
         return s3.upload(local, uri, if_absent)
@@ -148,7 +141,7 @@ def put_file(local: Path, uri: str, if_absent: bool = False) -> bool:
     with explained(uri):
         if if_absent:
             try:
-                os.link(local, path)  # unlike a rename it fails where a file is
+                os.link(local, path)  # unlike a rename, fails if the file exists
             except FileExistsError:
                 return False
             except OSError:  # a file system without links
@@ -162,7 +155,7 @@ def put_file(local: Path, uri: str, if_absent: bool = False) -> bool:
 
 @contextmanager
 def scratch_file(uri: str) -> Iterator[Path]:
-    """A local file to write what is to lie at ``uri``: beside it where that is a local folder, and hidden."""
+    """A local path for writing the content of ``uri``; for a local ``uri`` it is hidden and in the same folder."""
     if is_s3(uri):
         with _scratch_folder() as folder:
             yield folder / uri.rpartition("/")[2]
@@ -179,19 +172,19 @@ def scratch_file(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A folder for what is on its way to object storage; what killed processes have left of theirs is deleted first."""
+    """A temporary folder for uploads; folders left by killed processes are deleted first."""
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        with suppress(OSError):  # another process was faster, or it is another user's
-            if time.time() - old.stat().st_mtime > JUST_MADE_S and _abandoned(old):
+        with suppress(OSError):  # another process was faster, or it belongs to another user
+            if time.time() - old.stat().st_mtime > LOCK_GRACE_S and _abandoned(old):
                 shutil.rmtree(old)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name, (Path(name) / LOCK).open("w") as lock:
-        with suppress(OSError):  # a file system without locks: then nobody takes it for abandoned either
-            fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process
+        with suppress(OSError):  # a file system without locks: then _abandoned fails too, and the folder stays
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
         yield Path(name)
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether nobody holds the lock of ``folder``; ``OSError`` where that cannot be told."""
+    """Whether no process holds the lock of ``folder``; ``OSError`` if it cannot be checked."""
     with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,23 +194,23 @@ def _abandoned(folder: Path) -> bool:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of that name is what a killed writer has left in a local folder."""
+    """Whether ``name`` is that of a partial file of a killed writer in a local folder."""
     return name.startswith(".") and ".partial-" in name
 
 
 def clear_leftovers(uri: str) -> int:
-    """Delete what killed writers have left under the folder ``uri``; how many there were."""
+    """Delete partial files of killed writers in the folder ``uri``; returns their number."""
     if is_s3(uri):
         return s3.abort_uploads(uri)
-    found = [path for path in Path(filesystem(uri)[1]).glob("*") if is_leftover(path.name)]
-    for path in found:
+    leftovers = [path for path in Path(filesystem(uri)[1]).glob("*") if is_leftover(path.name)]
+    for path in leftovers:
         path.unlink(missing_ok=True)
-    return len(found)
+    return len(leftovers)
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[IO[bytes]]:
-    """A file to write to, which appears at ``uri`` once it is complete; after an error nothing does."""
+    """An open file that appears at ``uri`` once it is complete, and not at all after an error."""
     with scratch_file(uri) as local:
         with explained(uri), local.open("wb") as file:
             yield file
@@ -225,48 +218,48 @@ def writing(uri: str) -> Iterator[IO[bytes]]:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete the folder at ``uri`` with all that is in it, where there is one."""
+    """Delete the folder at ``uri`` and its content if it exists."""
     files, path = filesystem(uri, attempts=1)
-    patiently(uri, lambda: files.delete_dir_contents(path, missing_dir_ok=True))
+    with_retries(uri, lambda: files.delete_dir_contents(path, missing_dir_ok=True))
 
 
 def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file under ``local`` to the same place under ``uri``."""
+    """Copy every file under ``local`` to the same path under ``uri``."""
     for path in sorted(local.rglob("*")):
         if path.is_file():
             write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
 
 
 def download_folder(uri: str, local: Path) -> None:
-    """Copy every file under ``uri`` to the same place under ``local``."""
+    """Copy every file under ``uri`` to the same path under ``local``."""
     for name in list_files(uri):
         (local / name).parent.mkdir(parents=True, exist_ok=True)
         (local / name).write_bytes(read_bytes(join(uri, name)))
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder lies at ``uri``."""
+    """Whether there is a file or folder at ``uri``."""
     return _type(uri) != arrow_fs.FileType.NotFound
 
 
 def is_folder(uri: str) -> bool:
-    """Whether a folder (on S3: anything under the prefix) lies at ``uri``."""
+    """Whether there is a folder (on S3: anything under the prefix) at ``uri``."""
     return _type(uri) == arrow_fs.FileType.Directory
 
 
 def _type(uri: str) -> arrow_fs.FileType:
     files, path = filesystem(uri, attempts=1)
-    return _with_reason(uri, lambda: files.get_file_info(path).type)
+    return _request(uri, lambda: files.get_file_info(path).type)
 
 
 def file_size(uri: str) -> int:
     """Bytes of the file at ``uri``."""
     files, path = filesystem(uri, attempts=1)
-    return int(_with_reason(uri, lambda: files.get_file_info(path).size))
+    return int(_request(uri, lambda: files.get_file_info(path).size))
 
 
 def delete_file(uri: str) -> None:
-    """Delete the file at ``uri``, where there is one."""
+    """Delete the file at ``uri`` if it exists."""
     if is_s3(uri):
         s3.delete(uri)
         return
@@ -289,29 +282,29 @@ def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
     with explained(uri):
         if is_s3(uri):
             return sorted(s3.entries(uri, recursive))
-        found = files.get_file_info(arrow_fs.FileSelector(path))
+        entries = files.get_file_info(arrow_fs.FileSelector(path))
         if recursive:
             return [(name, False) for name in _walk(path)]
     prefix = len(path.rstrip("/")) + 1
-    return sorted((entry.path[prefix:], entry.type == arrow_fs.FileType.Directory) for entry in found)
+    return sorted((entry.path[prefix:], entry.type == arrow_fs.FileType.Directory) for entry in entries)
 
 
 def _walk(root: str) -> list[str]:
-    """Files under ``root``, relative to it and sorted; a folder that a link leads back to is entered once."""
-    found, seen = [], set()
+    """Files under ``root``, relative to it and sorted; symbolic links to a folder already seen are not followed."""
+    paths, seen = [], set()
     for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
-        place = os.stat(folder)
-        if (place.st_dev, place.st_ino) in seen:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
-        seen.add((place.st_dev, place.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         folders.sort()
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in names]
-    return sorted(found)
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+    return sorted(paths)
 
 
 def _refuse_folder(error: OSError) -> None:
-    """What cannot be listed is not left out in silence, save the system's own and hidden folders."""
+    """Raise for a folder that cannot be listed, except lost+found and hidden ones."""
     if Path(error.filename).name.startswith(("lost+found", ".")):
         return
     with explained(str(error.filename)):

@@ -1,188 +1,202 @@
-"""What goes wrong with object storage: tried again where that helps, else one message with the way out."""
+"""Errors of object storage: retried if they may pass, otherwise one message with the fix.
+
+Our own retries, because tenacity retries a function call but not one request inside a paginator or transfer of boto3, and
+the retry modes of botocore and Arrow limit the attempts but not the time.
+"""
 
 import errno
 import logging
 import os
+import random
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import tenacity
-
-from cmcgns.errors import UserError
+from cmcgns.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-PATIENCE_VARIABLE = "CMCGNS_STORAGE_PATIENCE_S"
-PATIENCE_S = 60.0
-"""For how long a request is tried again before the run ends."""
-FIRST_CONTACT_S = 5.0
-"""The same until a process has had its first answer: until then a wrong address is likelier than a fault."""
-LONGEST_PAUSE_S = 8.0
+RETRY_LIMIT_VARIABLE = "CMCGNS_STORAGE_PATIENCE_S"
+RETRY_LIMIT_S = 60.0
+"""A request is retried for this long before the run fails."""
+FIRST_RETRY_LIMIT_S = 5.0
+"""The same until an endpoint has answered this process: until then a wrong address is likelier than a transient error."""
 LONGEST_SHOWN = 80
-"""Characters of a name that is too long for any file."""
+"""Characters shown of a name that is too long for a file."""
 Result = TypeVar("Result")
 
 
 class MissingFileError(UserError):
-    """A file or folder that is not where the URI says."""
+    """There is no file or folder at the URI."""
 
 
 class ForbiddenFileError(UserError):
-    """A file that lies there and may not be read; S3 also answers so where a missing one may not be listed."""
+    """Access to a file is denied; S3 says so of a missing file too if the user may not list the bucket."""
 
 
 class BrokenFileError(UserError):
-    """A file that is shorter than it says or not what its name says."""
+    """A file is truncated or is not of the type that its name says."""
 
 
 DENIED = "access is denied; check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights"
-_NO_BUCKET = "the bucket does not exist; check its name and AWS_ENDPOINT_URL"
-_NO_KEY = "the server does not know the access key; check AWS_ACCESS_KEY_ID or AWS_PROFILE"
-_WRONG_SECRET = "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
 _EXPIRED = "the credentials have expired; renew them (AWS_SESSION_TOKEN or AWS_PROFILE) and start again"
 _NO_ANSWER = "the endpoint does not answer; check AWS_ENDPOINT_URL and the network"
-_BUSY = "the server keeps failing; try again later, or with fewer readers"
+_BUSY = "the server keeps failing; start again later, or with fewer readers"
+_REGION = "the bucket is in another region; set AWS_DEFAULT_REGION"
 
-# What a failed request says about itself, in Arrow's words or boto3's, and the way out.
-HINTS = (
-    ("NoSuchBucket", _NO_BUCKET),
-    ("NO_SUCH_BUCKET", _NO_BUCKET),
-    ("ExpiredToken", _EXPIRED),
-    ("TokenRefreshRequired", _EXPIRED),
-    ("InvalidToken", _EXPIRED),
-    ("InvalidAccessKeyId", _NO_KEY),
-    ("INVALID_ACCESS_KEY_ID", _NO_KEY),
-    ("SignatureDoesNotMatch", _WRONG_SECRET),
-    ("SIGNATURE_DOES_NOT_MATCH", _WRONG_SECRET),
-    ("RequestTimeTooSkewed", "this machine's clock is wrong; set it"),
-    ("Unable to locate credentials", DENIED),
-    ("AccessDenied", DENIED),
-    ("ACCESS_DENIED", DENIED),
-    ("HTTP status 403", DENIED),
-    ("(403)", DENIED),
-    ("HTTP status 301", "the bucket lies in another region; set AWS_DEFAULT_REGION"),
-    ("PermanentRedirect", "the bucket lies in another region; set AWS_DEFAULT_REGION"),
-    ("HTTP status 404", "nothing lies there; check bucket and path"),
-    ("NETWORK_CONNECTION", _NO_ANSWER),
-    ("curlCode", _NO_ANSWER),
-    ("Could not connect", _NO_ANSWER),
-    ("timed out", _NO_ANSWER),
-    ("timeout", _NO_ANSWER),
-    ("Connection was closed", _NO_ANSWER),
-    ("No space left", "the disk is full"),
-    ("SLOW_DOWN", _BUSY),
-    ("SlowDown", _BUSY),
-    ("HTTP status 50", _BUSY),
-    ("InternalError", _BUSY),
-    ("ServiceUnavailable", _BUSY),
-)
-
-# Faults that pass: of the server or on the way to it.
-_PASSING = (
-    "HTTP status 50", "HTTP status 429", "SLOW_DOWN", "SlowDown", "INTERNAL_FAILURE", "InternalError", "SERVICE_UNAVAILABLE",
-    "ServiceUnavailable", "THROTTLING", "Throttling", "RequestTimeout", "REQUEST_TIMEOUT", "NETWORK_CONNECTION", "curlCode",
-    "Could not connect", "timed out", "timeout", "Connection was closed", "Connection broken", "IncompleteRead",
-    "(500)", "(502)", "(503)", "(504)", "more bytes expected",
-)  # fmt: skip
-
-# An object that is not there, or no longer once it has been found.
-_GONE = ("(404)", "NoSuchKey", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND")
+# Codes as ``error_codes`` returns them: S3's own, HTTP status, or the class of a boto3 error. The most specific come first.
+_FIXES = {
+    "nosuchbucket": "the bucket does not exist; check its name and AWS_ENDPOINT_URL",
+    **dict.fromkeys(("expiredtoken", "tokenrefreshrequired", "invalidtoken"), _EXPIRED),
+    "invalidaccesskeyid": "the server does not know the access key; check AWS_ACCESS_KEY_ID or AWS_PROFILE",
+    "signaturedoesnotmatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+    "requesttimetooskewed": "this machine's clock is wrong; set it",
+    **dict.fromkeys(("nocredentialserror", "accessdenied", "403"), DENIED),
+    **dict.fromkeys(("permanentredirect", "301"), _REGION),
+}
+_NETWORK = {
+    "networkconnection", "endpointconnectionerror", "connecttimeouterror", "readtimeouterror", "connectionclosederror",
+    "proxyconnectionerror", "httpclienterror", "responsestreamingerror", "incompletereaderror",
+}  # fmt: skip
+_OVERLOAD = {
+    "slowdown", "internalerror", "internalfailure", "serviceunavailable", "throttling", "throttlingexception", "requesttimeout",
+    "429", "500", "502", "503", "504",
+}  # fmt: skip
+_FIXES |= dict.fromkeys(sorted(_NETWORK), _NO_ANSWER) | dict.fromkeys(sorted(_OVERLOAD), _BUSY)
+_TRANSIENT = _NETWORK | _OVERLOAD
+_MISSING = {"nosuchkey", "resourcenotfound", "404"}
+# Arrow has no fields for them: "AWS Error UNKNOWN (HTTP status 400) during ...: Unable to parse ExceptionName: ExpiredToken"
+_ARROW_CODE = re.compile(r"(?:AWS Error |HTTP status |ExceptionName: )(\w+)")
 
 
-class _Tally:
-    """Requests of this process that were tried again, and the places that have answered one."""
+class _Requests:
+    """What this process has learned from its requests."""
 
     def __init__(self) -> None:
         self.retries = 0
         self.answered: set[tuple[str, ...]] = set()
+        """Endpoints that have answered."""
 
 
-_tally = _Tally()
+_requests = _Requests()
 
 
 def retries() -> int:
-    """How many requests this process has tried again so far."""
-    return _tally.retries
+    """How many requests this process has retried so far."""
+    return _requests.retries
 
 
-def patience_s(uri: str) -> float:
-    """Seconds for which a request is tried again; the environment's ``CMCGNS_STORAGE_PATIENCE_S`` comes first."""
-    given = os.environ.get(PATIENCE_VARIABLE)
-    return float(given) if given else PATIENCE_S if _place(uri) in _tally.answered else FIRST_CONTACT_S
+def retry_limit_s() -> float:
+    """Seconds for which a request is retried; ``CMCGNS_STORAGE_PATIENCE_S`` overrides the default."""
+    setting = os.environ.get(RETRY_LIMIT_VARIABLE)
+    if setting:
+        return float(setting)
+    return RETRY_LIMIT_S if _endpoint() in _requests.answered else FIRST_RETRY_LIMIT_S
 
 
-def _place(uri: str) -> tuple[str, ...]:
-    """Bucket and endpoint."""
-    return (*uri.split("/")[:3], *(os.environ.get(name, "") for name in ENDPOINT_VARIABLES))
+def _endpoint() -> tuple[str, ...]:
+    return tuple(os.environ.get(name, "") for name in ENDPOINT_VARIABLES)
 
 
-def patiently(uri: str, request: Callable[[], Result]) -> Result:
-    """What ``request`` returns, tried again with growing pauses while its faults pass; else an error that names ``uri``."""
-    attempts = tenacity.Retrying(
-        stop=tenacity.stop_after_delay(patience_s(uri)),
-        wait=tenacity.wait_random_exponential(multiplier=0.25, max=LONGEST_PAUSE_S),
-        retry=tenacity.retry_if_exception(passes),
-        before_sleep=_count,
-        reraise=True,
-    )
+def pause_s(error: BaseException | None, attempt: int, started: float) -> float | None:
+    """Seconds to wait before a request that failed at its ``attempt`` is repeated; None if it must not be repeated.
+
+    ``error``: None after a success; ``started``: when the first attempt started, on ``time.monotonic``'s clock.
+    """
+    if error is None or not is_transient(error):
+        _requests.answered.add(_endpoint())
+        return None
+    if time.monotonic() - started >= retry_limit_s():
+        return None
+    _requests.retries += 1
+    if attempt == 3:
+        log.warning("a request to object storage failed three times, still retrying: %s", _shown(error))
+    return random.uniform(0, 0.25 * 2 ** min(attempt - 1, 5))  # 8 s at most
+
+
+def with_retries(uri: str, request: Callable[[], Result]) -> Result:
+    """The result of a ``request`` by Arrow, repeated after transient errors; other errors name ``uri`` and the fix."""
+    attempt, started = 1, time.monotonic()
     with explained(uri):
-        result = attempts(request)
-        _tally.answered.add(_place(uri))
-        return result
+        while True:
+            try:
+                result = request()
+            except Exception as error:
+                pause = pause_s(error, attempt, started)
+                if pause is None:
+                    raise
+            else:
+                pause_s(None, attempt, started)
+                return result
+            time.sleep(pause)
+            attempt += 1
 
 
-def _count(state: tenacity.RetryCallState) -> None:
-    _tally.retries += 1
-    if state.attempt_number == 3:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("object storage has failed three times in a row, trying on: %s", _said(error) if error else "")
+def error_codes(error: BaseException) -> set[str]:
+    """S3 error code (lower case, no underscores) and HTTP status of a failed request of boto3 or Arrow."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's ClientError
+        codes = [response.get("Error", {}).get("Code"), response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    elif _is_boto(error):
+        codes = [type(error).__name__]
+    else:
+        codes = _ARROW_CODE.findall(str(error)) if isinstance(error, OSError) else []
+    return {str(code).replace("_", "").lower() for code in codes}
 
 
-def passes(error: BaseException) -> bool:
+def fix_for(error: BaseException) -> str | None:
+    """The problem and its fix if S3 or the network rejected the whole request, not one missing object."""
+    codes = error_codes(error)
+    return next((fix for code, fix in _FIXES.items() if code in codes), None)
+
+
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    if isinstance(error, FileNotFoundError | PermissionError | UserError):
-        return False
-    text = _said(error)
-    return _is_remote(error) and any(sign in text for sign in _PASSING)
+    return not error_codes(error).isdisjoint(_TRANSIENT)
 
 
-def _is_remote(error: BaseException) -> bool:
-    return type(error).__module__.startswith(("botocore", "boto3", "urllib3", "s3transfer")) or isinstance(
-        error, OSError
-    )
+def is_missing(error: BaseException) -> bool:
+    """Whether S3 answered that there is no such object."""
+    return not error_codes(error).isdisjoint(_MISSING)
 
 
-def _said(error: BaseException) -> str:
-    """The error's first line, at most 300 characters of it."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _is_boto(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("botocore", "boto3", "s3transfer"))
+
+
+def _shown(error: BaseException) -> str:
+    return first_line(error)[:300]
 
 
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
-    """Turn what Arrow and boto3 raise into one message with the URI and the way out."""
+    """Turn errors of Arrow, boto3 and the operating system into one message with the URI and the fix."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
         raise MissingFileError(f"{uri} does not exist; give an existing file or folder") from None
-    except (IsADirectoryError, NotADirectoryError):
-        raise MissingFileError(f"{uri} is not of the kind asked for (a folder for a file, or the reverse)") from None
+    except IsADirectoryError:
+        raise MissingFileError(f"{uri} is a folder; give a file") from None
+    except NotADirectoryError:
+        raise MissingFileError(f"{uri} is a file or inside one; give a folder") from None
     except PermissionError:
-        raise ForbiddenFileError(f"{uri} may not be read or written by this user; change its permissions") from None
+        raise ForbiddenFileError(f"{uri}: permission denied; change the permissions of this path") from None
     except Exception as error:
-        if not _is_remote(error):
+        if not (_is_boto(error) or isinstance(error, OSError)):
             raise
-        message = str(error)
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            raise MissingFileError(f"{uri[:LONGEST_SHOWN]}... is longer than any file's name; mend the path") from None
-        if "Too many levels of symbolic links" in message:
-            raise BrokenFileError(f"{uri} is a symbolic link that leads in a circle; mend it") from None
-        if "is a directory" in message:
-            raise MissingFileError(f"{uri}: a folder, where a file was wanted") from None
-        hint = next((way_out for sign, way_out in HINTS if sign in message), None)
-        if hint is None and any(sign in message for sign in _GONE):
+        number = getattr(error, "errno", None)
+        if number == errno.ENAMETOOLONG:
+            raise MissingFileError(f"{uri[:LONGEST_SHOWN]}... is too long for a file name; fix the path") from None
+        if number == errno.ELOOP or "Too many levels of symbolic links" in str(error):  # Arrow sets no number
+            raise BrokenFileError(f"{uri} is a circular symbolic link; fix it") from None
+        if "is a directory" in str(error):  # Arrow's open of a local folder
+            raise MissingFileError(f"{uri} is a folder; give a file") from None
+        fix = "the disk is full; free some space" if number == errno.ENOSPC else fix_for(error)
+        if fix is None and is_missing(error):
             raise MissingFileError(f"{uri} does not exist; give an existing file or folder") from None
-        kind = ForbiddenFileError if hint == DENIED else UserError
-        raise kind(f"{uri}: {hint or _said(error)}") from error
+        kind = ForbiddenFileError if fix == DENIED else UserError
+        raise kind(f"{uri}: {fix or _shown(error)}") from error

@@ -9,7 +9,7 @@ import numpy as np
 
 from cmcgns import distributed
 from cmcgns.data.batch import Batcher, ImageReportBatch
-from cmcgns.data.blocks import Block, blank_block
+from cmcgns.data.record import Block, blank_block
 
 STEPS_AHEAD = 40
 """Steps before an epoch's end at which the next one begins to be read, at the latest."""

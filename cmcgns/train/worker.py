@@ -28,8 +28,9 @@ from cmcgns.clustering.bank_pool import PoolHandles, RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
 from cmcgns.config import Bank, Config
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import Block, blocks
+from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
+from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
 from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder

@@ -35,7 +35,7 @@ def test_a_rough_road_leads_to_the_same_set(
         monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
     assert done.returncode == 0, done.stdout + done.stderr
     retries = [
-        int(line.split(" requests tried again")[0].split()[-1])
+        int(line.split(" requests retried")[0].split()[-1])
         for line in done.stdout.splitlines()
         if "tried again" in line
     ]

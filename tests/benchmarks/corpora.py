@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash
+from cmcgns.data.manifest import Manifest, RowGroup, Shard, content_hash, joint_hash
+from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import parse_report
 from cmcgns.phantom import PhantomCorpus
 from tests.s3 import running_server
@@ -59,10 +60,10 @@ def prepared_set(folder: Path, studies: int, side: int = 256) -> str:
     shards = []
     for first in range(0, groups, GROUPS_PER_SHARD):
         name, row_groups = f"train-{first:05d}.parquet", []
-        with pq.ParquetWriter(folder / name, SHARD_SCHEMA, compression="none", use_dictionary=False) as writer:
+        with pq.ParquetWriter(folder / name, PREPARED_SCHEMA, compression="none", use_dictionary=False) as writer:
             for group in range(first, min(first + GROUPS_PER_SHARD, groups)):
                 numbers = range(group * GROUP, min((group + 1) * GROUP, studies))
-                rows = pa.Table.from_pylist([row(number) for number in numbers], schema=SHARD_SCHEMA)
+                rows = pa.Table.from_pylist([row(number) for number in numbers], schema=PREPARED_SCHEMA)
                 writer.write_table(rows, row_group_size=len(rows))
                 row_groups.append(RowGroup(group, len(rows), len(rows), content_hash(rows)))
         shards.append(Shard(name, "train", (folder / name).stat().st_size, row_groups))

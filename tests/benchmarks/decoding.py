@@ -16,9 +16,9 @@ import pydicom
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from cmcgns.data.decode import decode_film
+from cmcgns.data.decode import decode_image
 from cmcgns.data.dicom import dicom_to_grey
-from cmcgns.data.image import Target, resize_film
+from cmcgns.data.image import Target, resize_image
 from cmcgns.phantom.writers import write_dicom
 from tests.benchmarks.corpora import grainy_film, jpeg
 from tests.benchmarks.measure import Line, interleaved, where
@@ -29,15 +29,15 @@ WINDOW = (1700.0, 3000.0)
 
 def pillow_full(data: bytes) -> np.ndarray:
     """All pixels by Pillow, then the mean of what each pixel covers."""
-    return resize_film(np.asarray(Image.open(io.BytesIO(data)).convert("L")), SIDE)
+    return resize_image(np.asarray(Image.open(io.BytesIO(data)).convert("L")), SIDE)
 
 
 def ours(data: bytes) -> np.ndarray:
-    return resize_film(decode_film(data, "film.jpg", Target(SIDE, "longer")), SIDE)
+    return resize_image(decode_image(data, "film.jpg", Target(SIDE, "longer")).grey_HW, SIDE)
 
 
 def opencv_full(data: bytes) -> np.ndarray:
-    return resize_film(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE), SIDE)
+    return resize_image(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE), SIDE)
 
 
 def pydicom_window(data: bytes) -> np.ndarray:

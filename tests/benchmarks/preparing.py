@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cmcgns.cli import load_config
-from cmcgns.data.decode import decode_scan
+from cmcgns.data.decode import decode_image
 from cmcgns.data.image import Target, shrink, without_borders
 from cmcgns.data.manifest import read_manifest
 from cmcgns.data.prepare.config import PrepareConfig, PrepareJobConfig
@@ -26,7 +26,7 @@ SIDE = 512
 
 def prepare_film(path: Path) -> int:
     """What must be done for a film, and nothing else; the bytes that come out."""
-    scan = decode_scan(path.read_bytes(), path.name, Target(SIDE, "shorter"))
+    scan = decode_image(path.read_bytes(), path.name, Target(SIDE, "shorter"))
     return len(encode(shrink(without_borders(scan).grey_HW, SIDE), PrepareConfig(image_size=SIDE)))
 
 

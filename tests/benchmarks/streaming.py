@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.cluster.session import ray_session
 from cmcgns.config import DataConfig
-from cmcgns.data.blocks import ReadStudy
 from cmcgns.data.image import Target
-from cmcgns.data.order import Arrangement, drawn_film
+from cmcgns.data.order import Arrangement, drawn_image
 from cmcgns.data.readers import Source, open_index
+from cmcgns.data.record import StreamStudy
 from cmcgns.data.stream import Stream, most_ahead, read_study, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer, train_tokenizer
 from cmcgns.train.steps import STEPS_AHEAD, EpochPrefetch
@@ -131,7 +131,7 @@ class LoaderStudies(IterableDataset[Any]):
     def batches(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         config, source = self.contest.config, self.contest.source
         studies = self.contest.studies.take(rows).to_pylist()
-        shown = [drawn_film(config.seed, self.epoch, study["study_id"], len(study["films"])) for study in studies]
+        shown = [drawn_image(config.seed, self.epoch, study["study_id"], len(study["films"])) for study in studies]
         reader = source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
         for start in range(0, len(studies), BLOCK):
             part = slice(start, start + BLOCK)
@@ -139,7 +139,7 @@ class LoaderStudies(IterableDataset[Any]):
                 read_study(study, film, reader, self.stream, self.epoch)
                 for study, film in zip(studies[part], shown[part], strict=True)
             ]
-            good = [study for study in read if isinstance(study, ReadStudy)]
+            good = [study for study in read if isinstance(study, StreamStudy)]
             flat = {
                 "tokens": [study.tokens_T for study in good],
                 "owners": [study.sentence_of_token_T for study in good],

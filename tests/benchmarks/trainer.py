@@ -26,7 +26,7 @@ from cmcgns import distributed
 from cmcgns.clustering.bank_pool import RayPool, start_pool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import Block
+from cmcgns.data.record import Block
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed

@@ -1,4 +1,4 @@
-"""What MIMIC-CXR's reference section parser (MIT-LCP/mimic-cxr) makes of a report, by the rules that it states.
+"""Sections of a report by the rules of MIMIC-CXR's reference parser (MIT-LCP/mimic-cxr).
 
 A header is a line's one leading blank, capitals, a colon and white space; the search goes on from the next line.
 """

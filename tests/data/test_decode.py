@@ -1,4 +1,4 @@
-"""Films from odd files, resizing, and draws that depend on their key alone."""
+"""Films from unusual files, resizing, and draws that depend only on their key."""
 
 import io
 import struct
@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from cmcgns.data.batch import CROP_STREAM, crop, keyed_uniform, mask_positions, normalise
-from cmcgns.data.decode import decode_film
-from cmcgns.data.image import Target, resize_film
-from cmcgns.data.order import draw_key, drawn_film
+from cmcgns.data.decode import decode_image
+from cmcgns.data.image import Target, resize_image
+from cmcgns.data.order import draw_key, drawn_image
 from cmcgns.errors import BadRow
 
 RAMP = np.linspace(0, 255, 30 * 40).reshape(30, 40).astype(np.uint8)
@@ -35,8 +35,8 @@ def rgba(alpha: int) -> NDArray[np.uint8]:
 
 
 def test_the_suffix_does_not_decide() -> None:
-    assert np.array_equal(decode_film(encoded(RAMP), "film.jpg"), RAMP)
-    assert np.array_equal(decode_film(encoded(RAMP, "TIFF"), "film.dcm"), RAMP)
+    assert np.array_equal(decode_image(encoded(RAMP), "film.jpg").grey_HW, RAMP)
+    assert np.array_equal(decode_image(encoded(RAMP, "TIFF"), "film.dcm").grey_HW, RAMP)
 
 
 @pytest.mark.parametrize(
@@ -53,31 +53,34 @@ def test_the_suffix_does_not_decide() -> None:
     ids=["RGB", "RGBA opaque", "RGBA clear", "16 bits", "palette", "LA", "1 bit"],
 )
 def test_every_mode_of_png_becomes_grey(picture: Image.Image, expected: NDArray[np.uint8]) -> None:
-    grey = decode_film(encoded(picture), "film.png")
+    grey = decode_image(encoded(picture), "film.png").grey_HW
     assert grey.dtype == np.uint8
     assert np.array_equal(grey, expected)
 
 
 def test_a_jpeg_in_cmyk_becomes_grey() -> None:
     cmyk = Image.fromarray(np.dstack([SMOOTH] * 3)).convert("CMYK")
-    grey = decode_film(encoded(cmyk, "JPEG", quality=95), "film.jpg")
+    grey = decode_image(encoded(cmyk, "JPEG", quality=95), "film.jpg").grey_HW
     assert abs(grey.astype(int) - SMOOTH).mean() < 3
 
 
-def test_exif_orientation_is_obeyed() -> None:
+def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    grey = decode_film(encoded(SMOOTH, "JPEG", quality=95, exif=exif), "film.jpg")
+    exif[0x0112] = 6  # rotated by 90 degrees
+    grey = decode_image(encoded(SMOOTH, "JPEG", quality=95, exif=exif), "film.jpg").grey_HW
     assert grey.shape == (600, 800)
     assert abs(grey.astype(int) - np.rot90(SMOOTH, -1)).mean() < 2
 
 
 def test_a_reduced_jpeg_resizes_to_nearly_the_same_film() -> None:
     data = encoded(Image.fromarray(SMOOTH).resize((2400, 3200)), "JPEG", quality=90)
-    full, reduced = decode_film(data, "film.jpg"), decode_film(data, "film.jpg", target=Target(256, "longer"))
+    full, reduced = (
+        decode_image(data, "film.jpg").grey_HW,
+        decode_image(data, "film.jpg", target=Target(256, "longer")).grey_HW,
+    )
     assert full.shape == (3200, 2400)
-    assert reduced.shape == (800, 600)  # 1/4: 1/8 would fall under twice 256
-    assert abs(resize_film(full, 256).astype(int) - resize_film(reduced, 256)).max() <= 4
+    assert reduced.shape == (800, 600)  # 1/4, because 1/8 is less than twice 256
+    assert abs(resize_image(full, 256).astype(int) - resize_image(reduced, 256)).max() <= 4
 
 
 def png_that_declares(width: int, height: int) -> bytes:
@@ -100,18 +103,18 @@ def png_that_declares(width: int, height: int) -> bytes:
         (b"\xff\xd8\xff" + b"\0" * 50, "truncated"),
         (png_that_declares(60_000, 60_000), "over the limit"),
         (png_that_declares(12_000, 12_000), "over the limit"),
-        (encoded(Image.fromarray(RAMP), "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)]), "2 pictures"),
+        (encoded(Image.fromarray(RAMP), "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)]), "2 images"),
     ],
     ids=["0 bytes", "PDF", "HTML", "PNG cut", "JPEG cut", "PNG head", "JPEG junk", "bomb", "half bomb", "two pages"],
 )
-def test_what_cannot_be_read_is_a_bad_row(data: bytes, reason: str) -> None:
+def test_unreadable_files_are_bad_rows(data: bytes, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        decode_film(data, "patient-77/film.png")
+        decode_image(data, "patient-77/film.png")
 
 
 def test_every_real_film_is_read(realdata: Path) -> None:
     for path in sorted((realdata / "images").iterdir()):
-        grey = decode_film(path.read_bytes(), path.name)
+        grey = decode_image(path.read_bytes(), path.name).grey_HW
         with Image.open(path) as picture:
             assert grey.shape == (picture.height, picture.width)
         assert np.ptp(grey) > 50
@@ -119,7 +122,7 @@ def test_every_real_film_is_read(realdata: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(512, 512), (800, 600), (600, 800), (1000, 10), (100, 80), (3, 1)])
 def test_resizing_keeps_the_aspect_and_pads_with_black(shape: tuple[int, int]) -> None:
-    film = resize_film(np.full(shape, 200, np.uint8), 256)
+    film = resize_image(np.full(shape, 200, np.uint8), 256)
     assert film.shape == (256, 256)
     rows, columns = np.flatnonzero(film.any(axis=1)), np.flatnonzero(film.any(axis=0))
     height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
@@ -135,7 +138,7 @@ def test_resizing_keeps_the_aspect_and_pads_with_black(shape: tuple[int, int]) -
 def test_shrinking_by_a_whole_number_is_the_mean_of_each_block() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
     blocks = noise.reshape(256, 2, 256, 2).astype(float).mean(axis=(1, 3))
-    assert abs(resize_film(noise, 256) - blocks).max() <= 0.75
+    assert abs(resize_image(noise, 256) - blocks).max() <= 0.75
 
 
 # Draws
@@ -221,14 +224,14 @@ def test_keys_change_with_each_of_their_parts() -> None:
     keys = {draw_key(*parts) for parts in ((0, 0, "a"), (1, 0, "a"), (0, 1, "a"), (0, 0, "b"))}
     assert len(keys) == 4
     assert all(-(2**63) <= key < 2**63 for key in keys)
-    # pinned: a resumed run must draw what the undisturbed one draws
+    # pinned: a resumed run must draw the same as the uninterrupted one
     assert draw_key(0, 0, "a") == 5350698289723012159
 
 
-def test_each_film_of_a_study_has_its_turn() -> None:
-    drawn = [drawn_film(0, epoch, "s50414267", 3) for epoch in range(300)]
+def test_each_film_of_a_study_is_used_in_some_epoch() -> None:
+    drawn = [drawn_image(0, epoch, "s50414267", 3) for epoch in range(300)]
     assert all(80 <= drawn.count(film) <= 120 for film in range(3))
-    assert drawn_film(0, 0, "any", 1) == 0
+    assert drawn_image(0, 0, "any", 1) == 0
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""DICOM files of each kind, written here, and the real ones where they are at hand."""
+"""DICOM files of each kind, written here, and real ones if available."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ from cmcgns.errors import BadRow
 
 SECRET = "Doe^Jane"
 RAMP = np.linspace(0, 4095, 40 * 50).reshape(40, 50).astype(np.uint16)
-"""Dark at the top, bright at the bottom, when shown as it is stored."""
+"""Dark at the top, bright at the bottom, as stored."""
 
 
 def film(pixels: NDArray[Any] = RAMP, syntax: str = ExplicitVRLittleEndian, **elements: Any) -> Dataset:
@@ -79,7 +79,7 @@ def stretched(values: NDArray[Any]) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     "syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
 )
-def test_uncompressed_films_are_stretched_from_least_to_most(syntax: str) -> None:
+def test_uncompressed_films_are_stretched_from_min_to_max(syntax: str) -> None:
     grey = dicom_to_grey(written(film(syntax=syntax)))
     assert grey.dtype == np.uint8
     assert np.array_equal(grey, stretched(RAMP))
@@ -110,7 +110,7 @@ def test_a_file_without_preamble_and_transfer_syntax_is_read() -> None:
     assert np.array_equal(dicom_to_grey(written(data, preamble=False)), stretched(RAMP))
 
 
-def test_inverted_films_are_turned_over_once() -> None:
+def test_inverted_films_are_inverted_once() -> None:
     upright = dicom_to_grey(written(film()))
     for elements in (
         {"PhotometricInterpretation": "MONOCHROME1"},
@@ -132,7 +132,7 @@ def test_signed_pixels_and_a_negative_rescale() -> None:
     [(2048, 1024), ([2048, 1000], [1024, 10]), ([100, 2048], [0, 1024]), ("2048.0", "1024")],
     ids=["one", "first of two", "width 0 passed over", "as text"],
 )
-def test_the_window_in_force(centre: Any, width: Any) -> None:
+def test_which_window_is_used(centre: Any, width: Any) -> None:
     grey = dicom_to_grey(written(film(WindowCenter=centre, WindowWidth=width)))
     # PS3.3 C.11.2.1.2.1, written out
     expected = np.clip(((RAMP.astype(float) - 2047.5) / 1023 + 0.5) * 255, 0, 255)
@@ -149,17 +149,17 @@ def test_the_window_in_force(centre: Any, width: Any) -> None:
     ],
     ids=["width 0", "window beside the pixels", "no width", "plain rescale"],
 )
-def test_a_useless_window_is_no_window(elements: dict[str, Any]) -> None:
+def test_a_useless_window_is_ignored(elements: dict[str, Any]) -> None:
     assert np.array_equal(dicom_to_grey(written(film(**elements))), stretched(RAMP))
 
 
-def test_a_window_counts_in_rescaled_values() -> None:
+def test_a_window_is_in_rescaled_values() -> None:
     plain = dicom_to_grey(written(film(WindowCenter=2048, WindowWidth=1024)))
     shifted = film(WindowCenter=1048, WindowWidth=1024, RescaleSlope=1, RescaleIntercept=-1000)
     assert np.array_equal(dicom_to_grey(written(shifted)), plain)
 
 
-def test_a_voi_lut_goes_before_a_window() -> None:
+def test_a_voi_lut_is_preferred_to_a_window() -> None:
     item = Dataset()
     item.LUTDescriptor = [4096, 0, 8]
     item.LUTData = (255 - np.arange(4096) // 16).astype(np.uint16).tobytes()
@@ -233,7 +233,7 @@ def _directory() -> bytes:
         (lambda: b"plain text, no film at all", "DICOM"),
     ],
 )
-def test_what_is_no_film_is_refused_with_a_reason_that_names_nobody(make: Any, reason: str) -> None:
+def test_other_dicoms_are_rejected_with_a_reason_that_names_no_patient(make: Any, reason: str) -> None:
     with pytest.raises(BadRow, match=reason) as error:
         dicom_to_grey(make())
     assert SECRET not in str(error.value)
@@ -241,7 +241,7 @@ def test_what_is_no_film_is_refused_with_a_reason_that_names_nobody(make: Any, r
 
 @pytest.fixture(scope="module")
 def real(realdata: Path) -> dict[str, NDArray[np.uint8] | str]:
-    """Each real file's film, or why it is refused."""
+    """Each real file's film, or why it is rejected."""
     found: dict[str, NDArray[np.uint8] | str] = {}
     for row in csv.DictReader((realdata / "dicom" / "index.csv").open()):
         try:
@@ -251,7 +251,7 @@ def real(realdata: Path) -> dict[str, NDArray[np.uint8] | str]:
     return found
 
 
-def test_every_real_file_is_read_or_refused_with_a_reason(realdata: Path, real: dict[str, Any]) -> None:
+def test_every_real_file_is_read_or_rejected_with_a_reason(realdata: Path, real: dict[str, Any]) -> None:
     for row in csv.DictReader((realdata / "dicom" / "index.csv").open()):
         film = real[row["file"]]
         if row["has_pixels"] == "True":
@@ -265,7 +265,7 @@ def test_one_real_film_in_three_codings(real: dict[str, Any]) -> None:
     plain = real["RG1_UNCR.dcm"]
     assert np.array_equal(plain, real["RG1_J2KR.dcm"])
     assert abs(plain.astype(int) - real["RG1_J2KI"]).mean() <= 0.01 * 255
-    # MONOCHROME1: the lung is darker than the spine, once turned over
+    # MONOCHROME1: the lung is darker than the spine after inversion
     assert plain[600:900, 400:600].mean() < plain[600:900, 850:1000].mean() - 20
 
 

@@ -31,7 +31,7 @@ def decode() -> IsolatedDecoder:
     return IsolatedDecoder(__name__, "moody")
 
 
-def test_films_and_reasons_come_back(decode: IsolatedDecoder) -> None:
+def test_films_and_reasons_are_returned(decode: IsolatedDecoder) -> None:
     big = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8)
     assert np.array_equal(decode(big.tobytes())[0], big)
     assert decode(b"chatter").tobytes() == b"chatter"
@@ -41,21 +41,21 @@ def test_films_and_reasons_come_back(decode: IsolatedDecoder) -> None:
 
 
 def test_a_crash_costs_one_film(decode: IsolatedDecoder) -> None:
-    with pytest.raises(BadRow, match="crash or hang"):
+    with pytest.raises(BadRow, match="crashed or hung"):
         decode(b"abort")
     assert decode(b"film").tobytes() == b"film"
 
 
-def test_a_decoder_that_hangs_is_given_up(decode: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_hangs_is_killed(decode: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     decode(b"film")
     monkeypatch.setattr(expendable, "TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(BadRow, match="crash or hang"):
+    with pytest.raises(BadRow, match="crashed or hung"):
         decode(b"hang")
     monkeypatch.undo()
     assert decode(b"film").tobytes() == b"film"
 
 
-def test_the_child_ends_with_its_decoder(decode: IsolatedDecoder) -> None:
+def test_the_child_exits_with_its_decoder(decode: IsolatedDecoder) -> None:
     decode(b"film")
     child = decode._child
     assert child is not None

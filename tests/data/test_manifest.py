@@ -1,4 +1,4 @@
-"""The hash of a prepared set: of its values, not of how Arrow holds them."""
+"""The hash of a prepared set depends on its values, not on Arrow's memory layout."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cmcgns.data.manifest import SHARD_SCHEMA, Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
-from cmcgns.data.record import index_table
+from cmcgns.data.manifest import Manifest, RowGroup, Shard, content_hash, joint_hash, read_manifest
+from cmcgns.data.record import PREPARED_SCHEMA, index_table
 from cmcgns.errors import UserError
 
 
@@ -19,33 +19,33 @@ def row(number: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-ROWS = pa.Table.from_pylist([row(number) for number in range(7)], schema=SHARD_SCHEMA)
+ROWS = pa.Table.from_pylist([row(number) for number in range(7)], schema=PREPARED_SCHEMA)
 
 
-def test_equal_rows_have_one_hash_however_they_are_held(tmp_path: Path) -> None:
+def test_equal_rows_have_equal_hashes_in_any_memory_layout(tmp_path: Path) -> None:
     wanted = content_hash(ROWS)
     pq.write_table(ROWS, tmp_path / "rows.parquet", row_group_size=2)
     padded = pa.concat_tables([ROWS.slice(3), ROWS, ROWS])
     for held in (
         pa.concat_tables([ROWS.slice(0, 3), ROWS.slice(3)]),
         padded.slice(4, 7),
-        pa.Table.from_pylist(ROWS.to_pylist(), schema=SHARD_SCHEMA),
+        pa.Table.from_pylist(ROWS.to_pylist(), schema=PREPARED_SCHEMA),
         pq.read_table(tmp_path / "rows.parquet"),
     ):
-        assert content_hash(held.select(SHARD_SCHEMA.names)) == wanted
+        assert content_hash(held.select(PREPARED_SCHEMA.names)) == wanted
 
 
-@pytest.mark.parametrize("column", SHARD_SCHEMA.names)
-def test_any_other_value_has_another_hash(column: str) -> None:
+@pytest.mark.parametrize("column", PREPARED_SCHEMA.names)
+def test_any_changed_value_changes_the_hash(column: str) -> None:
     values = ROWS[column].to_pylist()
     values[2], values[3] = values[3], values[2]
-    field = SHARD_SCHEMA.field(column)
+    field = PREPARED_SCHEMA.field(column)
     changed = ROWS.set_column(ROWS.schema.get_field_index(column), field, pa.array(values, field.type))
     same = ROWS[column].to_pylist()[2] == ROWS[column].to_pylist()[3]
     assert (content_hash(changed) == content_hash(ROWS)) == same
 
 
-def test_where_a_text_ends_counts() -> None:
+def test_text_boundaries_change_the_hash() -> None:
     schema = pa.schema([pa.field("report", pa.string())])
     hashes = {
         content_hash(pa.table({"report": texts}, schema=schema)) for texts in (["ab", "c"], ["a", "bc"], ["abc", ""])
@@ -65,13 +65,13 @@ def test_a_manifest_reads_back_as_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 99}', '{"version": 1, "shards": [{}]}'])
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_manifest_raises(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json"):
         read_manifest(str(tmp_path))
 
 
-def test_an_index_has_one_hash_however_it_is_held_and_a_path_changes_it() -> None:
+def test_the_hash_of_an_index_ignores_memory_layout_and_changes_with_a_path() -> None:
     def study(number: int, film: str = "") -> dict[str, object]:
         films = [{"image_id": f"i{number}", "path": f"{number}{film}.png", "view": None if number % 2 else "PA"}]
         return {"study_id": f"s{number}", "films": films * (1 + number % 3), "labels": [("Edema", 1.0)]}

@@ -1,4 +1,4 @@
-"""The order of an epoch: every study once, groups together in windows, and nothing moved by a study that is missing."""
+"""The order of an epoch: every study once, groups together in windows, independent of missing studies."""
 
 from typing import Any, cast
 
@@ -36,14 +36,14 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert tuple(found.epoch(0, 1, WINDOW).row_S) == orders[1]
 
 
-def test_within_a_window_nothing_is_left_of_the_order_before() -> None:
+def test_a_window_is_fully_shuffled() -> None:
     _, found = arrangement()
     first = found.epoch(0, 0, WINDOW).row_S[: GROUP * WINDOW]
     neighbours = np.abs(np.diff(first)) == 1
     assert neighbours.mean() < 0.05
 
 
-def test_a_missing_study_moves_no_other() -> None:
+def test_a_missing_study_does_not_move_the_others() -> None:
     _, whole = arrangement()
     kept = np.random.default_rng(0).random(STUDIES) > 0.1
     part = Arrangement(whole.key_S[kept], whole.group_S[kept], whole.groups)
@@ -52,7 +52,7 @@ def test_a_missing_study_moves_no_other() -> None:
         assert (np.flatnonzero(kept)[part.epoch(7, epoch, WINDOW).row_S] == order[kept[order]]).all()
 
 
-def test_the_order_of_a_raw_set_is_that_of_hashes_and_not_that_of_its_files() -> None:
+def test_the_order_of_a_raw_set_is_by_hash_and_not_by_file() -> None:
     table, found = arrangement()
     shuffled = table.take(np.random.default_rng(1).permutation(STUDIES))
     again, _ = arranged(shuffled, GROUP)
@@ -61,7 +61,7 @@ def test_the_order_of_a_raw_set_is_that_of_hashes_and_not_that_of_its_files() ->
     assert (study_keys(table) == found.key_S).all()
 
 
-def test_validation_keeps_the_order_and_goes_by_windows() -> None:
+def test_validation_keeps_the_order_in_windows() -> None:
     _, found = arrangement()
     order = found.epoch(0, VALIDATION_EPOCH, WINDOW)
     assert (order.row_S == np.arange(STUDIES)).all()
@@ -78,7 +78,7 @@ def test_few_studies_and_none() -> None:
 
 @pytest.mark.parametrize("studies", [1, 64, 1_000, 64 * MOST_PIECES, 64 * MOST_PIECES + 1, 377_110])
 @pytest.mark.parametrize("position", [0, 37])
-def test_however_long_a_raw_set_is_its_epoch_has_few_pieces_that_leave_nothing_out(studies: int, position: int) -> None:
+def test_an_epoch_of_a_raw_set_has_few_pieces_that_cover_it(studies: int, position: int) -> None:
     tokenizer = cast("Any", None)  # pieces are cut by number alone
     stream = Stream(open_source("phantom"), None, max(studies, position + 1), tokenizer, DataConfig(), None)
     bounds = piece_bounds(stream, 0, position)

@@ -1,4 +1,4 @@
-"""Own pairs as a CSV: what is read, what is refused, and why."""
+"""A user's pairs as CSV: what is read, what is rejected, and why."""
 
 import pickle
 from pathlib import Path
@@ -12,7 +12,7 @@ from cmcgns.errors import BadRow, UserError
 from tests.data.trees import csv_file, index_of, picture, rows
 
 
-def test_pairs_carry_every_column_that_is_known(tmp_path: Path) -> None:
+def test_pairs_use_every_known_column(tmp_path: Path) -> None:
     picture(tmp_path / "films/a b.png", 50)
     index = index_of(
         tmp_path,
@@ -34,7 +34,7 @@ def test_pairs_carry_every_column_that_is_known(tmp_path: Path) -> None:
     assert second["group"] == "p2"
     assert second["labels"] == [("Edema", 0.0), ("Nodule", -1.0)]
     source = open_source(str(tmp_path))
-    assert (source.read_film("films/a b.png").grey_HW == 50).all()
+    assert (source.read_image("films/a b.png").grey_HW == 50).all()
     assert source.read_report(first) == first["report"]
     assert index.split("valid").num_rows == 1
 
@@ -49,15 +49,15 @@ def test_the_folder_and_its_csv_are_the_same_corpus(tmp_path: Path, monkeypatch:
     assert PairsSource.at("s3://bucket/pairs.csv", ("PA",), 0).uri == "s3://bucket"
 
 
-def test_sources_travel(tmp_path: Path) -> None:
+def test_sources_can_be_pickled(tmp_path: Path) -> None:
     csv_file(tmp_path / "pairs.csv", "image,report", "a.png,Clear lungs.")
     picture(tmp_path / "a.png")
     source = pickle.loads(pickle.dumps(open_source(str(tmp_path))))
     assert source == open_source(str(tmp_path))
-    assert source.read_film("a.png").grey_HW.shape == (20, 30)
+    assert source.read_image("a.png").grey_HW.shape == (20, 30)
 
 
-def test_views_are_filtered_and_counted_apart(tmp_path: Path) -> None:
+def test_views_are_filtered_and_counted_separately(tmp_path: Path) -> None:
     views = ["PA", "AP", "AP Supine", "ap erect", "AP AXIAL", "", "?", "unknown", "LATERAL", "L", "lateral", "LL"]
     lines = [f"{number}.png,Clear lungs.,{view}" for number, view in enumerate(views)]
     index = index_of(tmp_path, "image,report,view", *lines)
@@ -101,31 +101,31 @@ def test_bad_rows_have_a_source_and_a_reason(tmp_path: Path) -> None:
     ]
     index = index_of(tmp_path, "image,report", *lines)
     assert [(row["source"], row["reason"]) for row in index.bad_rows] == [
-        ("pairs.csv row 1", "film path leaves the corpus's folder"),
-        ("pairs.csv row 2", "film path leaves the corpus's folder"),
+        ("pairs.csv row 1", "film path is outside the corpus folder"),
+        ("pairs.csv row 2", "film path is outside the corpus folder"),
         ("pairs.csv row 3", "row names no image"),
         ("pairs.csv row 4", "row has no report"),
     ]
     assert index.table.num_rows == 1
     source = open_source(str(tmp_path))
-    for path, reason in (("b.png", "missing"), ("../pairs.csv", "leaves"), ("pairs.csv", "neither")):
+    for path, reason in (("b.png", "missing"), ("../pairs.csv", "outside"), ("pairs.csv", "neither")):
         with pytest.raises(BadRow, match=reason):
-            source.read_film(path)
+            source.read_image(path)
 
 
-def test_of_slipped_columns_no_word_of_a_report_is_told(tmp_path: Path) -> None:
+def test_shifted_columns_print_no_word_of_a_report(tmp_path: Path) -> None:
     report = "The heart of John Doe is enlarged. " * 40
     index = index_of(tmp_path, "image,report,view", f"{report},Clear lungs.,PA", "a.png,Clear lungs,JOHN DOE IS WELL")
-    assert index.filtered == {"view of another name": 1}
+    assert index.filtered == {"other view": 1}
     for name in (report, report[:300], "x\0y.png"):
         with pytest.raises(BadRow) as caught:
-            open_source(str(tmp_path)).read_film(name)
+            open_source(str(tmp_path)).read_image(name)
         assert len(str(caught.value)) < 60
         assert "John" not in str(caught.value)
     reasons = {f"{name}.png": "film file is missing" for name in "JKL"} | {"M.png": "row has no report"}
     complaint = too_many_bad(4, 10, 0.1, reasons.values())
     assert complaint is not None
-    assert complaint.endswith("Commonest reasons: 3 x film file is missing; 1 x row has no report")
+    assert complaint.endswith("Most common reasons: 3 x film file is missing; 1 x row has no report")
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/x", "~/x", "C:\\x", "\\\\host\\x", "s3://b/x", "file:///x"])
@@ -138,7 +138,7 @@ def test_paths_that_stay(path: str) -> None:
     assert not escapes(path)
 
 
-def test_splits_are_taken_as_written_else_drawn_by_group(tmp_path: Path) -> None:
+def test_given_splits_are_kept_and_others_drawn_by_group(tmp_path: Path) -> None:
     written = [f"{number}.png,Text of it.,g{number % 3},{name}" for number, name in enumerate(["val", "TRAIN", "test"])]
     unset = [f"{number}.png,Text of it.,g{number % 500}," for number in range(3, 2000)]
     index = index_of(tmp_path, "image,report,group,split", *written, *unset)
@@ -153,7 +153,7 @@ def test_splits_are_taken_as_written_else_drawn_by_group(tmp_path: Path) -> None
     assert again.table["split"] != index.table["split"]
 
 
-def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
+def test_a_group_in_two_splits_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"group g1 \(3 rows: 1, 2, 4\) is in test and train"):
         index_of(tmp_path, "image,report,group,split", *(f"{n}.png,Text,g{n // 3},{s}" for n, s in
                  ((3, "train"), (4, "test"), (9, ""), (5, ""))))  # fmt: skip
@@ -165,22 +165,22 @@ def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "no readable CSV"),
+        (b"", "not a valid CSV"),
         (b"\x89PNG\r\n\0\0", "zero bytes"),
         (b"a.png,Clear lungs.\n", "no column image and no column report"),
         (b"image;report\na.png;Clear lungs.\n", "seems to use semicolons"),
         (b"image,text\na.png,Clear lungs.\n", "no column report"),
         (b"image,report,Report\na.png,x,y\n", "column report appears twice"),
-        (b'image,report\na.png,"never closed\n', "no readable CSV"),
+        (b'image,report\na.png,"never closed\n', "not a valid CSV"),
         (
             b"image,report,split\na.png,Clear lungs.,tarin\n",
-            "split tarin is unknown in 1 rows, the first of them row 1",
+            "unknown split tarin in 1 rows, first in row 1",
         ),
-        (b"image,split,report\na.png,Clear lungs,train\n", "split is unknown in 1 rows"),
+        (b"image,split,report\na.png,Clear lungs,train\n", "unknown split in 1 rows"),
         (b"\x1f\x8b broken gzip", "broken gzip"),
     ],
 )
-def test_a_table_that_cannot_be_read_says_what_would_do(tmp_path: Path, content: bytes, says: str) -> None:
+def test_an_unreadable_table_raises_with_the_fix(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "pairs.csv").write_bytes(content)
     with pytest.raises(UserError, match=says) as error:
         open_source(str(tmp_path)).index()
@@ -202,4 +202,4 @@ def test_the_real_pairs_are_all_read(realdata: Path) -> None:
     assert index.table.num_rows + sum(index.filtered.values()) == 94
     assert index.bad_rows == []
     for row in rows(index)[::8]:
-        assert source.read_film(row["films"][0]["path"]).grey_HW.ndim == 2
+        assert source.read_image(row["films"][0]["path"]).grey_HW.ndim == 2

@@ -1,5 +1,5 @@
-"""Training's stream waits while validation is read: it must leave room for that, or both would wait for ever, and
-read no further ahead than it may."""
+"""Training's stream waits while validation is read: it must leave room for it, or both would wait forever, and must stay
+within its read-ahead limit."""
 
 import time
 from dataclasses import replace
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 STUDIES, SIDE, BLOCK = 6_000, 48, 16
 TAKEN_CPUS = 0.7
-"""Of two: what workers and pool of a small run hold."""
+"""Of two: CPUs used by workers and pool of a small run."""
 AHEAD = 2 * 512
 PATIENCE_S = 90
 STILL_S = 4
@@ -52,7 +52,7 @@ class Rank:
 
 
 def free_cpus_once_still() -> float:
-    """CPUs of the cluster that are free, once they have not changed for ``STILL_S``."""
+    """Free CPUs of the cluster, after no change for ``STILL_S``."""
     end, since, before = time.monotonic() + PATIENCE_S, time.monotonic(), -1.0
     while time.monotonic() < min(end, since + STILL_S):
         free = ray.available_resources().get("CPU", 0.0)
@@ -64,14 +64,14 @@ def free_cpus_once_still() -> float:
 
 
 def held_bytes() -> int:
-    """What the object store of this machine holds."""
+    """Bytes used in the object store of this machine."""
     node = ray.nodes()[0]
     stats = internal_api.node_stats(node["NodeManagerAddress"], node["NodeManagerPort"])
     return int(stats.store_stats.object_store_bytes_used)
 
 
 def store_emptied() -> bool:
-    """True once what the test before has left in the object store is gone."""
+    """True once the objects of the previous test are gone."""
     end = time.monotonic() + PATIENCE_S
     while held_bytes() > 2 * 2**20 and time.monotonic() < end:
         time.sleep(0.1)
@@ -79,7 +79,7 @@ def store_emptied() -> bool:
 
 
 @pytest.mark.parametrize(("ranks", "cpus_per_task", "taken_cpus"), [(1, 0.5, 0.7), (2, DEALING_CPUS, 1.6)])
-def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(
+def test_two_epochs_at_once_stay_within_the_read_ahead_limit(
     stream: Stream, ranks: int, cpus_per_task: float, taken_cpus: float
 ) -> None:
     config = stream.config.model_copy(update={"cpus_per_task": cpus_per_task})
@@ -89,21 +89,21 @@ def test_an_epoch_begun_beside_another_reads_no_further_ahead_than_it_may(
     begun = [Rank.remote(part) for epoch in (0, 1) for part in stream.split(epoch, 0, BLOCK, ranks)]
     assert ray.get([rank.studies_of_next_block.remote() for rank in begun]) == [BLOCK] * len(begun)
     free_cpus_once_still()
-    # each may go over by the pieces of its tasks, at most four of 512 studies: a task that has begun reads to its end
+    # each may exceed it by the pieces of its tasks, at most four of 512 studies, because a started task reads to its end
     most = 2 * (AHEAD + 4 * 512) * bytes_per_study(stream.config)
     assert held_bytes() - before < most < 2 * STUDIES * stream.config.resize**2
 
 
-def test_a_stream_that_waits_holds_no_cpu(stream: Stream) -> None:
+def test_a_waiting_stream_uses_no_cpu(stream: Stream) -> None:
     ranks = [Rank.remote(part) for part in stream.split(0, 0, BLOCK, ranks=2)]
     assert ray.get([rank.studies_of_next_block.remote() for rank in ranks]) == [BLOCK, BLOCK]
     assert free_cpus_once_still() == ray.cluster_resources()["CPU"]
-    # the epoch still goes on: tasks that had given it up would hold no CPU either
+    # the epoch still continues: failed tasks would use no CPU either
     assert ray.get([rank.studies_of_next_block.remote() for rank in ranks]) == [BLOCK, BLOCK]
 
 
-def test_two_ranks_are_never_kept_waiting_by_the_bound_on_what_may_wait_for_them(stream: Stream) -> None:
-    least = replace(stream, studies_ahead=8 * 2 * BLOCK + 512)  # eight hands, and the piece of a task
+def test_the_read_ahead_limit_never_stalls_two_ranks(stream: Stream) -> None:
+    least = replace(stream, studies_ahead=8 * 2 * BLOCK + 512)  # eight rounds, and the piece of a task
     ranks = [Rank.remote(part) for part in least.split(0, 0, BLOCK, ranks=2)]
     began, studies = time.monotonic(), 0
     while studies < 2_000:

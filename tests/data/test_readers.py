@@ -1,4 +1,4 @@
-"""Published layouts and the phantom, each on a small tree written by hand."""
+"""Published layouts and the phantom, on small hand-written trees."""
 
 import pickle
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_mimic_with_its_tables(tmp_path: Path, suffix: str, name: str) -> None:
     assert index.filtered == {"view LATERAL": 1, "view unknown": 1}
     assert source.read_report(first) == REPORT
     if suffix == ".jpg":
-        assert source.read_film(first["films"][0]["path"]).grey_HW.shape == (20, 30)
+        assert source.read_image(first["films"][0]["path"]).grey_HW.shape == (20, 30)
 
 
 def test_mimic_reports_unpacked_into_their_own_folder(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_a_mimic_study_without_report_or_film_is_a_bad_row(tmp_path: Path) -> No
     with pytest.raises(BadRow, match="report file is missing"):
         source.read_report(first)
     with pytest.raises(BadRow, match="empty"):
-        source.read_film(first["films"][0]["path"])
+        source.read_image(first["films"][0]["path"])
 
 
-def test_mimic_dicoms_without_tables_are_walked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mimic_dicoms_without_tables_are_found_by_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mimic(tmp_path, ".dcm", tables=False)
     (tmp_path / "files/p10/p10000764/s503.txt").unlink()
     source = open_source(str(tmp_path))
@@ -167,13 +167,13 @@ def test_open_i_with_and_without_its_table_of_views(tmp_path: Path) -> None:
     assert {row["source"]: row["reason"] for row in index.bad_rows} == {
         "3.xml": "FINDINGS and IMPRESSION are both empty",
         "4.xml": "report names no image",
-        "6.xml": "no image of the report lies in the folder",
+        "6.xml": "all images of the report are missing",
         "7.xml": "XML cannot be parsed (line 1)",
-        "8.xml": "XML cannot be parsed (its encoding is unknown or not as declared)",
+        "8.xml": "XML cannot be parsed (unknown or wrong encoding)",
         "9.xml": "report file is missing",
     }
     assert index.filtered == {"image file is missing": 1}
-    assert source.read_film(first["films"][0]["path"]).grey_HW.shape == (20, 30)
+    assert source.read_image(first["films"][0]["path"]).grey_HW.shape == (20, 30)
 
     csv_file(tmp_path / "dicom_metadata.csv", "imageid,View Position", "CXR1_1_IM-0001-4001,LATERAL")
     index = source.index()
@@ -188,7 +188,7 @@ def test_real_open_i_reports_without_their_films_are_bad_rows(realdata: Path) ->
     assert sum("both empty" in row["reason"] for row in index.bad_rows) == 3
 
 
-# What lies there
+# Detection of formats
 
 
 def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("uri", ["phantom:0", "phantom:many", "phantom:1:2:3", "phantom:-4"])
-def test_a_misspelt_phantom_is_refused(uri: str) -> None:
+def test_a_misspelt_phantom_raises(uri: str) -> None:
     with pytest.raises(UserError, match="phantom:STUDIES"):
         open_source(uri)
 
@@ -214,12 +214,12 @@ def test_the_phantom_is_a_source() -> None:
     assert len(rows(index)) == 12
     assert open_source("phantom:12:3", phantom_size=64).index().table.equals(index.table)
     film = rows(index)[5]["films"][0]
-    assert source.read_film(film["path"]).grey_HW.shape == (64, 64)
+    assert source.read_image(film["path"]).grey_HW.shape == (64, 64)
     assert source.read_report(rows(index)[5])
 
 
 @pytest.mark.parametrize("layout", ["pairs-csv", "mimic-cxr-jpg", "mimic-cxr"])
-def test_a_phantom_written_out_reads_back_as_itself(tmp_path: Path, layout: str) -> None:
+def test_a_written_phantom_reads_back_as_itself(tmp_path: Path, layout: str) -> None:
     from cmcgns import phantom
 
     corpus = phantom.PhantomCorpus(studies=24, seed=5, height=96, width=80)
@@ -237,7 +237,7 @@ def test_a_phantom_written_out_reads_back_as_itself(tmp_path: Path, layout: str)
         assert parse_report(source.read_report(row)) == parse_report(study.report)
         assert len(row["films"]) == len(study.films)
         for place, film in enumerate(row["films"]):
-            assert study.films[place].image_id in film["image_id"]  # pairs know a film by its path
+            assert study.films[place].image_id in film["image_id"]  # in pairs the path is the image id
             assert film["view"] == study.films[place].view
-            difference = source.read_film(film["path"]).grey_HW.astype(int) - corpus.render(number, place)
+            difference = source.read_image(film["path"]).grey_HW.astype(int) - corpus.render(number, place)
             assert abs(difference).mean() <= (2.5 if film["path"].endswith(".jpg") else 0.5)

@@ -1,4 +1,4 @@
-"""Reports of every shape we have met or could think of."""
+"""Reports in every layout seen or imagined."""
 
 import contextlib
 import time
@@ -25,11 +25,11 @@ def test_golden_report(golden: dict[str, Any]) -> None:
     assert parse_report(golden["text"]).sentences == golden["sentences"]
 
 
-def test_there_are_sixty_golden_reports_and_more() -> None:
+def test_there_are_at_least_sixty_golden_reports() -> None:
     assert len({golden["text"] for golden in GOLDEN}) >= 60
 
 
-def test_where_the_reference_parser_finds_its_sections_ours_finds_the_same() -> None:
+def test_sections_match_the_reference_parser() -> None:
     """The golden reports in MIMIC's own layout, and 200 generated ones as files."""
     texts = [golden["text"] for golden in GOLDEN if reads(golden["text"])]
     corpus = PhantomCorpus(200, seed=11)
@@ -79,13 +79,13 @@ def test_sentences(text: str, expected: list[str]) -> None:
     assert sentences(text) == expected
 
 
-def test_words_are_lower_cased_and_bare() -> None:
+def test_words_are_lower_cased_without_punctuation() -> None:
     assert normalised_words("The Patient’s 2.5-cm (left) a.m. T.I.P.S!") == (
         ["the", "patient's", "2.5", "cm", "left", "am", "tips"]
     )
 
 
-def test_impression_stands_before_findings() -> None:
+def test_impression_comes_before_findings() -> None:
     assert report_text(" FINDINGS: Clear.\n IMPRESSION: Normal.") == "Normal.\n\nClear."
 
 
@@ -103,7 +103,7 @@ def test_same_words_have_the_same_hash_and_it_fits_a_signed_int64() -> None:
     hashes = [text_hash([str(number)]) for number in range(200)]
     assert all(-(2**63) <= value < 2**63 for value in hashes)
     assert min(hashes) < 0 < max(hashes)
-    # pinned: prepared data and checkpoints carry these
+    # pinned: prepared data and checkpoints contain these
     assert text_hash(["no", "effusion", "seen"]) == 4244251876518465775
 
 

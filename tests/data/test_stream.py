@@ -1,4 +1,4 @@
-"""The stream through Ray Data: exact blocks in the order of the index, bad rows recorded and left out."""
+"""The stream through Ray Data: exact blocks in the order of the index, bad rows recorded and skipped."""
 
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,14 @@ def test_ranks_get_the_good_studies_of_the_order_block_by_block(local_ray: None,
             found[0].sentence_hashes, found[0].sentence_of_token, strict=True
         ))  # fmt: skip
     account = ray.get(coordinator.account.remote())
-    # a study with two films may be drawn with its good one: at most the three broken studies are missing
+    # a study with two films may use the good one: at most the three broken studies are missing
     assert bad_positions <= {5, 11, 20}
     assert 20 in bad_positions
     assert len(account["bad_rows"]) == len(bad_positions)
     assert "film file is missing" in account["bad_rows"].values()
 
 
-def test_too_many_bad_studies_stop_the_stream_with_the_commonest_reasons(local_ray: None, folder: Path) -> None:
+def test_too_many_bad_studies_stop_the_stream_with_the_most_common_reasons(local_ray: None, folder: Path) -> None:
     stream, coordinator = stream_of(folder, max_bad_fraction=0.0)
     (iterator,) = stream.split(0, 0, BLOCK, ranks=1)
     with pytest.raises(Exception, match="max_bad_fraction"):

@@ -1,4 +1,4 @@
-"""The promise of the stream: the good studies of an epoch's order, in global batches that do not depend on the workers."""
+"""The stream gives the good studies in the order of the epoch, in global batches that do not depend on the workers."""
 
 from itertools import chain
 from pathlib import Path
@@ -11,8 +11,9 @@ import ray
 
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.config import Config
-from cmcgns.data.blocks import ReadStudy, blocks, deal, row_table
+from cmcgns.data.blocks import blocks, deal
 from cmcgns.data.readers import open_source
+from cmcgns.data.record import StreamStudy, stream_table
 from cmcgns.data.stream import Stream, stream_split
 from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
@@ -23,14 +24,14 @@ STUDIES, GROUP, WINDOW, GLOBAL = 200, 16, 3, 24
 
 
 def numbered(rows: int) -> pa.Table:
-    """Rows whose position is their number, and whose film holds it."""
+    """Rows whose position and image are their number."""
     studies = [
-        ReadStudy(
+        StreamStudy(
             number, np.full((2, 2), number, np.uint8), np.arange(3, dtype=np.int32), np.zeros(3, np.int16), [1], 2, []
         )
         for number in range(rows)
     ]
-    return row_table(range(rows), studies, 2)
+    return stream_table(range(rows), studies, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 24, 30, 48])
@@ -55,7 +56,7 @@ def test_blocks_are_dealt_round_the_ranks(rows: int, ranks: int) -> None:
 
 @pytest.fixture(scope="module")
 def corpora(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A raw set with some broken films, and what was prepared of it."""
+    """A raw set with some broken films, and the set prepared from it."""
     raw = tmp_path_factory.mktemp("raw")
     write_pairs_csv(PhantomCorpus(STUDIES, seed=9, height=64, width=64), raw)
     alone = [s for s in open_source(str(raw)).index().split("train").to_pylist() if len(s["films"]) == 1]
@@ -78,7 +79,7 @@ def stream_of(folder: Path, format: str) -> Stream:
 
 
 def global_batches(stream: Stream, epoch: int, position: int, ranks: int) -> list[set[int]]:
-    """The films' keys of each full global batch, gathered from ranks that take their blocks in turn."""
+    """The draw keys of each full global batch, from ranks that take their blocks in turn."""
     iterators = stream.split(epoch, position, GLOBAL // ranks, ranks)
     readers = [reading.remote(iterator, stream.config.resize, GLOBAL // ranks) for iterator in iterators]
     of_rank = ray.get(readers)
@@ -89,7 +90,7 @@ def global_batches(stream: Stream, epoch: int, position: int, ranks: int) -> lis
 
 @ray.remote(num_cpus=0)
 def reading(iterator: Any, resize: int, size: int) -> list[list[int]]:
-    """The keys of each block that a rank gets."""
+    """The keys of each block of a rank."""
     return [block.draw_keys.tolist() for block in blocks(iterator, resize, size)]
 
 
@@ -105,7 +106,7 @@ def test_global_batches_are_the_same_on_any_number_of_workers_raw_or_prepared(co
 
 
 @pytest.mark.ray
-def test_a_restart_in_mid_epoch_goes_on_with_the_same_batches(corpora: dict[str, Path]) -> None:
+def test_a_restart_within_an_epoch_continues_with_the_same_batches(corpora: dict[str, Path]) -> None:
     stream = stream_of(corpora["prepared"], "parquet")
     (iterator,) = stream.split(2, 0, GLOBAL, 1)
     whole = list(blocks(iterator, stream.config.resize, GLOBAL))

@@ -1,4 +1,4 @@
-"""Small corpora written by hand, and their index as plain rows."""
+"""Small hand-written corpora, and their index as plain rows."""
 
 import gzip
 from pathlib import Path

@@ -10,10 +10,10 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
 from cmcgns.clustering.kmeans import Array
-from cmcgns.data.blocks import Block, ReadStudy, row_table, to_block
 from cmcgns.data.image import Target
-from cmcgns.data.order import VALIDATION_EPOCH, drawn_film
+from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
 from cmcgns.data.readers import open_index
+from cmcgns.data.record import Block, StreamStudy, stream_table, to_block
 from cmcgns.data.stream import Stream, read_study
 from cmcgns.evaluate.embed import SentenceEmbedder
 from cmcgns.evaluate.encoders import PretrainedRun
@@ -65,12 +65,12 @@ def texts_of_test_split(run: PretrainedRun) -> list[str]:
 def blocks_of_test_split(run: PretrainedRun) -> list[Block]:
     """The run's test split in order, read without Ray."""
     studies, resize = studies_of_test_split(run), run.config.data.resize
-    table = row_table(range(len(studies)), studies, resize)
+    table = stream_table(range(len(studies)), studies, resize)
     starts = range(0, len(table), BATCH)
     return [to_block(table.slice(start, BATCH).combine_chunks(), resize) for start in starts]
 
 
-def studies_of_test_split(run: PretrainedRun) -> list[ReadStudy]:
+def studies_of_test_split(run: PretrainedRun) -> list[StreamStudy]:
     """The studies of the split as its stream reads them."""
     data = run.config.data
     source, index = open_index("data.uri", data, Target(data.resize, "longer"))
@@ -78,6 +78,6 @@ def studies_of_test_split(run: PretrainedRun) -> list[ReadStudy]:
     stream = Stream(source, None, len(table), run.tokenizer, data, None)
     found = []
     for study in table.to_pylist():
-        shown = drawn_film(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
+        shown = drawn_image(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
         found.append(read_study(study, shown, source.reader([]), stream, VALIDATION_EPOCH))
-    return [study for study in found if isinstance(study, ReadStudy)]
+    return [study for study in found if isinstance(study, StreamStudy)]

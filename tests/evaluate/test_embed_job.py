@@ -14,8 +14,8 @@ from pyarrow import parquet
 from cmcgns.cli import to_yaml
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
-from cmcgns.data.blocks import ReadStudy, row_table, to_block
-from cmcgns.data.order import VALIDATION_EPOCH, drawn_film
+from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
+from cmcgns.data.record import StreamStudy, stream_table, to_block
 from cmcgns.data.reports import parse_report
 from cmcgns.data.stream import Stream, read_study
 from cmcgns.evaluate.encoders import open_run
@@ -60,10 +60,10 @@ def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path
     reader = corpus.source.reader([])
     batcher = Batcher(config, run.tokenizer.pad_id, torch.device("cpu"))
     for study in studies.to_pylist():
-        shown = drawn_film(config.data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
+        shown = drawn_image(config.data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
         read = read_study(study, shown, reader, stream, VALIDATION_EPOCH)
-        assert isinstance(read, ReadStudy)
-        table = row_table([0], [read], config.data.resize)
+        assert isinstance(read, StreamStudy)
+        table = stream_table([0], [read], config.data.resize)
         sentences = parse_report(study["report"]).sentences[: len(read.sentence_hashes)]  # those that fit whole
         with torch.no_grad():
             outputs = model(batcher(to_block(table, config.data.resize), (len(sentences),), training=False))
@@ -87,7 +87,7 @@ def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> 
         ([], "embed.run is missing"),
         (["--embed.run=nowhere"], "nowhere is no run folder"),
         (["--embed.run=young"], "has no export: the run has not finished"),
-        (["--embed.run=good", "--embed.uri=empty"], "empty: no corpus is recognised"),
+        (["--embed.run=good", "--embed.uri=empty"], "empty: no known format found"),
         (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),
         (["--embed.run=good", "--run.resume=x"], "there is no run of that name"),
     ]

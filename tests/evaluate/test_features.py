@@ -9,7 +9,7 @@ import torch
 from pyarrow import parquet
 
 from cmcgns.data.batch import normalise
-from cmcgns.data.image import resize_film
+from cmcgns.data.image import resize_image
 from cmcgns.data.labelled import ImageSet, open_set, phantom_set
 from cmcgns.data.labelled.base import image_table
 from cmcgns.data.readers import FileSource, PhantomSource
@@ -61,7 +61,7 @@ def test_features_are_those_of_films_read_one_by_one(tmp_path: Path) -> None:
         assert found.shared_ND is not None
         assert found.pooled_NC.shape == (60, 192)
         for row, path in enumerate(PHANTOM.table["path"].to_pylist()):
-            square_RR = resize_film(PHANTOM.source.reader([]).read_film(path).grey_HW, RESIZE)
+            square_RR = resize_image(PHANTOM.source.reader([]).read_image(path).grey_HW, RESIZE)
             seen_HW = torch.from_numpy(square_RR[4:-4, 4:-4].copy())
             with torch.inference_mode():
                 pooled_1C, shared_1D = encoder(normalise(seen_HW[None, None]))
@@ -103,9 +103,9 @@ def test_masks_and_boxes_lie_on_the_square_where_the_set_says(tmp_path: Path) ->
     found = load_films(uri, some, SIZE)
     assert found.image_ids == some.table["image_id"].to_pylist()
     for i, row in enumerate(some.table.to_pylist()):
-        film = some.source.reader([]).read_film(row["path"])
-        places = some.places(row, film)
-        assert (found.film_NRR[i] == resize_film(film.grey_HW, SIZE)).all()
+        film = some.source.reader([]).read_image(row["path"])
+        places = some.annotations(row, film)
+        assert (found.film_NRR[i] == resize_image(film.grey_HW, SIZE)).all()
         assert (found.mask_NKRR[i] == square_masks(places.mask_KHW, SIZE)).all()
         assert (found.boxes[i] == square_boxes(places.box_N4, film.grey_HW.shape, SIZE)).all()
         assert (found.kinds[i] == places.kind_N).all()

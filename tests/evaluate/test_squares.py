@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmcgns.data.image import resize_film
+from cmcgns.data.image import resize_image
 from cmcgns.evaluate.films import middle, patch_coverage, square_boxes, square_masks
 
 SHAPES = [(200, 200), (150, 320), (320, 150), (97, 241), (24, 30), (30, 11)]
@@ -23,7 +23,7 @@ def bright(shape: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
 @pytest.mark.parametrize("side", [64, 51])
 def test_a_box_lies_around_what_is_bright_on_the_square(shape: tuple[int, int], side: int) -> None:
     grey_HW, box = bright(shape)
-    ys, xs = np.nonzero(resize_film(grey_HW, side) > 120)
+    ys, xs = np.nonzero(resize_image(grey_HW, side) > 120)
     (moved,) = square_boxes(np.array([box]), shape, side)
     # a pixel belongs to the rectangle if half of it does: edges are found to half a pixel
     assert moved == pytest.approx([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], abs=0.51)
@@ -36,7 +36,7 @@ def test_a_mask_is_set_where_the_square_is_bright(shape: tuple[int, int], side: 
     grey_HW, _ = bright(shape)
     mask_KHW = np.stack([grey_HW > 120, np.ones(shape, bool), np.zeros(shape, bool)])
     square_KRR = square_masks(mask_KHW, side)
-    shown = resize_film(grey_HW, side)
+    shown = resize_image(grey_HW, side)
     # half of a pixel is bright at 120: films are rounded to whole grey levels, so that pixels of just half may differ
     clear = np.abs(shown.astype(int) - 120) > 2
     assert clear.mean() > 0.95

@@ -1,4 +1,4 @@
-"""Two readers of the phantom's films: a linear one that sees thumbnails and a small ResNet that sees films."""
+"""Two probes of the phantom's films: a linear model on thumbnails and a small ResNet on films."""
 
 import cv2
 import numpy as np
@@ -23,7 +23,7 @@ def films_and_labels(corpus: PhantomCorpus) -> tuple[Films, Labels]:
 
 
 def linear_auc(films: Films, labels: Labels, train: int, penalty: float = 1.0) -> dict[str, float]:
-    """AUC of each finding on the studies after the first ``train``, read linearly from 32 x 32 thumbnails."""
+    """AUC of each finding on the studies after the first ``train``, by a linear model on 32 x 32 thumbnails."""
     small = [cv2.resize(film, (32, 32), interpolation=cv2.INTER_AREA) for film in films]
     flat = np.stack(small).reshape(len(films), -1).astype(np.float64)
     flat = StandardScaler().fit(flat[:train]).transform(flat)
@@ -35,7 +35,7 @@ def linear_auc(films: Films, labels: Labels, train: int, penalty: float = 1.0) -
 
 
 class Block(nn.Module):
-    """Two convolutions and the way around them."""
+    """Two convolutions and a skip connection."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """One logit a finding; a tenth of the width of a ResNet-18."""
+    """One logit per finding; a tenth of the width of a ResNet-18."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def _scaled(images: Tensor) -> Tensor:
 
 
 def _jittered(images: Tensor) -> Tensor:
-    """Films moved by up to 6 pixels, with another contrast and brightness; never mirrored, since sides count."""
+    """Films shifted by up to 6 pixels, with another contrast and brightness; not mirrored, because sides matter."""
     down, across = torch.randint(-6, 7, (2,)).tolist()
     gain, lift = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1), 0.4 * (torch.rand(len(images), 1, 1, 1) - 0.5)
     return torch.roll(_scaled(images), (down, across), (2, 3)) * gain + lift

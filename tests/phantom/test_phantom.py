@@ -1,4 +1,4 @@
-"""The phantom corpus: its films and the truth about them."""
+"""The phantom corpus: its films and their ground truth."""
 
 import hashlib
 import subprocess
@@ -48,13 +48,13 @@ def test_another_process_draws_the_same_films_and_reports() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
     )
     corpus, here = PhantomCorpus(50, seed=9, height=96, width=96), hashlib.sha256()
-    corpus.render(0)  # what was drawn before leaves no trace
+    corpus.render(0)  # earlier draws have no effect
     for i in (40, 7, 21):
         here.update(corpus.render(i).tobytes() + corpus.study(i).report.encode())
     assert there.stdout.strip() == here.hexdigest()
 
 
-def test_facts_and_reports_are_the_ones_drawn_when_this_was_written() -> None:
+def test_facts_and_reports_equal_the_recorded_ones() -> None:
     corpus, found = PhantomCorpus(300, seed=0), hashlib.sha256()
     for i in range(300):
         study = corpus.study(i)
@@ -63,7 +63,7 @@ def test_facts_and_reports_are_the_ones_drawn_when_this_was_written() -> None:
     assert found.hexdigest()[:16] == "93f18234e57fc3a1"
 
 
-def test_films_are_within_a_grey_level_of_the_ones_drawn_when_this_was_written() -> None:
+def test_films_are_within_a_grey_level_of_the_recorded_ones() -> None:
     corpus = PhantomCorpus(8, seed=0, height=128, width=128)
     golden = {
         0: [71.3, 96.3, 140.3, 56.8, 167.0, 113.3, 132.2, 144.5, 77.0, 173.7, 200.9, 119.1, 101.9, 214.0, 211.2, 120.1],
@@ -120,7 +120,7 @@ def test_no_patient_crosses_splits_and_all_splits_are_filled() -> None:
     assert min(studies["valid"], studies["test"]) > 200
 
 
-def test_ids_are_unique_and_shaped_like_those_of_mimic() -> None:
+def test_ids_are_unique_and_look_like_those_of_mimic() -> None:
     corpus = PhantomCorpus(5000)
     all_studies = [corpus.study(i) for i in range(5000)]
     assert len({study.study_id for study in all_studies}) == 5000
@@ -169,7 +169,7 @@ def test_two_films_of_a_study_differ_in_pixels_and_not_in_truth() -> None:
         SMALL.render(pairs[0], 2)
 
 
-def test_a_small_film_is_a_large_one_seen_from_afar() -> None:
+def test_a_small_film_is_a_large_one_shrunk() -> None:
     small, large = PhantomCorpus(12, height=128, width=128), PhantomCorpus(12)
     for i in range(12):
         afar = cv2.resize(large.render(i).astype(np.float32), (128, 128), interpolation=cv2.INTER_AREA)
@@ -203,7 +203,7 @@ def test_a_finding_changes_the_film_where_its_mask_says(finding: str) -> None:
         assert covered[mask].all()
 
 
-def test_a_finding_has_one_box_for_each_of_its_places() -> None:
+def test_a_finding_has_one_box_per_location() -> None:
     for i in range(60):
         study, truth = SMALL.study(i), SMALL.truth(i)
         assert set(truth.boxes) == {finding.name for finding in study.findings}
@@ -213,7 +213,7 @@ def test_a_finding_has_one_box_for_each_of_its_places() -> None:
             assert len(boxes) == sum(len(f.sides) if name in per_place else 1 for f in found)
 
 
-def test_the_right_lung_lies_at_the_left_of_the_image() -> None:
+def test_the_right_lung_is_at_the_left_of_the_image() -> None:
     for i in range(20):
         masks = SMALL.truth(i).masks
         right, left = box_of(masks["lung_right"]), box_of(masks["lung_left"])
@@ -222,7 +222,7 @@ def test_the_right_lung_lies_at_the_left_of_the_image() -> None:
 
 
 @pytest.mark.parametrize("finding", ["effusion", "pneumothorax", "consolidation", "nodule"])
-def test_a_one_sided_finding_lies_in_the_lung_of_its_side(finding: str) -> None:
+def test_a_one_sided_finding_is_in_the_lung_of_its_side(finding: str) -> None:
     for i in studies_with(finding, 12):
         masks = SMALL.truth(i).masks
         sides = {side for f in SMALL.study(i).findings if f.name == finding for side in f.sides}
@@ -240,7 +240,7 @@ def test_a_large_heart_is_larger_than_a_normal_one() -> None:
     assert max(ratios[False]) < 0.53 < np.mean(ratios[True])
 
 
-def test_corpora_that_cannot_be_are_refused_with_numbers() -> None:
+def test_impossible_corpora_raise_with_numbers() -> None:
     with pytest.raises(ValueError, match="16 x 96"):
         PhantomCorpus(5, height=16, width=96)
     with pytest.raises(ValueError, match="-1"):
@@ -249,7 +249,7 @@ def test_corpora_that_cannot_be_are_refused_with_numbers() -> None:
         PhantomCorpus(5).study(5)
 
 
-def test_draws_are_even_and_bell_shaped() -> None:
+def test_draws_are_uniform_and_normal() -> None:
     draws = Draws("check")
     assert abs(np.mean([draws.uniform() for _ in range(4000)]) - 0.5) < 0.02
     assert abs(np.std([draws.normal() for _ in range(4000)]) - 1) < 0.05
@@ -260,6 +260,6 @@ def test_draws_are_even_and_bell_shaped() -> None:
     assert abs(even.mean() - 0.5) < 0.01
 
 
-def test_a_thumbnail_tells_little_to_a_linear_reader() -> None:
+def test_a_linear_model_learns_little_from_thumbnails() -> None:
     films, labels = films_and_labels(PhantomCorpus(900, height=64, width=64))
     assert np.mean(list(linear_auc(films, labels, train=650, penalty=300.0).values())) < 0.75

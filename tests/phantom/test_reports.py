@@ -1,4 +1,4 @@
-"""The phantom's reports, read by an oracle that knows English and not the generator."""
+"""The phantom's reports, checked by rules that know English but not the generator."""
 
 import re
 from collections import Counter
@@ -52,7 +52,7 @@ def body(report: str) -> str:
 
 
 def claims(report: str) -> list[str]:
-    """The sentences that say something is there."""
+    """The sentences that state a finding."""
     plain = re.sub(r"(FINDINGS|IMPRESSION):|\b\d\. (?=[A-Z])", " ", body(report))
     return [s.strip() for s in re.split(r"\.(?:\s|$)", plain) if s.strip() and not DENIED.search(s.strip())]
 
@@ -86,7 +86,7 @@ def test_a_report_names_every_finding_with_its_side_zone_and_severity(part: int)
             assert any(describes(s, finding) for s in sentences), (finding, study.report)
 
 
-def test_a_short_report_names_its_one_finding_and_its_side() -> None:
+def test_a_short_report_names_its_finding_and_side() -> None:
     for i in range(1500):
         study = CORPUS.study(i)
         if is_short(study.report) and len(study.findings) == 1:
@@ -135,7 +135,7 @@ def test_most_reports_are_distinct_and_some_repeat() -> None:
     assert 0.60 <= len(set(texts)) / 1000 <= 0.97
 
 
-def test_no_number_tells_one_study_from_all_others() -> None:
+def test_no_number_identifies_a_study() -> None:
     numbers = Counter()
     for i in range(3000):
         numbers.update(set(re.findall(r"\d+(?:\.\d+)?", CORPUS.study(i).report)))
@@ -143,7 +143,7 @@ def test_no_number_tells_one_study_from_all_others() -> None:
     assert min(numbers.values()) >= 2
 
 
-def test_no_identifier_stands_in_a_report() -> None:
+def test_reports_contain_no_identifier() -> None:
     for i in range(300):
         study = CORPUS.study(i)
         assert study.study_id[1:] not in study.report
@@ -160,7 +160,7 @@ def test_reports_vary_in_sections_order_and_lists() -> None:
     assert max(starts.values()) < 200
 
 
-def test_change_is_spoken_of_only_where_there_is_a_study_before() -> None:
+def test_changes_are_mentioned_only_with_a_prior_study() -> None:
     changed = re.compile(r"unchanged|prior study|since ___|Stable compared|compared to ___|not present on ___")
     seen = set()
     for i in range(1000):

@@ -1,4 +1,4 @@
-"""The phantom on disk, read back with the plain libraries that other people use."""
+"""The phantom on disk, read back with the usual libraries."""
 
 import csv
 import filecmp
@@ -48,7 +48,7 @@ def test_two_processes_write_the_bytes_of_one(name: str, trees: dict[str, Path],
     assert filecmp.cmpfiles(tmp_path, trees[name], files(tmp_path), shallow=False)[1:] == ([], [])
 
 
-def test_pairs_csv_holds_every_film_with_its_report_and_labels(trees: dict[str, Path]) -> None:
+def test_pairs_csv_has_every_film_with_its_report_and_labels(trees: dict[str, Path]) -> None:
     with (trees["pairs"] / "pairs.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(FILMS)

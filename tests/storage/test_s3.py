@@ -21,7 +21,7 @@ def fresh_clients() -> None:
         cache.cache_clear()
 
 
-def test_what_is_written_is_listed_and_read(s3_server: S3Server) -> None:
+def test_written_files_are_listed_and_read(s3_server: S3Server) -> None:
     bucket = s3_server.make_bucket("written")
     storage.write_bytes(f"{bucket}/a/b.bin", b"one")
     storage.write_bytes(f"{bucket}/a/c d/é.bin", b"two")
@@ -57,7 +57,7 @@ def test_a_wrong_bucket_is_named(s3_server: S3Server, uri: str, says: str) -> No
     assert uri in str(error.value)
 
 
-def test_a_missing_file_is_told_from_a_missing_bucket(s3_server: S3Server) -> None:
+def test_a_missing_file_is_distinguished_from_a_missing_bucket(s3_server: S3Server) -> None:
     bucket = s3_server.make_bucket("sparse")
     with pytest.raises(storage.MissingFileError):
         storage.read_bytes(f"{bucket}/nothing.png")
@@ -65,14 +65,14 @@ def test_a_missing_file_is_told_from_a_missing_bucket(s3_server: S3Server) -> No
         storage.write_bytes("s3://no-such-bucket/x", b"1")
 
 
-def test_wrong_keys_are_told(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_keys_raise(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = s3_server.make_bucket("guarded")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
         storage.list_files(bucket)
 
 
-def test_no_keys_are_told(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_keys_raise(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = s3_server.make_bucket("keyless")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -80,7 +80,7 @@ def test_no_keys_are_told(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) 
         storage.list_files(bucket)
 
 
-def test_an_endpoint_that_does_not_answer_is_told(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_endpoint_raises(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL"):
         storage.list_files("s3://anything")
@@ -104,7 +104,7 @@ def test_the_endpoint_of_a_profile_is_used(
     assert storage.list_files(bucket) == ["x"]
 
 
-def test_real_pairs_read_alike_from_s3_and_from_disk(s3_server: S3Server, realdata: Path, tmp_path: Path) -> None:
+def test_real_pairs_are_equal_from_s3_and_from_disk(s3_server: S3Server, realdata: Path, tmp_path: Path) -> None:
     bucket = s3_server.make_bucket("realpairs")
     s3_server.upload(realdata / "images", f"{bucket}/corpus/images")
     storage.write_bytes(f"{bucket}/corpus/pairs.csv", (realdata / "pairs.csv").read_bytes())
@@ -113,5 +113,5 @@ def test_real_pairs_read_alike_from_s3_and_from_disk(s3_server: S3Server, realda
     assert there.index().table.equals(here.index().table)
     for study in there.index().table.slice(0, 12).to_pylist():
         path = study["films"][0]["path"]
-        assert np.array_equal(there.read_film(path).grey_HW, here.read_film(path).grey_HW)
+        assert np.array_equal(there.read_image(path).grey_HW, here.read_image(path).grey_HW)
     assert s3_server.gets("realpairs/corpus/images") == 12

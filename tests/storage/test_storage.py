@@ -1,4 +1,4 @@
-"""Local folders: what is written is there whole or not at all, and what cannot be read is said."""
+"""Local folders: files are written completely or not at all, and unreadable files raise."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ import pytest
 from cmcgns import storage
 
 
-def test_a_conditional_write_keeps_what_lies_there(tmp_path: Path) -> None:
+def test_a_conditional_write_keeps_an_existing_file(tmp_path: Path) -> None:
     place = f"{tmp_path}/folder/once"
     assert storage.write_bytes(place, b"first", if_absent=True)
     assert not storage.write_bytes(place, b"second", if_absent=True)
@@ -23,7 +23,7 @@ def test_a_conditional_write_keeps_what_lies_there(tmp_path: Path) -> None:
     assert storage.list_files(str(tmp_path)) == ["folder/once"]
 
 
-def test_what_killed_writers_left_goes_and_what_others_write_stays(
+def test_leftovers_of_killed_writers_are_deleted_and_those_of_running_writers_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -42,7 +42,7 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read a folder")
-def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_folder_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(prefix="cmcgns-test-") as name:
         os.chmod(name, 0o755)
         closed = Path(name) / "closed"
@@ -51,21 +51,21 @@ def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(monkeypatch:
         (Path(name) / "film.png").write_bytes(b"")
         os.seteuid(65534)
         try:
-            with pytest.raises(storage.ForbiddenFileError, match="closed may not be read"):
+            with pytest.raises(storage.ForbiddenFileError, match="closed: permission denied"):
                 storage.list_files(name)
         finally:
             os.seteuid(0)
         assert storage.list_files(name) == ["film.png"]
 
 
-def test_a_name_longer_than_any_files_is_a_missing_file_and_told_shortly(tmp_path: Path) -> None:
-    with pytest.raises(storage.MissingFileError, match="longer than any file's name") as caught:
+def test_a_too_long_name_is_a_missing_file_with_a_short_message(tmp_path: Path) -> None:
+    with pytest.raises(storage.MissingFileError, match="too long for a file name") as caught:
         storage.read_bytes(f"{tmp_path}/{'the heart is enlarged ' * 20}")
     assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), pa.ArrowMemoryError("malloc failed")])
-def test_a_machine_in_need_is_no_broken_file(tmp_path: Path, error: Exception) -> None:
+def test_errors_of_the_machine_are_not_broken_files(tmp_path: Path, error: Exception) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / "whole")
 
     def fail(file: pq.ParquetFile) -> None:

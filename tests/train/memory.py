@@ -7,8 +7,8 @@ import numpy as np
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.data.blocks import Block
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
+from cmcgns.data.record import Block
 from tests.small import VOCABULARY
 
 

@@ -54,5 +54,5 @@ def test_a_film_that_may_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: p
             raise OSError("When reading information for key: AWS Error ACCESS_DENIED during HeadObject operation")
 
     monkeypatch.setattr(storage, "read_bytes", refuse)
-    with pytest.raises(BadRow, match="film file may not be read"):
-        FileSource(str(tmp_path), "pairs-csv").read_film("one.png")
+    with pytest.raises(BadRow, match="access to the film file is denied"):
+        FileSource(str(tmp_path), "pairs-csv").read_image("one.png")

@@ -9,7 +9,7 @@ import torch
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch, mask_positions
-from cmcgns.data.blocks import Block
+from cmcgns.data.record import Block
 from cmcgns.train import steps
 from cmcgns.train.steps import EpochPrefetch, Place, StepReader, validation_batches
 from tests.ranks import run_on_ranks

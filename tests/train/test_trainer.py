@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cmcgns.clustering.online_clustering import LocalPool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
-from cmcgns.data.blocks import Block
+from cmcgns.data.record import Block
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.train.checkpoint import seed_everything

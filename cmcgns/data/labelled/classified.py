@@ -1,4 +1,4 @@
-"""Published sets with a label for each film: CheXpert, NIH ChestX-ray14, COVIDx."""
+"""Published sets with labels per film: CheXpert, NIH ChestX-ray14, COVIDx."""
 
 import re
 from collections import Counter
@@ -12,18 +12,18 @@ from cmcgns.data.readers.base import filter_views
 from cmcgns.errors import UserError
 
 COMPETITION = {"Atelectasis": 1, "Cardiomegaly": 0, "Consolidation": 0, "Edema": 1, "Pleural Effusion": 1}
-"""The labels of the CheXpert competition, and what an uncertain -1 counts as."""
+"""The labels of the CheXpert competition, and the value that an uncertain -1 counts as."""
 VALID_PATIENTS = 5000
-"""Held out of train.csv for validation; a tenth of the patients where there are fewer than ten times as many."""
+"""Patients of train.csv for validation, but at most a tenth of all."""
 
 
 def read_chexpert(source: FileSource) -> ImageSet:
-    """The frontal films of CheXpert under five labels; the official validation set is the test split."""
+    """The frontal films of CheXpert with five labels; the official validation set is the test split."""
     folder = Folder.of(source)
     train, test = _films(folder, "train.csv"), _films(folder, "valid.csv")
     patients = train["group"].unique()
-    held = first_by_hash(patients, source.seed, min(VALID_PATIENTS, max(1, len(patients) // 10)))
-    train["split"] = np.where(train["group"].isin(held), "valid", "train")
+    valid = first_by_hash(patients, source.seed, min(VALID_PATIENTS, max(1, len(patients) // 10)))
+    train["split"] = np.where(train["group"].isin(valid), "valid", "train")
     test["split"] = "test"
     parts, filtered = [], Counter[str]()
     for name, films in (("train.csv", train), ("valid.csv", test)):
@@ -36,28 +36,30 @@ def read_chexpert(source: FileSource) -> ImageSet:
         name=source.format,
         source=source,
         table=image_table(pd.concat(parts).to_dict("records")),
-        rule=_rule(len(held), source.seed),
+        rule=_rule(len(valid), source.seed),
         classes=tuple(COMPETITION),
         filtered=dict(filtered),
     )
 
 
-def _rule(held: int, seed: int) -> str:
+def _rule(patients: int, seed: int) -> str:
     ones = ", ".join(name for name, value in COMPETITION.items() if value)
     return (
-        f"valid.csv is test; all images of {held} patients of train.csv, first by hash with seed {seed}, are valid; "
+        f"valid.csv is test; all images of {patients} patients of train.csv, first by hash with seed {seed}, are valid; "
         f"frontal views; -1 counts as 1 for {ones} and as 0 for the others; blank counts as 0, as in the published protocol"
     )
 
 
 def _films(folder: Folder, name: str) -> pd.DataFrame:
-    """Every row of a table, of all views; ``path`` is null where no file lies there."""
+    """Every row of a table, of all views; ``path`` is null if the file is missing."""
     name = folder.label_file(name)
     table = folder.table(name, ("Path", "Frontal/Lateral", *COMPETITION))
     image_id = table["Path"].str.replace(r"^CheXpert-v1\.0[^/]*/", "", regex=True)
     patient = image_id.str.extract(r"(patient\d+)", expand=False)
     if patient.isna().any():
-        raise UserError(f"{folder.uri}/{name}: Path {table['Path'][patient.isna()].iloc[0]} names no patient")
+        raise UserError(
+            f"{folder.uri}/{name}: Path {table['Path'][patient.isna()].iloc[0]} names no patient; download the file again"
+        )
     return pd.DataFrame(
         {
             "image_id": image_id,
@@ -70,18 +72,18 @@ def _films(folder: Folder, name: str) -> pd.DataFrame:
 
 
 def _labels(values: pd.DataFrame) -> np.ndarray:
-    """1 or 0 for each row and competition label."""
+    """1 or 0 per row and competition label."""
     return np.where(values == -1, list(COMPETITION.values()), values.fillna(0)).astype(np.float32)
 
 
 LINE = re.compile(r"(\S+)\s+(.+?)\s+(\S+)\s+(\S+)")
 CLASSES = (("normal", "pneumonia", "COVID-19"), ("negative", "positive"))
-"""Of versions up to 7, and from 8 on."""
+"""Classes of versions up to 7, and from 8 on."""
 IN_TEST = "patient is in the test set"
 
 
 def read_covidx(source: FileSource) -> ImageSet:
-    """Films of one class each: normal, pneumonia or COVID-19; or COVID-19 negative or positive."""
+    """Films with one class each: normal, pneumonia or COVID-19, or COVID-19 negative or positive."""
     folder = Folder.of(source)
     train, test = (covidx_films(folder, folder.label_file(f"{split}.txt")) for split in ("train", "test"))
     classes = _classes(folder, [*train["class"], *test["class"]])
@@ -95,8 +97,8 @@ def read_covidx(source: FileSource) -> ImageSet:
         parts.append(present)
         filtered.update(missing)
     films = pd.concat(parts)
-    place = {name.lower(): k for k, name in enumerate(classes)}
-    films["labels"] = list(np.eye(len(classes), dtype=np.float32)[films["class"].map(place).to_numpy(int)])
+    index = {name.lower(): k for k, name in enumerate(classes)}
+    films["labels"] = list(np.eye(len(classes), dtype=np.float32)[films["class"].map(index).to_numpy(int)])
     return ImageSet(
         name=source.format,
         source=source,
@@ -109,24 +111,26 @@ def read_covidx(source: FileSource) -> ImageSet:
 
 
 def covidx_films(folder: Folder, name: str) -> pd.DataFrame:
-    """group, image_id and class (in small letters) of each line that is not blank."""
+    """group, image_id and class (lower case) of each non-blank line."""
     rows = []
     for number, line in enumerate(folder.lines(name), start=1):
         fields = LINE.fullmatch(line)
         if fields is not None:
             rows.append({"group": fields[1], "image_id": fields[2], "class": fields[3].lower()})
         elif line:
-            raise UserError(f"{folder.uri}/{name}: line {number} is not `patient file class source`; fetch it again")
+            raise UserError(
+                f"{folder.uri}/{name}: line {number} is not `patient file class source`; download the file again"
+            )
     return pd.DataFrame(rows, columns=["group", "image_id", "class"])
 
 
-def _classes(folder: Folder, words: list[str]) -> tuple[str, ...]:
-    """The classes of the version that these words are of."""
-    known = [classes for classes in CLASSES if set(words) <= {name.lower() for name in classes}]
+def _classes(folder: Folder, names: list[str]) -> tuple[str, ...]:
+    """The classes of the version that uses these names."""
+    known = [classes for classes in CLASSES if set(names) <= {name.lower() for name in classes}]
     if not known:
         raise UserError(
-            f"{folder.uri}: train.txt and test.txt name the classes {', '.join(sorted(set(words))[:6])}; COVIDx has "
-            f"{' or '.join(', '.join(classes) for classes in CLASSES)}; take both files of one version"
+            f"{folder.uri}: train.txt and test.txt have the classes {', '.join(sorted(set(names))[:6])}; COVIDx has "
+            f"{' or '.join(', '.join(classes) for classes in CLASSES)}; use both files of one version"
         )
     return known[0]
 
@@ -140,23 +144,22 @@ NO_FINDING = "No Finding"
 ENTRIES, BOXES = "Data_Entry_2017*.csv", "BBox_List_2017.csv"
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 BOX_NAMES = {"Infiltrate": "Infiltration"}
-"""Findings that the list of boxes calls otherwise."""
+"""Findings with another name in the list of boxes."""
 
 
 def read_nih(source: FileSource) -> ImageSet:
-    """Films under 14 findings; about 900 of them have boxes."""
+    """Films with labels of 14 findings; about 900 of them have boxes."""
     folder = Folder.of(source)
     name = folder.label_file(ENTRIES)
     films = nih_entries(folder, name)
-    places = folder.films_by_name(films["image_id"])
-    films["path"] = films["image_id"].map(places)
+    films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"]))
     films["split"], rule = _splits(folder, films, source.seed)
     boxes, box_classes = nih_boxes(folder, BOXES) if folder.file(BOXES) else ({}, ())
-    strangers = sorted(set(boxes) - set(films["image_id"]))
-    if strangers:
+    unknown = sorted(set(boxes) - set(films["image_id"]))
+    if unknown:
         raise UserError(
-            f"{source.uri}/{BOXES}: {len(strangers)} of its images are not in {name}, the first of them "
-            f"{strangers[0]}; fetch both files of one release"
+            f"{source.uri}/{BOXES}: {len(unknown)} of its images are not in {name}, such as {unknown[0]}; "
+            "download both files of one release"
         )
     films["boxes"] = pd.Series([boxes.get(image) for image in films["image_id"]], films.index, dtype=object)
     films, missing = folder.present(films, name)
@@ -173,30 +176,30 @@ def read_nih(source: FileSource) -> ImageSet:
 
 def nih_entries(folder: Folder, name: str) -> pd.DataFrame:
     """image_id, group and labels of each row."""
-    # the header's last two names hold commas: read as four columns, as many as the rows have
+    # the last two names of the header contain commas: they are read as four columns, like the rows
     table = folder.table(name, ("Image Index", "Finding Labels", "Patient ID"))
-    found = [set(labels.split("|")) - {NO_FINDING} for labels in table["Finding Labels"]]
-    for row, names in enumerate(found):
+    findings = [set(labels.split("|")) - {NO_FINDING} for labels in table["Finding Labels"]]
+    for row, names in enumerate(findings):
         unknown = sorted(names.difference(FINDINGS))
         if unknown:
             raise UserError(
-                f"{folder.uri}/{name}: finding '{unknown[0]}' in row {row + 1} under the header is none of "
+                f"{folder.uri}/{name}: unknown finding '{unknown[0]}' in row {row + 1} under the header; known are "
                 f"{', '.join(FINDINGS)} and {NO_FINDING}"
             )
-    labels = [[float(finding in names) for finding in FINDINGS] for names in found]
+    labels = [[float(finding in names) for finding in FINDINGS] for names in findings]
     return pd.DataFrame({"image_id": table["Image Index"], "group": table["Patient ID"], "labels": labels})
 
 
 def nih_boxes(folder: Folder, name: str) -> tuple[dict[str, list[dict[str, float]]], tuple[str, ...]]:
-    """The boxes of each image that somebody boxed, and their classes."""
+    """The boxes of each image that has any, and their classes."""
     table = folder.table(name, ("Image Index", "Finding Label"))
     corners = numbers(table.iloc[:, 2:6], f"{folder.uri}/{name}")  # the header is `Bbox [x,y,w,h],,,`
     if corners.shape[1] < 4 or corners.isna().to_numpy().any():
-        raise UserError(f"{folder.uri}/{name}: not every row has x, y, w and h after the finding; fetch it again")
+        raise UserError(f"{folder.uri}/{name}: not every row has x, y, w and h after the finding; download it again")
     finding = table["Finding Label"].replace(BOX_NAMES)
     unknown = sorted(set(finding) - set(FINDINGS))
     if unknown:
-        raise UserError(f"{folder.uri}/{name}: finding '{unknown[0]}' is none of {', '.join(FINDINGS)}")
+        raise UserError(f"{folder.uri}/{name}: unknown finding '{unknown[0]}'; known are {', '.join(FINDINGS)}")
     classes = tuple(each for each in FINDINGS if each in set(finding))
     boxes: dict[str, list[dict[str, float]]] = {}
     for image, kind, (x, y, w, h) in zip(table["Image Index"], finding, corners.to_numpy().tolist(), strict=True):
@@ -209,13 +212,13 @@ def _splits(folder: Folder, films: pd.DataFrame, seed: int) -> tuple[pd.Series, 
     if any(folder.file(name) is None for name in LISTS.values()):
         drawn = split_by_hash(films["group"], seed, {"train": 70, "valid": 10, "test": 20})
         lists = " and ".join(LISTS.values())
-        return drawn, f"70/10/20 by patient, drawn with seed {seed}: {lists} do not lie beside the table"
-    written = {image: split for split, name in LISTS.items() for image in folder.lines(name) if image}
-    split = films["image_id"].map(written)
+        return drawn, f"70/10/20 by patient, drawn with seed {seed}, because {lists} are missing"
+    official = {image: split for split, name in LISTS.items() for image in folder.lines(name) if image}
+    split = films["image_id"].map(official)
     if split.isna().any():
         raise UserError(
-            f"{folder.uri}: {int(split.isna().sum())} images are in neither {' nor '.join(LISTS.values())}, the first "
-            f"of them {films.loc[split.isna(), 'image_id'].iloc[0]}; fetch the lists of the same release"
+            f"{folder.uri}: {int(split.isna().sum())} images are in neither {' nor '.join(LISTS.values())}, such as "
+            f"{films.loc[split.isna(), 'image_id'].iloc[0]}; download the lists of the same release"
         )
     drawn = split_by_hash(films["group"], seed, {"train": 90, "valid": 10})
     rule = f"{LISTS['test']} is test; a tenth of the patients of {LISTS['train']}, drawn with seed {seed}, are valid"

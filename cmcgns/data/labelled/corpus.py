@@ -1,17 +1,16 @@
-"""Downstream sets made of a pretraining corpus: the generated one, which knows its truth, or any that has labels."""
+"""Downstream sets from a pretraining corpus: the generated one with its ground truth, or any corpus with labels."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cmcgns.data.image import Film
-from cmcgns.data.labelled.base import IMAGE_SCHEMA, ImageSet, Places, box
+from cmcgns.data.image import CroppedImage
+from cmcgns.data.labelled.base import IMAGE_SCHEMA, Annotations, ImageSet, box
 from cmcgns.data.readers import PhantomSource, Source
-from cmcgns.data.record import StudyIndex
+from cmcgns.data.record import StudyIndex, first_films
 from cmcgns.phantom import FINDINGS, PhantomCorpus
 
 # S studies, L labels given, C classes
@@ -22,32 +21,32 @@ UNCERTAIN = -1
 
 @dataclass(frozen=True)
 class PhantomSet(ImageSet):
-    """Boxes and masks are drawn when asked for, once for both; until then each row has an empty list of either."""
+    """The generated corpus; ``annotations`` renders its boxes and masks, the lists in the table are empty."""
 
     source: PhantomSource
 
-    def places(self, row: dict[str, Any], film: Film) -> Places:
-        study, place = (int(number) for number in row["path"].split("/"))
+    def annotations(self, row: dict[str, Any], image: CroppedImage) -> Annotations:
+        study, film = (int(number) for number in row["path"].split("/"))
         source = self.source
-        truth = PhantomCorpus(source.studies, source.seed, source.height, source.width).truth(study, place)
-        boxes = [box(FINDINGS.index(name), *each) for name, found in truth.boxes.items() for each in found]
-        return super().places(row | {"boxes": boxes, "truth": truth}, film)
+        truth = PhantomCorpus(source.studies, source.seed, source.height, source.width).truth(study, film)
+        boxes = [box(FINDINGS.index(name), *each) for name, corners in truth.boxes.items() for each in corners]
+        return super().annotations(row | {"boxes": boxes, "truth": truth}, image)
 
-    def paint(self, row: dict[str, Any], film: Film, places: Places) -> None:
-        for mask_HW, name in zip(places.mask_KHW, FINDINGS, strict=True):
+    def paint(self, row: dict[str, Any], image: CroppedImage, annotations: Annotations) -> None:
+        for mask_HW, name in zip(annotations.mask_KHW, FINDINGS, strict=True):
             if name in row["truth"].masks:
-                mask_HW |= film.frame.mask(row["truth"].masks[name], *film.grey_HW.shape)
+                mask_HW |= image.frame.mask(row["truth"].masks[name], *image.grey_HW.shape)
 
 
 def phantom_set(source: PhantomSource) -> ImageSet:
-    """The generated corpus under its findings, with boxes and masks; nothing is drawn yet."""
+    """The generated corpus with its findings as classes, boxes and masks; no image is rendered yet."""
     studies = source.index().table
     value_SC = _labels(studies, FINDINGS)
-    nothing: list[list[Any]] = [[] for _ in range(len(studies))]
+    empty: list[list[Any]] = [[] for _ in range(len(studies))]
     return PhantomSet(
         name=source.format,
         source=source,
-        table=_table(studies, value_SC, nothing),
+        table=_table(studies, value_SC, empty),
         rule=RULE,
         classes=FINDINGS,
         box_classes=FINDINGS,
@@ -56,7 +55,7 @@ def phantom_set(source: PhantomSource) -> ImageSet:
 
 
 def labelled_set(source: Source, index: StudyIndex) -> ImageSet | None:
-    """A corpus under its labels, uncertain ones and blanks unknown; None where it has no labels of 1, 0 and -1."""
+    """A corpus with its labels, uncertain and blank ones as unknown; None if no label has only the values 1, 0 and -1."""
     classes = _classes(index.table)
     if not classes:
         return None
@@ -72,25 +71,25 @@ def labelled_set(source: Source, index: StudyIndex) -> ImageSet | None:
     )
 
 
-def _table(studies: pa.Table, value_SC: NDArray[np.float32], places: list[Any]) -> pa.Table:
+def _table(studies: pa.Table, value_SC: NDArray[np.float32], annotations: list[Any]) -> pa.Table:
     """The first film of each study as ``IMAGE_SCHEMA``."""
-    first = pc.list_element(studies["films"].combine_chunks(), 0)
+    first = first_films(studies)
     count, classes = value_SC.shape
     offsets = np.arange(count + 1, dtype=np.int32) * classes
     columns = {
-        "image_id": first.field("image_id"),
-        "path": first.field("path"),
+        "image_id": first["image_id"],
+        "path": first["path"],
         "group": studies["group"],
         "split": studies["split"],
         "labels": pa.ListArray.from_arrays(pa.array(offsets), pa.array(value_SC.ravel())),
-        "boxes": pa.array(places, IMAGE_SCHEMA.field("boxes").type),
-        "masks": pa.array(places, IMAGE_SCHEMA.field("masks").type),
+        "boxes": pa.array(annotations, IMAGE_SCHEMA.field("boxes").type),
+        "masks": pa.array(annotations, IMAGE_SCHEMA.field("masks").type),
     }
     return pa.table(columns, schema=IMAGE_SCHEMA)
 
 
 def _given(studies: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.object_], NDArray[np.float32]]:
-    """Study, name and value of every label that is given."""
+    """Study, name and value of every given label."""
     maps = studies["labels"].combine_chunks()
     offset_S = maps.offsets.to_numpy()
     study_L = np.repeat(np.arange(len(maps)), np.diff(offset_S))
@@ -100,14 +99,14 @@ def _given(studies: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.object_], N
 
 
 def _classes(studies: pa.Table) -> tuple[str, ...]:
-    """The names, sorted, of labels that are 1, 0 or -1 wherever they are given."""
+    """Sorted names of the labels whose values are all 1, 0 or -1."""
     _, name_L, value_L = _given(studies)
     other_L = ~np.isin(value_L, (1, 0, UNCERTAIN))
     return tuple(sorted(set(name_L) - set(name_L[other_L])))
 
 
 def _labels(studies: pa.Table, classes: tuple[str, ...]) -> NDArray[np.float32]:
-    """The label of each study and class as given, NaN where blank."""
+    """The given label of each study and class, NaN if blank."""
     study_L, name_L, value_L = _given(studies)
     column = {name: k for k, name in enumerate(classes)}
     column_L = np.array([column.get(name, -1) for name in name_L], np.int64)

@@ -8,8 +8,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cmcgns.data.image import Film
-from cmcgns.data.labelled.base import Folder, ImageSet, Places, box, image_table, mask_on_film, numbers, split_by_hash
+from cmcgns.data.image import CroppedImage
+from cmcgns.data.labelled.base import (
+    Annotations,
+    Folder,
+    ImageSet,
+    box,
+    image_table,
+    mask_on_image,
+    numbers,
+    split_by_hash,
+)
 from cmcgns.data.readers import FileSource
 from cmcgns.errors import UserError
 
@@ -18,7 +27,7 @@ RECTANGLE, ELLIPSE, POLYGON = "0", "1", "2"
 
 
 def read_object_cxr(source: FileSource) -> ImageSet:
-    """Films with and without foreign objects, each object in its box; the official dev set is the test split."""
+    """Films with and without foreign objects, with a box per object; the official dev set is the test split."""
     folder = Folder.of(source)
     parts, filtered = [], Counter[str]()
     for part in ("train", "dev"):
@@ -44,53 +53,55 @@ def _object_cxr_films(folder: Folder, part: str) -> pd.DataFrame:
     table = folder.table(name, ("annotation",))
     column = next((column for column in NAMES if column in table.columns), None)
     if column is None:
-        raise UserError(f"{folder.uri}/{name} has no column {' or '.join(NAMES)}; fetch it as it is published")
+        raise UserError(f"{folder.uri}/{name} has no column {' or '.join(NAMES)}; download the published file")
     image = table[column].str.rpartition("/")[2]
     try:
         boxes = [_boxes(name, text) for name, text in zip(image, table["annotation"], strict=True)]
     except UserError as error:
-        raise UserError(f"{folder.uri}/{name}: {error}; correct it, or fetch the file again") from None
+        raise UserError(f"{folder.uri}/{name}: {error}; fix it, or download the file again") from None
     return pd.DataFrame(
         {
             "image_id": image,
             "path": [folder.first(f"{part}/{name}", name) for name in image],
             "group": image,
-            "labels": [[float(bool(found))] for found in boxes],
+            "labels": [[float(bool(each))] for each in boxes],
             "boxes": boxes,
         }
     )
 
 
 def _boxes(image: str, annotation: str) -> list[dict[str, Any]]:
-    """The box around each object of an annotation."""
-    found = []
+    """The bounding box of each object of an annotation."""
+    boxes = []
     for text in filter(None, (part.strip() for part in annotation.split(";"))):
         shape, *corners = text.split()
         try:
             corner_N2 = np.array(corners, np.float64).reshape(-1, 2)
         except ValueError:
             raise UserError(f"image {image}: '{text}' is not a shape and pairs of numbers") from None
-        if not _fits(shape, len(corner_N2)) or not np.isfinite(corner_N2).all():
-            raise UserError(f"image {image}: '{text}' is no rectangle (0), ellipse (1) or polygon (2) with its corners")
-        found.append(box(0, *corner_N2.min(axis=0).tolist(), *corner_N2.max(axis=0).tolist()))
-    return found
+        if not _is_valid(shape, len(corner_N2)) or not np.isfinite(corner_N2).all():
+            raise UserError(
+                f"image {image}: '{text}' is not a rectangle (0), ellipse (1) or polygon (2) with its corners"
+            )
+        boxes.append(box(0, *corner_N2.min(axis=0).tolist(), *corner_N2.max(axis=0).tolist()))
+    return boxes
 
 
-def _fits(shape: str, corners: int) -> bool:
-    """Whether a shape has as many corners; an ellipse has those of the box around it."""
+def _is_valid(shape: str, corners: int) -> bool:
+    """Whether a shape has the right number of corners; an ellipse is given by its bounding box."""
     return corners == 2 if shape in (RECTANGLE, ELLIPSE) else shape == POLYGON and corners >= 3
 
 
-RSNA_LABELS, FILMS = "stage_2_train_labels.csv", "stage_2_train_images/"
+RSNA_LABELS, RSNA_IMAGES = "stage_2_train_labels.csv", "stage_2_train_images/"
 CORNERS = ["x", "y", "width", "height"]
 SHARES = {"train": 60, "valid": 20, "test": 20}  # MGCA's 16,010 / 5,337 / 5,337
 
 
 def read_rsna(source: FileSource) -> ImageSet:
-    """Films with and without pneumonia, each with its boxes; its mask is the boxes, filled."""
+    """Films with and without pneumonia, with boxes; the masks are the filled boxes."""
     folder = Folder.of(source)
     films = rsna_films(folder, folder.label_file(RSNA_LABELS))
-    films["path"] = films["image_id"].map(folder.films_by_name(films["image_id"], stem=True, under=FILMS))
+    films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"], stem=True, under=RSNA_IMAGES))
     films["split"] = split_by_hash(films["group"], source.seed, SHARES)
     films, missing = folder.present(films, RSNA_LABELS)
     return ImageSet(
@@ -106,26 +117,26 @@ def read_rsna(source: FileSource) -> ImageSet:
 
 
 def rsna_films(folder: Folder, name: str) -> pd.DataFrame:
-    """image_id, group, labels, boxes and masks, one row a patient, in the order in which they first appear."""
+    """image_id, group, labels, boxes and masks, one row per patient, in the order in which they first appear."""
     table = folder.table(name, ("patientId", *CORNERS, "Target"))
     file = f"{folder.uri}/{name}"
     values = numbers(table[[*CORNERS, "Target"]], file)
     given = values[CORNERS].notna().sum(axis=1)
-    torn = values["Target"].groupby(table["patientId"]).transform("nunique") > 1
-    wrong = torn | ~values["Target"].isin([0, 1]) | (given != 4 * values["Target"])
+    contradictory = values["Target"].groupby(table["patientId"]).transform("nunique") > 1
+    wrong = contradictory | ~values["Target"].isin([0, 1]) | (given != 4 * values["Target"])
     if wrong.any():
         first = wrong.to_numpy().argmax()
         raise UserError(
             f"{file}: row {first + 1} under the header, patientId {table['patientId'].iloc[first]}, is neither Target 1 "
-            "with x, y, width and height nor the patient's only Target 0 without them; fetch the file again"
+            "with x, y, width and height nor the patient's only row with Target 0 and blanks; download the file again"
         )
     boxes: dict[str, list[dict[str, Any]]] = {}
     for patient, (x, y, width, height, target) in zip(table["patientId"], values.to_numpy().tolist(), strict=True):
         boxes.setdefault(patient, []).extend([box(0, x, y, x + width, y + height)] if target else [])
     rows = [
-        # every film has been looked at; what is painted are its boxes
-        {"image_id": patient, "group": patient, "labels": [float(bool(found))], "boxes": found, "masks": []}
-        for patient, found in boxes.items()
+        # every film is annotated; masks are painted from the boxes
+        {"image_id": patient, "group": patient, "labels": [float(bool(each))], "boxes": each, "masks": []}
+        for patient, each in boxes.items()
     ]
     return pd.DataFrame(rows)
 
@@ -134,34 +145,34 @@ def rsna_films(folder: Folder, name: str) -> pd.DataFrame:
 
 SIIM_LABELS = "train-rle.csv"
 SIDE = 1024
-"""Pixels of the height and width that all masks are written for."""
-NOTHING = "-1"
+"""Height and width in pixels of all masks."""
+NO_MASK = "-1"
 
 
 @dataclass(frozen=True)
 class RunsSet(ImageSet):
-    """Each part of a mask is a text of relative runs."""
+    """Each part of a mask is a string of relative runs."""
 
     source: FileSource
 
-    def paint(self, row: dict[str, Any], film: Film, places: Places) -> None:
+    def paint(self, row: dict[str, Any], image: CroppedImage, annotations: Annotations) -> None:
         if row["masks"]:
             mask_HW = np.any([decode_relative_rle(text, SIDE, SIDE) for text in row["masks"]], axis=0)
-            places.mask_KHW[0] |= mask_on_film(mask_HW, self.source, row["path"], film)
+            annotations.mask_KHW[0] |= mask_on_image(mask_HW, self.source, row["path"], image)
 
 
 def read_siim(source: FileSource) -> ImageSet:
-    """Films with and without pneumothorax, each with its mask."""
+    """Films with and without pneumothorax, with masks."""
     folder = Folder.of(source)
     films = _siim_films(folder, folder.label_file(SIIM_LABELS))
-    films["path"] = films["image_id"].map(folder.films_by_name(films["image_id"], stem=True))
+    films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"], stem=True))
     films["split"] = split_by_hash(films["group"], source.seed, {"train": 70, "valid": 15, "test": 15})
     films, missing = folder.present(films, SIIM_LABELS)
     return RunsSet(
         name=source.format,
         source=source,
         table=image_table(films.to_dict("records")),
-        rule=f"70/15/15 by image, drawn with seed {source.seed}: the table names no patients",
+        rule=f"70/15/15 by image, drawn with seed {source.seed}, because the table has no patient ids",
         classes=("pneumothorax",),
         mask_classes=("pneumothorax",),
         filtered=missing,
@@ -169,26 +180,26 @@ def read_siim(source: FileSource) -> ImageSet:
 
 
 def _siim_films(folder: Folder, name: str) -> pd.DataFrame:
-    """image_id, group, labels and masks, one row an image, in the order in which they first appear."""
+    """image_id, group, labels and masks, one row per image, in the order in which they first appear."""
     table = folder.table(name, ("ImageId", "EncodedPixels"))
     parts: dict[str, list[str]] = {}
     for image, text in zip(table["ImageId"], table["EncodedPixels"], strict=True):
         parts.setdefault(image, []).append(text)
     rows = []
     for image, texts in parts.items():
-        if set(texts) == {NOTHING}:
+        if set(texts) == {NO_MASK}:
             texts = []
         try:
             for text in texts:
                 relative_runs(text, SIDE * SIDE)
         except UserError as error:
-            raise UserError(f"{folder.uri}/{name}: image {image}: {error}; fetch the file again") from None
+            raise UserError(f"{folder.uri}/{name}: image {image}: {error}; download the file again") from None
         rows.append({"image_id": image, "group": image, "labels": [float(bool(texts))], "masks": texts})
     return pd.DataFrame(rows)
 
 
 def decode_relative_rle(text: str, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask, (height, width): after each gap from the last run's end comes a run, down one column after the other."""
+    """The mask (height, width): alternating gaps and runs of pixels, column by column."""
     number_N = relative_runs(text, height * width)
     mask_P = np.zeros(height * width, bool)
     mask_P[: number_N.sum()] = np.repeat(np.arange(len(number_N)) % 2 == 1, number_N)
@@ -196,13 +207,13 @@ def decode_relative_rle(text: str, height: int, width: int) -> NDArray[np.bool_]
 
 
 def relative_runs(text: str, pixels: int) -> NDArray[np.int64]:
-    """The gaps and runs of an encoding, in turn; ``UserError`` where they are none of a mask of ``pixels``."""
+    """The alternating gaps and runs of an encoding; ``UserError`` if they do not fit a mask of ``pixels``."""
     try:
         number_N = np.array(text.split(), np.int64)
     except (ValueError, OverflowError):
-        raise UserError("its encoding holds something other than whole numbers") from None
+        raise UserError("its encoding has values that are not integers") from None
     if not len(number_N) or len(number_N) % 2:
         raise UserError(f"its encoding has {len(number_N)} numbers, not pairs of a gap and a run")
     if number_N.min() < 0 or number_N.max() > pixels or number_N.sum() > pixels:
-        raise UserError(f"its encoding leaves the mask of {pixels} pixels")
+        raise UserError(f"its encoding exceeds the mask of {pixels} pixels")
     return number_N

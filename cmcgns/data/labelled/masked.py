@@ -1,4 +1,4 @@
-"""Boxes of a COCO JSON, by the name of the image."""
+"""A user's own images with mask files or COCO boxes, listed in a table."""
 
 import json
 from collections import Counter
@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.decode import decode_film
-from cmcgns.data.image import Film
-from cmcgns.data.labelled.base import Folder, ImageSet, Places, box, image_table, mask_on_film, split_by_hash
+from cmcgns.data.decode import decode_image
+from cmcgns.data.image import CroppedImage
+from cmcgns.data.labelled.base import Annotations, Folder, ImageSet, box, image_table, mask_on_image, split_by_hash
 from cmcgns.data.readers import FileSource, PairsSource
 from cmcgns.data.readers.base import SPLIT_NAMES, decode_text
 from cmcgns.errors import BadRow, UserError
@@ -19,30 +19,30 @@ from cmcgns.errors import BadRow, UserError
 
 @dataclass(frozen=True)
 class CocoBoxes:
-    """What a COCO JSON says of boxes."""
+    """The boxes of a COCO JSON file."""
 
     categories: tuple[str, ...]
     by_path: dict[str, list[tuple[str, list[float]]]]
-    """Category and x, y, w, h of each box of an image, by its file_name as written."""
+    """Category and x, y, w, h of each box, by the file_name of the image."""
     path_of: dict[str, str]
-    """The file_name as written, by its last part, where one image alone has it."""
+    """The file_name by its last part, if that is unique."""
 
     def of(self, image: str) -> list[tuple[str, list[float]]] | None:
-        """The boxes of an image; None where the file does not list it."""
+        """The boxes of an image; None if the file does not list it."""
         if image in self.by_path:
             return self.by_path[image]
         return self.by_path.get(self.path_of.get(_last(image), ""))
 
 
 def read_coco(uri: str) -> CocoBoxes:
-    """The boxes in the file at ``uri``; ``UserError`` where it is no COCO JSON."""
+    """The boxes in the file at ``uri``; ``UserError`` if it is not a COCO JSON."""
     try:
         return _parsed(json.loads(decode_text(storage.read_bytes(uri))))
     except json.JSONDecodeError as error:
-        raise UserError(f"{uri} is no readable JSON: {error}") from None
+        raise UserError(f"{uri} is not valid JSON: {error}; export it again") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{uri} is no COCO file of boxes ({type(error).__name__}: {error}); it needs images (id, file_name), "
+            f"{uri} is not a COCO file with boxes ({type(error).__name__}: {error}); it needs images (id, file_name), "
             "categories (id, name) and annotations (image_id, category_id, bbox of x, y, w, h)"
         ) from None
 
@@ -54,8 +54,8 @@ def _parsed(coco: dict[str, Any]) -> CocoBoxes:
     for each in coco["annotations"]:
         x, y, w, h = (float(number) for number in each["bbox"])
         by_path[paths[each["image_id"]]].append((names[each["category_id"]], [x, y, w, h]))
-    times = Counter(_last(path) for path in by_path)
-    path_of = {_last(path): path for path in by_path if times[_last(path)] == 1}
+    count = Counter(_last(path) for path in by_path)
+    path_of = {_last(path): path for path in by_path if count[_last(path)] == 1}
     return CocoBoxes(tuple(dict.fromkeys(names[key] for key in sorted(names))), by_path, path_of)
 
 
@@ -65,30 +65,30 @@ def _last(path: str) -> str:
 
 MASK, BOXES = "_mask", "_boxes"
 THRESHOLD = 127
-"""Grey level above which a pixel of a mask file is set."""
+"""Pixels of a mask file above this grey level are set."""
 SHARES = {"train": 60, "valid": 20, "test": 20}
 
 
 @dataclass(frozen=True)
 class MaskFileSet(ImageSet):
-    """Each part of a mask is the path of its file, one for each of ``mask_classes``; null where there is none."""
+    """Masks are paths of files, one per ``mask_classes``; null if there is none."""
 
     source: FileSource
 
-    def paint(self, row: dict[str, Any], film: Film, places: Places) -> None:
-        for mask_HW, path in zip(places.mask_KHW, row["masks"] or [], strict=False):
+    def paint(self, row: dict[str, Any], image: CroppedImage, annotations: Annotations) -> None:
+        for mask_HW, path in zip(annotations.mask_KHW, row["masks"] or [], strict=False):
             if path is not None:
                 try:
-                    grey_HW = decode_film(storage.read_bytes(storage.join(self.source.uri, path)), path)
+                    grey_HW = decode_image(storage.read_bytes(storage.join(self.source.uri, path)), path).grey_HW
                 except BadRow as error:
                     raise BadRow(f"mask {path}: {error}") from None
-                mask_HW |= mask_on_film(grey_HW > THRESHOLD, self.source, row["path"], film)
+                mask_HW |= mask_on_image(grey_HW > THRESHOLD, self.source, row["path"], image)
 
 
 def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
-    """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at the CSV itself.
+    """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at a CSV file.
 
-    ``draw_splits``: whatever splits it has written.
+    ``draw_splits``: ignore its split column.
     """
     at = PairsSource.at(source.uri, source.views, source.seed)
     source, name = replace(source, uri=at.uri), at.table_name
@@ -96,8 +96,8 @@ def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
     table = folder.table(folder.label_file(name), ("image",))
     kinds = {ending: [each for each in table.columns if each.endswith(ending)] for ending in (MASK, BOXES)}
     if not any(kinds.values()):
-        raise UserError(f"{source.uri}/{name} has no column whose name ends in {MASK} or {BOXES}; it needs one")
-    table = table.drop_duplicates(["image", *kinds[MASK], *kinds[BOXES]])  # a picture may be in several pairs
+        raise UserError(f"{source.uri}/{name} has no column whose name ends in {MASK} or {BOXES}; add one")
+    table = table.drop_duplicates(["image", *kinds[MASK], *kinds[BOXES]])  # an image may be in several pairs
     boxes, box_classes = _boxes(folder, table, kinds[BOXES])
     films = pd.DataFrame(
         {
@@ -108,11 +108,11 @@ def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
             "masks": _masks(folder, table, kinds[MASK], name),
         }
     )
-    seen = films["boxes"].notna() | films["masks"].notna()
-    films = films[seen].assign(labels=[[]] * int(seen.sum()))
+    annotated = films["boxes"].notna() | films["masks"].notna()
+    films = films[annotated].assign(labels=[[]] * int(annotated.sum()))
     if draw_splits:
         table = table.drop(columns="split", errors="ignore")
-    films["split"], rule = _splits(table[seen], films["group"], f"{source.uri}/{name}", source.seed)
+    films["split"], rule = _splits(table[annotated], films["group"], f"{source.uri}/{name}", source.seed)
     films, missing = folder.present(films, name)
     return MaskFileSet(
         name=source.format,
@@ -121,12 +121,12 @@ def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
         rule=rule,
         box_classes=box_classes,
         mask_classes=tuple(each.removesuffix(MASK) for each in kinds[MASK]),
-        filtered=missing | ({"neither mask nor boxes": int((~seen).sum())} if not seen.all() else {}),
+        filtered=missing | ({"neither mask nor boxes": int((~annotated).sum())} if not annotated.all() else {}),
     )
 
 
 def _groups(table: pd.DataFrame) -> pd.Series:
-    """What splits keep together: the group as written, else the patient, else the image."""
+    """What splits keep together: the group, otherwise the patient, otherwise the image."""
     group = table["image"]
     for name in ("patient", "group"):
         if name in table.columns:
@@ -135,29 +135,29 @@ def _groups(table: pd.DataFrame) -> pd.Series:
 
 
 def _masks(folder: Folder, table: pd.DataFrame, columns: Sequence[str], name: str) -> pd.Series:
-    """The paths of each row's mask files, null in place of those it does not name; null where it names none."""
+    """The paths of each row's mask files, null for blanks; null if all are blank."""
     for column in columns:
-        gone = table.loc[~table[column].isin([*folder.paths, ""]), column]
-        if len(gone):
+        missing = table.loc[~table[column].isin([*folder.paths, ""]), column]
+        if len(missing):
             raise UserError(
-                f"{folder.uri}: {len(gone)} files of column {column} of {name} are not there, the first of them "
-                f"{gone.iloc[0]}; give paths relative to the folder, or leave them blank"
+                f"{folder.uri}: {len(missing)} files of column {column} of {name} are missing, such as "
+                f"{missing.iloc[0]}; give paths relative to the folder, or leave them blank"
             )
-    named = [[path or None for path in row] for row in table[list(columns)].to_numpy().tolist()]
-    return pd.Series([row if any(row) else None for row in named], table.index, dtype=object)
+    paths = [[path or None for path in row] for row in table[list(columns)].to_numpy().tolist()]
+    return pd.Series([row if any(row) else None for row in paths], table.index, dtype=object)
 
 
 def _boxes(folder: Folder, table: pd.DataFrame, columns: Sequence[str]) -> tuple[pd.Series, tuple[str, ...]]:
-    """The boxes of each row, null where no file that it names lists its image; and their classes."""
+    """The boxes of each row, null if none of its files lists the image, and their classes."""
     names = pd.unique(table[list(columns)].to_numpy().ravel())
     files = {name: read_coco(storage.join(folder.uri, name)) for name in names if name}
     classes = tuple(dict.fromkeys(each for file in files.values() for each in file.categories))
 
     def of(image: str, row: list[str]) -> list[dict[str, Any]] | None:
-        found = [files[name].of(image) for name in dict.fromkeys(row) if name]
-        if all(boxes is None for boxes in found):
+        per_file = [files[name].of(image) for name in dict.fromkeys(row) if name]
+        if all(boxes is None for boxes in per_file):
             return None
-        listed = [each for boxes in found for each in boxes or []]
+        listed = [each for boxes in per_file for each in boxes or []]
         return [box(classes.index(kind), x, y, x + w, y + h) for kind, (x, y, w, h) in listed]
 
     rows = zip(table["image"], table[list(columns)].to_numpy().tolist(), strict=True)
@@ -173,12 +173,12 @@ def _splits(table: pd.DataFrame, groups: pd.Series, file: str, seed: int) -> tup
     unknown = given[~given.isin([*SPLIT_NAMES, ""])]
     if len(unknown):
         raise UserError(
-            f"{file}: split {unknown.iloc[0]} is unknown, in {len(unknown)} rows; give train, valid, test or leave it "
+            f"{file}: unknown split {unknown.iloc[0]} in {len(unknown)} rows; give train, valid, test or leave it "
             "blank to have it drawn"
         )
-    written = given.map(SPLIT_NAMES).groupby(groups)
-    torn = int((written.nunique() > 1).sum())
-    rule = f"as the table's column split says, else 60/20/20 by group, drawn with seed {seed}"
-    if torn:
-        rule += f"; {torn} groups that the column tears apart lie whole in the split of their first image"
-    return written.transform("first").fillna(drawn), rule
+    of_group = given.map(SPLIT_NAMES).groupby(groups)
+    conflicting = int((of_group.nunique() > 1).sum())
+    rule = f"by the column split, otherwise 60/20/20 by group, drawn with seed {seed}"
+    if conflicting:
+        rule += f"; {conflicting} groups with several splits take the split of their first image"
+    return of_group.transform("first").fillna(drawn), rule

@@ -9,23 +9,23 @@ from cmcgns.config import CorpusConfig, Section
 
 class PrepareConfig(Section):
     out: str = ""
-    """Folder of the prepared set, local or `s3://`: new, or left by a prepare of the same settings that was stopped."""
+    """Folder of the prepared set, local or `s3://`: a new one, or one from an interrupted prepare with the same settings."""
     image_size: PositiveInt = 512
-    """Shorter side of a prepared film in pixels; films that are smaller stay as they are."""
+    """Shorter side of a prepared film in pixels; smaller films are not enlarged."""
     encoding: Literal["jpeg", "png"] = "jpeg"
     """How films are stored: `png` is lossless and about three times as large."""
     quality: int = Field(95, ge=1, le=100)
     """JPEG quality."""
     shard_mb: PositiveInt = 256
-    """Size of a shard in MB, about."""
+    """Approximate size of a shard in MB."""
     least_shards: PositiveInt = 16
-    """A small set is cut into as many shards, so that several tasks can work on it."""
+    """A small set is cut into at least this many shards, so that several tasks can work on it."""
     cpus_per_task: float = Field(1.0, gt=0.0)
-    """CPUs that Ray reserves for the task that makes one shard."""
+    """CPUs that Ray reserves for each task; a task makes one shard."""
     pseudonymise_key_file: str | None = None
-    """File with a secret of at least 16 bytes: ids of patients, studies and films become hashes keyed with it."""
+    """File with a secret of at least 16 bytes: ids of patients, studies and films are replaced by hashes keyed with it."""
     check: bool = False
-    """Read the prepared set at `out` again instead: counts, hashes, leaks between splits. `--check` is short for it."""
+    """Check the prepared set at `out` instead: counts, hashes, leaks between splits. `--check` is short for this."""
 
 
 class PrepareJobConfig(Section):
@@ -37,9 +37,7 @@ class PrepareJobConfig(Section):
     @model_validator(mode="after")
     def parts_work_together(self) -> Self:
         if not self.prepare.out:
-            raise ValueError(
-                "prepare.out is missing; name the folder of the prepared set, such as s3://bucket/prepared"
-            )
+            raise ValueError("prepare.out is missing; give a folder for the prepared set, such as s3://bucket/prepared")
         if self.data.format == "parquet":
-            raise ValueError("data.format parquet: that set is prepared already; give the raw one")
+            raise ValueError("data.format parquet: that set is already prepared; give the raw one")
         return self

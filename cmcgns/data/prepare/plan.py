@@ -1,4 +1,4 @@
-"""The plan of a prepared set: which groups go into which shard, written down before the first shard is made."""
+"""The plan of a prepared set: which groups go into which shard, written before the first shard."""
 
 import hashlib
 import json
@@ -17,16 +17,16 @@ from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError
 
 SAMPLE_STUDIES = 16
-"""Studies prepared beforehand, to tell how many go into a shard."""
-GUESSED_BYTES = 100_000
-"""Bytes of a film where no film of the sample can be used."""
-WHERE_AND_HOW_FAST = ("out", "cpus_per_task", "pseudonymise_key_file", "check")
-"""Settings that a prepare may be gone on with differently."""
+"""Studies prepared in advance to estimate how many fit into a shard."""
+DEFAULT_IMAGE_BYTES = 100_000
+"""Assumed size of a film if no film of the sample can be used."""
+FREE_SETTINGS = ("out", "cpus_per_task", "pseudonymise_key_file", "check")
+"""Settings that may change when a prepare is resumed, because they do not affect the content."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a raw corpus, in the order in which it will lie."""
+    """One split of a raw corpus, in the order of the prepared set."""
 
     studies: pa.Table
     arrangement: Arrangement
@@ -34,13 +34,13 @@ class Split:
     def group(self, number: int) -> list[dict[str, Any]]:
         """The studies of one group."""
         first, end = self.arrangement.group_S.searchsorted([number, number + 1])
-        found: list[dict[str, Any]] = self.studies.slice(first, end - first).to_pylist()
-        return found
+        studies: list[dict[str, Any]] = self.studies.slice(first, end - first).to_pylist()
+        return studies
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be made, the same however often it is begun."""
+    """What a prepare will make; the same when it is resumed."""
 
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -50,8 +50,8 @@ class Plan:
 
 
 def arrange_splits(index: StudyIndex, group_studies: int, pseudonyms: Pseudonyms) -> dict[str, Split]:
-    """Train, valid and test of a raw corpus, in the order of the ids that will stand in the set: by their own order the
-    pseudonyms could be matched with a list of the ids."""
+    """Train, valid and test of a raw corpus, sorted by the ids that the set will contain: sorted by the original ids, the
+    pseudonyms could be matched with a list of these."""
     return {name: Split(*arranged(index.split(name), group_studies, pseudonyms)) for name in SPLITS}
 
 
@@ -75,11 +75,10 @@ def make_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
 
 
 def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
-    """What a set says of the corpus that it was made of; the digest, of all that its index says, tells whether that is still
-    the same."""
+    """Description of the raw corpus for the manifest; the digest of its whole index shows whether it has changed."""
     digest = hashlib.blake2b(digest_size=16)
     if source.format == "phantom":
-        digest.update(repr(source).encode())  # the size of the films that it draws
+        digest.update(repr(source).encode())  # includes the size of its films
     for name, split in splits.items():
         digest.update(f"{name} {content_hash(split.studies)}".encode())
     studies = sum(len(split.studies) for split in splits.values())
@@ -87,8 +86,8 @@ def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
 
 
 def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, Any]:
-    """The settings that decide what a set holds."""
-    prepare = config.prepare.model_dump(mode="json", exclude=set(WHERE_AND_HOW_FAST))
+    """The settings that affect the content of a set."""
+    prepare = config.prepare.model_dump(mode="json", exclude=set(FREE_SETTINGS))
     return prepare | {
         "views": list(config.data.views),
         "crop_borders": config.data.crop_borders,
@@ -99,59 +98,62 @@ def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, A
 
 
 def _groups_per_shard(config: PrepareJobConfig, splits: dict[str, Split], maker: Maker, groups: int) -> int:
-    """Groups whose films take about ``shard_mb``, or fewer where that would make too few shards."""
-    most = config.prepare.shard_mb * 1_000_000 / max(_bytes_per_study(splits, maker) * config.data.group_studies, 1)
-    return max(1, min(round(most), groups // config.prepare.least_shards))
+    """Groups whose films take about ``shard_mb``, or fewer if that would make too few shards."""
+    fitting = config.prepare.shard_mb * 1_000_000 / max(_bytes_per_study(splits, maker) * config.data.group_studies, 1)
+    return max(1, min(round(fitting), groups // config.prepare.least_shards))
 
 
 def _bytes_per_study(splits: dict[str, Split], maker: Maker) -> float:
-    """Mean bytes of the films of a few studies, spread evenly over the largest split."""
+    """Mean size in bytes of the films of a study, from a few studies spread evenly over the largest split."""
     studies = max((split.studies for split in splits.values()), key=len)
     step = max(len(studies) // SAMPLE_STUDIES, 1)
     rows, _ = maker.rows(studies.take(list(range(0, len(studies), step))[:SAMPLE_STUDIES]).to_pylist())
-    films = [len(film) for film in rows["image"].to_pylist()]
-    return sum(films) / max(len(rows["study_id"].unique()), 1) if films else GUESSED_BYTES
+    sizes = [len(image) for image in rows["image"].to_pylist()]
+    return sum(sizes) / max(len(rows["study_id"].unique()), 1) if sizes else DEFAULT_IMAGE_BYTES
 
 
 def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms) -> Plan:
-    """The plan that lies at ``prepare.out``, where it is of the same corpus and settings; else a new one, written there."""
+    """The plan stored at ``prepare.out``, checked for the same corpus and settings; otherwise a new one, stored there."""
     out = config.prepare.out
-    place = storage.join(out, PLAN)
-    if storage.exists(place):
-        plan = read_plan(place)
-        _refuse_another(f"prepare.out {out} was begun", plan.source, plan.settings, config, source, splits, pseudonyms)
+    path = storage.join(out, PLAN)
+    if storage.exists(path):
+        plan = read_plan(path)
+        _check_unchanged(
+            f"prepare.out {out} was started", plan.source, plan.settings, config, source, splits, pseudonyms
+        )
         return plan
-    others = [name for name in _files(out) if not storage.is_leftover(name)]  # of one killed while it wrote its plan
+    # a leftover is from a prepare killed while it wrote its plan
+    others = [name for name in _files(out) if not storage.is_leftover(name)]
     if others:
         raise UserError(
-            f"prepare.out {out} is not empty ({len(others)} files such as {others[0]}) and holds no prepare that could be "
-            "gone on with; give a new folder"
+            f"prepare.out {out} is not empty ({len(others)} files such as {others[0]}) and has no {PLAN} to resume; "
+            "give a new folder"
         )
     plan = make_plan(config, source, splits, pseudonyms)
-    if not storage.write_bytes(place, (json.dumps(asdict(plan), indent=1) + "\n").encode(), if_absent=True):
+    if not storage.write_bytes(path, (json.dumps(asdict(plan), indent=1) + "\n").encode(), if_absent=True):
         return open_plan(config, source, splits, pseudonyms)  # another prepare was faster
     return plan
 
 
 def read_plan(uri: str) -> Plan:
     """The plan at ``uri``."""
-    with well_formed(uri, "plan of ours", "delete the folder, or give a new one"):
-        given = json.loads(storage.read_bytes(uri))
-        shards = [ShardPlan(**shard) for shard in given.pop("shards")]
-        return Plan(shards=shards, **given)
+    with well_formed(uri, "plan of a prepared set", "delete the folder, or give a new one"):
+        fields = json.loads(storage.read_bytes(uri))
+        shards = [ShardPlan(**shard) for shard in fields.pop("shards")]
+        return Plan(shards=shards, **fields)
 
 
-def refuse_another_set(
+def check_complete_set(
     config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms
 ) -> None:
-    """Refuse a complete set at ``prepare.out`` that is of another corpus or of other settings."""
+    """Raise if the complete set at ``prepare.out`` is of another corpus or has other settings."""
     manifest = read_manifest(config.prepare.out)
-    what = f"prepare.out {config.prepare.out} holds a complete set"
-    _refuse_another(what, manifest.source, manifest.settings, config, source, splits, pseudonyms)
+    state = f"prepare.out {config.prepare.out} is a complete set"
+    _check_unchanged(state, manifest.source, manifest.settings, config, source, splits, pseudonyms)
 
 
-def _refuse_another(
-    what: str,
+def _check_unchanged(
+    state: str,
     known_source: dict[str, Any],
     known: dict[str, Any],
     config: PrepareJobConfig,
@@ -161,12 +163,14 @@ def _refuse_another(
 ) -> None:
     for name, value in settings_of(config, pseudonyms).items():
         if known.get(name) != value:
-            raise UserError(f"{what} with {name} {known.get(name)!r}, not {value!r}; give the same, or a new folder")
+            raise UserError(
+                f"{state} with {name} {known.get(name)!r}, not {value!r}; give the same value, or a new folder"
+            )
     now = describe_source(source, splits)
     if known_source["digest"] != now["digest"]:
         raise UserError(
-            f"{what} from {known_source['studies']} studies of {known_source['uri']}, and data.uri {source.uri} now has "
-            f"{now['studies']} or others; give a new folder"
+            f"{state} from {known_source['studies']} studies of {known_source['uri']}, but data.uri {source.uri} now has "
+            f"{now['studies']} studies, or their content changed; give a new folder"
         )
 
 

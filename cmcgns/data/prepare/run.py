@@ -1,4 +1,4 @@
-"""The driver of `jobs/prepare.py`: plans shards, has Ray Data make those that are missing, writes the manifest last."""
+"""The driver of `jobs/prepare.py`: plans the shards, makes the missing ones with Ray Data, writes the manifest last."""
 
 import os
 import time
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data  # before ray_session, which quiets its log
+import ray.data  # before ray_session, which silences its log
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +24,8 @@ from cmcgns.cluster.session import ray_session
 from cmcgns.data.image import Target
 from cmcgns.data.manifest import MANIFEST, PLAN, SPLITS, Manifest, joint_hash, read_manifest
 from cmcgns.data.prepare.config import PrepareJobConfig
-from cmcgns.data.prepare.plan import Plan, Split, arrange_splits, open_plan, refuse_another_set
-from cmcgns.data.prepare.shard import MadeShard, Maker, Pseudonyms, ShardAccount, ShardPlan, find_made
+from cmcgns.data.prepare.plan import Plan, Split, arrange_splits, check_complete_set, open_plan
+from cmcgns.data.prepare.shard import MadeShard, Maker, Pseudonyms, ShardAccount, ShardPlan, read_made
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError, cause
@@ -36,60 +36,60 @@ READ_THREADS = 16
 
 @dataclass
 class Progress:
-    """What has been made so far."""
+    """The shards made so far."""
 
     studies: int
-    """Studies of the corpus, those included that could not be used at first sight."""
+    """Studies of the corpus, including those that the reader rejected."""
     bad_rows: dict[str, str]
-    """Reason by study, or by study/film where the study has others."""
+    """Reason by study, or by study/film if other films of the study can be used."""
     lost: int
     """Studies that cannot be used."""
     made: dict[str, MadeShard] = field(default_factory=dict)
     retries: int = 0
 
     def add(self, shard: MadeShard) -> None:
-        """Take a shard in."""
+        """Add a finished shard."""
         self.made[shard.plan.name] = shard
         self.bad_rows |= shard.account.bad_rows
         self.lost += shard.account.lost
 
-    def complaint(self, most: float) -> str | None:
-        """What to tell the user when more than the share ``most`` of the studies is lost; else None."""
+    def too_many_lost(self, most: float) -> str | None:
+        """The error message if more than the share ``most`` of the studies is lost; otherwise None."""
         return too_many_bad(self.lost, self.studies, most, self.bad_rows.values())
 
 
 def prepare(config: PrepareJobConfig) -> int:
-    """Exit status of a preparation: 0 complete, 1 failed, 130 stopped by the user; what is made stays made."""
+    """Prepare a corpus; returns 0 if complete, 1 if failed, 130 if stopped by the user. Finished shards are kept."""
     terminal = console()
     pseudonyms = Pseudonyms.from_file(config.prepare.pseudonymise_key_file)
     config = with_absolute_paths(config)
     out = config.prepare.out
     with log_on(terminal):
         source, index = open_index("data.uri", config.data, Target(config.prepare.image_size, "shorter"))
-        refuse_useless(config, source, index)
+        check_corpus(config, source, index)
         splits = arrange_splits(index, config.data.group_studies, pseudonyms)
         if storage.exists(storage.join(out, MANIFEST)):
-            refuse_another_set(config, source, splits, pseudonyms)
+            check_complete_set(config, source, splits, pseudonyms)
             clear(out)
-            return say_complete(terminal, out, "was complete already")
+            return report_complete(terminal, out, "was already complete")
         plan = open_plan(config, source, splits, pseudonyms)
-        progress = look_around(plan, index, out, pseudonyms)
+        progress = read_progress(plan, index, out, pseudonyms)
         missing = [shard for shard in plan.shards if shard.name not in progress.made]
         print_plan(terminal, describe_plan(config, source, index, plan, missing))
         maker, began = Maker(source, config.prepare, pseudonyms), time.perf_counter()
         with quiet_terminal(), ray_session(uris=[config.data.uri, out]) as cpus:
-            refuse_large_tasks(config.prepare.cpus_per_task, cpus)
+            check_task_size(config.prepare.cpus_per_task, cpus)
             status = make_missing(terminal, config, maker, splits, missing, progress)
         if status:
             return status
         made = [progress.made[shard.name] for shard in plan.shards]
         write_manifest(out, plan, index, made, progress.bad_rows)
         clear(out)
-        return say_complete(terminal, out, f"is complete after {time.perf_counter() - began:.0f} s")
+        return report_complete(terminal, out, f"is complete after {time.perf_counter() - began:.0f} s")
 
 
 def with_absolute_paths(config: PrepareJobConfig) -> PrepareJobConfig:
-    """``config`` with local folders made absolute: tasks start in other folders than the driver."""
+    """``config`` with absolute local folders: tasks start in other folders than the driver."""
     data, settings = config.data, config.prepare
     if data.uri.split(":")[0] != "phantom":
         data = data.model_copy(update={"uri": storage.absolute("data.uri", data.uri)})
@@ -97,33 +97,33 @@ def with_absolute_paths(config: PrepareJobConfig) -> PrepareJobConfig:
     return config.model_copy(update={"data": data, "prepare": settings})
 
 
-def refuse_useless(config: PrepareJobConfig, source: Source, index: StudyIndex) -> None:
-    """Refuse a corpus of which nothing could be made."""
+def check_corpus(config: PrepareJobConfig, source: Source, index: StudyIndex) -> None:
+    """Raise if the corpus is already prepared or has no usable study."""
     if source.format == "parquet":
-        raise UserError(f"data.uri {config.data.uri} is a prepared set; give the raw one that it was made of")
+        raise UserError(f"data.uri {config.data.uri} is already a prepared set; give the raw corpus")
     if not len(index.table):
         first = f", the first because {index.bad_rows[0]['reason']}" if index.bad_rows else ""
         raise UserError(
-            f"data.uri {config.data.uri} has no study that could be prepared: {len(index.bad_rows)} cannot be used{first}; "
-            f"{sum(index.filtered.values())} films are not of the views {', '.join(config.data.views)}"
+            f"data.uri {config.data.uri} has no usable study: {len(index.bad_rows)} cannot be used{first}; "
+            f"{sum(index.filtered.values())} films are not of the views {', '.join(config.data.views)} (data.views)"
         )
 
 
-def refuse_large_tasks(cpus_per_task: float, cpus: float) -> None:
-    """Refuse tasks that would wait for ever for a machine that is large enough; a cluster may still get one."""
+def check_task_size(cpus_per_task: float, cpus: float) -> None:
+    """Raise if tasks need more CPUs than this machine has and would never start; a cluster may still add a machine."""
     if cpus_per_task > cpus and not os.environ.get("RAY_ADDRESS"):
         raise UserError(
             f"prepare.cpus_per_task {cpus_per_task:g} is more than the {cpus:g} CPUs of this machine; lower it"
         )
 
 
-def look_around(plan: Plan, index: StudyIndex, out: str, pseudonyms: Pseudonyms) -> Progress:
-    """The shards that lie in the set already."""
+def read_progress(plan: Plan, index: StudyIndex, out: str, pseudonyms: Pseudonyms) -> Progress:
+    """The shards that already exist."""
     bad_rows = {pseudonyms(row["source"]): row["reason"] for row in index.bad_rows}
     progress = Progress(len(index.table) + len(index.bad_rows), bad_rows, lost=len(bad_rows))
-    there = set(storage.list_files(out))
+    existing = set(storage.list_files(out))
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        for shard in threads.map(lambda shard: find_made(shard, out), [s for s in plan.shards if s.name in there]):
+        for shard in threads.map(lambda shard: read_made(shard, out), [s for s in plan.shards if s.name in existing]):
             progress.add(shard)
     return progress
 
@@ -136,34 +136,34 @@ def make_missing(
     missing: list[ShardPlan],
     progress: Progress,
 ) -> int:
-    """Have every missing shard made; the exit status."""
-    began, films, of = time.perf_counter(), 0, len(missing) + len(progress.made)
+    """Make every missing shard; returns the exit status."""
+    began, films, total = time.perf_counter(), 0, len(missing) + len(progress.made)
     try:
         for shard, retries in shards_as_made(maker, splits, missing, config.prepare.cpus_per_task):
             progress.add(shard)
             progress.retries += retries
             films += shard.account.rows
             terminal.print(
-                f"shard {len(progress.made)}/{of} {shard.plan.name}: {shard.account.rows} films, "
+                f"shard {len(progress.made)}/{total} {shard.plan.name}: {shard.account.rows} films, "
                 f"{shard.bytes / 1e6:.1f} MB; {films / (time.perf_counter() - began):.0f} films/s, "
-                f"{len(progress.bad_rows)} bad rows, {progress.retries} requests tried again",
+                f"{len(progress.bad_rows)} bad rows, {progress.retries} requests retried",
                 highlight=False,
             )
-            if complaint := progress.complaint(config.data.max_bad_fraction):
-                return say_stopped(terminal, progress, of, complaint, STATUS_FAILED)
+            if reason := progress.too_many_lost(config.data.max_bad_fraction):
+                return report_stopped(terminal, progress, total, reason, STATUS_FAILED)
     except KeyboardInterrupt:
-        return say_stopped(terminal, progress, of, "stopped", STATUS_INTERRUPTED)
-    except Exception as error:  # whatever Ray Data wraps a task's error in
-        return say_stopped(terminal, progress, of, cause(error), STATUS_FAILED)
-    complaint = progress.complaint(config.data.max_bad_fraction)
-    return say_stopped(terminal, progress, of, complaint, STATUS_FAILED) if complaint else 0
+        return report_stopped(terminal, progress, total, "stopped", STATUS_INTERRUPTED)
+    except Exception as error:  # Ray Data wraps errors of tasks in several classes
+        return report_stopped(terminal, progress, total, cause(error), STATUS_FAILED)
+    reason = progress.too_many_lost(config.data.max_bad_fraction)
+    return report_stopped(terminal, progress, total, reason, STATUS_FAILED) if reason else 0
 
 
-def say_stopped(terminal: Console, progress: Progress, of: int, reason: str, status: int) -> int:
-    """Tell why the set is not complete; ``status``."""
+def report_stopped(terminal: Console, progress: Progress, total: int, reason: str, status: int) -> int:
+    """Print why the set is not complete; returns ``status``."""
     terminal.print(reason, style="red", highlight=False, markup=False)
     terminal.print(
-        f"{len(progress.made)} of {of} shards are made and stay as they are; the same command goes on with the others"
+        f"{len(progress.made)} of {total} shards are finished and kept; run the same command again to make the others"
     )
     return status
 
@@ -171,7 +171,7 @@ def say_stopped(terminal: Console, progress: Progress, of: int, reason: str, sta
 def shards_as_made(
     maker: Maker, splits: dict[str, Split], missing: list[ShardPlan], cpus_per_task: float
 ) -> Iterator[tuple[MadeShard, int]]:
-    """Each missing shard once it is committed, in whatever order, and how many requests were tried again for it."""
+    """Each missing shard when it is committed, in any order, and its number of retried requests."""
     if not missing:
         return
     with task_context():
@@ -189,17 +189,17 @@ def shards_as_made(
 
 
 def make_shards(numbers: pa.Table, maker: Maker, splits: Any, plans: Sequence[ShardPlan]) -> pa.Table:
-    """A Ray Data task: the shards whose numbers come in are made, their accounts go out.
+    """A Ray Data task: makes the shards of these ``numbers`` and returns their accounts.
 
-    What would end every other task too goes out as a row: of what is raised Ray Data leaves a traceback.
+    A ``UserError`` is returned as a row, because Ray Data would turn it into a traceback.
     """
-    held: dict[str, Split] = ray.get(splits)
+    split_of: dict[str, Split] = ray.get(splits)
     rows = []
     for number in numbers["id"].to_pylist():
         plan, before = plans[number], storage.retries()
         row = {"number": number, "bytes": 0, "account": "", "failure": ""}
         try:
-            shard = maker.write(plan, map(held[plan.split].group, range(plan.first_group, plan.end_group)))
+            shard = maker.write(plan, map(split_of[plan.split].group, range(plan.first_group, plan.end_group)))
             row |= {"bytes": shard.bytes, "account": shard.account.to_json()}
         except UserError as error:
             row["failure"] = str(error)
@@ -208,9 +208,9 @@ def make_shards(numbers: pa.Table, maker: Maker, splits: Any, plans: Sequence[Sh
 
 
 def task_context() -> AbstractContextManager[Any]:
-    """Ray Data's settings for tasks of minutes whose results are small."""
+    """Ray Data's settings for tasks that take minutes and return little."""
     context = ray.data.DataContext.get_current().copy()
-    context.execution_no_progress_timeout_s = -1  # a shard may take longer than any guard
+    context.execution_no_progress_timeout_s = -1  # a shard may take longer than any timeout
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
@@ -238,7 +238,7 @@ def write_manifest(out: str, plan: Plan, index: StudyIndex, made: list[MadeShard
 
 
 def clear(out: str) -> None:
-    """Take away what only an incomplete set needs."""
+    """Delete the files that only an incomplete set needs."""
     storage.delete_file(storage.join(out, PLAN))
     storage.clear_leftovers(out)
 
@@ -246,23 +246,23 @@ def clear(out: str) -> None:
 def describe_plan(
     config: PrepareJobConfig, source: Source, index: StudyIndex, plan: Plan, missing: list[ShardPlan]
 ) -> dict[str, str]:
-    """What is about to happen, for the user to read before it does."""
+    """The plan as printed before the prepare starts."""
     films = pc.sum(pc.list_value_length(index.table["films"])).as_py()
-    left_out = ", ".join(f"{count} {reason}" for reason, count in index.filtered.items()) or "none"
+    excluded = ", ".join(f"{count} {reason}" for reason, count in index.filtered.items()) or "none"
     settings = config.prepare
     encoding = "PNG" if settings.encoding == "png" else f"JPEG of quality {settings.quality}"
     return {
-        "data": f"{source.uri} ({source.format}): {len(index.table)} studies, {films} films; films left out: {left_out}; "
-        f"unusable at first sight: {len(index.bad_rows)}",
+        "data": f"{source.uri} ({source.format}): {len(index.table)} studies, {films} films; films excluded: {excluded}; "
+        f"studies rejected by the reader: {len(index.bad_rows)}",
         "films": f"shorter side {settings.image_size} pixels, {encoding}"
-        f"{', black borders cut away' if config.data.crop_borders else ''}",
-        "ids": "as they are" if settings.pseudonymise_key_file is None else "hashes keyed with pseudonymise_key_file",
-        "out": f"{settings.out}: {len(plan.shards)} shards, {len(plan.shards) - len(missing)} of them made already",
+        f"{', black borders cropped' if config.data.crop_borders else ''}",
+        "ids": "unchanged" if settings.pseudonymise_key_file is None else "hashes keyed with pseudonymise_key_file",
+        "out": f"{settings.out}: {len(plan.shards)} shards, {len(plan.shards) - len(missing)} of them already finished",
     }
 
 
-def say_complete(terminal: Console, out: str, how: str) -> int:
-    """Show what the set holds; exit status 0."""
+def report_complete(terminal: Console, out: str, how: str) -> int:
+    """Print the content of the set; returns 0."""
     manifest = read_manifest(out)
     terminal.print(summary_table(manifest))
     terminal.print(
@@ -278,14 +278,14 @@ COUNTED = ("views", "sentences", "words", "sides")
 
 
 def summarise(made: Sequence[MadeShard], bad_rows: Mapping[str, str]) -> dict[str, Any]:
-    """Counts of each split and of the whole set; reasons of bad rows by how often they occur."""
+    """Counts of each split; reasons of bad rows by frequency."""
     return {
-        "splits": {split: _of([shard for shard in made if shard.plan.split == split]) for split in SPLITS},
+        "splits": {split: _split_summary([shard for shard in made if shard.plan.split == split]) for split in SPLITS},
         "dropped": dict(Counter(bad_rows.values()).most_common()),
     }
 
 
-def _of(made: Sequence[MadeShard]) -> dict[str, Any]:
+def _split_summary(made: Sequence[MadeShard]) -> dict[str, Any]:
     counters: dict[str, Counter[Any]] = {name: Counter() for name in COUNTED}
     for shard in made:
         for name, counter in counters.items():
@@ -301,7 +301,7 @@ def _of(made: Sequence[MadeShard]) -> dict[str, Any]:
 
 
 def _quantiles(counts: Counter[int]) -> list[int]:
-    """5 %, median and 95 % of values given by how often each occurs."""
+    """5 %, median and 95 % quantile of values with their counts."""
     if not counts:
         return []
     values = np.array(sorted(counts))
@@ -314,16 +314,16 @@ def summary_table(manifest: Manifest) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("split", "studies", "films", "MB", "views", "sentences", "words", "longer side"):
         table.add_column(heading, justify="left" if heading in ("split", "views") else "right")
-    for split, facts in manifest.summary["splits"].items():
+    for split, counts in manifest.summary["splits"].items():
         table.add_row(
             split,
-            str(facts["studies"]),
-            str(facts["rows"]),
-            f"{facts['bytes'] / 1e6:.1f}",
-            ", ".join(f"{count} {view}" for view, count in facts["views"].items()),
-            *(" / ".join(map(str, facts[name])) for name in ("sentences", "words", "sides")),
+            str(counts["studies"]),
+            str(counts["rows"]),
+            f"{counts['bytes'] / 1e6:.1f}",
+            ", ".join(f"{count} {view}" for view, count in counts["views"].items()),
+            *(" / ".join(map(str, counts[name])) for name in ("sentences", "words", "sides")),
         )
-    for kind, reasons in (("left out", manifest.filtered), ("bad", manifest.summary["dropped"])):
+    for kind, reasons in (("excluded", manifest.filtered), ("bad", manifest.summary["dropped"])):
         for reason, count in reasons.items():
             table.add_row(kind, "", str(count), "", reason)
     return table

@@ -1,4 +1,4 @@
-"""Ids that name nobody: hashes keyed with a secret, so that only who holds it can tell whose they are."""
+"""Shards of a prepared set: pseudonyms, rows, and the Parquet file with its account in the footer."""
 
 import hashlib
 import hmac
@@ -19,46 +19,47 @@ from numpy.typing import NDArray
 
 from cmcgns import storage
 from cmcgns.data.image import shrink
-from cmcgns.data.manifest import SHARD_SCHEMA, RowGroup, Shard, content_hash
+from cmcgns.data.manifest import RowGroup, Shard, content_hash
 from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.readers import Reader, Source
+from cmcgns.data.record import PREPARED_SCHEMA, prepared_row
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow, UserError
 
-LEAST_BYTES = 16
+MIN_KEY_BYTES = 16
 DIGITS = 20
-"""Hexadecimal digits of a pseudonym: 80 bits, no two alike among a billion."""
+"""Hexadecimal digits of a pseudonym: 80 bits, no collision expected among a billion."""
 
 
 @dataclass(frozen=True)
 class Pseudonyms:
-    """Replaces ids; without a key it leaves them as they are."""
+    """Replaces ids by keyed hashes, which only the owner of the key can link to the ids; without a key it keeps them."""
 
     key: bytes | None = None
 
     @classmethod
     def from_file(cls, path: str | None) -> "Pseudonyms":
-        """The pseudonyms of the key in the file at ``path``; ids as they are where it is None."""
+        """Pseudonyms with the key in the file ``path``; original ids if it is None."""
         if path is None:
             return cls()
         try:
             key = Path(path).expanduser().read_bytes().strip()
         except OSError as error:
-            raise UserError(f"prepare.pseudonymise_key_file {path}: {error.strerror}") from None
-        if len(key) < LEAST_BYTES:
+            raise UserError(f"prepare.pseudonymise_key_file {path}: {error.strerror}; give a readable file") from None
+        if len(key) < MIN_KEY_BYTES:
             raise UserError(
-                f"prepare.pseudonymise_key_file {path} holds {len(key)} bytes; at least {LEAST_BYTES} are needed, "
+                f"prepare.pseudonymise_key_file {path} has {len(key)} bytes; give at least {MIN_KEY_BYTES}, "
                 "for instance from: openssl rand -hex 32"
             )
         return cls(key)
 
     def __call__(self, identity: str) -> str:
-        """What stands for ``identity``: the same for the same id and key everywhere."""
+        """The pseudonym of ``identity``: always the same for one id and key."""
         return identity if self.key is None else self._digest(identity)[:DIGITS]
 
     @property
     def fingerprint(self) -> str | None:
-        """Tells keys apart without giving them away; None without one."""
+        """Identifies the key without revealing it; None if there is no key."""
         return None if self.key is None else self._digest("fingerprint of the key")[:8]
 
     def _digest(self, text: str) -> str:
@@ -67,13 +68,13 @@ class Pseudonyms:
 
 
 FETCH_THREADS = 8
-"""Studies of one shard that are fetched at the same time."""
+"""Studies of one shard that are fetched concurrently."""
 FOOTER_KEY = b"cmcgns.account"
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which groups of a split go into one shard."""
+    """The groups of a split that go into one shard."""
 
     name: str
     split: str
@@ -83,13 +84,13 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class ShardAccount:
-    """What became of a shard's studies; it lies in the footer, so that a shard speaks for itself."""
+    """Result for the studies of a shard; stored in its footer, so that a resumed prepare needs only the shard."""
 
     row_groups: list[RowGroup]
     bad_rows: dict[str, str]
-    """Reason by study, or by study/film where the study has others."""
+    """Reason by study, or by study/film if other films of the study can be used."""
     lost: int = 0
-    """Studies of which nothing is left."""
+    """Studies without any usable film."""
     views: dict[str, int] = field(default_factory=dict)
     sentences: dict[int, int] = field(default_factory=dict)
     """Rows by number of sentences."""
@@ -103,41 +104,41 @@ class ShardAccount:
         return sum(group.rows for group in self.row_groups)
 
     def to_json(self) -> str:
-        """The account as it lies in the footer."""
+        """The account as stored in the footer."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ShardAccount":
-        """The account that ``to_json`` gave."""
-        given = json.loads(text)
-        row_groups = [RowGroup(**group) for group in given["row_groups"]]
-        numbers = ({int(key): count for key, count in given[name].items()} for name in ("sentences", "words", "sides"))
-        return cls(row_groups, given["bad_rows"], given["lost"], given["views"], *numbers)
+        """The account from the result of ``to_json``."""
+        fields = json.loads(text)
+        row_groups = [RowGroup(**group) for group in fields["row_groups"]]
+        numbers = ({int(key): count for key, count in fields[name].items()} for name in ("sentences", "words", "sides"))
+        return cls(row_groups, fields["bad_rows"], fields["lost"], fields["views"], *numbers)
 
 
 @dataclass(frozen=True)
 class MadeShard:
-    """A shard that lies in the set."""
+    """A finished shard of the set."""
 
     plan: ShardPlan
     account: ShardAccount
     bytes: int
 
     def entry(self) -> Shard:
-        """The manifest's entry for it."""
+        """Its entry in the manifest."""
         return Shard(self.plan.name, self.plan.split, self.bytes, self.account.row_groups)
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes shards of one corpus; travels into Ray tasks."""
+    """Makes the shards of one corpus; pickled into Ray tasks."""
 
     source: Source
     settings: PrepareConfig
     pseudonyms: Pseudonyms
 
     def write(self, plan: ShardPlan, groups: Iterator[list[dict[str, Any]]]) -> MadeShard:
-        """Make the shard of ``plan`` out of the studies of each of its groups, and commit it."""
+        """Make the shard of ``plan`` from the studies of each of its groups, and commit it."""
         uri = storage.join(self.settings.out, plan.name)
         with storage.scratch_file(uri) as local:
             account = self._write_local(local, plan, groups)
@@ -150,15 +151,15 @@ class Maker:
         bad_rows: dict[str, str] = {}
         lost = 0
         counters = {name: Counter[Any]() for name in ("views", "sentences", "words", "sides")}
-        with pq.ParquetWriter(path, SHARD_SCHEMA, **_PARQUET) as writer:
+        with pq.ParquetWriter(path, PREPARED_SCHEMA, **_PARQUET) as writer:
             for number, studies in enumerate(groups, start=plan.first_group):
                 rows, bad = self.rows(studies)
                 bad_rows |= bad
-                of_group = len(rows["study_id"].unique())
-                lost += len(studies) - of_group
+                usable = len(rows["study_id"].unique())
+                lost += len(studies) - usable
                 if len(rows):
                     writer.write_table(rows, row_group_size=len(rows))
-                    row_groups.append(RowGroup(number, len(rows), of_group, content_hash(rows)))
+                    row_groups.append(RowGroup(number, len(rows), usable, content_hash(rows)))
                 _count(counters, rows)
             counts = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
             account = ShardAccount(row_groups, bad_rows, lost, **counts)
@@ -166,48 +167,41 @@ class Maker:
         return account
 
     def rows(self, studies: Sequence[dict[str, Any]]) -> tuple[pa.Table, dict[str, str]]:
-        """Rows of ``SHARD_SCHEMA``, and the reason of each film or study that cannot be used."""
+        """Rows of ``PREPARED_SCHEMA``, and the reason for each film or study that cannot be used."""
         reader = self.source.reader([film["path"] for study in studies for film in study["films"]])
-        with ThreadPoolExecutor(FETCH_THREADS if reader.waits else 1) as threads:
+        with ThreadPoolExecutor(FETCH_THREADS if reader.io_bound else 1) as threads:
             made = list(threads.map(partial(self._study_rows, reader), studies))
         good = [row for rows, _ in made for row in rows]
         bad = {source: reason for _, reasons in made for source, reason in reasons.items()}
-        return pa.Table.from_pylist(good, schema=SHARD_SCHEMA), bad
+        return pa.Table.from_pylist(good, schema=PREPARED_SCHEMA), bad
 
     def _study_rows(self, reader: Reader, study: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """One row a film that can be used, and the reasons of the others, or of the whole study."""
-        ids = {key: self.pseudonyms(study[key]) for key in ("patient_id", "study_id", "group")}
+        """One row per usable film, and the reason for each of the others or for the whole study."""
+        study_id = self.pseudonyms(study["study_id"])
         try:
             report = self.source.read_report(study)
-            text = {"report": report, "sentences": parse_report(report).sentences, "labels": study["labels"]}
+            text = {"report": report, "sentences": parse_report(report).sentences}
         except BadRow as reason:
-            return [], {ids["study_id"]: str(reason)}
+            return [], {study_id: str(reason)}
         rows, bad = [], {}
         for film in study["films"]:
             try:
-                rows.append(ids | text | self._film_row(reader, film) | {"split": study["split"]})
+                rows.append(prepared_row(study, film, self.pseudonyms, **text, **self._image(reader, film["path"])))
             except BadRow as reason:
-                bad[f"{ids['study_id']}/{self.pseudonyms(film['image_id'])}"] = str(reason)
+                bad[f"{study_id}/{self.pseudonyms(film['image_id'])}"] = str(reason)
         return rows, bad
 
-    def _film_row(self, reader: Reader, film: dict[str, str]) -> dict[str, Any]:
-        found = reader.read_film(film["path"])
-        # of a scan that is mostly border less may be left than asked for: it is not enlarged
-        grey_HW = shrink(found.grey_HW, self.settings.image_size)
-        return {
-            "image_id": self.pseudonyms(film["image_id"]),
-            "view": film["view"],
-            "image": encode(grey_HW, self.settings),
-            "height": grey_HW.shape[0],
-            "width": grey_HW.shape[1],
-            "crop": list(found.frame),
-            "source": self.pseudonyms(film["path"]),
-        }
+    def _image(self, reader: Reader, path: str) -> dict[str, Any]:
+        image = reader.read_image(path)
+        # after the crop it may be smaller than image_size; it is not enlarged
+        grey_HW = shrink(image.grey_HW, self.settings.image_size)
+        height, width = grey_HW.shape
+        return {"image": encode(grey_HW, self.settings), "height": height, "width": width, "crop": list(image.frame)}
 
 
 _PARQUET: dict[str, Any] = {
-    # films are compressed already; statistics of films and reports would be copies of them
-    "compression": {name: "none" if name == "image" else "zstd" for name in SHARD_SCHEMA.names},
+    # images are already compressed; statistics of images and reports would copy their content
+    "compression": {name: "none" if name == "image" else "zstd" for name in PREPARED_SCHEMA.names},
     "use_dictionary": ["patient_id", "group", "view", "split"],
     "write_statistics": ["study_id", "split"],
     "write_page_checksum": True,
@@ -215,16 +209,16 @@ _PARQUET: dict[str, Any] = {
 
 
 def encode(grey_HW: NDArray[np.uint8], settings: PrepareConfig) -> bytes:
-    """``grey_HW`` as a PNG or a JPEG; ``BadRow`` where the format cannot hold it."""
+    """``grey_HW`` as PNG or JPEG; ``BadRow`` if the format cannot store it."""
     quality = [cv2.IMWRITE_JPEG_QUALITY, settings.quality] if settings.encoding == "jpeg" else []
     encoded, data_N = cv2.imencode(f".{settings.encoding}", grey_HW, quality)
     if not encoded:
-        raise BadRow(f"film of {grey_HW.shape[1]} x {grey_HW.shape[0]} pixels is too long for {settings.encoding}")
+        raise BadRow(f"film of {grey_HW.shape[1]} x {grey_HW.shape[0]} pixels is too large for {settings.encoding}")
     return data_N.tobytes()
 
 
 def _count(counters: dict[str, Counter[Any]], rows: pa.Table) -> None:
-    """Add what the summary says of ``rows``."""
+    """Add ``rows`` to the counts of the summary."""
     sentences = rows["sentences"].to_pylist()
     counters["views"].update(rows["view"].to_pylist())
     counters["sentences"].update(len(each) for each in sentences)
@@ -232,8 +226,8 @@ def _count(counters: dict[str, Counter[Any]], rows: pa.Table) -> None:
     counters["sides"].update(map(max, zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)))
 
 
-def find_made(plan: ShardPlan, out: str) -> MadeShard:
-    """The shard of ``plan`` that lies in the set, with what its footer says of it."""
+def read_made(plan: ShardPlan, out: str) -> MadeShard:
+    """The existing shard of ``plan``, with the account in its footer."""
     uri = storage.join(out, plan.name)
     metadata = storage.read_parquet(uri, lambda file: file.metadata)
     return MadeShard(plan, ShardAccount.from_json(metadata.metadata[FOOTER_KEY]), storage.file_size(uri))

@@ -1,4 +1,4 @@
-"""Every corpus behind one protocol: an index of its studies, then films and reports one at a time.
+"""Readers of corpora behind one protocol: an index of the studies, then films and reports one at a time.
 
 `open_source` picks the reader for a URI; `detect_format` recognises the layout by a few file names.
 """
@@ -25,7 +25,7 @@ METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
 
 
 def detect_format(uri: str) -> str:
-    """The name of the layout at ``uri``; ``UserError`` lists the known ones."""
+    """The format of the corpus at ``uri``; ``UserError`` with the known ones if it is none of them."""
     if uri == "phantom" or uri.startswith("phantom:"):
         return "phantom"
     if uri.endswith(".csv"):
@@ -35,7 +35,8 @@ def detect_format(uri: str) -> str:
         return "parquet"
     if PLAN in names:
         raise UserError(
-            f"{uri} is half prepared; go on with python jobs/prepare.py --prepare.out={uri} and its settings"
+            f"{uri} is an incomplete prepared set; complete it with python jobs/prepare.py --prepare.out={uri} and the same "
+            "settings"
         )
     if "pairs.csv" in names:
         return "pairs-csv"
@@ -47,21 +48,22 @@ def detect_format(uri: str) -> str:
     if example.endswith(".dcm"):
         return "mimic-cxr"
     raise UserError(
-        f"{uri}: no corpus is recognised. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
-        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json); or give data.format"
+        f"{uri}: no known format found. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
+        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json). "
+        "Check the path or set data.format"
     )
 
 
 def _first_file(uri: str, suffixes: tuple[str, ...], depth: int = 0) -> str:
-    """One film or report among the first folders: a corpus of 300,000 files is not listed for its name."""
+    """Name of one film or report in the first folders, without listing a corpus of 300,000 files."""
     for name in storage.list_files(uri, recursive=False):
         if name.lower().endswith(suffixes):
             return name.lower()
     if depth < MAX_DEPTH:
         for folder in storage.list_folders(uri)[:3]:
-            found = _first_file(storage.join(uri, folder), suffixes, depth + 1)
-            if found:
-                return found
+            name = _first_file(storage.join(uri, folder), suffixes, depth + 1)
+            if name:
+                return name
     return ""
 
 
@@ -91,9 +93,9 @@ def open_source(
     phantom_studies: int = 4000,
     phantom_size: int = 256,
 ) -> Source:
-    """The corpus at ``uri``; small enough to travel into every Ray task.
+    """The corpus at ``uri``; small enough to be sent to every Ray task.
 
-    ``target``: what films will be shrunk to, so that JPEGs may be decoded at a reduced scale of twice that.
+    ``target``: size to which films will be shrunk; JPEGs may then be decoded at a reduced scale, at least twice as large.
     """
     if format == "auto":
         format = detect_format(uri)
@@ -109,13 +111,13 @@ def open_source(
         return MimicSource(uri, format, *options)
     if format == "open-i":
         return OpenISource(uri, format, *options)
-    raise UserError(f"data.format {format} is unknown; known are auto, {', '.join(FORMATS)}")
+    raise UserError(f"data.format {format} is unknown; give auto or one of {', '.join(FORMATS)}")
 
 
 def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, StudyIndex]:
-    """The corpus that ``data`` names and its index; where it cannot be read, the error names the setting ``key``.
+    """The corpus of the settings ``data`` and its index; if it cannot be read, the error names the setting ``key``.
 
-    ``target``: what films will be shrunk to.
+    ``target``: size to which films will be shrunk.
     """
     try:
         source = open_source(

@@ -1,4 +1,4 @@
-"""``mimic-cxr-jpg`` and ``mimic-cxr``: MIMIC-CXR's folders, as JPEG with tables or as DICOM with or without."""
+"""``mimic-cxr-jpg`` and ``mimic-cxr``: folders of MIMIC-CXR, as JPEG with tables or as DICOM with or without tables."""
 
 import fnmatch
 import logging
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import SPLIT_NAMES, FileSource, draw_splits, filter_views, read_table, study_table
-from cmcgns.data.record import StudyIndex
+from cmcgns.data.readers.base import SPLIT_NAMES, FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.record import StudyIndex, index_of_films
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -20,34 +20,36 @@ IDS = ("dicom_id", "subject_id", "study_id")
 
 @dataclass(frozen=True)
 class MimicSource(FileSource):
-    """``files/p10/p10000032/s50414267/<dicom_id>.jpg|.dcm`` beside ``s50414267.txt``."""
+    """``files/p10/p10000032/s50414267/<dicom_id>.jpg|.dcm`` next to ``s50414267.txt``."""
 
     def index(self) -> StudyIndex:
         tables = [name for name in storage.list_files(self.uri, recursive=False) if "csv" in name]
         metadata = self._read_table(tables, "metadata", (*IDS, "ViewPosition"))
         if metadata is None and self.format == "mimic-cxr-jpg":
             raise UserError(
-                f"{self.uri}: mimic-cxr-2.0.0-metadata.csv.gz is missing; it lies beside files/ in MIMIC-CXR-JPG"
+                f"{self.uri}: mimic-cxr-2.0.0-metadata.csv.gz is missing; copy it from MIMIC-CXR-JPG, next to files/"
             )
         if metadata is None:
-            log.warning("no metadata table: folders are walked, views are unknown and films of all views are kept")
+            log.warning(
+                "no metadata table: reading the folders instead; views are unknown, so films of all views are kept"
+            )
             films, bad_rows = _walk(self.uri)
         else:
             films, bad_rows = self._films(metadata), []
         films, filtered = filter_views(films, self.views, keep_unknown=metadata is None)
         films = films.assign(split=self._splits(tables, films))
         labels = self._labels(tables, films)
-        return StudyIndex(table=study_table(films, labels), filtered=filtered, bad_rows=bad_rows)
+        return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _read_table(self, tables: list[str], kind: str, columns: tuple[str, ...]) -> pd.DataFrame | None:
-        """The newest table of a kind, with at least these columns; None where it does not lie there."""
+        """The newest table of a kind, checked for ``columns``; None if there is none."""
         names = fnmatch.filter(tables, f"mimic-cxr-*-{kind}.csv*")
         if not names:
             return None
         table = read_table(storage.join(self.uri, names[-1]))
         missing = [name for name in columns if name not in table.columns]
         if missing:
-            raise UserError(f"{names[-1]} has no column {missing[0]}; fetch the table as PhysioNet publishes it")
+            raise UserError(f"{names[-1]} has no column {missing[0]}; download it again from PhysioNet")
         return table
 
     def _films(self, metadata: pd.DataFrame) -> pd.DataFrame:
@@ -61,13 +63,12 @@ class MimicSource(FileSource):
                 "study_id": study,
                 "patient_id": patient,
                 "group": patient,
-                "report": None,
                 "report_path": self._report_prefix() + folder + ".txt",
             }
         )
 
     def _report_prefix(self) -> str:
-        """Where ``mimic-cxr-reports.zip`` was unpacked: here, or in a folder of its own name."""
+        """Folder into which ``mimic-cxr-reports.zip`` was unpacked: the corpus folder or one named after the archive."""
         folders = storage.list_folders(self.uri)
         return next((f"{name}/" for name in REPORT_FOLDERS if name in folders), "")
 
@@ -75,11 +76,11 @@ class MimicSource(FileSource):
         drawn = draw_splits(self.seed, films["group"])
         table = self._read_table(tables, "split", ("dicom_id", "split"))
         if table is None:
-            log.warning("no split table: splits are drawn by patient, seed %d", self.seed)
+            log.warning("no split table: drawing splits by patient with seed %d", self.seed)
             return drawn
-        written = films["image_id"].map(dict(zip(table["dicom_id"], table["split"].map(SPLIT_NAMES), strict=True)))
-        # a film that the table forgot goes where its patient is
-        return written.fillna(written.groupby(films["group"]).transform("first")).fillna(drawn)
+        official = films["image_id"].map(dict(zip(table["dicom_id"], table["split"].map(SPLIT_NAMES), strict=True)))
+        # a film missing from the table takes the split of its patient
+        return official.fillna(official.groupby(films["group"]).transform("first")).fillna(drawn)
 
     def _labels(self, tables: list[str], films: pd.DataFrame) -> pd.DataFrame | None:
         for kind in ("chexpert", "negbio"):
@@ -93,18 +94,18 @@ class MimicSource(FileSource):
 
 
 def _walk(uri: str) -> tuple[pd.DataFrame, list[dict[str, str]]]:
-    """Films of every .dcm under ``uri``; the study is its folder, the report the folder's name with .txt."""
+    """Films of every .dcm under ``uri``; the study is its folder, the report is the folder's name with .txt."""
     files = storage.list_files(uri)
     reports = {path for path in files if path.endswith(".txt")}
     rows: list[dict[str, str]] = []
-    without: set[str] = set()
+    no_report: set[str] = set()
     for path in files:
         folder, _, name = path.rpartition("/")
         if not name.lower().endswith(".dcm"):
             continue
         report = _report_of(folder, reports)
         if report is None:
-            without.add(folder)
+            no_report.add(folder)
             continue
         patient = next((part for part in folder.split("/") if re.fullmatch(r"p\d{3,}", part)), folder)
         rows.append(
@@ -119,12 +120,12 @@ def _walk(uri: str) -> tuple[pd.DataFrame, list[dict[str, str]]]:
             }
         )
     if not rows:
-        raise UserError(f"{uri}: no study with a .dcm film and a .txt report lies under it")
-    bad_rows = [{"source": folder, "reason": "study has no report file"} for folder in sorted(without)]
-    return pd.DataFrame(rows).assign(report=None), bad_rows
+        raise UserError(f"{uri} contains no study with a .dcm film and a .txt report; check the path")
+    bad_rows = [{"source": folder, "reason": "study has no report file"} for folder in sorted(no_report)]
+    return pd.DataFrame(rows), bad_rows
 
 
 def _report_of(folder: str, reports: set[str]) -> str | None:
-    """MIMIC's ``sNNN.txt`` beside the study's folder, also under the folder of the unpacked reports."""
+    """MIMIC's ``sNNN.txt`` next to the study's folder, or in the folder of the unpacked reports."""
     prefixes = ("", *(f"{name}/" for name in REPORT_FOLDERS))
     return next((f"{prefix}{folder}.txt" for prefix in prefixes if f"{prefix}{folder}.txt" in reports), None)

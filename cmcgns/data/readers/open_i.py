@@ -1,4 +1,4 @@
-"""``open-i``: the Indiana University collection, one XML a report and its films beside it or in a folder."""
+"""``open-i``: the Indiana University collection, one XML file per report, films in the same or another folder."""
 
 import logging
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import FileSource, draw_splits, filter_views, read_table, study_table
-from cmcgns.data.record import StudyIndex
+from cmcgns.data.readers.base import FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.record import StudyIndex, index_of_films
 from cmcgns.errors import BadRow, UserError
 
 log = logging.getLogger(__name__)
-FILM_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")  # first choice first
+FILM_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")  # in order of preference
 SECTIONS = ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION")
 
 
 @dataclass(frozen=True)
 class OpenISource(FileSource):
-    """XML reports and the films that their ``parentImage`` elements name."""
+    """XML reports and the films named by their ``parentImage`` elements."""
 
     def index(self) -> StudyIndex:
         files = storage.list_files(self.uri)
@@ -31,10 +31,10 @@ class OpenISource(FileSource):
         for path in (name for name in files if name.endswith(".xml")):
             try:
                 report, image_ids = _parse(self._read(path, "report"))
-                found = [image for image in image_ids if image in films_by_id]
-                if not found:
-                    raise BadRow("no image of the report lies in the folder" if image_ids else "report names no image")
-                missing += len(image_ids) - len(found)
+                present = [image for image in image_ids if image in films_by_id]
+                if not present:
+                    raise BadRow("all images of the report are missing" if image_ids else "report names no image")
+                missing += len(image_ids) - len(present)
             except BadRow as error:
                 bad_rows.append({"source": path, "reason": str(error)})
                 continue
@@ -42,53 +42,53 @@ class OpenISource(FileSource):
             rows += [
                 {"study_id": study, "report": report, "image_id": image, "path": films_by_id[image]}
                 | {"view": views.get(image, "")}
-                for image in found
+                for image in present
             ]
         if not rows and not bad_rows:
-            raise UserError(f"{self.uri}: no .xml report lies under it")
-        return self._gather(rows, bad_rows, missing)
+            raise UserError(f"{self.uri} contains no .xml report; check the path")
+        return self._index(rows, bad_rows, missing)
 
-    def _gather(self, rows: list[dict[str, str]], bad_rows: list[dict[str, str]], missing: int) -> StudyIndex:
+    def _index(self, rows: list[dict[str, str]], bad_rows: list[dict[str, str]], missing: int) -> StudyIndex:
         films = pd.DataFrame(rows, columns=["study_id", "report", "image_id", "path", "view"])
         films, filtered = filter_views(films, self.views)
         if missing:
             filtered["image file is missing"] = missing
-        # the collection names no patients: each report stands for one
-        films = films.assign(patient_id=films["study_id"], group=films["study_id"], report_path=None)
+        # the collection has no patient ids: each report counts as one patient
+        films = films.assign(patient_id=films["study_id"], group=films["study_id"])
         films = films.assign(split=draw_splits(self.seed, films["group"]))
-        return StudyIndex(table=study_table(films), filtered=filtered, bad_rows=bad_rows)
+        return StudyIndex(table=index_of_films(films), filtered=filtered, bad_rows=bad_rows)
 
     def _views(self, files: list[str]) -> dict[str, str]:
-        """View by image id, from the collection's table of DICOM tags where it is at hand."""
+        """View by image id, from the collection's table of DICOM tags if it is present."""
         name = next((name for name in files if name.endswith(".csv") and "metadata" in name), None)
         if name is None:
-            log.warning("no table of DICOM tags: views are unknown and films of all views are kept")
+            log.warning("no table of DICOM tags: views are unknown, so films of all views are kept")
             return {}
         table = read_table(storage.join(self.uri, name))
         if "imageid" not in table.columns or "View Position" not in table.columns:
-            raise UserError(f"{name} has no columns imageid and View Position; take it out or fetch it again")
+            raise UserError(f"{name} has no columns imageid and View Position; remove it or download it again")
         return dict(zip(table["imageid"], table["View Position"], strict=True))
 
 
 def _films_by_id(files: list[str]) -> dict[str, str]:
-    """Path by image id; the collection's DICOM files leave out the leading CXR."""
-    found: dict[str, str] = {}
+    """Path by image id; names of the collection's DICOM files lack the leading CXR."""
+    paths: dict[str, str] = {}
     for suffix in FILM_SUFFIXES:
         for path in files:
             if path.lower().endswith(suffix):
                 stem = PurePosixPath(path).name[: -len(suffix)]
-                found.setdefault(stem if stem.startswith("CXR") else f"CXR{stem}", path)
-    return found
+                paths.setdefault(stem if stem.startswith("CXR") else f"CXR{stem}", path)
+    return paths
 
 
 def _parse(data: bytes) -> tuple[str, list[str]]:
-    """Report text with its headers, and the ids of its images."""
+    """The report's text with its headers, and the ids of its images."""
     try:
         root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
         raise BadRow(f"XML cannot be parsed (line {error.position[0]})") from None
     except (LookupError, ValueError):
-        raise BadRow("XML cannot be parsed (its encoding is unknown or not as declared)") from None
+        raise BadRow("XML cannot be parsed (unknown or wrong encoding)") from None
     texts = {
         (part.get("Label") or "").strip().upper(): " ".join("".join(part.itertext()).split())
         for part in root.iter("AbstractText")

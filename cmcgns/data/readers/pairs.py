@@ -1,4 +1,4 @@
-"""``pairs-csv``: a table of one's own, a film and its report in each row."""
+"""``pairs-csv``: a user's own table with a film and its report in each row."""
 
 import logging
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ from cmcgns.data.readers.base import (
     escapes,
     filter_views,
     read_table,
-    study_table,
 )
-from cmcgns.data.record import StudyIndex
+from cmcgns.data.record import StudyIndex, index_of_films
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ KNOWN = frozenset([*REQUIRED, "patient", "group", "study", "split", "view", *MET
 
 @dataclass(frozen=True)
 class PairsSource(FileSource):
-    """The folder of a ``pairs.csv``, or of a table under another name."""
+    """The folder of a ``pairs.csv``, or of a table with another name."""
 
     table_name: str = "pairs.csv"
 
@@ -36,7 +35,7 @@ class PairsSource(FileSource):
     def at(
         cls, uri: str, views: tuple[str, ...], seed: int, target: Target | None = None, crop_borders: bool = True
     ) -> "PairsSource":
-        """The source at a folder or at the CSV itself."""
+        """The source at a folder or at a CSV file."""
         folder, _, name = uri.rstrip("/").rpartition("/")
         if name.endswith(".csv"):
             folder = folder or ("/" if uri.startswith("/") else ".")
@@ -46,7 +45,7 @@ class PairsSource(FileSource):
     def index(self) -> StudyIndex:
         table = self._table()
         films = _films(table)
-        reasons = _reasons(films)
+        reasons = _bad_reasons(films)
         bad_rows = [
             {"source": f"{self.table_name} row {row}", "reason": reason}
             for row, reason in zip(films["row"], reasons, strict=True)
@@ -57,39 +56,39 @@ class PairsSource(FileSource):
         films = films.assign(split=_splits(films, self.seed, self.table_name, "group" in table.columns))
         log.info("%s: %d films, labels %s", self.table_name, len(films), _label_columns(table) or "none")
         labels = table.loc[films.index, _label_columns(table)].apply(pd.to_numeric, errors="coerce")
-        return StudyIndex(table=study_table(films, labels), filtered=filtered, bad_rows=bad_rows)
+        return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _table(self) -> pd.DataFrame:
         uri = storage.join(self.uri, self.table_name)
         table = read_table(uri)
         lower = {name: name.lower() for name in table.columns if name.lower() in KNOWN}
         table = table.rename(columns=lower)
-        twice = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
-        if twice:
-            raise UserError(f"{uri}: column {twice[0]} appears twice; keep one")
+        duplicates = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
+        if duplicates:
+            raise UserError(f"{uri}: column {duplicates[0]} appears twice; keep one")
         missing = [name for name in REQUIRED if name not in table.columns]
         if missing:
-            # the names themselves are not shown: without a header they are a patient's row
+            # the names are not printed: without a header they are the data of a patient
             raise UserError(
                 f"{uri} has no column {' and no column '.join(missing)} among its {len(table.columns)}; "
-                f"its first line must name image and report, separated by commas{_other_separator(table)}"
+                f"its first line must contain image and report, separated by commas{_other_separator(table)}"
             )
         return table
 
 
 def _other_separator(table: pd.DataFrame) -> str:
     header = str(table.columns[0])
-    found = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in header), None)
-    return f" (it seems to use {found})" if found and len(table.columns) == 1 else ""
+    used = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in header), None)
+    return f" (it seems to use {used})" if used and len(table.columns) == 1 else ""
 
 
 def _films(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a film, before anything is set aside; ``row`` is the row's number under the header, from 1."""
+    """One row per film, unfiltered; ``row`` is the row's number under the header, from 1."""
     stripped = {name: table[name].str.strip() for name in KNOWN if name in table.columns}
     blank = pd.Series("", index=table.index)
     image = stripped["image"]
-    patient = _first_given(stripped.get("patient", blank), image)
-    # the same picture in two rows is two studies unless the table says otherwise
+    patient = _or_else(stripped.get("patient", blank), image)
+    # the same image in two rows is two studies unless the table has study ids
     repeats = image.groupby(image).cumcount()
     own_study = image.where(repeats == 0, image + "#" + (repeats + 1).astype(str))
     return pd.DataFrame(
@@ -98,76 +97,76 @@ def _films(table: pd.DataFrame) -> pd.DataFrame:
             "image_id": own_study,
             "path": image,
             "report": table["report"],
-            "report_path": None,
             "view": stripped.get("view", blank),
             "patient_id": patient,
-            "group": _first_given(stripped.get("group", blank), patient),
-            "study_id": _first_given(stripped.get("study", blank), own_study),
+            "group": _or_else(stripped.get("group", blank), patient),
+            "study_id": _or_else(stripped.get("study", blank), own_study),
             "split": stripped.get("split", blank).str.lower(),
         }
     )
 
 
-def _first_given(values: pd.Series, otherwise: pd.Series) -> pd.Series:
+def _or_else(values: pd.Series, otherwise: pd.Series) -> pd.Series:
     return values.where(values != "", otherwise)
 
 
-def _reasons(films: pd.DataFrame) -> pd.Series:
-    """Why each row cannot be used; '' where it can."""
-    escaping = films["path"].map(escapes)
+def _bad_reasons(films: pd.DataFrame) -> pd.Series:
+    """Why each row cannot be used; '' if it can."""
+    outside = films["path"].map(escapes)
     report = films["report"].str.strip()
     several = films.assign(report=report).groupby("study_id")[["report", "group"]].transform("nunique") > 1
     reasons = pd.Series("", index=films.index, dtype=object)
-    reasons[several["group"]] = "films of one study belong to different groups"
-    reasons[several["report"]] = "films of one study carry different reports"
+    reasons[several["group"]] = "films of one study are in different groups"
+    reasons[several["report"]] = "films of one study have different reports"
     reasons[report == ""] = "row has no report"
-    reasons[escaping] = "film path leaves the corpus's folder"
+    reasons[outside] = "film path is outside the corpus folder"
     reasons[films["path"] == ""] = "row names no image"
     return reasons
 
 
 def _splits(films: pd.DataFrame, seed: int, table_name: str, grouped: bool) -> pd.Series:
-    """Each row's split: as written, else its group's, else drawn by group."""
+    """Each row's split: as given, otherwise that of its group, otherwise drawn by group."""
     unknown = sorted(set(films["split"]) - set(SPLIT_NAMES) - {""})
     if unknown:
-        odd = films["split"].isin(unknown)
-        count, first = int(odd.sum()), int(films.loc[odd, "row"].iloc[0])
-        # a word is shown; a sentence means that the columns have slipped, and may be a report
+        bad = films["split"].isin(unknown)
+        count, first = int(bad.sum()), int(films.loc[bad, "row"].iloc[0])
+        # one word is printed; a sentence may be a report in the wrong column
         shown = f" {unknown[0]}" if len(unknown[0]) <= 12 and unknown[0].isalnum() else ""
         raise UserError(
-            f"{table_name}: split{shown} is unknown in {count} rows, the first of them row {first}; "
+            f"{table_name}: unknown split{shown} in {count} rows, first in row {first}; "
             "give train, valid, test or leave it blank"
         )
-    written = films["split"].map(SPLIT_NAMES)
-    of_group = written.groupby(films["group"])
-    torn = of_group.transform("nunique") > 1
-    if torn.any():
-        raise UserError(_torn_group(films.assign(split=written), torn, table_name, grouped))
+    given = films["split"].map(SPLIT_NAMES)
+    of_group = given.groupby(films["group"])
+    conflicting = of_group.transform("nunique") > 1
+    if conflicting.any():
+        raise UserError(_split_conflict(films.assign(split=given), conflicting, table_name, grouped))
     return of_group.transform("first").fillna(draw_splits(seed, films["group"]))
 
 
-def _torn_group(films: pd.DataFrame, torn: pd.Series, table_name: str, grouped: bool) -> str:
-    group = films.loc[torn, "group"].iloc[0]
+def _split_conflict(films: pd.DataFrame, conflicting: pd.Series, table_name: str, grouped: bool) -> str:
+    """The message about groups with films in several splits."""
+    group = films.loc[conflicting, "group"].iloc[0]
     rows = films[films["group"] == group]
     names = " and ".join(sorted(rows["split"].dropna().unique()))
-    count = films.loc[torn, "group"].nunique()
-    # a group by patient is not named: the id may be a person's
+    count = films.loc[conflicting, "group"].nunique()
+    # an id of a patient is not printed
     named = f"group {group}" if grouped else "a patient"
     shown = ", ".join(str(row) for row in rows["row"][:6])
     return (
-        f"{table_name}: {named} ({len(rows)} rows: {shown}) is in {names}, and {count - 1} others likewise; "
-        "a group must lie in one split: change the split column, or leave it blank to have it drawn"
+        f"{table_name}: {named} ({len(rows)} rows: {shown}) is in {names}, and so are {count - 1} others; "
+        "each must be in one split: fix the split column, or leave it blank to have it drawn"
     )
 
 
 def _label_columns(table: pd.DataFrame) -> list[str]:
-    """Columns that hold only 1, 0, -1, fractions between them, and blanks."""
-    found = []
+    """Columns with only blanks and numbers from -1 to 1."""
+    names = []
     for name in table.columns:
         if name in KNOWN or name.lower().startswith("unnamed"):
             continue
         distinct = pd.Series(table[name].unique())
         values = pd.to_numeric(distinct[distinct.str.strip() != ""], errors="coerce")
         if len(values) and values.between(-1, 1).all():
-            found.append(name)
-    return found
+            names.append(name)
+    return names

@@ -1,4 +1,4 @@
-"""The generated corpus as a source: nothing to fetch, every film is drawn when it is read."""
+"""The generated corpus as a source: every film is rendered when it is read."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cmcgns.data.image import Film, Scan, whole, without_borders
+from cmcgns.data.image import CroppedImage, DecodedImage, uncropped, without_borders
 from cmcgns.data.order import Arrangement, arranged
 from cmcgns.data.record import StudyIndex, index_table
 from cmcgns.data.reports import ParsedReport, parse_report
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from cmcgns.phantom import PhantomCorpus
 
 MAX_STUDIES = 10**7
-KEPT_BYTES = 64 * 2**20
-"""Drawn films that each process keeps: a small corpus is drawn once, not once an epoch."""
+CACHE_BYTES = 64 * 2**20
+"""Rendered films cached by each process, so that a small corpus is not rendered again in each epoch."""
 
 
 @dataclass(frozen=True)
 class PhantomSource:
-    """``studies`` generated studies, films of ``height`` x ``width`` pixels."""
+    """``studies`` generated studies with films of ``height`` x ``width`` pixels."""
 
     in_groups: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
+    io_bound: ClassVar[bool] = False
 
     studies: int
     seed: int
@@ -48,10 +48,10 @@ class PhantomSource:
     def reader(self, paths: Sequence[str], films: bool = True) -> "PhantomSource":
         return self
 
-    def read_film(self, path: str) -> Film:
+    def read_image(self, path: str) -> CroppedImage:
         study, film = path.split("/")
-        scan = Scan(_renderer(self)(int(study), int(film)), self.height, self.width)
-        return without_borders(scan) if self.crop_borders else whole(scan)
+        scan = DecodedImage(_renderer(self)(int(study), int(film)), self.height, self.width)
+        return without_borders(scan) if self.crop_borders else uncropped(scan)
 
     def read_report(self, study: dict[str, Any]) -> str:
         return str(study["report"])
@@ -69,13 +69,13 @@ def _corpus(source: PhantomSource) -> "PhantomCorpus":
 
 @functools.lru_cache(maxsize=4)
 def _renderer(source: PhantomSource) -> Callable[[int, int], NDArray[np.uint8]]:
-    """Draws a film of a study, or brings it again from the last ``KEPT_BYTES``."""
+    """Function that renders a film of a study, with a cache of ``CACHE_BYTES``."""
     corpus = _corpus(source)
 
-    @functools.lru_cache(maxsize=KEPT_BYTES // (source.height * source.width))
+    @functools.lru_cache(maxsize=CACHE_BYTES // (source.height * source.width))
     def render(study: int, film: int) -> NDArray[np.uint8]:
         pixels_HW: NDArray[np.uint8] = np.asarray(corpus.render(study, film), dtype=np.uint8)
-        pixels_HW.flags.writeable = False  # shared by all who ask again
+        pixels_HW.flags.writeable = False  # shared through the cache
         return pixels_HW
 
     return render
@@ -84,8 +84,8 @@ def _renderer(source: PhantomSource) -> Callable[[int, int], NDArray[np.uint8]]:
 def _row(corpus: "PhantomCorpus", number: int) -> dict[str, Any]:
     study = corpus.study(number)
     films = [
-        {"image_id": film.image_id, "path": f"{number}/{place}", "view": film.view}
-        for place, film in enumerate(study.films)
+        {"image_id": film.image_id, "path": f"{number}/{position}", "view": film.view}
+        for position, film in enumerate(study.films)
     ]
     return {
         "study_id": study.study_id,
@@ -94,7 +94,6 @@ def _row(corpus: "PhantomCorpus", number: int) -> dict[str, Any]:
         "split": study.split,
         "films": films,
         "report": study.report,
-        "report_path": None,
         "labels": list(study.labels.items()),
     }
 
@@ -103,8 +102,10 @@ def parse_phantom_uri(uri: str, studies: int, seed: int) -> tuple[int, int]:
     """Studies and seed of ``phantom``, ``phantom:STUDIES`` or ``phantom:STUDIES:SEED``."""
     given = [part for part in uri.split(":")[1:] if part]
     if uri.split(":")[0] != "phantom" or len(given) > 2 or not all(part.isdigit() for part in given):
-        raise UserError(f"data.uri {uri}: the generated corpus is phantom, phantom:STUDIES or phantom:STUDIES:SEED")
+        raise UserError(
+            f"data.uri {uri}: for the generated corpus give phantom, phantom:STUDIES or phantom:STUDIES:SEED"
+        )
     numbers = [int(part) for part in given] + [studies, seed][len(given) :]
     if not 1 <= numbers[0] <= MAX_STUDIES:
-        raise UserError(f"data.uri {uri}: phantom:STUDIES takes 1 to {MAX_STUDIES} studies, not {numbers[0]}")
+        raise UserError(f"data.uri {uri} asks for {numbers[0]} studies; phantom:STUDIES takes 1 to {MAX_STUDIES}")
     return numbers[0], numbers[1]

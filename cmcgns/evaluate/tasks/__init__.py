@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from cmcgns.data.labelled.base import SPLITS, ImageSet, What
+from cmcgns.data.labelled.base import SPLITS, AnnotationKind, ImageSet
 from cmcgns.data.readers import PhantomSource
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EvaluateConfig
@@ -35,7 +35,7 @@ ON_ATTENTION = ("clusters", "grounding")
 ON_FEATURES = ("zeroshot", "classification")
 CORPUS = "corpus"
 """What the run's own corpus is called where it is no set of images."""
-ON_PLACES: dict[str, What] = {
+ON_PLACES: dict[str, AnnotationKind] = {
     "segmentation": "masks",
     "detection": "boxes",
     "classification": "labels",
@@ -165,7 +165,7 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
     found.left_out += [f"{task} of {images.name}: it has no {ON_PLACES[task]}" for task in absent]
     if not wanted:
         return started
-    needed = pa.concat_tables([images.seen(images.table, ON_PLACES[task]).select(["image_id"]) for task in wanted])
+    needed = pa.concat_tables([images.annotated(images.table, ON_PLACES[task]).select(["image_id"]) for task in wanted])
     images = replace(images, table=images.table.filter(pc.is_in(images.table["image_id"], needed["image_id"])))
     shared = ray.put(images)
     for side in dict.fromkeys(encoder.config.data.image_size for encoder in found.encoders):
@@ -186,9 +186,9 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
     return started
 
 
-def _empty_split(images: ImageSet, what: What) -> str | None:
+def _empty_split(images: ImageSet, what: AnnotationKind) -> str | None:
     """The first split in which nobody has looked for ``what`` on any image."""
-    return next((split for split in SPLITS if not len(images.seen(images.split(split), what))), None)
+    return next((split for split in SPLITS if not len(images.annotated(images.split(split), what))), None)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def on_places(
 
 
 def parts_of(
-    uri: str, images: ImageSet, side: int, what: What, share: float, seed: int
+    uri: str, images: ImageSet, side: int, what: AnnotationKind, share: float, seed: int
 ) -> tuple[dict[str, Films], list[str]]:
     """The films of each split on which somebody has looked for ``what``, of the training split a ``share`` of the groups; and
     the groups of the test films.
@@ -273,7 +273,7 @@ def parts_of(
     """
     usable, parts, groups = pa.array(film_ids(uri), pa.string()), dict[str, Films](), list[str]()
     for split in SPLITS:
-        rows = images.seen(images.split(split), what)
+        rows = images.annotated(images.split(split), what)
         rows = rows.filter(pc.is_in(rows["image_id"], usable))
         if not len(rows):
             raise UserError(f"{images.name}: no image of the {split} split has {what} and can be used")

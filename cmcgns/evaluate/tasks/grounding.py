@@ -86,8 +86,8 @@ def patch_truth(pairs: Pairs, images: ImageSet, data: DataConfig, studies: set[i
     reader, found = images.source.reader([]), {}
     for study in studies:
         path = pairs.path_N[study]
-        film = reader.read_film(path)
-        places = images.places({"path": path, "boxes": None, "masks": None}, film)
+        film = reader.read_image(path)
+        places = images.annotations({"path": path, "boxes": None, "masks": None}, film)
         found[study] = patch_coverage(middle(square_masks(places.mask_KHW, data.resize), data.image_size), grid)
     return found
 

@@ -25,7 +25,7 @@ WORDS = ("1.0", "0.0", "-1.0", "")
 
 
 def tree(folder: Path) -> dict[str, list[float]]:
-    """CheXpert of 12 patients and 4 more in valid.csv; the labels that its frontal films have."""
+    """CheXpert with 12 patients and 4 more in valid.csv; returns the labels of its frontal films."""
     tables: dict[str, list[str]] = {"train": [HEADER], "valid": [HEADER]}
     truth: dict[str, list[float]] = {}
     for i, shot in enumerate(shots()[:28]):
@@ -50,17 +50,17 @@ def test_labels_follow_the_published_protocol(tmp_path: Path) -> None:
     assert {name: row["labels"] for name, row in rows(images).items()} == truth
     assert images.filtered == {"view LATERAL": 28 - len(truth)}
     assert "blank counts as 0" in images.rule
-    assert images.source.reader([]).read_film(next(iter(truth))).grey_HW.size
+    assert images.source.reader([]).read_image(next(iter(truth))).grey_HW.size
 
 
-def test_the_official_validation_set_is_tested_and_whole_patients_are_held_out(tmp_path: Path) -> None:
+def test_the_official_validation_set_is_test_and_patients_are_held_out(tmp_path: Path) -> None:
     tree(tmp_path)
     found = splits(images := open_set("chexpert", str(tmp_path), seed=3))
     assert found["test"] == {name for name in rows(images) if name.startswith("valid/")}
     assert len({row["group"] for row in rows(images).values() if row["split"] == "valid"}) == 1  # a tenth of 12
 
 
-def test_a_patient_more_moves_no_other_into_validation() -> None:
+def test_another_patient_moves_no_other_into_validation() -> None:
     few = [f"patient{i:05d}" for i in range(300)]
     many = [f"patient{i:05d}" for i in range(900)]
     assert first_by_hash(many, 0, 30) & set(few) <= first_by_hash(few, 0, 30)
@@ -78,7 +78,7 @@ def test_one_film_in_a_hundred_may_be_missing_and_is_counted(tmp_path: Path) -> 
     assert open_set("chexpert", str(tmp_path)).filtered["image missing"] == 1
 
 
-def test_reading_says_nothing_on_the_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_reading_prints_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tree(tmp_path)
     with caplog.at_level(logging.WARNING):
         open_set("chexpert", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Sets made of a pretraining corpus: the generated one with its truth, another one with its labels."""
+"""Sets from a pretraining corpus: the generated one with its ground truth, another one with its labels."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from tests.data.labelled.trees import DARKEST, SIDE, STUDIES, shots
 SOURCE = PhantomSource(STUDIES, 0, SIDE, SIDE, crop_borders=False)
 
 
-def test_the_phantom_set_gives_the_truth_of_its_films() -> None:
+def test_the_phantom_set_has_the_ground_truth_of_its_films() -> None:
     images = check_set(phantom_set(SOURCE))
     corpus = PhantomCorpus(STUDIES, 0, SIDE, SIDE)
     for i, (row, shot) in enumerate(zip(images.table.to_pylist(), shots(), strict=True)):
         assert (row["image_id"], row["group"], row["split"]) == (shot.image_id, shot.patient_id, corpus.study(i).split)
         assert row["labels"] == [shot.truth.labels[name] for name in FINDINGS]
-        film = SOURCE.read_film(row["path"])
-        places = images.places(row, film)
+        film = SOURCE.read_image(row["path"])
+        places = images.annotations(row, film)
         found: dict[str, list[list[float]]] = {}
         for kind, corners in zip(places.kind_N, places.box_N4.tolist(), strict=True):
             found.setdefault(FINDINGS[kind], []).append(corners)
@@ -33,9 +33,9 @@ def test_the_phantom_set_gives_the_truth_of_its_films() -> None:
 def test_truth_moves_with_the_frame() -> None:
     images = phantom_set(SOURCE)
     row = next(row for row, shot in zip(images.table.to_pylist(), shots(), strict=True) if shot.boxes("effusion"))
-    film = SOURCE.read_film(row["path"])
+    film = SOURCE.read_image(row["path"])
     cut = film._replace(grey_HW=film.grey_HW[20:60, 4:], frame=film.frame._replace(top=20, bottom=60, left=4))
-    whole, part = images.places(row, film), images.places(row, cut)
+    whole, part = images.annotations(row, film), images.annotations(row, cut)
     assert (part.mask_KHW == whole.mask_KHW[:, 20:60, 4:]).all()
     effusion = part.box_N4[part.kind_N == FINDINGS.index("effusion")]
     expected = whole.box_N4[whole.kind_N == FINDINGS.index("effusion")] - [4, 20, 4, 20]
@@ -77,14 +77,14 @@ def test_labels_of_a_corpus_are_known_or_not(tmp_path: Path) -> None:
     assert table["boxes"].null_count == table["masks"].null_count == 3
 
 
-def test_a_corpus_without_labels_is_no_set() -> None:
+def test_a_corpus_without_labels_gives_no_set() -> None:
     films = [{"image_id": "a", "path": "a.png", "view": "PA"}]
     for labels in ([], [("Age", 0.5)]):
         row = {"study_id": "s", "group": "p", "split": "train", "films": films, "labels": labels}
         assert labelled_set(SOURCE, StudyIndex(index_table([row]))) is None
 
 
-def test_any_corpus_of_the_generator_is_labelled_alike() -> None:
+def test_any_generated_corpus_has_the_same_labels() -> None:
     labelled = labelled_set(SOURCE, SOURCE.index())
     assert labelled is not None
     drawn = phantom_set(SOURCE)

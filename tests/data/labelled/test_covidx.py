@@ -1,4 +1,4 @@
-"""``covidx``: names with blanks, dots and parentheses; classes in any case; patients of the test set left out of training."""
+"""``covidx``: names with blanks, dots and parentheses; classes in any case; patients of the test set excluded from training."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SPELT = ("Normal", "PNEUMONIA", "COVID-19", "normal", "Pneumonia", "covid-19")
 
 
 def tree(folder: Path, spelt: tuple[str, ...], flat: bool = False) -> dict[str, str]:
-    """24 films of 12 patients in train.txt, 4 of four in test.txt, of whom one has been trained on; the class of each."""
+    """24 films of 12 patients in train.txt, 4 of four in test.txt, one of them also in train.txt; returns their classes."""
     lines: dict[str, list[str]] = {"train": [], "test": []}
     truth = {}
     for i, shot in enumerate(shots()[:28]):
@@ -41,10 +41,10 @@ def test_every_film_has_the_class_its_line_says(
     assert images.exclusive
     for name, row in rows(images).items():
         assert row["labels"] == [float(each.lower() == truth[name]) for each in classes]
-        images.source.reader([]).read_film(row["path"])
+        images.source.reader([]).read_image(row["path"])
 
 
-def test_patients_of_the_test_set_are_left_out_of_training(tmp_path: Path) -> None:
+def test_patients_of_the_test_set_are_excluded_from_training(tmp_path: Path) -> None:
     truth = tree(tmp_path, SPELT)
     images = open_set("covidx", str(tmp_path), seed=10)
     found = splits(images)

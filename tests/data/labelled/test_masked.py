@@ -1,4 +1,4 @@
-"""``masked``: mask files and COCO boxes of one's own, locally and on S3."""
+"""``masked``: a user's mask files and COCO boxes, locally and on S3."""
 
 import json
 import pickle
@@ -57,7 +57,7 @@ def in_set(i: int) -> bool:
 
 
 def check_truth(images: ImageSet, chosen: tuple[tuple[int, Shot], ...]) -> None:
-    """Every mask and box of these films comes back."""
+    """Check every mask and box of these films."""
     found = rows(images)
     for i, shot in chosen:
         row = found[f"films/{shot.image_id}.png"]
@@ -70,7 +70,7 @@ def check_truth(images: ImageSet, chosen: tuple[tuple[int, Shot], ...]) -> None:
 
 
 @pytest.mark.parametrize("zoom", [1, 3], ids=["of the scan's size", "three times as large"])
-def test_masks_and_boxes_come_back(tmp_path: Path, zoom: int) -> None:
+def test_masks_and_boxes_are_read(tmp_path: Path, zoom: int) -> None:
     tree(tmp_path, zoom=zoom)
     images = pickle.loads(pickle.dumps(open_set("masked", str(tmp_path))))
     assert images.mask_classes == ("lung", "heart")
@@ -88,11 +88,11 @@ def test_the_folder_and_its_csv_are_the_same_set(tmp_path: Path) -> None:
     assert open_set("masked", str(tmp_path / "mine.csv")) == images
 
 
-def test_written_splits_are_kept_but_no_group_is_torn(tmp_path: Path) -> None:
+def test_given_splits_are_kept_but_no_group_is_divided(tmp_path: Path) -> None:
     tree(tmp_path)
     images = open_set("masked", str(tmp_path), seed=1)
     splits(images)
-    assert "that the column tears apart" in images.rule
+    assert "with several splits take the split" in images.rule
     first: dict[str, str] = {}
     for i, shot in enumerate(shots()[:20]):
         written = ("train", "valid", "", "test")[i % 4]
@@ -102,7 +102,7 @@ def test_written_splits_are_kept_but_no_group_is_torn(tmp_path: Path) -> None:
         assert row["split"] == first.get(row["group"], row["split"])
 
 
-def test_a_picture_of_several_pairs_is_one_image(tmp_path: Path) -> None:
+def test_an_image_in_several_pairs_is_one_row(tmp_path: Path) -> None:
     tree(tmp_path)
     images = open_set("masked", str(tmp_path))
     lines = (tmp_path / "pairs.csv").read_text().splitlines()
@@ -138,11 +138,11 @@ def test_real_lungs_have_masks_and_boxes(realdata: Path) -> None:
     masked = [row for row in rows(images).values() if row["masks"]]
     assert len(masked) == len(list((realdata / "masks").iterdir()))
     for row in masked[:3]:
-        film = images.source.reader([]).read_film(row["path"])
-        places = images.places(row, film)
+        film = images.source.reader([]).read_image(row["path"])
+        places = images.annotations(row, film)
         share = places.mask_KHW.mean()
         assert 0.1 < share < 0.7
-        # what is boxed as lung and what is painted as lung are much the same
+        # boxes and masks of the lungs nearly agree
         x0, y0, x1, y1 = np.concatenate([places.box_N4[:, :2].min(0), places.box_N4[:, 2:].max(0)]).round().astype(int)
         assert places.mask_KHW[0, y0:y1, x0:x1].sum() > 0.9 * places.mask_KHW.sum()
         assert Image.open(realdata / row["path"]).size[0] >= film.frame.right

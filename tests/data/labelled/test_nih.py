@@ -19,7 +19,7 @@ PLACES = ("", "images/", "images_001/images/", "images_012/images/")
 
 
 def tree(folder: Path, table: str = "Data_Entry_2017_v2020.csv", comma: str = "") -> dict[str, set[str]]:
-    """NIH of 30 films under ``table``; the findings of each image."""
+    """NIH with 30 films in ``table``; returns the findings of each image."""
     entries, boxes, truth = [HEADER + comma], ["Image Index,Finding Label,Bbox [x,y,w,h],,,"], {}
     for i, shot in enumerate(shots()):
         image = f"{i // 2:08d}_{i % 2:03d}.png"
@@ -44,7 +44,7 @@ def test_findings_are_read_under_the_broken_header(tmp_path: Path, table: str, c
     assert list(rows(images)) == list(truth)
 
 
-def test_boxes_come_back_where_somebody_drew_them(tmp_path: Path) -> None:
+def test_boxes_are_read_for_annotated_images(tmp_path: Path) -> None:
     tree(tmp_path)
     images = open_set("nih", str(tmp_path))
     assert images.box_classes == ("Atelectasis", "Effusion", "Infiltration", "Nodule")
@@ -67,7 +67,7 @@ def test_without_the_lists_splits_are_drawn_by_patient(tmp_path: Path) -> None:
     assert open_set("nih", str(tmp_path)).box_classes == ()
 
 
-def test_the_official_lists_are_kept_and_some_of_their_patients_held_out(tmp_path: Path) -> None:
+def test_official_lists_are_kept_and_some_patients_held_out(tmp_path: Path) -> None:
     names = list(tree(tmp_path))
     write(tmp_path / "train_val_list.txt", names[:24])
     write(tmp_path / "test_list.txt", names[24:])

@@ -9,7 +9,7 @@ from tests.data.labelled.trees import LEFT, TOP, Shot, rows, save, seen, shots, 
 
 
 def annotation(shot: Shot) -> str:
-    """The devices of a film, each as another shape."""
+    """The devices of a film, each with another shape."""
     parts = []
     for k, (x0, y0, x1, y1) in enumerate(shot.boxes("device")):
         x0, y0, x1, y1 = x0 + LEFT, y0 + TOP, x1 + LEFT, y1 + TOP
@@ -26,7 +26,7 @@ def annotation(shot: Shot) -> str:
 
 @pytest.mark.parametrize("column", ["image_name", "image_path"])
 @pytest.mark.parametrize("flat", [False, True])
-def test_every_object_comes_back_in_its_box(tmp_path: Path, column: str, flat: bool) -> None:
+def test_every_object_has_its_box(tmp_path: Path, column: str, flat: bool) -> None:
     lines = {"train": [f"{column},annotation"], "dev": [f"{column},annotation"]}
     for i, shot in enumerate(shots()):
         part = "train" if i < 24 else "dev"

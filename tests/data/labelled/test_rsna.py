@@ -15,7 +15,7 @@ HEADER = "patientId,x,y,width,height,Target"
 
 
 def tree(folder: Path, ending: str = "png") -> None:
-    """One film a patient; consolidation and effusion are its pneumonia, so that many have several boxes."""
+    """One film per patient; consolidation and effusion count as pneumonia, so that many have several boxes."""
     lines = [HEADER]
     for shot in shots():
         corners = pneumonia(shot, scan=True)
@@ -44,7 +44,7 @@ def pneumonia(shot: Shot, scan: bool = False) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("ending", ["dcm", "png"])
-def test_boxes_and_the_masks_they_fill_come_back(tmp_path: Path, ending: str) -> None:
+def test_boxes_and_their_filled_masks_are_read(tmp_path: Path, ending: str) -> None:
     tree(tmp_path, ending)
     images = open_set("rsna", str(tmp_path))
     assert list(rows(images)) == [shot.image_id for shot in shots()]
@@ -59,7 +59,7 @@ def test_boxes_and_the_masks_they_fill_come_back(tmp_path: Path, ending: str) ->
         assert (mask_KHW == filled(np.array(truth).reshape(-1, 4), SIDE, SIDE)).all()
 
 
-def test_a_dicom_goes_before_a_picture_of_the_same_name(tmp_path: Path) -> None:
+def test_a_dicom_is_preferred_to_an_image_with_the_same_name(tmp_path: Path) -> None:
     tree(tmp_path, "dcm")
     tree(tmp_path, "png")
     assert all(row["path"].endswith(".dcm") for row in rows(open_set("rsna", str(tmp_path))).values())

@@ -13,7 +13,7 @@ from cmcgns.errors import UserError
 from tests.data.labelled.trees import SIDE, Shot, rows, save, shots, splits, write
 
 ZOOM = 1024 // SIDE
-TOP, LEFT = 3, 2  # lines of the phantom that are blackened
+TOP, LEFT = 3, 2  # lines of the phantom that are set to black
 CHOSEN = slice(0, 10)
 
 
@@ -24,7 +24,7 @@ def encoded(mask_HW: NDArray[np.bool_]) -> str:
 
 
 def decoded(text: str, height: int, width: int) -> NDArray[np.bool_]:
-    """As the competition's own code does it, number by number."""
+    """Like the code of the competition, number by number."""
     mask = np.zeros(height * width, bool)
     numbers = [int(word) for word in text.split()]
     place = 0
@@ -37,7 +37,7 @@ def decoded(text: str, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def torn_mask(shot: Shot) -> NDArray[np.bool_]:
-    """What stands for a pneumothorax: an effusion too, so that more films have one."""
+    """The mask of the pneumothorax; effusions count too, so that more films have one."""
     mask_HW = shot.mask("pneumothorax", "effusion")
     mask_HW[:TOP] = mask_HW[:, :LEFT] = False
     return mask_HW
@@ -67,20 +67,20 @@ def test_the_rows_of_an_image_are_one_mask_on_its_film(tmp_path: Path, zoom: int
     assert max(len(row["masks"]) for row in found.values()) == 2
     assert min(len(row["masks"]) for row in found.values()) == 0
     for row, shot in zip(found.values(), shots()[CHOSEN], strict=True):
-        film = images.source.reader([]).read_film(row["path"])
+        film = images.source.reader([]).read_image(row["path"])
         assert film.frame == (LEFT * zoom, TOP * zoom, SIDE * zoom, SIDE * zoom)
         truth = np.kron(torn_mask(shot)[TOP:, LEFT:], np.ones((zoom, zoom), bool))
-        assert (images.places(row, film).mask_KHW == truth).all()
+        assert (images.annotations(row, film).mask_KHW == truth).all()
         assert row["labels"] == [float(truth.any())]
 
 
-def test_images_are_split_whole(tmp_path: Path) -> None:
+def test_images_are_split_by_image(tmp_path: Path) -> None:
     tree(tmp_path)
     splits(open_set("siim", str(tmp_path), seed=1))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_relative_runs_are_those_of_the_slow_loop(seed: int) -> None:
+def test_relative_runs_match_a_slow_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 40, 2)
     mask_HW = rng.random((height, width)) < rng.random()
@@ -90,7 +90,7 @@ def test_relative_runs_are_those_of_the_slow_loop(seed: int) -> None:
     assert (decode_relative_rle(text, height, width) == mask_HW).all()
 
 
-def test_a_run_may_end_with_the_last_pixel_and_begin_with_the_first() -> None:
+def test_a_run_may_start_at_the_first_pixel_and_end_at_the_last() -> None:
     assert decode_relative_rle(" 0 6 ", 2, 3).all()
     assert decode_relative_rle("2 1 2 1", 2, 3).tolist() == [[False, True, False], [False, False, True]]
 
@@ -100,15 +100,15 @@ def test_a_run_may_end_with_the_last_pixel_and_begin_with_the_first() -> None:
     [
         ("3", "1 numbers, not pairs"),
         ("", "0 numbers, not pairs"),
-        ("0 5 -2 1", "leaves the mask"),
-        ("0 5 1 1", "leaves the mask"),
-        ("9 9223372036854775807", "leaves the mask"),
-        ("0 99999999999999999999", "whole numbers"),
-        ("1 2.5", "whole numbers"),
-        ("one 2", "whole numbers"),
+        ("0 5 -2 1", "exceeds the mask"),
+        ("0 5 1 1", "exceeds the mask"),
+        ("9 9223372036854775807", "exceeds the mask"),
+        ("0 99999999999999999999", "not integers"),
+        ("1 2.5", "not integers"),
+        ("one 2", "not integers"),
     ],
 )
-def test_broken_runs_name_their_image(tmp_path: Path, text: str, says: str) -> None:
+def test_errors_of_run_lengths_name_the_image(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         decode_relative_rle(text, 2, 3)
     write(tmp_path / "train-rle.csv", ["ImageId, EncodedPixels", "a, -1", f"1.2.b,{text.replace('1 1', '1 2000000')}"])

@@ -1,4 +1,4 @@
-"""Phantom films inside black borders, which reading cuts away, and what is checked of every set made of them."""
+"""Phantom films inside black borders, and checks of the sets made from them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from cmcgns.phantom import FilmTruth, PhantomCorpus
 
 STUDIES, SIDE = 30, 64
 DARKEST = 16
-"""Grey level of the darkest pixel of a film, so that its borders are cut away and no more."""
+"""Grey level of the darkest pixel of a film, so that only the borders are cropped."""
 TOP, LEFT, BOTTOM, RIGHT = 6, 9, 4, 2
 KEPT = Frame(LEFT, TOP, LEFT + SIDE, TOP + SIDE)
 
 
 @dataclass(frozen=True)
 class Shot:
-    """The first film of a phantom study, and where on the bordered scan its findings lie."""
+    """The first film of a phantom study, and its findings on the image with borders."""
 
     image_id: str
     patient_id: str
@@ -39,11 +39,11 @@ class Shot:
         return self.truth.boxes.get(name, [])
 
     def scan_xywh(self, name: str) -> list[list[float]]:
-        """x, y, width, height on the scan."""
+        """x, y, width, height on the image with borders."""
         return [[x0 + LEFT, y0 + TOP, x1 - x0, y1 - y0] for x0, y0, x1, y1 in self.boxes(name)]
 
     def mask(self, *names: str) -> NDArray[np.bool_]:
-        """All of these, on the film."""
+        """The union of these masks on the film."""
         mask_HW = np.zeros((SIDE, SIDE), bool)
         for name in names:
             mask_HW |= self.truth.masks.get(name, False)
@@ -52,7 +52,7 @@ class Shot:
 
 @cache
 def shots() -> tuple[Shot, ...]:
-    """The corpus of these tests, drawn once."""
+    """The corpus of these tests, cached."""
     corpus = PhantomCorpus(STUDIES, 0, SIDE, SIDE)
     studies = [corpus.study(i) for i in range(STUDIES)]
     return tuple(
@@ -62,7 +62,7 @@ def shots() -> tuple[Shot, ...]:
 
 
 def save(grey_HW: NDArray[Any], path: Path, format: str | None = None) -> None:
-    """A picture, in the format that its name asks for unless another is given."""
+    """Save an image, in the format of its name unless another is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grey_HW).save(path, format)
 
@@ -79,7 +79,7 @@ def rows(images: ImageSet) -> dict[str, dict[str, Any]]:
 
 
 def splits(images: ImageSet) -> dict[str, set[str]]:
-    """The image ids of each split; every split has some, and no group is in two."""
+    """The image ids of each split, checked to be non-empty and without a group in two splits."""
     found = {name: set(images.split(name)["image_id"].to_pylist()) for name in ("train", "valid", "test")}
     groups = [set(images.split(name)["group"].to_pylist()) for name in found]
     assert all(groups)
@@ -91,9 +91,9 @@ def splits(images: ImageSet) -> dict[str, set[str]]:
 
 
 def seen(images: ImageSet, row: dict[str, Any]) -> tuple[list[tuple[str, list[float]]], NDArray[np.bool_]]:
-    """The boxes, each with its class, and the masks of a row, on its film as read, whose borders are gone."""
-    film = images.source.reader([row["path"]]).read_film(row["path"])
+    """The boxes with their classes and the masks of a row, on its cropped film."""
+    film = images.source.reader([row["path"]]).read_image(row["path"])
     assert film.frame == KEPT
-    places = images.places(row, film)
+    places = images.annotations(row, film)
     named = [images.box_classes[kind] for kind in places.kind_N]
     return list(zip(named, places.box_N4.tolist(), strict=True)), places.mask_KHW

@@ -1,4 +1,4 @@
-"""A raw set with three broken films, and what becomes of it."""
+"""A raw set with three broken films, and the set prepared from it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of which three films are broken, one of a study that has another."""
+    """A corpus with three broken films, one in a study with another film."""
     folder = tmp_path_factory.mktemp("raw")
     write_pairs_csv(PhantomCorpus(STUDIES, seed=3, height=160, width=128), folder)
     studies = open_source(str(folder)).index().table.to_pylist()

@@ -1,4 +1,4 @@
-"""Prepared sets for tests: what lies in one, and how it is made."""
+"""Prepared sets for tests: making and reading them."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ STUDIES, SIZE, GROUP = 150, 96, 16
 
 
 def settings(raw: Path, out: Path | str, *more: str) -> list[str]:
-    """Settings that make a set of ``raw`` at ``out``."""
+    """Settings to prepare ``raw`` at ``out``."""
     return [
         f"--data.uri={raw}", f"--prepare.out={out}", f"--prepare.image_size={SIZE}", "--data.max_bad_fraction=0.1",
         "--prepare.encoding=png", *more,
@@ -32,7 +32,7 @@ def settings(raw: Path, out: Path | str, *more: str) -> list[str]:
 
 
 def prepare_here(raw: Path, out: Path | str, *more: str) -> int:
-    """The job in this process, on the Ray that runs in it."""
+    """Run the job in this process, on its Ray."""
     arguments = [f"--data.group_studies={GROUP}", *settings(raw, out, *more)]
     return prepare(load_config(arguments, PrepareJobConfig, None))
 
@@ -43,12 +43,12 @@ def command(*settings: str) -> list[str]:
 
 
 def run(*settings: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """The job, run to its end."""
+    """Run the job in its own process."""
     return subprocess.run(command(*settings), cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def kill_when(condition: Callable[[], bool], *settings: str) -> bool:
-    """Start the job and kill it, with all that it has started, by -9 once ``condition`` holds; False if it ended before."""
+    """Start the job and kill its process group by -9 once ``condition`` holds; False if it ended before."""
     process = subprocess.Popen(
         command(*settings), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -62,7 +62,7 @@ def kill_when(condition: Callable[[], bool], *settings: str) -> bool:
 
 
 def files(uri: str) -> list[str]:
-    """Every file of the set; nothing where there is none yet."""
+    """Every file of the set; empty if there is none."""
     try:
         return storage.list_files(uri)
     except storage.MissingFileError:
@@ -70,12 +70,12 @@ def files(uri: str) -> list[str]:
 
 
 def shards(uri: str) -> list[str]:
-    """The shards that lie in the set."""
+    """The shards of the set."""
     return [name for name in files(uri) if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def rows(uri: str) -> list[dict[str, Any]]:
-    """All rows in the manifest's order."""
+    """All rows in the order of the manifest."""
     tables = [
         storage.read_parquet(storage.join(uri, shard.name), pq.ParquetFile.read) for shard in read_manifest(uri).shards
     ]
@@ -84,7 +84,7 @@ def rows(uri: str) -> list[dict[str, Any]]:
 
 
 def fingerprint(uri: str) -> str:
-    """Hash of all values of all rows, worked out the slow way."""
+    """Hash of all values of all rows, computed the slow way."""
     digest = hashlib.sha256()
     for row in rows(uri):
         digest.update(repr(sorted(row.items())).encode())

@@ -1,4 +1,4 @@
-"""`jobs/prepare.py --check` on sets that are sound, damaged, and leaking."""
+"""`jobs/prepare.py --check` on intact, damaged and leaking sets."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """The shard at ``path`` with rows as ``change`` leaves them, cut into the row groups that it had."""
+    """Rewrite the shard at ``path`` with its rows changed by ``change``, in the same row groups."""
     file = pq.ParquetFile(path)
     groups = [change(file.read_row_group(number).to_pylist()) for number in range(file.num_row_groups)]
     with pq.ParquetWriter(path, file.schema_arrow) as writer:
@@ -38,14 +38,14 @@ def rewrite(path: Path, change: Any) -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema=file.schema_arrow), row_group_size=len(rows))
 
 
-def test_a_sound_set_passes(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_set_passes(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_set(str(prepared)) == 0
-    assert "are as they were written" in capsys.readouterr().out
+    assert "shards are unchanged" in capsys.readouterr().out
     assert findings(prepared) == []
     (prepared / "findings.jsonl").unlink(missing_ok=True)
 
 
-def test_damage_is_found_where_it_is(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_reported_with_its_location(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing, short, changed, silent = sorted(shards(str(copied)))[:4]
     (copied / missing).unlink()
     (copied / short).write_bytes((copied / short).read_bytes()[:-1000])
@@ -61,7 +61,7 @@ def test_damage_is_found_where_it_is(copied: Path, capsys: pytest.CaptureFixture
     assert "faults" in capsys.readouterr().out
 
 
-def test_a_changed_value_is_found_though_the_file_is_whole(copied: Path) -> None:
+def test_a_changed_value_in_an_intact_file_is_found(copied: Path) -> None:
     name = sorted(shards(str(copied)))[1]
 
     def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -71,10 +71,10 @@ def test_a_changed_value_is_found_though_the_file_is_whole(copied: Path) -> None
     rewrite(copied / name, change)
     assert check_set(str(copied)) == 1
     kinds = {each["kind"] for each in findings(copied)}
-    assert "shard" in kinds  # of another size now, so it is not read
+    assert "shard" in kinds  # it has another size, so it is not read
 
 
-def test_storage_that_fails_in_the_middle_is_one_message(copied: Path) -> None:
+def test_storage_failing_during_the_check_is_one_message(copied: Path) -> None:
     manifest = read_manifest(str(copied))
     (copied / manifest.shards[1].name).unlink()
     with pytest.raises(UserError, match=f"{manifest.shards[1].name} does not exist"):
@@ -100,7 +100,7 @@ def test_a_patient_moved_into_another_split_is_found(copied: Path) -> None:
     assert read_manifest(str(copied)).rows == sum(shard["rows"] for shard in manifest["shards"])
 
 
-def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_set_raises(tmp_path: Path) -> None:
     done = run("--check", f"--prepare.out={tmp_path}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "no complete prepared set" in done.stderr

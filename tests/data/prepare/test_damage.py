@@ -1,4 +1,4 @@
-"""Damage of our own making: each file that holds no film is one bad row with its reason; odd ones that hold one are read."""
+"""Damaged files: each file without a film is one bad row with its reason; unusual files with a film are read."""
 
 import json
 import struct
@@ -19,18 +19,18 @@ from tests.benchmarks.measure import peak_mib
 from tests.data.prepare.sets import prepare_here, rows
 
 FILM_HW = cv2.normalize(PhantomCorpus(1, seed=8, height=240, width=200).render(0), None, 0, 255, cv2.NORM_MINMAX)
-"""From black to white, as 16-bit pictures without a window are shown."""
+"""From black to white, like 16-bit images without a window."""
 MOST_MIB = 300
-"""A bomb of 400 million pixels would take 400."""
+"""MB; decoding the bomb of 400 million pixels would take 400."""
 REASONS = {
     "truncated.jpg": "film file is truncated or broken",
     "empty.png": "film file is empty (0 bytes)",
     "wrong.jpg": "film file is neither JPEG, PNG, TIFF, BMP, WebP nor DICOM",
     "bomb.png": "film is over the limit of 100000000 pixels",
-    "loop.png": "film file is a symbolic link that leads in a circle",
+    "loop.png": "film file is a circular symbolic link",
     "dangling.png": "film file is missing",
     "folder.png": "film file is missing",
-    "../escape.png": "film path leaves the corpus's folder",
+    "../escape.png": "film path is outside the corpus folder",
 }
 
 
@@ -60,7 +60,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "dangling.png").symlink_to("nothing.png")
     (folder / "folder.png").mkdir()
-    (folder / "again").symlink_to(folder)  # a folder that leads back to its own
+    (folder / "again").symlink_to(folder)  # a link to its own folder
     Image.fromarray(FILM_HW.astype(np.uint16) * 257).save(folder / "sixteen.png")
     film.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
     exif = Image.Exif()
@@ -91,7 +91,7 @@ def test_each_damaged_file_is_one_bad_row_with_its_reason(local_ray: None, damag
         assert np.abs(film_HW.astype(int) - odd["whole.png"]).mean() < 3, name
 
 
-def test_no_damage_takes_more_memory_than_a_film(damaged: Path, tmp_path: Path) -> None:
+def test_damaged_files_take_no_more_memory_than_a_film(damaged: Path, tmp_path: Path) -> None:
     source = open_source(str(damaged))
     studies = source.index().table.to_pylist()
     maker = Maker(source, PrepareConfig(out=str(tmp_path)), Pseudonyms())
@@ -99,6 +99,6 @@ def test_no_damage_takes_more_memory_than_a_film(damaged: Path, tmp_path: Path) 
     assert peak_mib(lambda: maker.rows(studies)) < MOST_MIB
 
 
-def test_a_folder_that_leads_back_to_itself_is_entered_once(damaged: Path) -> None:
+def test_a_link_to_its_own_folder_is_not_followed(damaged: Path) -> None:
     names = storage.list_files(str(damaged))
     assert len(names) == len(set(names)) == len([path for path in damaged.iterdir() if not path.is_dir()])

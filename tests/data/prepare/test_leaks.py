@@ -1,4 +1,4 @@
-"""What lies in two splits is found, and what merely looks alike is not."""
+"""Leaks between splits are found, similar films are not."""
 
 import cv2
 import numpy as np
@@ -6,15 +6,15 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from cmcgns.data.manifest import SHARD_SCHEMA
 from cmcgns.data.prepare.check import facts_of, leaks
+from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.phantom import PhantomCorpus
 
 CORPUS = PhantomCorpus(40, seed=4, height=128, width=112)
 
 
 def row(number: int, split: str, image: bytes | None = None, **changes: object) -> dict[str, object]:
-    """A row of a prepared set that shows study ``number`` of the phantom, one patient a study."""
+    """A row of a prepared set with study ``number`` of the phantom, one patient per study."""
     grey_HW = CORPUS.render(number)
     facts = {
         "patient_id": f"p{number}", "group": f"p{number}", "study_id": f"s{number}", "image_id": f"i{number}", "view": "PA",
@@ -29,7 +29,7 @@ def encoded(grey_HW: np.ndarray, suffix: str, *options: int) -> bytes:
 
 
 def facts(*rows: dict[str, object]) -> pd.DataFrame:
-    found, broken = facts_of(pa.Table.from_pylist(list(rows), schema=SHARD_SCHEMA))
+    found, broken = facts_of(pa.Table.from_pylist(list(rows), schema=PREPARED_SCHEMA))
     assert broken == []
     return found.to_pandas()
 
@@ -40,7 +40,7 @@ def test_forty_films_in_three_splits_are_forty_pictures() -> None:
 
 
 @pytest.mark.parametrize("how", ["the same file", "a JPEG of it", "a smaller copy"])
-def test_one_picture_in_two_splits_is_found_however_it_was_encoded(how: str) -> None:
+def test_one_image_in_two_splits_is_found_in_any_encoding(how: str) -> None:
     grey_HW = CORPUS.render(3)
     small_HW = cv2.resize(grey_HW, (84, 96), interpolation=cv2.INTER_AREA)
     copies = {
@@ -54,7 +54,7 @@ def test_one_picture_in_two_splits_is_found_however_it_was_encoded(how: str) -> 
     assert found.is_fault
 
 
-def test_one_picture_twice_in_one_split_is_no_leak() -> None:
+def test_one_image_twice_in_one_split_is_not_a_leak() -> None:
     assert leaks(facts(row(1, "train"), row(2, "train", image=encoded(CORPUS.render(1), ".png")), row(3, "test"))) == []
 
 
@@ -74,7 +74,7 @@ def test_a_patient_and_a_group_in_two_splits_are_found_with_their_films() -> Non
     assert all(finding.is_fault for finding in found)
 
 
-def test_equal_reports_are_told_and_are_no_fault() -> None:
+def test_equal_reports_are_listed_but_pass() -> None:
     normal = {"sentences": ["no acute process"]}
     (found,) = leaks(facts(row(1, "train", **normal), row(2, "test", **normal), row(3, "test", **normal)))
     assert (found.kind, found.ids, found.is_fault) == ("report in two splits", ["s1/i1", "s2/i2"], False)

@@ -1,4 +1,4 @@
-"""`jobs/prepare.py`: what a prepared set holds, and that it is the same however often its making was broken off."""
+"""`jobs/prepare.py`: the content of a prepared set, which is the same after any interruptions."""
 
 import json
 import re
@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.image import Target, shrink
-from cmcgns.data.manifest import SHARD_SCHEMA, read_manifest
+from cmcgns.data.manifest import read_manifest
 from cmcgns.data.order import study_key
 from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.prepare.shard import encode
 from cmcgns.data.readers import open_source
 from cmcgns.data.readers.prepared import decode_prepared
+from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow, UserError
 from tests.data.prepare.sets import (
@@ -37,15 +38,15 @@ from tests.data.prepare.sets import (
 pytestmark = pytest.mark.ray
 
 
-def test_each_row_is_the_pair_that_the_raw_set_gives(raw: Path, prepared: Path) -> None:
-    """The slow way: film by film and report by report through the raw source."""
+def test_each_row_equals_the_pair_from_the_raw_set(raw: Path, prepared: Path) -> None:
+    """The slow way: one film and report after another through the raw source."""
     source = open_source(str(raw), target=Target(SIZE, "shorter"))
     studies = {study["study_id"]: study for study in source.index().table.to_pylist()}
     found = rows(str(prepared))
     for row in found:
         study = studies[row["study_id"]]
         film = next(film for film in study["films"] if film["image_id"] == row["image_id"])
-        pixels = source.read_film(film["path"])
+        pixels = source.read_image(film["path"])
         image_HW = cv2.imdecode(np.frombuffer(row["image"], np.uint8), cv2.IMREAD_UNCHANGED)
         assert image_HW.dtype == np.uint8
         assert np.array_equal(image_HW, shrink(pixels.grey_HW, SIZE))
@@ -58,7 +59,7 @@ def test_each_row_is_the_pair_that_the_raw_set_gives(raw: Path, prepared: Path) 
         for name in ("patient_id", "group", "split"):
             assert row[name] == study[name]
         assert sorted(row["labels"]) == sorted(study["labels"])
-    assert list(found[0]) == SHARD_SCHEMA.names
+    assert list(found[0]) == PREPARED_SCHEMA.names
     films = sum(len(study["films"]) for study in studies.values())
     assert len({row["image_id"] for row in found}) == len(found) == films - 3
 
@@ -70,14 +71,14 @@ def test_nothing_is_lost_without_a_reason(raw: Path, prepared: Path) -> None:
         "film file is missing",
         "film file is neither JPEG, PNG, TIFF, BMP, WebP nor DICOM",
     ]
-    # a film is named beside its study where the study has another
+    # a bad film is named if its study has another one
     assert all("/" in row["source"] for row in bad)
     manifest = read_manifest(str(prepared))
     assert manifest.bad_rows == 3
     assert manifest.studies == STUDIES - 2
 
 
-def test_the_manifest_says_what_lies_there(prepared: Path) -> None:
+def test_the_manifest_matches_the_files(prepared: Path) -> None:
     manifest = read_manifest(str(prepared))
     found = rows(str(prepared))
     assert manifest.rows == len(found)
@@ -98,7 +99,7 @@ def test_the_manifest_says_what_lies_there(prepared: Path) -> None:
     assert sum(facts["views"]["AP"] for facts in splits.values()) == sum(row["view"] == "AP" for row in found)
 
 
-def test_patients_lie_in_one_split_and_studies_in_one_group(prepared: Path) -> None:
+def test_patients_are_in_one_split_and_studies_in_one_group(prepared: Path) -> None:
     splits: dict[str, set[str]] = {}
     groups: dict[str, set[str]] = {}
     for name in shards(str(prepared)):
@@ -111,7 +112,7 @@ def test_patients_lie_in_one_split_and_studies_in_one_group(prepared: Path) -> N
 
 
 def test_the_prepared_set_is_a_corpus_like_the_raw_one(raw: Path, prepared: Path) -> None:
-    """The same studies in the same order of any epoch, but for those that were bad."""
+    """The same studies in the same order in any epoch, except the bad ones."""
     there, here = open_source(str(raw)), open_source(str(prepared))
     assert here.format == "parquet"
     raw_index, index = there.index(), here.index()
@@ -127,17 +128,17 @@ def test_the_prepared_set_is_a_corpus_like_the_raw_one(raw: Path, prepared: Path
         path = first["films"][0]["path"]
         reader = here.reader([path])
         assert reader.read_sentences(first, path).sentences == parse_report(here.read_report(first)).sentences
-        assert min(reader.read_film(path).grey_HW.shape) <= SIZE
+        assert min(reader.read_image(path).grey_HW.shape) <= SIZE
 
 
-def test_a_prepare_that_is_killed_goes_on_to_the_same_set(raw: Path, prepared: Path, tmp_path: Path) -> None:
+def test_a_killed_prepare_resumes_to_the_same_set(raw: Path, prepared: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert kill_when(lambda: len(shards(str(out))) >= 2, *settings(raw, out))
     (out / ".train-00099.parquet.partial-1").write_bytes(b"half")
     left = len(shards(str(out)))
-    with pytest.raises(UserError, match="half prepared"):
+    with pytest.raises(UserError, match="incomplete prepared set"):
         open_source(str(out))
-    with pytest.raises(UserError, match=r"begun with image_size 96, not 64"):
+    with pytest.raises(UserError, match=r"started with image_size 96, not 64"):
         prepare_here(raw, out, "--prepare.image_size=64")
     assert prepare_here(raw, out) == 0
     manifest = read_manifest(str(out))
@@ -148,12 +149,12 @@ def test_a_prepare_that_is_killed_goes_on_to_the_same_set(raw: Path, prepared: P
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_same_command_twice_makes_nothing_twice(
+def test_running_prepare_twice_makes_nothing_twice(
     raw: Path, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
     assert prepare_here(raw, prepared) == 0
-    assert "was complete already" in capsys.readouterr().out
+    assert "was already complete" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
@@ -174,17 +175,17 @@ def test_ids_become_keyed_hashes(local_ray: None, raw: Path, prepared: Path, tmp
     assert len(set(names.values())) == len(names)
     written = "".join(path.read_text() for path in (tmp_path / "set").glob("*.json*"))
     assert not any(name in written for name in names)
-    # they lie in an order of their own: by that of the ids one could be matched with the other
+    # in another order: sorted by id, pseudonyms could be matched with the ids
     for split in ("train", "valid", "test"):
         studies = list(dict.fromkeys(row["study_id"] for row in hashed if row["split"] == split))
         assert studies == sorted(studies, key=study_key)
-    # the same key gives the same names; another one is refused where a set has begun
+    # the same key gives the same pseudonyms; another key is rejected for a started set
     key.write_text("a secret of another hospital")
     with pytest.raises(UserError, match="pseudonym_key"):
         prepare_here(raw, tmp_path / "set", secret)
 
 
-def test_too_many_bad_films_end_it_and_what_is_made_stays(
+def test_too_many_bad_films_stop_it_and_finished_shards_are_kept(
     local_ray: None, raw: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "set"
@@ -208,56 +209,54 @@ def test_too_many_bad_films_end_it_and_what_is_made_stays(
         (["--data.max_bad_fraction=2"], "data.max_bad_fraction"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused(raw: Path, tmp_path: Path, change: list[str], says: str) -> None:
+def test_what_cannot_be_prepared_raises(raw: Path, tmp_path: Path, change: list[str], says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         prepare_here(raw, tmp_path / "set", *change)
     assert not (tmp_path / "set").exists()
 
 
-def test_a_refusal_is_one_message_and_status_2(raw: Path, tmp_path: Path) -> None:
+def test_invalid_settings_give_one_message_and_status_2(raw: Path, tmp_path: Path) -> None:
     done = run(*settings(raw, tmp_path / "set"), "--data.uri=nowhere")
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "nowhere does not exist" in done.stderr
 
 
-def test_a_folder_with_other_files_is_left_alone(local_ray: None, raw: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(local_ray: None, raw: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("chapter 1")
     with pytest.raises(UserError, match="is not empty"):
         prepare_here(raw, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_set_is_not_gone_on_with_from_changed_reports(raw: Path, prepared: Path, tmp_path: Path) -> None:
+def test_a_prepare_does_not_resume_after_reports_have_changed(raw: Path, prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(raw, tmp_path / "raw")
     table = tmp_path / "raw" / "pairs.csv"
     table.write_text(table.read_text().replace("effusion", "oedema", 1))
-    with pytest.raises(UserError, match=r"now has \d+ or others; give a new folder"):
+    with pytest.raises(UserError, match=r"now has \d+ studies, or their content changed; give a new folder"):
         prepare_here(tmp_path / "raw", prepared)
 
 
-def test_tasks_larger_than_the_machine_are_refused(local_ray: None, raw: Path, tmp_path: Path) -> None:
+def test_tasks_larger_than_the_machine_raise(local_ray: None, raw: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prepare.cpus_per_task 64 is more than the 2 CPUs"):
         prepare_here(raw, tmp_path / "set", "--prepare.cpus_per_task=64")
 
 
-def test_a_film_too_long_for_its_format_is_a_bad_row() -> None:
+def test_a_film_too_large_for_its_format_is_a_bad_row() -> None:
     long_HW = np.zeros((70_000, 4), np.uint8)
-    with pytest.raises(BadRow, match="film of 4 x 70000 pixels is too long for jpeg"):
+    with pytest.raises(BadRow, match="film of 4 x 70000 pixels is too large for jpeg"):
         encode(long_HW, PrepareConfig())
     assert np.array_equal(decode_prepared(encode(long_HW, PrepareConfig(encoding="png"))), long_HW)
     assert decode_prepared(b"") is None
 
 
-def test_a_prepared_set_is_not_prepared_again(local_ray: None, prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a prepared set"):
+def test_preparing_a_prepared_set_raises(local_ray: None, prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is already a prepared set"):
         prepare_here(prepared, tmp_path / "set")
 
 
-def test_a_shard_that_is_gone_or_broken_gives_bad_rows(
-    local_ray: None, raw: Path, tmp_path: Path, prepared: Path
-) -> None:
-    """Its studies are bad, each with the reason; the others are read."""
+def test_a_missing_or_broken_shard_gives_bad_rows(local_ray: None, raw: Path, tmp_path: Path, prepared: Path) -> None:
+    """Its studies are bad rows with the reason; the others are read."""
     shutil.copytree(prepared, tmp_path / "set")
     source: Any = open_source(str(tmp_path / "set"))
     studies, _ = source.arrange(source.index().split("train"), GROUP)
@@ -272,6 +271,6 @@ def test_a_shard_that_is_gone_or_broken_gives_bad_rows(
         shard = path.partition("#")[0]
         if shard in reasons:
             with pytest.raises(BadRow, match=reasons[shard]):
-                reader.read_film(path)
+                reader.read_image(path)
         else:
-            assert reader.read_film(path).grey_HW.size
+            assert reader.read_image(path).grey_HW.size

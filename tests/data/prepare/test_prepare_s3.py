@@ -1,4 +1,4 @@
-"""Preparing into a bucket: twins of JPEG and DICOM, a server that misbehaves, a bucket that goes away."""
+"""Preparing into a bucket: the same films as JPEG and DICOM, a faulty server, a deleted bucket."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 
 def forget_clients(monkeypatch: pytest.MonkeyPatch, endpoint: str | None = None) -> None:
-    """No client of another endpoint is left, nor a Ray whose processes know of none; ``endpoint`` is the one in force."""
+    """Drop clients of other endpoints and a Ray started without one; ``endpoint`` is the current one."""
     for cache in (s3._arrow_filesystem, s3._client, s3._profile_value):
         cache.cache_clear()
     if endpoint is not None:
@@ -32,7 +32,7 @@ def forget_clients(monkeypatch: pytest.MonkeyPatch, endpoint: str | None = None)
         ray.shutdown()
 
 
-def test_a_jpeg_tree_and_its_dicom_twin_become_the_same_set(
+def test_the_same_corpus_as_jpeg_and_as_dicom_gives_the_same_set(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = s3_server.make_bucket("twins")
@@ -59,7 +59,7 @@ def test_a_jpeg_tree_and_its_dicom_twin_become_the_same_set(
     assert storage.clear_leftovers(f"{bucket}/jpg") == 0
 
 
-def test_through_a_server_that_misbehaves_the_same_set_comes_out_and_retries_are_counted(
+def test_a_faulty_server_gives_the_same_set_and_retries_are_counted(
     s3_server: S3Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bucket = s3_server.make_bucket("rough")
@@ -76,23 +76,23 @@ def test_through_a_server_that_misbehaves_the_same_set_comes_out_and_retries_are
         proxy.faults = Faults()
         assert read_manifest(f"{bucket}/set").content_hash == read_manifest(str(tmp_path / "set")).content_hash
         said = capsys.readouterr().out
-        assert int(said.split(" requests tried again")[-2].split()[-1]) == 0  # the last shard of the local set
-        retries = max(int(part.split()[-1]) for part in said.split(" requests tried again")[:-1])
+        assert int(said.split(" requests retried")[-2].split()[-1]) == 0  # the last shard of the local set
+        retries = max(int(part.split()[-1]) for part in said.split(" requests retried")[:-1])
         assert retries > 0
         print(f"{proxy.counts}; {retries} retries told by tasks")
-        # nothing but the set lies there
+        # only the set is there
         assert files(f"{bucket}/set") == files(str(tmp_path / "set"))
         assert storage.clear_leftovers(f"{bucket}/set") == 0
 
 
-def test_a_bucket_that_goes_away_in_mid_run_is_told_once_and_in_time(
+def test_a_bucket_deleted_during_the_run_is_one_error_in_time(
     s3_server: S3Server, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bucket = s3_server.make_bucket("passing")
     s3_server.upload(raw, f"{bucket}/raw")
     with running_proxy(s3_server.endpoint) as proxy:
         forget_clients(monkeypatch, proxy.endpoint)
-        monkeypatch.setenv(faults.PATIENCE_VARIABLE, "10")
+        monkeypatch.setenv(faults.RETRY_LIMIT_VARIABLE, "10")
         ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
         gone: list[float] = []
 
@@ -113,4 +113,4 @@ def test_a_bucket_that_goes_away_in_mid_run_is_told_once_and_in_time(
         said = capsys.readouterr().out
     assert time.monotonic() - gone[0] < 30
     assert said.count("bucket does not exist") == 1, said
-    assert "the same command goes on" in said
+    assert "run the same command again" in said

@@ -1,4 +1,4 @@
-"""Every real DICOM and 120 Open-I reports through prepare: kept or refused as their indexes say."""
+"""Every real DICOM and 120 Open-I reports through prepare: kept or rejected as their indexes say."""
 
 import csv
 import html
@@ -28,14 +28,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def bad_reasons(out: Path) -> dict[str, str]:
-    """Reason by the last part of what is bad."""
+    """Reason by the last part of the bad path."""
     lines = (out / "bad_rows.jsonl").read_text().splitlines()
     return {Path(row["source"]).name: row["reason"] for row in map(json.loads, lines)}
 
 
 @pytest.fixture(scope="module")
 def films(local_ray: None, realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
-    """The index of the real DICOMs, and the set that was made of them without loss."""
+    """The index of the real DICOMs, and the set prepared from them without loss."""
     folder, index = tmp_path_factory.mktemp("dicoms"), read_csv(realdata / "dicom" / "index.csv")
     for entry in index:
         shutil.copy(realdata / "dicom" / entry["file"], folder)
@@ -45,7 +45,7 @@ def films(local_ray: None, realdata: Path, tmp_path_factory: pytest.TempPathFact
     return index, folder / "set"
 
 
-def test_every_real_dicom_is_kept_or_refused_as_its_index_says(films: tuple[list[Any], Path], realdata: Path) -> None:
+def test_every_real_dicom_is_kept_or_rejected_as_its_index_says(films: tuple[list[Any], Path], realdata: Path) -> None:
     index, out = films
     found = {row["image_id"]: cv2.imdecode(np.frombuffer(row["image"], np.uint8), 0) for row in rows(str(out))}
     bad = bad_reasons(out)
@@ -57,7 +57,7 @@ def test_every_real_dicom_is_kept_or_refused_as_its_index_says(films: tuple[list
             continue
         assert found[name].shape == (int(entry["Rows"]), int(entry["Columns"])), name
         assert np.array_equal(found[name], dicom_to_grey((realdata / "dicom" / name).read_bytes())), name
-    # which pydicom's plain reader fails on (index: FAILS): 12-bit JPEG Extended, beside the same film without loss
+    # pydicom fails on it (index: FAILS): 12-bit JPEG Extended, compared with the same film without loss
     extended_HW, lossless_HW = found["RG3_JPLY"].astype(int), found["RG3_JPLL"].astype(int)
     assert np.abs(extended_HW - lossless_HW).mean() < 1
     print(
@@ -73,7 +73,7 @@ def sections(xml: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def reports(local_ray: None, realdata: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
-    """The XML of each report, and the set that was made of them with drawn films."""
+    """The XML of each report, and the set prepared from them with generated films."""
     folder = tmp_path_factory.mktemp("open-i")
     texts = {path.stem: path.read_text() for path in sorted((realdata / "reports_openi").glob("*.xml"))}
     shutil.copytree(realdata / "reports_openi", folder, dirs_exist_ok=True)
@@ -85,7 +85,7 @@ def reports(local_ray: None, realdata: Path, tmp_path_factory: pytest.TempPathFa
     return texts, folder / "set"
 
 
-def test_real_open_i_reports_are_kept_with_their_words_or_refused(
+def test_real_open_i_reports_are_kept_with_their_words_or_rejected(
     reports: tuple[dict[str, str], Path], realdata: Path
 ) -> None:
     texts, out = reports
