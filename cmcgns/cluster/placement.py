@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cmcgns.cluster import ray_private
 from cmcgns.config import Config
 from cmcgns.errors import UserError
 
 ROLE, DATA = "cmcgns.io/role", "data"
 """Label of nodes that are there for data tasks and clustering: `ray start --labels cmcgns.io/role=data`."""
-AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
-"""What an autoscaler leaves in the head's store, be it `ray up`'s or KubeRay's; there is no public way to ask for one."""
 OWN_MACHINES = "local.cluster.node"
 """Node group of `ray up` with machines that are there already: it can bring no others."""
 SOON_S = 3.0
@@ -60,7 +58,12 @@ def _machine(node: dict[str, Any]) -> Machine:
 def may_grow(nodes: Sequence[Machine]) -> bool:
     """Whether an autoscaler may bring more than ``nodes``; to what limit Ray says nowhere."""
     # a launcher's label alone does not say so: KubeRay puts it on clusters of a fixed size too
-    return any(node.from_a_launcher for node in nodes) and _internal_kv_get(AUTOSCALER_KEY) is not None
+    return any(node.from_a_launcher for node in nodes) and ray_private.has_autoscaler()
+
+
+def this_node() -> dict[str, str]:
+    """Label selector of the node that this process runs on."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def held_bundles(config: Config) -> list[dict[str, float]]:

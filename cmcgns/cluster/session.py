@@ -1,6 +1,5 @@
 """The Ray that a job runs on: the cluster that the environment names, or one of this machine alone."""
 
-import json
 import logging
 import os
 import socket
@@ -10,11 +9,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import AuthenticationError, RayError
 
 from cmcgns import storage
-from cmcgns.cluster import cluster_checks
+from cmcgns.cluster import cluster_checks, ray_private
 from cmcgns.cluster.placement import wait_for_room
 from cmcgns.errors import UserError
 from cmcgns.storage.errors import PATIENCE_S, PATIENCE_VARIABLE
@@ -72,13 +70,13 @@ def ray_session(
 
 def _connect(named: str | None, environment: dict[str, str]) -> None:
     """Join the cluster at ``named``, or make one; its processes get ``environment``."""
-    # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
-    own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
+    # in a submitted job Ray merges these with the job's own variables, and without this refuses a name that is in both
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
     if named:
         _refuse_silence(named)
     else:
-        settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
+        settings = ray_private.local_cluster(LOCAL_CLUSTER)
     try:
         with _without_attempts() if named else nullcontext():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
@@ -142,13 +140,6 @@ def why_not_joined(error: BaseException) -> str:
             "(`ray job submit -- python ...`), or join with `ray start`"
         )
     return SILENT
-
-
-def submitted_variables() -> dict[str, str]:
-    """Environment variables in the runtime environment that this job was submitted with, if it was."""
-    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
-    variables: dict[str, str] = (submitted.get("runtime_env") or {}).get("env_vars") or {}
-    return variables
 
 
 def job_environment(variables: dict[str, str]) -> dict[str, str]:

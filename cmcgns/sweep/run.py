@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
+from cmcgns.cluster.placement import this_node
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import measure
 from cmcgns.errors import cause
@@ -59,10 +60,9 @@ def sweep(config: SweepJobConfig) -> int:
         print_plan(terminal, describe_plan(opened, room))
         warn_of_passing_folder(terminal, folder)
         write_start(opened)
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         base, at_once = opened.base, room.trials
         count = lambda: room_for(base, nodes_of_cluster(), at_once)
-        watch = ray.remote(Watch).options(num_cpus=0, label_selector=here).remote(count)
+        watch = ray.remote(Watch).options(num_cpus=0, label_selector=this_node()).remote(count)
         task = TrialTask(base, opened.runs, metric, ray.put(opened.materials), watch)
         table, began = SweepTable(ledger, watch, metric, terminal), time.time()
         try:
