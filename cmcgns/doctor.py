@@ -13,7 +13,7 @@ from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, run_job
 from cmcgns.cluster import machine_checks as host
 from cmcgns.cluster import machine_checks as objects
-from cmcgns.cluster.machine_checks import Line, has_failed, show, show_sum
+from cmcgns.cluster.machine_checks import CheckResult, any_failed, print_result, print_summary
 from cmcgns.config import RunSections, Section
 from cmcgns.errors import UserError, first_line
 from cmcgns.terminal import console
@@ -42,55 +42,59 @@ PORTS = {6379: "--port", 8265: "--dashboard-port", 10001: "--ray-client-server-p
 
 def diagnose(config: DoctorJobConfig) -> int:
     """Exit status of a visit: 0 where nothing has failed, else 1. Every line is printed as it is found."""
-    terminal, lines = console(), list[Line]()
-    look = look_at_cluster if os.environ.get("RAY_ADDRESS") else look_at_machine
+    terminal, lines = console(), list[CheckResult]()
+    look = check_cluster if os.environ.get("RAY_ADDRESS") else check_this_machine
     for line in look(config):
-        show(terminal, line)
+        print_result(terminal, line)
         lines.append(line)
-    show_sum(terminal, lines)
-    return STATUS_FAILED if has_failed(lines) else 0
+    print_summary(terminal, lines)
+    return STATUS_FAILED if any_failed(lines) else 0
 
 
-def asked_of(config: DoctorJobConfig) -> host.Asked:
+def requirements_of(config: DoctorJobConfig) -> host.Requirements:
     """What the run will want of a machine."""
-    return host.Asked(config.train.use_gpu, config.train.engine == "deepspeed", config.clustering.device == "gpu")
+    return host.Requirements(
+        config.train.use_gpu, config.train.engine == "deepspeed", config.clustering.device == "gpu"
+    )
 
 
-def look_at_machine(config: DoctorJobConfig) -> Iterator[Line]:
+def check_this_machine(config: DoctorJobConfig) -> Iterator[CheckResult]:
     """Lines of this machine, on which no cluster is looked for."""
     name = socket.gethostname()
-    yield Line("ok", "cluster", name, "RAY_ADDRESS is not set: this machine alone is looked at, as a run would use it")
+    yield CheckResult(
+        "ok", "cluster", name, "RAY_ADDRESS is not set: this machine alone is looked at, as a run would use it"
+    )
     found = host.versions()
-    yield Line("ok", "versions", name, ", ".join(f"{package} {version}" for package, version in found.items()))
-    yield from host.examine(name, asked_of(config))
-    yield from port_lines(name)
-    if _lies_somewhere(config.data.uri):
-        yield from _alone(name, "data.uri", storage.absolute("data.uri", config.data.uri), objects.look_at_data)
-    with _left_mark(config.run.storage) as (root, mark):
-        yield from _alone(
-            name, "run.storage", root, lambda uri: objects.look_at_storage(uri, mark, config.doctor.megabytes)
+    yield CheckResult("ok", "versions", name, ", ".join(f"{package} {version}" for package, version in found.items()))
+    yield from host.check_machine(name, requirements_of(config))
+    yield from port_checks(name)
+    if _is_stored(config.data.uri):
+        yield from _check_uri(name, "data.uri", storage.absolute("data.uri", config.data.uri), objects.check_data)
+    with _marker_file(config.run.storage) as (root, mark):
+        yield from _check_uri(
+            name, "run.storage", root, lambda uri: objects.check_storage(uri, mark, config.doctor.megabytes)
         )
 
 
-def _alone(name: str, key: str, uri: str, look: Callable[[str], objects.Reached]) -> Iterator[Line]:
+def _check_uri(name: str, key: str, uri: str, look: Callable[[str], objects.StorageAccess]) -> Iterator[CheckResult]:
     reached = look(uri)
     if reached.error:
-        yield Line("failed", key, name, f"{uri}: {reached.error}")
+        yield CheckResult("failed", key, name, f"{uri}: {reached.error}")
     else:
         speed = f", written at {reached.write_mib_s:.0f}, read at {reached.read_mib_s:.0f} MiB/s"
-        yield Line("ok", key, name, f"{uri} is there{speed if reached.read_mib_s else ''}")
+        yield CheckResult("ok", key, name, f"{uri} is there{speed if reached.read_mib_s else ''}")
 
 
-def port_lines(name: str) -> Iterator[Line]:
+def port_checks(name: str) -> Iterator[CheckResult]:
     """Ports of a head node that something else listens on."""
     taken = [port for port in PORTS if not _is_free(port)]
     for port in taken:
-        yield Line(
+        yield CheckResult(
             "warning", "ports", name, f"something listens on {port} already, a Ray head or another program",
             f"`ray start --head` on this machine needs {PORTS[port]}=ANOTHER",
         )  # fmt: skip
     if not taken:
-        yield Line("ok", "ports", name, f"{', '.join(map(str, PORTS))} are free for `ray start --head`")
+        yield CheckResult("ok", "ports", name, f"{', '.join(map(str, PORTS))} are free for `ray start --head`")
 
 
 def _is_free(port: int) -> bool:
@@ -103,7 +107,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def look_at_cluster(config: DoctorJobConfig) -> Iterator[Line]:
+def check_cluster(config: DoctorJobConfig) -> Iterator[CheckResult]:
     """Lines of every node of the cluster that RAY_ADDRESS names, and of the ways between them."""
     from cmcgns.cluster import cluster_checks
     from cmcgns.cluster.session import ray_session
@@ -111,30 +115,30 @@ def look_at_cluster(config: DoctorJobConfig) -> Iterator[Line]:
     doctor = config.doctor
     try:
         with ray_session(needed=[]):
-            nodes = cluster_checks.living_nodes()
-            yield from cluster_checks.node_lines(nodes, doctor.nodes)
-            yield from cluster_checks.version_lines(nodes, doctor.timeout_s)
-            yield from cluster_checks.clock_lines(nodes, doctor.timeout_s)
-            yield cluster_checks.token_line(cluster_checks.dashboard_url())
-            yield from cluster_checks.host_lines(nodes, asked_of(config), doctor.timeout_s)
-            if _lies_somewhere(config.data.uri):
+            nodes = cluster_checks.inspected_nodes()
+            yield from cluster_checks.node_checks(nodes, doctor.nodes)
+            yield from cluster_checks.version_checks(nodes, doctor.timeout_s)
+            yield from cluster_checks.clock_checks(nodes, doctor.timeout_s)
+            yield cluster_checks.token_check(cluster_checks.dashboard_url())
+            yield from cluster_checks.local_checks(nodes, requirements_of(config), doctor.timeout_s)
+            if _is_stored(config.data.uri):
                 uri = storage.absolute("data.uri", config.data.uri)
-                yield from cluster_checks.data_lines(nodes, uri, doctor.timeout_s)
-            with _left_mark(config.run.storage) as (root, mark):
-                yield from cluster_checks.storage_lines(nodes, root, mark, doctor.megabytes, doctor.timeout_s)
-            yield from cluster_checks.pair_lines(
+                yield from cluster_checks.data_checks(nodes, uri, doctor.timeout_s)
+            with _marker_file(config.run.storage) as (root, mark):
+                yield from cluster_checks.storage_checks(nodes, root, mark, doctor.megabytes, doctor.timeout_s)
+            yield from cluster_checks.pair_checks(
                 nodes, config.train.use_gpu, doctor.megabytes, doctor.pairs, doctor.timeout_s
             )
     except UserError as error:
-        yield Line("failed", "cluster", os.environ["RAY_ADDRESS"], first_line(error))
+        yield CheckResult("failed", "cluster", os.environ["RAY_ADDRESS"], first_line(error))
 
 
-def _lies_somewhere(uri: str) -> bool:
+def _is_stored(uri: str) -> bool:
     return uri.partition(":")[0] != "phantom"
 
 
 @contextmanager
-def _left_mark(place: str) -> Iterator[tuple[str, str]]:
+def _marker_file(place: str) -> Iterator[tuple[str, str]]:
     """The absolute run.storage and the name of a file of ours that lies in it meanwhile."""
     root, mark = storage.absolute("run.storage", place), f"{objects.PROBE}{os.urandom(6).hex()}"
     fresh = not storage.is_s3(root) and not Path(root).exists()

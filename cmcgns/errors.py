@@ -12,11 +12,11 @@ class BadRow(ValueError):
     """One study that cannot be used, with the reason; the run records it and goes on."""
 
 
-DEEPEST = 8
+MAX_CAUSES = 8
 """Layers of errors that are looked through for their cause."""
 
 
-def starting_with(value: str, message: str) -> str:
+def with_prefix(value: str, message: str) -> str:
     """``message``, with ``value`` before it where it does not begin with it by itself."""
     return message if message.startswith(value) else f"{value}: {message}"
 
@@ -34,7 +34,7 @@ def last_line(error: BaseException) -> str:
 def cause(error: BaseException) -> str:
     """What to tell of an error that Ray may have wrapped: the message of the ``UserError`` in it, else its last line."""
     inner: BaseException | None = error
-    for _ in range(DEEPEST):
+    for _ in range(MAX_CAUSES):
         if isinstance(inner, UserError) and not hasattr(inner, "cause"):  # Ray's wrapping is of the same class
             return first_line(inner)  # Ray Data adds hints of its own to it
         if inner is None:

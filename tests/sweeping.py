@@ -50,5 +50,5 @@ def check_free(head: RayHead) -> ClusterState:
 OF_A_TRIAL = (
     "SweepTrial", "ResourceTrainable", "TrialRunner", "RunCoordinator", "BankActor", "BankCoordinator",
     "TrainController", "RayTrainWorker",
-    "SplitCoordinator", "PlacementGroupCleaner", "SynchronizationActor", "Watch",
+    "SplitCoordinator", "PlacementGroupCleaner", "SynchronizationActor", "SweepMonitor",
 )  # fmt: skip

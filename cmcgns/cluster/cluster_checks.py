@@ -22,10 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cmcgns.cluster import cluster_checks as pairs
 from cmcgns.cluster import machine_checks as host
 from cmcgns.cluster import machine_checks as objects
-from cmcgns.cluster.machine_checks import Level, Line
+from cmcgns.cluster.machine_checks import CheckResult, Level
 from cmcgns.errors import cause
 
-GOOD_SKEW_S, WORST_SKEW_S = 1.0, 300.0
+GOOD_SKEW_S, MAX_SKEW_S = 1.0, 300.0
 """S3 refuses signatures that are 15 minutes off; long before that logs of nodes cannot be put in order."""
 SLOW_PAIR = 4.0
 """A pair so many times slower than the median one has something wrong with its way."""
@@ -41,17 +41,17 @@ class Inspector:
     def versions(self) -> dict[str, str]:
         return host.versions()
 
-    def examine(self, name: str, asked: host.Asked, gpus: int) -> list[Line]:
-        return host.examine(name, asked, gpus)
+    def check_machine(self, name: str, asked: host.Requirements, gpus: int) -> list[CheckResult]:
+        return host.check_machine(name, asked, gpus)
 
-    def data(self, uri: str) -> objects.Reached:
-        return objects.look_at_data(uri)
+    def data(self, uri: str) -> objects.StorageAccess:
+        return objects.check_data(uri)
 
-    def reach(self, uri: str) -> objects.Reached:
-        return objects.look_whether_reached(uri)
+    def reach(self, uri: str) -> objects.StorageAccess:
+        return objects.check_reach(uri)
 
-    def storage(self, uri: str, mark: str, mebibytes: int) -> objects.Reached:
-        return objects.look_at_storage(uri, mark, mebibytes)
+    def storage(self, uri: str, mark: str, mebibytes: int) -> objects.StorageAccess:
+        return objects.check_storage(uri, mark, mebibytes)
 
     def free_address(self) -> str:
         """An address of this node, as others reach it, on a port that nothing listens on."""
@@ -64,7 +64,7 @@ class Inspector:
 
 
 @dataclass(frozen=True)
-class Node:
+class InspectedNode:
     """A node of the cluster and the actor on it."""
 
     name: str
@@ -76,7 +76,7 @@ class Node:
         return int(self.resources.get("GPU", 0))
 
 
-def living_nodes() -> list[Node]:
+def inspected_nodes() -> list[InspectedNode]:
     """The cluster's nodes, each with an inspector that holds nothing of it."""
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
     names = [node["NodeManagerHostname"] for node in alive]
@@ -84,7 +84,7 @@ def living_nodes() -> list[Node]:
     variables = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     actor = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(Inspector)
     return [
-        Node(
+        InspectedNode(
             name if names.count(name) == 1 else f"{name}/{node['NodeID'][:6]}",
             node["Resources"],
             actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(),
@@ -93,7 +93,7 @@ def living_nodes() -> list[Node]:
     ]
 
 
-def answers(requests: Sequence[Any], timeout_s: float) -> list[Any]:
+def collect_answers(requests: Sequence[Any], timeout_s: float) -> list[Any]:
     """What came of each request: its answer, or a sentence (``NoAnswer``) that says why there is none."""
     end, found = time.monotonic() + timeout_s, []
     for request in requests:
@@ -110,29 +110,29 @@ class NoAnswer(str):
     """Why a node did not answer."""
 
 
-def node_lines(nodes: Sequence[Node], wanted: int | None) -> Iterator[Line]:
+def node_checks(nodes: Sequence[InspectedNode], wanted: int | None) -> Iterator[CheckResult]:
     """How many nodes there are and what they bring."""
     brings = "; ".join(
         f"{node.name} {node.resources.get('CPU', 0):g} CPU" + (f" {node.gpus} GPU" if node.gpus else "")
         for node in nodes
     )
     if wanted is not None and len(nodes) < wanted:
-        yield Line(
+        yield CheckResult(
             "failed", "nodes", "cluster", f"{len(nodes)} of {wanted}: {brings}",
             "On those that are missing `ray start` says why they cannot join (token, version, address, firewall)",
         )  # fmt: skip
     else:
-        yield Line("ok", "nodes", "cluster", brings)
+        yield CheckResult("ok", "nodes", "cluster", brings)
 
 
-def version_lines(nodes: Sequence[Node], timeout_s: float) -> Iterator[Line]:
+def version_checks(nodes: Sequence[InspectedNode], timeout_s: float) -> Iterator[CheckResult]:
     """Versions that differ from the driver's, node by node."""
     ours, equal = host.versions(), 0
     for node, theirs in zip(
-        nodes, answers([node.inspector.versions.remote() for node in nodes], timeout_s), strict=True
+        nodes, collect_answers([node.inspector.versions.remote() for node in nodes], timeout_s), strict=True
     ):
         if isinstance(theirs, NoAnswer):
-            yield Line(
+            yield CheckResult(
                 "failed", "versions", node.name, f"its processes cannot work: {theirs}",
                 "Install cmcgns there, or submit with `ray job submit --working-dir .`",
             )  # fmt: skip
@@ -144,95 +144,105 @@ def version_lines(nodes: Sequence[Node], timeout_s: float) -> Iterator[Line]:
         ]
         equal += not differ
         if differ:
-            yield Line("failed", "versions", node.name, ", ".join(differ), "Give all nodes one image or environment")
+            yield CheckResult(
+                "failed", "versions", node.name, ", ".join(differ), "Give all nodes one image or environment"
+            )
     if equal == len(nodes):
         shown = ", ".join(f"{name} {ours[name]}" for name in ("python", "ray", "torch", "deepspeed", "cmcgns"))
-        yield Line("ok", "versions", "cluster", f"{len(ours)} equal on {len(nodes)} nodes: {shown}")
+        yield CheckResult("ok", "versions", "cluster", f"{len(ours)} equal on {len(nodes)} nodes: {shown}")
 
 
-def clock_lines(nodes: Sequence[Node], timeout_s: float) -> Iterator[Line]:
+def clock_checks(nodes: Sequence[InspectedNode], timeout_s: float) -> Iterator[CheckResult]:
     """How far each node's clock is from the driver's, by half the time that asking took."""
     for node in nodes:
         began = time.time()
-        (theirs,) = answers([node.inspector.clock.remote()], timeout_s)
+        (theirs,) = collect_answers([node.inspector.clock.remote()], timeout_s)
         ended = time.time()
         if isinstance(theirs, NoAnswer):
-            yield Line("failed", "clock", node.name, theirs)
+            yield CheckResult("failed", "clock", node.name, theirs)
             continue
         skew = theirs - (began + ended) / 2
         found = f"{skew:+.3f} s from the driver's, within {(ended - began) / 2:.3f}"
-        level: Level = "ok" if abs(skew) <= GOOD_SKEW_S else "warning" if abs(skew) <= WORST_SKEW_S else "failed"
-        yield Line(level, "clock", node.name, found, "" if level == "ok" else "Run chrony or systemd-timesyncd there")
+        level: Level = "ok" if abs(skew) <= GOOD_SKEW_S else "warning" if abs(skew) <= MAX_SKEW_S else "failed"
+        yield CheckResult(
+            level, "clock", node.name, found, "" if level == "ok" else "Run chrony or systemd-timesyncd there"
+        )
 
 
-def host_lines(nodes: Sequence[Node], asked: host.Asked, timeout_s: float) -> Iterator[Line]:
+def local_checks(nodes: Sequence[InspectedNode], asked: host.Requirements, timeout_s: float) -> Iterator[CheckResult]:
     """What each node says of itself."""
-    requests = [node.inspector.examine.remote(node.name, asked, node.gpus) for node in nodes]
-    for node, lines in zip(nodes, answers(requests, timeout_s), strict=True):
-        yield from [Line("failed", "machine", node.name, lines)] if isinstance(lines, NoAnswer) else lines
+    requests = [node.inspector.check_machine.remote(node.name, asked, node.gpus) for node in nodes]
+    for node, lines in zip(nodes, collect_answers(requests, timeout_s), strict=True):
+        yield from [CheckResult("failed", "machine", node.name, lines)] if isinstance(lines, NoAnswer) else lines
 
 
-def token_line(dashboard_url: str) -> Line:
+def token_check(dashboard_url: str) -> CheckResult:
     """Whether the dashboard, where jobs are submitted, answers whoever has no token."""
     url = f"http://{dashboard_url}/api/jobs/"
-    way_out = "Set RAY_AUTH_MODE=token before `ray start` on every node"
+    fix = "Set RAY_AUTH_MODE=token before `ray start` on every node"
     try:
         urllib.request.urlopen(url, timeout=10).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            return Line("ok", "token", "cluster", f"{dashboard_url} refuses whoever has none")
-        return Line("warning", "token", "cluster", f"{dashboard_url} answers {error.code}")
+            return CheckResult("ok", "token", "cluster", f"{dashboard_url} refuses whoever has none")
+        return CheckResult("warning", "token", "cluster", f"{dashboard_url} answers {error.code}")
     except OSError as error:
-        return Line("warning", "token", "cluster", f"{dashboard_url} cannot be asked: {error}", "Keep the dashboard on")
-    return Line("failed", "token", "cluster", f"whoever reaches {dashboard_url} can run code here", way_out)
+        return CheckResult(
+            "warning", "token", "cluster", f"{dashboard_url} cannot be asked: {error}", "Keep the dashboard on"
+        )
+    return CheckResult("failed", "token", "cluster", f"whoever reaches {dashboard_url} can run code here", fix)
 
 
-def data_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[Line]:
+def data_checks(nodes: Sequence[InspectedNode], uri: str, timeout_s: float) -> Iterator[CheckResult]:
     """Whether something lies at ``uri`` as each node sees it."""
-    return _uri_lines(nodes, "data.uri", uri, [node.inspector.data.remote(uri) for node in nodes], timeout_s)
+    return _uri_checks(nodes, "data.uri", uri, [node.inspector.data.remote(uri) for node in nodes], timeout_s)
 
 
-def reach_lines(nodes: Sequence[Node], uri: str, timeout_s: float) -> Iterator[Line]:
+def reach_checks(nodes: Sequence[InspectedNode], uri: str, timeout_s: float) -> Iterator[CheckResult]:
     """Whether each node may ask for ``uri``, be something there or not."""
-    return _uri_lines(nodes, "storage", uri, [node.inspector.reach.remote(uri) for node in nodes], timeout_s)
+    return _uri_checks(nodes, "storage", uri, [node.inspector.reach.remote(uri) for node in nodes], timeout_s)
 
 
-def _uri_lines(
-    nodes: Sequence[Node], subject: str, uri: str, requests: Sequence[Any], timeout_s: float
-) -> Iterator[Line]:
-    whys = [_why(reached, uri) for reached in answers(requests, timeout_s)]
+def _uri_checks(
+    nodes: Sequence[InspectedNode], subject: str, uri: str, requests: Sequence[Any], timeout_s: float
+) -> Iterator[CheckResult]:
+    whys = [_failure_reason(reached, uri) for reached in collect_answers(requests, timeout_s)]
     for node, why in zip(nodes, whys, strict=True):
         if why:
-            yield Line("failed", subject, node.name, f"{uri}: {why}", REACH)
+            yield CheckResult("failed", subject, node.name, f"{uri}: {why}", REACH)
     if not any(whys):
-        yield Line("ok", subject, "cluster", f"{uri} is reached from {len(nodes)} nodes")
+        yield CheckResult("ok", subject, "cluster", f"{uri} is reached from {len(nodes)} nodes")
 
 
 REACH = "Every node must reach it: a shared folder, or s3:// with credentials and a route on each node"
 
 
-def storage_lines(nodes: Sequence[Node], uri: str, mark: str, mebibytes: int, timeout_s: float) -> Iterator[Line]:
+def storage_checks(
+    nodes: Sequence[InspectedNode], uri: str, mark: str, mebibytes: int, timeout_s: float
+) -> Iterator[CheckResult]:
     """Whether each node reaches the place of the run folders, the same one as the driver's, and how fast."""
     requests = [node.inspector.storage.remote(uri, mark, mebibytes) for node in nodes]
-    for node, reached in zip(nodes, answers(requests, timeout_s), strict=True):
-        why = _why(reached, uri)
+    for node, reached in zip(nodes, collect_answers(requests, timeout_s), strict=True):
+        why = _failure_reason(reached, uri)
         if not why and not reached.sees_driver:
             why = "what the driver writes there is not to be seen: the folder is not a shared one"
         if why:
-            yield Line("failed", "run.storage", node.name, f"{uri}: {why}", REACH)
+            yield CheckResult("failed", "run.storage", node.name, f"{uri}: {why}", REACH)
         else:
-            yield Line(
+            yield CheckResult(
                 "ok", "run.storage", node.name,
                 f"{uri}: {mebibytes} MiB written at {reached.write_mib_s:.0f}, read at {reached.read_mib_s:.0f} MiB/s",
             )  # fmt: skip
 
 
-def _why(reached: Any, uri: str) -> str:
+def _failure_reason(reached: Any, uri: str) -> str:
     said: str = str(reached) if isinstance(reached, NoAnswer) else reached.error
     return said.removeprefix(f"{uri}: ")  # most reasons begin with what was asked for
 
 
-def pair_lines(nodes: Sequence[Node], use_gpu: bool, mebibytes: int, most: int, timeout_s: float) -> Iterator[Line]:
+def pair_checks(
+    nodes: Sequence[InspectedNode], use_gpu: bool, mebibytes: int, most: int, timeout_s: float
+) -> Iterator[CheckResult]:
     """All-reduce between two nodes at a time, all of them or the first ``most`` pairs."""
     able = [node for node in nodes if node.gpus] if use_gpu else list(nodes)
     backend = "nccl" if use_gpu else "gloo"
@@ -244,10 +254,10 @@ def pair_lines(nodes: Sequence[Node], use_gpu: bool, mebibytes: int, most: int, 
         if asked >= most:
             break
         asked += len(turn)
-        for (first, second), found in zip(turn, _reduce(able, turn, backend, mebibytes, timeout_s), strict=True):
+        for (first, second), found in zip(turn, _reduce_pairs(able, turn, backend, mebibytes, timeout_s), strict=True):
             names = f"{able[first].name} - {able[second].name}"
             if isinstance(found, NoAnswer):
-                yield Line(
+                yield CheckResult(
                     "failed", "all-reduce", names, f"{backend}: {found}",
                     "Open all ports between the nodes; name the network card in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
                 )  # fmt: skip
@@ -258,20 +268,20 @@ def pair_lines(nodes: Sequence[Node], use_gpu: bool, mebibytes: int, most: int, 
     median = statistics.median(speeds.values())
     for names, speed in speeds.items():
         if speed * SLOW_PAIR < median:
-            yield Line("warning", "all-reduce", names, f"{speed:.0f} MiB/s, the median pair has {median:.0f}")
+            yield CheckResult("warning", "all-reduce", names, f"{speed:.0f} MiB/s, the median pair has {median:.0f}")
     slowest = min(speeds, key=lambda names: speeds[names])
-    yield Line(
+    yield CheckResult(
         "ok", "all-reduce", "cluster",
         f"{len(speeds)} of {len(able) * (len(able) - 1) // 2} pairs by {backend}, {mebibytes} MiB: median {median:.0f} MiB/s, "
         f"least {speeds[slowest]:.0f} ({slowest})",
     )  # fmt: skip
 
 
-def _reduce(
-    nodes: Sequence[Node], turn: Sequence[tuple[int, int]], backend: str, mebibytes: int, timeout_s: float
+def _reduce_pairs(
+    nodes: Sequence[InspectedNode], turn: Sequence[tuple[int, int]], backend: str, mebibytes: int, timeout_s: float
 ) -> list[Any]:
     """MiB/s of each pair of a round, at the same time, or why there is none."""
-    addresses = answers([nodes[first].inspector.free_address.remote() for first, _ in turn], timeout_s)
+    addresses = collect_answers([nodes[first].inspector.free_address.remote() for first, _ in turn], timeout_s)
     requests, places = list[Any](), list[int]()
     for (first, second), address in zip(turn, addresses, strict=True):
         places.append(len(requests))
@@ -279,7 +289,7 @@ def _reduce(
             for rank, node in enumerate((first, second)):
                 requests.append(nodes[node].inspector.reduce.remote(backend, address, rank, mebibytes, timeout_s))
     # torch gives up by itself after timeout_s; only then is a node silent
-    found = answers(requests, 2 * timeout_s + 10)
+    found = collect_answers(requests, 2 * timeout_s + 10)
     speeds = []
     for address, place in zip(addresses, places, strict=True):
         both = [address] if isinstance(address, NoAnswer) else found[place : place + 2]

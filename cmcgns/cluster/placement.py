@@ -16,16 +16,16 @@ from cmcgns.errors import UserError
 
 ROLE, DATA = "cmcgns.io/role", "data"
 """Label of nodes that are there for data tasks and clustering: `ray start --labels cmcgns.io/role=data`."""
-OWN_MACHINES = "local.cluster.node"
+ON_PREM_GROUP = "local.cluster.node"
 """Node group of `ray up` with machines that are there already: it can bring no others."""
-SOON_S = 3.0
+FREE_NOW_S = 3.0
 """Room that is there already is given within this; a longer wait is told."""
-MACHINES_S = 1800.0
+NODE_START_S = 1800.0
 """How long a machine may take: a spot request, its start, its image, what is installed on it."""
 
 
 @dataclass(frozen=True)
-class Machine:
+class Node:
     """A living node of the cluster."""
 
     id: str
@@ -39,26 +39,26 @@ class Machine:
         return self.labels.get(ROLE) == DATA and self.cpus > 0
 
     @property
-    def from_a_launcher(self) -> bool:
+    def is_launched(self) -> bool:
         """Whether something made it that may make more: `ray up` in a cloud, KubeRay."""
-        return self.labels.get("ray.io/node-group", OWN_MACHINES) != OWN_MACHINES
+        return self.labels.get("ray.io/node-group", ON_PREM_GROUP) != ON_PREM_GROUP
 
 
-def machines() -> list[Machine]:
+def list_nodes() -> list[Node]:
     """The cluster's living nodes, ordered by name."""
     found = (_machine(node) for node in ray.nodes() if node["Alive"])
     return sorted(found, key=lambda machine: (machine.name, machine.id))
 
 
-def _machine(node: dict[str, Any]) -> Machine:
+def _machine(node: dict[str, Any]) -> Node:
     cpus, gpus = (float(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-    return Machine(node["NodeID"], node["NodeManagerHostname"], cpus, gpus, dict(node.get("Labels") or {}))
+    return Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus, dict(node.get("Labels") or {}))
 
 
-def may_grow(nodes: Sequence[Machine]) -> bool:
+def can_scale_up(nodes: Sequence[Node]) -> bool:
     """Whether an autoscaler may bring more than ``nodes``; to what limit Ray says nowhere."""
     # a launcher's label alone does not say so: KubeRay puts it on clusters of a fixed size too
-    return any(node.from_a_launcher for node in nodes) and ray_private.has_autoscaler()
+    return any(node.is_launched for node in nodes) and ray_private.has_autoscaler()
 
 
 def this_node() -> dict[str, str]:
@@ -66,7 +66,7 @@ def this_node() -> dict[str, str]:
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
-def held_bundles(config: Config) -> list[dict[str, float]]:
+def run_bundles(config: Config) -> list[dict[str, float]]:
     """What a run's workers and clustering actors hold, one by one."""
     train, pool = config.train, config.clustering
     workers = bundles(train.num_workers, train.cpus_per_worker, train.use_gpu)
@@ -78,8 +78,8 @@ def bundles(count: int, cpus: float, gpus: float) -> list[dict[str, float]]:
     return [{"CPU": cpus, "GPU": float(gpus)}] * count
 
 
-def wait_for_room(
-    needed: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = MACHINES_S
+def wait_for_resources(
+    needed: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = NODE_START_S
 ) -> None:
     """Return once ``needed`` bundles have room at the same time, on machines that an autoscaler brings where they are missing.
 
@@ -90,29 +90,29 @@ def wait_for_room(
     """
     asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in needed]
     asked = [bundle for bundle in asked if bundle]
-    if not asked or not may_grow(machines()):
+    if not asked or not can_scale_up(list_nodes()):
         return
     # as a group that is given back when it stands: a demand for a number of machines would outlive this job
     group = placement_group(asked, strategy="PACK")
     try:
-        if group.wait(SOON_S):
+        if group.wait(FREE_NOW_S):
             return
-        say(f"waiting for its autoscaler: {needs(asked)}")
+        say(f"waiting for its autoscaler: {describe_request(asked)}")
         end = time.monotonic() + patience_s
         while not group.wait(1):  # in short waits: a longer one would keep Ctrl-C waiting
             if time.monotonic() > end:
                 raise UserError(
-                    f"no room came within {patience_s / 60:.2g} minutes: {needs(asked)}. `ray status` says who holds it and what "
+                    f"no room came within {patience_s / 60:.2g} minutes: {describe_request(asked)}. `ray status` says who holds it and what "
                     "the autoscaler waits for; see the most machines that the cluster may have, and quotas"
                 )
     finally:
         remove_placement_group(group)
 
 
-def needs(needed: Sequence[dict[str, float]]) -> str:
+def describe_request(needed: Sequence[dict[str, float]]) -> str:
     """What a job asks for, beside what the cluster has and what of it is free, in words."""
     there, free = ray.cluster_resources(), ray.available_resources()
-    return f"the job needs {_amount(needed)}; the cluster has {_amount([there])}, of which {_amount([free])} are free"
+    return f"the job describe_request {_amount(needed)}; the cluster has {_amount([there])}, of which {_amount([free])} are free"
 
 
 def _amount(amounts: Sequence[dict[str, float]]) -> str:
@@ -120,14 +120,14 @@ def _amount(amounts: Sequence[dict[str, float]]) -> str:
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
-def data_machines(nodes: Sequence[Machine]) -> list[Machine]:
+def data_nodes(nodes: Sequence[Node]) -> list[Node]:
     """Those labelled for data; none where data may go anywhere."""
     return [node for node in nodes if node.for_data]
 
 
-def data_label(nodes: Sequence[Machine]) -> dict[str, str] | None:
+def data_label(nodes: Sequence[Node]) -> dict[str, str] | None:
     """The label that data tasks ask for; None where no living node has it, and they may go anywhere."""
-    return {ROLE: DATA} if data_machines(nodes) else None
+    return {ROLE: DATA} if data_nodes(nodes) else None
 
 
 def data_resources() -> dict[str, float]:
@@ -141,23 +141,23 @@ def data_resources() -> dict[str, float]:
     return total
 
 
-def pool_machines(nodes: Sequence[Machine], cpus: float) -> list[Machine]:
+def pool_nodes(nodes: Sequence[Node], cpus: float) -> list[Node]:
     """Where the pool's actors of ``cpus`` each go first: nodes labelled for data, else those without GPUs; none where all are
     alike."""
     fit = [node for node in nodes if node.cpus >= cpus and node.cpus > 0]
-    labelled, plain = data_machines(fit), [node for node in fit if not node.gpus]
+    labelled, plain = data_nodes(fit), [node for node in fit if not node.gpus]
     return labelled or (plain if len(plain) < len(fit) else [])
 
 
-def pool_strategies(nodes: Sequence[Machine], actors: int, cpus: float) -> list[Any]:
+def pool_strategies(nodes: Sequence[Node], actors: int, cpus: float) -> list[Any]:
     """A scheduling strategy for each actor, in turn over the nodes where they go first; soft, so that they outlive their node."""
-    first = pool_machines(nodes, cpus)
+    first = pool_nodes(nodes, cpus)
     if not first:
         return ["DEFAULT"] * actors
     return [NodeAffinitySchedulingStrategy(first[i % len(first)].id, soft=True) for i in range(actors)]
 
 
-def describe_placement(config: Config, nodes: Sequence[Machine]) -> str:
+def describe_placement(config: Config, nodes: Sequence[Node]) -> str:
     """Which nodes there are and what goes where, in words."""
     kinds: dict[tuple[float, float, bool], int] = {}
     for node in nodes:
@@ -169,8 +169,8 @@ def describe_placement(config: Config, nodes: Sequence[Machine]) -> str:
     )
     if len(nodes) < 2:
         return there
-    pool = pool_machines(nodes, config.clustering.cpus_per_actor)
-    data = data_machines(nodes)
+    pool = pool_nodes(nodes, config.clustering.cpus_per_actor)
+    data = data_nodes(nodes)
     return (
         f"{there}; workers on as {'few' if config.train.placement == 'pack' else 'many'} nodes as have room, clustering "
         + (f"on {_names(pool)} first" if pool else "anywhere")
@@ -179,6 +179,6 @@ def describe_placement(config: Config, nodes: Sequence[Machine]) -> str:
     )
 
 
-def _names(nodes: Sequence[Machine]) -> str:
+def _names(nodes: Sequence[Node]) -> str:
     names = sorted({node.name for node in nodes})
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

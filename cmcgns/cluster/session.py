@@ -13,7 +13,7 @@ from ray.exceptions import AuthenticationError, RayError
 
 from cmcgns import storage
 from cmcgns.cluster import cluster_checks, ray_private
-from cmcgns.cluster.placement import wait_for_room
+from cmcgns.cluster.placement import wait_for_resources
 from cmcgns.errors import UserError
 from cmcgns.storage.errors import PATIENCE_S, PATIENCE_VARIABLE
 from cmcgns.terminal import console, print_plan
@@ -28,11 +28,13 @@ LOCAL_CLUSTER = {
 """Settings of a Ray made for one run on this machine."""
 ONE_CPU = {"CPU": 1.0}
 """What every job needs at least, and a run beside its workers and actors: a CPU for data."""
-CONNECT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a client of gRPC begins (RFC 9113, 3.4): the preface, and settings that change nothing."""
 SETTINGS_FRAME = 4
-SILENT = "no Ray cluster answers there. `ray status` on its head says whether it runs; its port must be open from here"
+NO_ANSWER = (
+    "no Ray cluster answers there. `ray status` on its head says whether it runs; its port must be open from here"
+)
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def ray_session(
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
     try:
         if ours and named:
-            wait_for_room(needed, lambda said: print_plan(console(), {"cluster": said}))
+            wait_for_resources(needed, lambda said: print_plan(console(), {"cluster": said}))
         if ours and named and uris is not None:
             check_nodes(uris)
         yield float(ray.cluster_resources().get("CPU", 0))
@@ -74,20 +76,20 @@ def _connect(named: str | None, environment: dict[str, str]) -> None:
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     settings: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
     if named:
-        _refuse_silence(named)
+        _check_address(named)
     else:
         settings = ray_private.local_cluster(LOCAL_CLUSTER)
     try:
-        with _without_attempts() if named else nullcontext():
+        with _muted_stderr() if named else nullcontext():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (ConnectionError, RuntimeError, RayError) as error:
         if not named:
             raise
-        raise UserError(f"RAY_ADDRESS {named}: {why_not_joined(error)}") from None
+        raise UserError(f"RAY_ADDRESS {named}: {explain_connection_error(error)}") from None
 
 
 @contextmanager
-def _without_attempts() -> Iterator[None]:
+def _muted_stderr() -> Iterator[None]:
     """Without what Ray's core prints meanwhile: each attempt to join with a wrong token, once a second, past all settings."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -100,24 +102,26 @@ def _without_attempts() -> Iterator[None]:
         os.close(kept)
 
 
-def _refuse_silence(named: str) -> None:
+def _check_address(named: str) -> None:
     """Refuse the address of a cluster where no gRPC server answers, which Ray asks for minutes and then dies of."""
     host, colon, port = named.rpartition(":")
     if not colon or not port.isdigit():
         return  # 'auto', or another kind of address: Ray's own
     try:
-        with socket.create_connection((host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_S) as connection:
+        with socket.create_connection(
+            (host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_TIMEOUT_S
+        ) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(HELLO)
             answer = connection.recv(9, socket.MSG_WAITALL)
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS {named}: {SILENT} ({error})") from None
+        raise UserError(f"RAY_ADDRESS {named}: {NO_ANSWER} ({error})") from None
     if answer[3:4] != bytes([SETTINGS_FRAME]):
-        raise UserError(f"RAY_ADDRESS {named}: {SILENT} (another program has this port)")
+        raise UserError(f"RAY_ADDRESS {named}: {NO_ANSWER} (another program has this port)")
 
 
-def why_not_joined(error: BaseException) -> str:
+def explain_connection_error(error: BaseException) -> str:
     """What keeps this process out of a cluster, from what Ray says of it, and the way out."""
     said = []
     inner: BaseException | None = error
@@ -139,7 +143,7 @@ def why_not_joined(error: BaseException) -> str:
             "this machine is none of that cluster's nodes, and a driver has to run on one. Submit the job "
             "(`ray job submit -- python ...`), or join with `ray start`"
         )
-    return SILENT
+    return NO_ANSWER
 
 
 def job_environment(variables: dict[str, str]) -> dict[str, str]:
@@ -151,7 +155,7 @@ def job_environment(variables: dict[str, str]) -> dict[str, str]:
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
-NODE_PATIENCE_S = 120.0
+NODE_TIMEOUT_S = 120.0
 """Longer than storage is tried again for, so that it is storage that says what is wrong."""
 
 
@@ -161,14 +165,14 @@ def check_nodes(uris: Sequence[str]) -> None:
     Raises:
         UserError: the first node that would fail, and the way out.
     """
-    nodes = cluster_checks.living_nodes()
-    lines = list(cluster_checks.version_lines(nodes, NODE_PATIENCE_S))
+    nodes = cluster_checks.inspected_nodes()
+    lines = list(cluster_checks.version_checks(nodes, NODE_TIMEOUT_S))
     for uri in filter(storage.is_s3, uris):
-        lines += cluster_checks.reach_lines(nodes, uri, NODE_PATIENCE_S)
+        lines += cluster_checks.reach_checks(nodes, uri, NODE_TIMEOUT_S)
     failed = [line for line in lines if line.level == "failed"]
     if failed:
         others = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
         raise UserError(
-            f"node {failed[0].where}, {failed[0].subject}: {failed[0].found}{others}. {failed[0].way_out}. "
+            f"node {failed[0].where}, {failed[0].subject}: {failed[0].found}{others}. {failed[0].fix}. "
             "`python -m cmcgns.doctor` looks at all"
         )

@@ -13,14 +13,14 @@ from pyarrow import parquet
 
 from cmcgns import storage
 from cmcgns.clustering.embeddings import Embeddings
-from cmcgns.clustering.kmeans import DECIMALS, Array, Search
+from cmcgns.clustering.kmeans import DECIMALS, Array, NearestSearch
 from cmcgns.clustering.rows import RowStore
 
 CANDIDATES = 4
 """Centroids that the search in float32 names for each row, to be compared again in float64."""
 
 
-class TwoNearest(NamedTuple):
+class TwoNearestCentroids(NamedTuple):
     """The two most similar centroids of each row, of equals the first; with a single centroid there is no second (-1)."""
 
     centroid_M2: Array
@@ -29,7 +29,7 @@ class TwoNearest(NamedTuple):
     """float32; NaN where there is no second."""
 
 
-class ClusterPart(NamedTuple):
+class PartialStatistics(NamedTuple):
     """One shard's share in the figures of each cluster."""
 
     counts_K: Array
@@ -39,7 +39,7 @@ class ClusterPart(NamedTuple):
     """Rows nearest to each centroid: cluster, similarity, id and, where there is one, text."""
 
 
-def two_nearest(rows_MD: Array, centroids_KD: Array, search: Search) -> TwoNearest:
+def two_nearest(rows_MD: Array, centroids_KD: Array, search: NearestSearch) -> TwoNearestCentroids:
     """The two nearest centroids of each row: candidates by ``search``, their order by float64."""
     _, candidate_Mc = search(rows_MD, centroids_KD, CANDIDATES)
     wide_MD, wide_KD = rows_MD.astype(np.float64), centroids_KD.astype(np.float64)
@@ -51,7 +51,7 @@ def two_nearest(rows_MD: Array, centroids_KD: Array, search: Search) -> TwoNeare
     if len(centroids_KD) == 1:
         centroid_M2 = np.pad(centroid_M2, ((0, 0), (0, 1)), constant_values=-1)
         similarity_M2 = np.pad(similarity_M2, ((0, 0), (0, 1)), constant_values=np.nan)
-    return TwoNearest(centroid_M2, similarity_M2)
+    return TwoNearestCentroids(centroid_M2, similarity_M2)
 
 
 def write_assignments(
@@ -61,8 +61,8 @@ def write_assignments(
     centroids_KD: Array,
     folder: str,
     nearest: int,
-    search: Search,
-) -> ClusterPart:
+    search: NearestSearch,
+) -> PartialStatistics:
     """What one shard's rows say of the clusters, with the ``nearest`` rows of each.
 
     Writes ``part-<index>.parquet`` into ``folder``: columns id, centroid, similarity, second_centroid and
@@ -85,7 +85,7 @@ def write_assignments(
     return found
 
 
-def _table(ids: Any, two: TwoNearest) -> pa.Table:
+def _table(ids: Any, two: TwoNearestCentroids) -> pa.Table:
     return pa.table(
         {
             "id": ids if pa.types.is_integer(ids.type) else ids.cast(pa.large_string()),  # files may differ
@@ -97,14 +97,19 @@ def _table(ids: Any, two: TwoNearest) -> pa.Table:
     )
 
 
-def _empty_part(num_clusters: int) -> ClusterPart:
+def _empty_part(num_clusters: int) -> PartialStatistics:
     frame = pd.DataFrame({"cluster": pd.Series(dtype=np.int32), "similarity": pd.Series(dtype=np.float32)})
-    return ClusterPart(np.zeros(num_clusters, np.int64), np.zeros(num_clusters), frame)
+    return PartialStatistics(np.zeros(num_clusters, np.int64), np.zeros(num_clusters), frame)
 
 
 def _with_batch(
-    found: ClusterPart, batch: pa.RecordBatch, id_column: str, text_column: str | None, two: TwoNearest, nearest: int
-) -> ClusterPart:
+    found: PartialStatistics,
+    batch: pa.RecordBatch,
+    id_column: str,
+    text_column: str | None,
+    two: TwoNearestCentroids,
+    nearest: int,
+) -> PartialStatistics:
     centroid_M, similarity_M = two.centroid_M2[:, 0], two.similarity_M2[:, 0]
     number = len(found.counts_K)
     rows = pd.DataFrame(
@@ -115,7 +120,7 @@ def _with_batch(
         }
         | ({"text": batch.column(text_column).to_pylist()} if text_column else {})
     )
-    return ClusterPart(
+    return PartialStatistics(
         found.counts_K + np.bincount(centroid_M, minlength=number),
         found.similarity_K + np.bincount(centroid_M, similarity_M.astype(np.float64), minlength=number),
         _best([found.nearest, rows], nearest),
@@ -129,7 +134,7 @@ def _best(frames: Sequence[pd.DataFrame], nearest: int) -> pd.DataFrame:
     return ordered.groupby("cluster").head(nearest)
 
 
-def statistics(parts: Sequence[ClusterPart], nearest: int) -> dict[str, Any]:
+def statistics(parts: Sequence[PartialStatistics], nearest: int) -> dict[str, Any]:
     """Figures of the whole set and of each cluster, ready for JSON: size, cohesion (mean similarity of its members to
     the centroid, None without members) and its nearest rows."""
     counts_K = np.sum([part.counts_K for part in parts], axis=0)

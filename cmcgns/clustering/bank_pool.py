@@ -18,11 +18,17 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.cluster.placement import machines, pool_strategies
-from cmcgns.clustering.bank import BankShard, serving_actor
+from cmcgns.cluster.placement import list_nodes, pool_strategies
 from cmcgns.clustering.kmeans import Array
-from cmcgns.clustering.online_clustering import BankState, RefreshRequest, RefreshResult, recluster
-from cmcgns.clustering.pool import LOST, PooledRows, Shard, actor_options, threads_per_actor
+from cmcgns.clustering.online_clustering import (
+    BankShard,
+    BankState,
+    RefreshRequest,
+    RefreshResult,
+    recluster,
+    serving_actor,
+)
+from cmcgns.clustering.pool import LOSS_ERRORS, PooledRows, ShardActor, actor_options, threads_per_actor
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import first_line
@@ -33,7 +39,7 @@ ATTEMPTS = 3
 """Times that one re-clustering is tried again after the loss of an actor."""
 
 
-class BankActor(Shard):
+class BankActor(ShardActor):
     """One actor's part of the bank. Several threads: pushes arrive while a pass runs."""
 
     def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
@@ -109,7 +115,7 @@ class BankCoordinator:
                 wanted = (request.step, request.first_ordinal, request.stop_ordinal)
                 counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
                 return recluster(PooledRows(shards, counts), request, config)
-            except LOST as error:
+            except LOSS_ERRORS as error:
                 lost = f"a clustering actor was lost: {first_line(error)}"
                 logger.warning("%s; attempt %d of %d", lost, attempt + 1, ATTEMPTS)
         return RefreshResult(None, lost)
@@ -138,7 +144,7 @@ def start_pool(
     # pushes and passes overlap: a push must never wait behind a pass
     options = {"max_restarts": -1, "max_concurrency": 8, **actor_options(config)}
     # actors that want a GPU go where one is
-    nodes = [] if config.gpus_per_actor else machines()
+    nodes = [] if config.gpus_per_actor else list_nodes()
     shards = tuple(
         ray.remote(shard_type)
         .options(scheduling_strategy=strategy, **options)
@@ -158,7 +164,7 @@ class RayPool:
         self.attempt = 0
         self._outbox: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=256)
         self._pending: Any = None
-        self._broken: Exception | None = None
+        self._error: Exception | None = None
         threading.Thread(target=self._deliver, name="clustering-push", daemon=True).start()
 
     def _deliver(self) -> None:
@@ -166,23 +172,23 @@ class RayPool:
             try:
                 send()
             except Exception as error:  # belongs to whoever pushes or waits next
-                self._broken = error
+                self._error = error
             finally:
                 self._outbox.task_done()
 
     def _drain(self) -> None:
         """Wait until everything has been handed over."""
         self._outbox.join()
-        if self._broken is not None:
-            raise self._broken
+        if self._error is not None:
+            raise self._error
 
     def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
         rank, ranks = distributed.rank(), len(counts)
         shard = self.handles.shards[serving_actor(step, rank, ranks, len(self.handles.shards))]
         host_nD, copied = to_host(rows_nD)
         attempt = self.attempt
-        if self._broken is not None:
-            raise self._broken
+        if self._error is not None:
+            raise self._error
 
         def send() -> None:
             if copied is not None:

@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from cmcgns import storage
 from cmcgns.clustering.kmeans import Array
-from cmcgns.clustering.rows import RowStore, check_rows, on_grid
+from cmcgns.clustering.rows import RowStore, check_rows, round_to_grid
 from cmcgns.errors import UserError
 
 BATCH_ROWS = 4096
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
     text: str | None = None
 
 
-class RowGroup(NamedTuple):
+class RowGroupSlice(NamedTuple):
     """One row group, or the part [start, stop) of it."""
 
     uri: str
@@ -57,7 +57,7 @@ class Embeddings:
     uri: str
     columns: Columns
     dim: int
-    groups: tuple[RowGroup, ...]
+    groups: tuple[RowGroupSlice, ...]
 
     @property
     def rows(self) -> int:
@@ -70,12 +70,12 @@ class Embeddings:
         spans = [np.arange(group.first, group.first + group.stop - group.start) for group in self.groups]
         return np.concatenate(spans or [np.empty(0, np.int64)])
 
-    def deal(self, parts: int) -> list["Embeddings"]:
+    def split(self, parts: int) -> list["Embeddings"]:
         """``parts`` runs of rows, equally many to within one; two may share a row group."""
         bounds = np.linspace(0, self.rows, parts + 1).round().astype(int)
-        return [self.between(int(start), int(stop)) for start, stop in pairwise(bounds)]
+        return [self.slice_rows(int(start), int(stop)) for start, stop in pairwise(bounds)]
 
-    def between(self, start: int, stop: int) -> "Embeddings":
+    def slice_rows(self, start: int, stop: int) -> "Embeddings":
         """The rows in places [start, stop) of this set."""
         kept, place = [], 0
         for group in self.groups:
@@ -106,13 +106,13 @@ class Embeddings:
             odd = next((i for i, v in enumerate(column.to_pylist()) if v is None or None in v or len(v) != self.dim), 0)
             held = column[odd].as_py()
             raise UserError(
-                f"{self.place(first + odd)}: column '{self.columns.vector}' holds "
+                f"{self.describe_row(first + odd)}: column '{self.columns.vector}' holds "
                 f"{'nothing' if held is None else f'{len(held) - held.count(None)} numbers'}, where "
                 f"{self.dim} were wanted; leave such rows out of the set"
             )
         return values.to_numpy(zero_copy_only=False).reshape(len(column), self.dim)
 
-    def place(self, row: int) -> str:
+    def describe_row(self, row: int) -> str:
         """File and row in words, of the row in place ``row`` of this set."""
         for group in self.groups:
             size = group.stop - group.start
@@ -133,7 +133,7 @@ def _parquet_at(uri: str) -> Iterator[None]:
             raise UserError(f"{uri} is no whole Parquet file, or must not change during a fit ({what})") from error
 
 
-def _group_batches(group: RowGroup, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _group_batches(group: RowGroupSlice, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     files, path = storage.filesystem(group.uri)
     # without pre_buffer memory stays at a few pages, however large the row group
     with parquet.ParquetFile(path, filesystem=files, pre_buffer=False, buffer_size=READ_BYTES) as file:
@@ -161,12 +161,12 @@ def open_embeddings(uri: str, columns: Columns) -> Embeddings:
     groups, first = [], 0
     for file, (_, sizes) in zip(files, footers, strict=True):
         for index, size in enumerate(sizes):
-            groups.append(RowGroup(file, index, 0, size, first))
+            groups.append(RowGroupSlice(file, index, 0, size, first))
             first += size
     found = Embeddings(uri, columns, 0, tuple(group for group in groups if group.stop))
     if not found.groups:
         raise UserError(f"data.uri {uri}: its {len(files)} .parquet files hold no rows")
-    return replace(found, dim=_dimensions(found))
+    return replace(found, dim=_vector_dim(found))
 
 
 def _footer(uri: str) -> tuple[pa.Schema, list[int]]:
@@ -202,11 +202,13 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
-def _dimensions(found: Embeddings) -> int:
+def _vector_dim(found: Embeddings) -> int:
     """Length of the first vector."""
-    first = next(found.between(0, 1).batches([found.columns.vector])).column(0)[0]
+    first = next(found.slice_rows(0, 1).batches([found.columns.vector])).column(0)[0]
     if not first.is_valid or not len(first):
-        raise UserError(f"{found.place(0)}: column '{found.columns.vector}' is empty; leave such rows out of the set")
+        raise UserError(
+            f"{found.describe_row(0)}: column '{found.columns.vector}' is empty; leave such rows out of the set"
+        )
     return len(first)
 
 
@@ -232,8 +234,8 @@ def checked_batches(part: Embeddings) -> Iterator[tuple[int, Array, Array | None
     weight, first = part.columns.weight, 0
     for batch in part.batches([part.columns.vector, *([weight] if weight else [])]):
         raw_MD = part.vectors(batch, first)
-        check_rows(raw_MD, part.place, first)
-        yield first, on_grid(raw_MD), None if weight is None else _weights(part, batch, first)
+        check_rows(raw_MD, part.describe_row, first)
+        yield first, round_to_grid(raw_MD), None if weight is None else _weights(part, batch, first)
         first += len(batch)
 
 
@@ -242,7 +244,7 @@ def _weights(part: Embeddings, batch: pa.RecordBatch, first: int) -> Array:
     wrong = np.flatnonzero(~(weights_M > 0) | ~np.isfinite(weights_M))
     if len(wrong):
         raise UserError(
-            f"{part.place(first + int(wrong[0]))}: weight {weights_M[wrong[0]]} in column '{part.columns.weight}'; "
+            f"{part.describe_row(first + int(wrong[0]))}: weight {weights_M[wrong[0]]} in column '{part.columns.weight}'; "
             "weights are finite and above 0"
         )
     return weights_M
@@ -310,13 +312,13 @@ class StreamedRows:
         rows_MD = np.empty((max(stop - start, 0), self.shape[1]), np.float32)
         place = start
         while place < stop:
-            self._turn_to(place)
+            self._seek(place)
             taken = min(stop, self._first + len(self._held_MD)) - place
             rows_MD[place - start : place - start + taken] = self._held_MD[place - self._first :][:taken]
             place += taken
         return rows_MD if isinstance(index, slice) else rows_MD[0]
 
-    def _turn_to(self, place: int) -> None:
+    def _seek(self, place: int) -> None:
         """Hold the batch with the row in ``place``."""
         end = self._first + len(self._held_MD)
         if self._first <= place < end:
@@ -324,7 +326,7 @@ class StreamedRows:
         group_start = self._group_start(place)
         if place < end or group_start >= end:  # behind us, or in a later row group: begin with that one
             self._begun = group_start
-            self._batches = checked_batches(self.part.between(group_start, self.part.rows))
+            self._batches = checked_batches(self.part.slice_rows(group_start, self.part.rows))
         for first, rows_MD, _ in self._batches:
             self._first, self._held_MD = self._begun + first, rows_MD
             if place < self._first + len(rows_MD):

@@ -21,14 +21,14 @@ from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.placement import bundles
 from cmcgns.cluster.session import ray_session
-from cmcgns.clustering.assignments import ClusterPart, statistics, write_assignments
+from cmcgns.clustering.assignments import PartialStatistics, statistics, write_assignments
 from cmcgns.clustering.config import FitConfig, KMeansConfig
 from cmcgns.clustering.embeddings import Columns, Embeddings, open_embeddings
-from cmcgns.clustering.kmeans import SEEDINGS, Array, Fit, Rows, Search, kmeans, normalised
+from cmcgns.clustering.kmeans import SEEDINGS, Array, Fit, NearestSearch, Rows, kmeans, normalised
 from cmcgns.clustering.pool import ParquetSource, SourcePool
 from cmcgns.clustering.rows import RowArray, check_rows
 from cmcgns.config import PoolConfig
-from cmcgns.errors import UserError, first_line, starting_with
+from cmcgns.errors import UserError, first_line, with_prefix
 from cmcgns.faiss_install import check_faiss
 from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -75,7 +75,7 @@ def show_clusters(terminal: Console, found: dict[str, Any]) -> None:
 STATE, METRICS = "fit.safetensors", "metrics.jsonl"
 
 
-def first_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -> Fit | None:
+def initial_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -> Fit | None:
     """Where the fit goes on, or starts from; None where it is still to be seeded."""
     settings = config.clustering
     if folder.resumed and storage.exists(folder.file(STATE)):
@@ -97,7 +97,7 @@ def read_centroids(uri: str, shape: tuple[int, int]) -> Array:
     try:
         held = safetensors.load(storage.read_bytes(uri))
     except UserError as error:
-        raise UserError(f"clustering.start_from {starting_with(uri, str(error))}") from None
+        raise UserError(f"clustering.start_from {with_prefix(uri, str(error))}") from None
     except SafetensorError as error:
         raise UserError(f"{key} is no safetensors file ({error}); name a centroids.safetensors") from None
     rows_KD = held.get("rows_KD")
@@ -118,7 +118,7 @@ def write_start(folder: RunFolder, config: KMeansConfig) -> None:
     storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
 
 
-def keep(folder: RunFolder, fit: Fit) -> None:
+def save_state(folder: RunFolder, fit: Fit) -> None:
     """Write down all that it takes to go on from ``fit``."""
     storage.write_bytes(folder.file(STATE), to_bytes(fit))
 
@@ -145,7 +145,7 @@ def from_bytes(data: bytes) -> Fit:
     )
 
 
-class FitLog:
+class MetricsLog:
     """metrics.jsonl: one row for each iteration, also over a resume."""
 
     def __init__(self, folder: RunFolder, iteration: int) -> None:
@@ -192,7 +192,7 @@ FREE_TO_CHANGE = {
 PACKAGES = ("cmcgns", "ray", "numpy", "pyarrow", "torch")
 
 
-class Stopped(Exception):
+class StopRequested(Exception):
     """The user asked for the end; everything so far is kept."""
 
 
@@ -204,7 +204,7 @@ def fit_embeddings(config: KMeansConfig) -> int:
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
     embeddings = open_data(config)
-    start = first_fit(config, folder, embeddings)
+    start = initial_fit(config, folder, embeddings)
     actors = bundles(settings.actors, settings.cpus_per_actor, settings.gpus_per_actor)
     with quiet_terminal(), log_on(terminal), ray_session(needed=actors) as cpus:
         check_capacity(settings, cpus)
@@ -212,7 +212,7 @@ def fit_embeddings(config: KMeansConfig) -> int:
         warn_of_passing_folder(terminal, folder)
         try:
             result = fit_and_write(terminal, config, folder, embeddings, start)
-        except (Stopped, KeyboardInterrupt):
+        except (StopRequested, KeyboardInterrupt):
             return conclude(terminal, folder, {"status": "stopped"}, STATUS_INTERRUPTED)
         except (RuntimeError, RayError, OSError) as error:
             return conclude(terminal, folder, {"status": "failed", "failure": first_line(error)}, STATUS_FAILED)
@@ -256,17 +256,17 @@ def fit_and_write(
     settings, began = config.clustering, time.perf_counter()
     sources = [
         ParquetSource(part, settings.memory_gib * 2**30, settings.scratch, settings.streamed)
-        for part in embeddings.deal(settings.actors)
+        for part in embeddings.split(settings.actors)
     ]
     pool = SourcePool(sources, settings)
     try:
         terminal.print(
             f"{settings.actors} actors hold their rows after {time.perf_counter() - began:.1f} s", highlight=False
         )
-        start = start or Fit(seeds(terminal, pool.rows, settings))
+        start = start or Fit(seed_centroids(terminal, pool.rows, settings))
         if not folder.resumed:  # not before: rows that give no K centroids must not cost a name
             write_start(folder, config)
-        keep(folder, start)
+        save_state(folder, start)
         fit = run_fit(terminal, settings, folder, pool, start)
         storage.write_bytes(folder.file("centroids.safetensors"), safetensors.save({"rows_KD": fit.centroids_KD}))
         found = write_figures(settings, folder, pool, fit)
@@ -289,22 +289,22 @@ def fit_and_write(
 
 def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: SourcePool, start: Fit) -> Fit:
     """The finished fit; its state and one row of metrics are kept after every iteration."""
-    diary = FitLog(folder, start.iteration)
+    log = MetricsLog(folder, start.iteration)
     with stop_between_iterations(terminal) as stopping:
 
         def after(fit: Fit) -> None:
-            line = diary.write(fit, sum(pool.losses))  # before the state: a fit that goes on finds all rows up to it
-            keep(folder, fit)
+            line = log.write(fit, sum(pool.losses))  # before the state: a fit that goes on finds all rows up to it
+            save_state(folder, fit)
             terminal.print(line, highlight=False)
             if stopping():
-                raise Stopped
+                raise StopRequested
 
         return kmeans(
             pool.rows, start, settings.iterations, settings.tolerance, settings.batch_rows, settings.seed, after
         )
 
 
-def seeds(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
+def seed_centroids(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
     """First centroids (K, D); for mini-batches chosen among as many rows as one of them has."""
     begun = time.perf_counter()
     if settings.batch_rows is not None:
@@ -342,8 +342,14 @@ def write_figures(settings: FitConfig, folder: RunFolder, pool: SourcePool, fit:
 
 
 def _assign_shard(
-    index: int, source: ParquetSource, rows: RowArray, search: Search, centroids_KD: Array, uri: str, nearest: int
-) -> ClusterPart:
+    index: int,
+    source: ParquetSource,
+    rows: RowArray,
+    search: NearestSearch,
+    centroids_KD: Array,
+    uri: str,
+    nearest: int,
+) -> PartialStatistics:
     return write_assignments(index, source.part, rows.rows_ND, centroids_KD, uri, nearest, search)
 
 

@@ -21,12 +21,12 @@ NEAR_TIE = 1e-5
 """Similarities in float32 that differ by less may be in the wrong order."""
 DECIMALS = 12
 """Of similarities in float64, whose last digits depend on how BLAS cuts the product."""
-TABLE_CELLS = 2**23
+MAX_TABLE_CELLS = 2**23
 """Most similarities in float64 held at a time."""
 Array = np.ndarray[Any, Any]
 
 
-class Row(NamedTuple):
+class ScoredRow(NamedTuple):
     """One row and how well it is served; ``ordinal`` says where it stands in the whole set."""
 
     similarity: float
@@ -34,7 +34,7 @@ class Row(NamedTuple):
     vector_D: Array
 
 
-class AssignmentPass(NamedTuple):
+class PassTotals(NamedTuple):
     """What one pass over the rows says of each centroid."""
 
     sums_KD: Array
@@ -44,7 +44,7 @@ class AssignmentPass(NamedTuple):
     weight: float
     """Sum of the weights of all rows passed; their number where they have none."""
     near_ties: int
-    """Rows whose two best similarities differ by less than ``NEAR_TIE``; settled in float64."""
+    """Rows whose two best similarities differ by less than ``NEAR_TIE``; call_all in float64."""
 
     def objective(self, centroids_KD: Array) -> float:
         """Mean similarity of a row to its centroid, for the centroids that were passed; larger is better."""
@@ -67,10 +67,10 @@ class Rows(Protocol):
     def subset(self, number: int, seed: int) -> Array:
         """``number`` rows (all, if there are fewer) drawn by ``seed``, (n, D), in the order of the draw."""
 
-    def nearest(self, direction_D: Array) -> Row:
+    def nearest(self, direction_D: Array) -> ScoredRow:
         """The row most similar to ``direction_D``; of equals, the lowest ordinal."""
 
-    def farthest(self, seeds_nD: Array) -> Row:
+    def farthest(self, seeds_nD: Array) -> ScoredRow:
         """The row least similar to every seed; of equals, the lowest ordinal."""
 
     def distance(self, seeds_nD: Array) -> float:
@@ -79,13 +79,13 @@ class Rows(Protocol):
     def draw(self, seeds_nD: Array, rate: float, seed: int) -> Array:
         """Rows (n, D), each drawn with probability ``rate`` x weight x (1 - similarity to the nearest seed)."""
 
-    def shares(self, seeds_nD: Array) -> Array:
+    def seed_weights(self, seeds_nD: Array) -> Array:
         """Weight of the rows whose nearest seed it is, for each seed, (n,) float64."""
 
-    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> AssignmentPass:
+    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> PassTotals:
         """One assignment pass over all rows, or over those of some blocks of ordinals."""
 
-    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
+    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[ScoredRow]:
         """Up to ``number`` distinct rows that a pass serves worst, worst first, of equals the lowest ordinal."""
 
 
@@ -133,7 +133,7 @@ def kmeans(
 def _full(rows: Rows, fit: Fit, tolerance: float) -> Fit:
     found = rows.assign(fit.centroids_KD)
     objective = found.objective(fit.centroids_KD)
-    centroids_KD, reseeded = _moved(rows, fit.centroids_KD, found.sums_KD, found.counts_K, None)
+    centroids_KD, reseeded = _update_centroids(rows, fit.centroids_KD, found.sums_KD, found.counts_K, None)
     converged = not reseeded and objective - fit.objective <= tolerance * abs(objective)
     return Fit(centroids_KD, fit.iteration + 1, objective, fit.reseeded + reseeded, found.near_ties, converged)
 
@@ -143,7 +143,7 @@ def _mini_batch(rows: Rows, fit: Fit, batch_rows: int, seed: int) -> Fit:
     found = rows.assign(fit.centroids_KD, blocks)
     totals_KD = found.sums_KD if fit.totals_KD is None else fit.totals_KD + found.sums_KD
     ever_K = found.counts_K + np.any(totals_KD != 0, axis=1)
-    centroids_KD, reseeded = _moved(rows, fit.centroids_KD, totals_KD, ever_K, blocks)
+    centroids_KD, reseeded = _update_centroids(rows, fit.centroids_KD, totals_KD, ever_K, blocks)
     return replace(
         fit,
         centroids_KD=centroids_KD,
@@ -155,7 +155,9 @@ def _mini_batch(rows: Rows, fit: Fit, batch_rows: int, seed: int) -> Fit:
     )
 
 
-def _moved(rows: Rows, centroids_KD: Array, sums_KD: Array, counts_K: Array, blocks: Array | None) -> tuple[Array, int]:
+def _update_centroids(
+    rows: Rows, centroids_KD: Array, sums_KD: Array, counts_K: Array, blocks: Array | None
+) -> tuple[Array, int]:
     """Normalised sums; empty clusters take the worst-served rows in turn. Also how many did."""
     moved_KD = normalised(np.where(counts_K[:, None] > 0, sums_KD, centroids_KD))
     empty_k = np.flatnonzero(counts_K == 0)
@@ -172,9 +174,9 @@ def batch_blocks(count: int, batch_rows: int, seed: int, iteration: int) -> Arra
     return np.sort(np.random.default_rng([seed, iteration]).choice(blocks, wanted, replace=False))
 
 
-def merge_passes(*passes: AssignmentPass) -> AssignmentPass:
+def merge_passes(*passes: PassTotals) -> PassTotals:
     """The pass over all rows, from the passes over its parts."""
-    return AssignmentPass(
+    return PassTotals(
         np.sum([part.sums_KD for part in passes], axis=0),
         np.sum([part.counts_K for part in passes], axis=0),
         float(np.sum([part.weight for part in passes])),
@@ -189,7 +191,7 @@ def normalised(rows_ND: Array) -> Array:
     return (wide_ND / np.maximum(length_N1, 1e-12)).astype(np.float32, copy=False)
 
 
-class Assigned(NamedTuple):
+class Assignment(NamedTuple):
     """The most similar centroid of each row, of equals the first."""
 
     nearest_N: Array
@@ -197,31 +199,31 @@ class Assigned(NamedTuple):
     near_ties: int
 
 
-Assign = Callable[[Array, Array], Assigned]
+Assign = Callable[[Array, Array], Assignment]
 """From rows (N, D) and centroids (K, D)."""
 
 
-def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Assigned:
+def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Assignment:
     """The slow, obvious assignment: every similarity in float64, then the largest."""
-    pieces = -(-len(rows_ND) * len(centroids_KD) // TABLE_CELLS)
+    pieces = -(-len(rows_ND) * len(centroids_KD) // MAX_TABLE_CELLS)
     found = [_numpy_assign(rows_MD, centroids_KD) for rows_MD in np.array_split(rows_ND, max(pieces, 1))]
-    return Assigned(np.concatenate([part.nearest_N for part in found]), sum(part.near_ties for part in found))
+    return Assignment(np.concatenate([part.nearest_N for part in found]), sum(part.near_ties for part in found))
 
 
-def _numpy_assign(rows_MD: Array, centroids_KD: Array) -> Assigned:
+def _numpy_assign(rows_MD: Array, centroids_KD: Array) -> Assignment:
     similarity_MK = (rows_MD.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS)
     nearest_M = similarity_MK.argmax(1)
     if len(centroids_KD) == 1:
-        return Assigned(nearest_M, 0)
+        return Assignment(nearest_M, 0)
     two_M2 = np.partition(similarity_MK, -2, axis=1)[:, -2:]
-    return Assigned(nearest_M, int((two_M2[:, 1] - two_M2[:, 0] < NEAR_TIE).sum()))
+    return Assignment(nearest_M, int((two_M2[:, 1] - two_M2[:, 0] < NEAR_TIE).sum()))
 
 
-Search = Callable[[Array, Array, int], tuple[Array, Array]]
+NearestSearch = Callable[[Array, Array, int], tuple[Array, Array]]
 """From rows (N, D), centroids (K, D) and n to the n best similarities and centroids of each row, both (N, n), best first."""
 
 
-def faiss_search(device: str, threads: int | None = None) -> Search:
+def faiss_search(device: str, threads: int | None = None) -> NearestSearch:
     """Exact search by FAISS on ``cpu`` (with so many threads) or ``gpu``."""
     faiss = load_faiss(device)
     if threads is not None:
@@ -239,17 +241,17 @@ def faiss_search(device: str, threads: int | None = None) -> Search:
     return search
 
 
-def assign_by(search: Search) -> Assign:
-    """Assignment by a search in float32; near ties are settled in float64."""
+def assign_by(search: NearestSearch) -> Assign:
+    """Assignment by a search in float32; near ties are call_all in float64."""
 
-    def assign(rows_ND: Array, centroids_KD: Array) -> Assigned:
+    def assign(rows_ND: Array, centroids_KD: Array) -> Assignment:
         similarity_N2, nearest_N2 = search(rows_ND, centroids_KD, 2)
         nearest_N: Array = nearest_N2[:, 0].astype(np.int64)
         if len(centroids_KD) == 1:
-            return Assigned(nearest_N, 0)
+            return Assignment(nearest_N, 0)
         near_tie_N = similarity_N2[:, 0] - similarity_N2[:, 1] < NEAR_TIE
         nearest_N[near_tie_N] = numpy_assign(rows_ND[near_tie_N], centroids_KD).nearest_N
-        return Assigned(nearest_N, int(near_tie_N.sum()))
+        return Assignment(nearest_N, int(near_tie_N.sum()))
 
     return assign
 
@@ -259,13 +261,13 @@ def faiss_assign(device: str, threads: int | None = None) -> Assign:
     return assign_by(faiss_search(device, threads))
 
 
-SAME_ROW = 1 - 1e-6
+DUPLICATE_COSINE = 1 - 1e-6
 """Rows at least this similar count as one."""
 OVERSAMPLING = 1.0
 """Candidates that one round of k-means|| draws, in units of K."""
 ROUNDS = 5
 """Rounds of k-means||; more only where they have not found K distinct candidates."""
-MOST_ROUNDS = 50
+MAX_ROUNDS = 50
 
 
 def farthest_point_seeds(rows: Rows, num_clusters: int, seed: int = 0) -> Array:
@@ -277,8 +279,8 @@ def farthest_point_seeds(rows: Rows, num_clusters: int, seed: int = 0) -> Array:
     seeds = [rows.nearest((mean_D / max(float(np.linalg.norm(mean_D)), 1e-12)).astype(np.float32)).vector_D]
     while len(seeds) < num_clusters:
         row = rows.farthest(np.stack(seeds))
-        if row.similarity >= SAME_ROW:
-            raise _too_few(num_clusters, len(seeds), rows)
+        if row.similarity >= DUPLICATE_COSINE:
+            raise _too_few_rows(num_clusters, len(seeds), rows)
         seeds.append(row.vector_D)
     return np.stack(seeds)
 
@@ -292,7 +294,7 @@ def parallel_seeds(rows: Rows, num_clusters: int, seed: int = 0) -> Array:
     """K centroids by k-means|| (Bahmani et al. 2012), (K, D) float32: a few rounds each draw some K rows, likelier the
     worse they are served so far; k-means++ then picks K of those candidates, weighed by the rows that they serve."""
     candidates_CD = rows.subset(1, seed)
-    for number in range(MOST_ROUNDS):
+    for number in range(MAX_ROUNDS):
         distance = rows.distance(candidates_CD)
         if distance == 0 or (number >= ROUNDS and len(candidates_CD) >= num_clusters):
             break
@@ -300,11 +302,11 @@ def parallel_seeds(rows: Rows, num_clusters: int, seed: int = 0) -> Array:
         candidates_CD = np.concatenate([candidates_CD, drawn_nD])
     distinct_CD = np.unique(candidates_CD, axis=0)
     if len(distinct_CD) < num_clusters:
-        raise _too_few(num_clusters, len(distinct_CD), rows)
-    return _best_of(candidates_CD, rows.shares(candidates_CD), num_clusters, seed)
+        raise _too_few_rows(num_clusters, len(distinct_CD), rows)
+    return _reduce_candidates(candidates_CD, rows.seed_weights(candidates_CD), num_clusters, seed)
 
 
-def _best_of(candidates_CD: Array, weight_C: Array, num_clusters: int, seed: int) -> Array:
+def _reduce_candidates(candidates_CD: Array, weight_C: Array, num_clusters: int, seed: int) -> Array:
     """K centroids of the weighted candidates, by k-means++ and Lloyd's iterations on them alone."""
     from sklearn.cluster import KMeans  # slow to import, and needed here alone
     from threadpoolctl import threadpool_limits
@@ -316,7 +318,7 @@ def _best_of(candidates_CD: Array, weight_C: Array, num_clusters: int, seed: int
     return normalised(model.cluster_centers_)
 
 
-def _too_few(num_clusters: int, distinct: int, rows: Rows) -> UserError:
+def _too_few_rows(num_clusters: int, distinct: int, rows: Rows) -> UserError:
     return UserError(
         f"{num_clusters} clusters need {num_clusters} distinct rows; there are {distinct} among {rows.count()}"
     )

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,12 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.clustering.bank import BankShard
 from cmcgns.clustering.kmeans import Array, Rows, farthest_point_seeds, kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import MIN_BANK, ClusteringConfig
 from cmcgns.distributed import all_reduce
 from cmcgns.errors import UserError
+
+logger = logging.getLogger(__name__)
+CENTROIDS = "centroids."
+"""Prefix of the entries of ``Centroids`` in a checkpoint."""
 
 
 class Centroids:
@@ -96,11 +100,6 @@ def unnormalised_momentum_step(rows_KD: Tensor, means_KD: Tensor, momentum: floa
     return (1 - momentum) * rows_KD + momentum * means_KD
 
 
-logger = logging.getLogger(__name__)
-CENTROIDS = "centroids."
-"""Prefix of the centroids' own entries in a checkpoint."""
-
-
 class RefreshRequest(NamedTuple):
     """One global re-clustering: which rows, from which start, and as which version."""
 
@@ -146,6 +145,47 @@ class Pool(Protocol):
         """Forget everything and go on from ``state`` after ``step``. Collective."""
 
 
+def serving_actor(step: int, rank: int, ranks: int, actors: int) -> int:
+    """The actor that keeps what ``rank`` pushes at ``step``: rank mod actors, and where actors outnumber the ranks each
+    rank takes turns among its own, so that none stays empty."""
+    if actors <= ranks:
+        return rank % actors
+    own = range(rank, actors, ranks)
+    return own[step % len(own)]
+
+
+@dataclass
+class BankShard:
+    """The part of the bank that one actor holds: chunks of rows with their ordinals."""
+
+    chunks: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
+    """(step, rank) -> float16 rows (n, D) and their int64 ordinals (n,)."""
+
+    def push(self, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
+        """Keep the rows that ``rank`` saw at ``step``."""
+        ordinals_n = np.arange(first_ordinal, first_ordinal + len(rows_nD))
+        self.chunks[step, rank] = (rows_nD.astype(np.float16), ordinals_n)
+
+    def restore(self, step: int, rows_ND: Array, ordinals_N: Array) -> None:
+        """Keep rows out of a checkpoint, as of ``step``; a lost actor may have left gaps between their ordinals."""
+        self.chunks[step, 0] = (rows_ND.astype(np.float16), ordinals_N.copy())
+
+    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
+        """Float16 rows and ordinals in [first, stop), in the order of their ordinals."""
+        held = sorted(self.chunks.values(), key=lambda chunk: int(chunk[1][0]) if len(chunk[1]) else 0)
+        held = [chunk for chunk in held if len(chunk[1])]
+        if not held:
+            return np.empty((0, 0), np.float16), np.empty(0, np.int64)
+        rows_ND = np.concatenate([rows for rows, _ in held])
+        ordinals_N = np.concatenate([ordinals for _, ordinals in held])
+        inside_N = (ordinals_N >= first) & (ordinals_N < stop)
+        return rows_ND[inside_N], ordinals_N[inside_N]
+
+    def forget_before(self, first: int) -> None:
+        """Drop chunks that lie wholly before ordinal ``first``; no later re-clustering asks for them."""
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if len(chunk[1]) and chunk[1][-1] >= first}
+
+
 class OnlineClustering:
     """Centroids, bank and the rule of when which version is in force; the same on every rank."""
 
@@ -157,8 +197,8 @@ class OnlineClustering:
         """Sentences of all ranks so far: the next ordinal."""
         self.waited_s = 0.0
         """Time spent waiting for centroids so far."""
-        self._asked = False
-        self._early: list[Tensor | None] = []  # a result that a checkpoint had to wait for, until its step
+        self._in_flight = False
+        self._received: list[Tensor | None] = []  # a result that a checkpoint had to wait for, until its step
 
     def push(self, step: int, attended: Sequence[Tensor], counts: Sequence[int]) -> None:
         """Add one optimizer step's z2 of this rank (one tensor a microbatch); ``counts`` are the rows of every rank."""
@@ -175,34 +215,34 @@ class OnlineClustering:
         self.centroids.move()
         if step % self.config.refresh_every:
             return
-        self._adopt(step)
+        self._adopt_result(step)
         num_clusters = len(self.centroids.rows_KD)
         if min(self.pushed, self.config.bank_size) < max(4 * num_clusters, MIN_BANK):
             return
-        if self.centroids.started or self._starts(step, may_start, mean_cosine):
+        if self.centroids.started or self._can_start(step, may_start, mean_cosine):
             start_KD = self.centroids.rows_KD.cpu().numpy() if self.centroids.started else None
-            self._asked = True
+            self._in_flight = True
             if distributed.rank() == 0:
                 self.pool.request(
-                    RefreshRequest(self.centroids.version + 1, step, *self._live(), num_clusters, start_KD)
+                    RefreshRequest(self.centroids.version + 1, step, *self._bank_range(), num_clusters, start_KD)
                 )
 
-    def _starts(self, step: int, may_start: bool, mean_cosine: Tensor) -> bool:
+    def _can_start(self, step: int, may_start: bool, mean_cosine: Tensor) -> bool:
         mean = float(distributed.all_reduce(mean_cosine)) / distributed.world_size()
         return may_start and step >= self.config.start_step and mean <= self.config.start_cosine
 
-    def _live(self) -> tuple[int, int]:
+    def _bank_range(self) -> tuple[int, int]:
         return max(self.pushed - self.config.bank_size, 0), self.pushed
 
-    def _adopt(self, step: int) -> None:
-        if not self._asked:
+    def _adopt_result(self, step: int) -> None:
+        if not self._in_flight:
             return
-        rows_KD = self._early.pop() if self._early else self._receive()
-        self._asked = False
+        rows_KD = self._received.pop() if self._received else self._fetch_result()
+        self._in_flight = False
         if rows_KD is not None:
             self.centroids.adopt(rows_KD, self.centroids.version + 1, step)
 
-    def _receive(self) -> Tensor | None:
+    def _fetch_result(self) -> Tensor | None:
         """What rank 0 gets from the pool, on every rank; None where the re-clustering failed."""
         before = time.perf_counter()
         result = self.pool.result() if distributed.rank() == 0 else None
@@ -219,21 +259,21 @@ class OnlineClustering:
 
     def empty_bank(self, step: int) -> None:
         """Forget all features (stage change); centroids stay in force. Collective."""
-        if self._asked and not self._early:
-            self._receive()
-        self._asked, self._early, self.pushed = False, [], 0
+        if self._in_flight and not self._received:
+            self._fetch_result()
+        self._in_flight, self._received, self.pushed = False, [], 0
         self.pool.reset(step, None)
 
     def state_dict(self, step: int) -> dict[str, Tensor]:
         """Centroids, bank, write position and any refresh in flight; the bank on rank 0 only. Collective."""
         state = {f"{CENTROIDS}{key}": value for key, value in self.centroids.state_dict().items()}
         state["pushed"] = torch.tensor(self.pushed)
-        if self._asked:
-            self._early = self._early or [self._receive()]
-            early = self._early[0]
+        if self._in_flight:
+            self._received = self._received or [self._fetch_result()]
+            early = self._received[0]
             state["in_flight_KD"] = torch.empty(0) if early is None else early.cpu()
         if distributed.rank() == 0:
-            rows_ND, ordinals_N = self.pool.save(step, *self._live())
+            rows_ND, ordinals_N = self.pool.save(step, *self._bank_range())
             state["bank.rows_ND"] = torch.from_numpy(np.ascontiguousarray(rows_ND))
             state["bank.ordinals_N"] = torch.from_numpy(np.ascontiguousarray(ordinals_N))
         return state
@@ -243,10 +283,10 @@ class OnlineClustering:
         own = {key.removeprefix(CENTROIDS): value for key, value in state.items() if key.startswith(CENTROIDS)}
         self.centroids.load_state_dict(own)
         self.pushed = int(state["pushed"])
-        self._asked = "in_flight_KD" in state
-        if self._asked:
+        self._in_flight = "in_flight_KD" in state
+        if self._in_flight:
             early = state["in_flight_KD"]
-            self._early = [early.to(self.centroids.rows_KD.device) if early.numel() else None]
+            self._received = [early.to(self.centroids.rows_KD.device) if early.numel() else None]
         self.pool.reset(step, BankState(state["bank.rows_ND"].numpy(), state["bank.ordinals_N"].numpy()))
 
 

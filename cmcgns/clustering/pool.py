@@ -19,8 +19,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from cmcgns.clustering.embeddings import Embeddings, StreamedRows, load_rows
-from cmcgns.clustering.kmeans import Array, Assign, AssignmentPass, Row, assign_by, faiss_search, merge_passes
-from cmcgns.clustering.rows import Drawn, RowArray, check_rows, merge_lowest, merge_worst
+from cmcgns.clustering.kmeans import Array, Assign, PassTotals, ScoredRow, assign_by, faiss_search, merge_passes
+from cmcgns.clustering.rows import KeyedRows, RowArray, check_rows, merge_lowest, merge_worst
 from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError, first_line, last_line
 from cmcgns.faiss_install import check_faiss
@@ -30,15 +30,15 @@ FAN_IN = 4
 """Answers that the coordinator merges by itself; of more, actors merge about the square root each."""
 
 
-class ShardLost(RuntimeError):
+class RowsLost(RuntimeError):
     """The actor has been started anew since it was given its rows."""
 
 
-LOST = (RayActorError, ObjectLostError, OutOfMemoryError, ShardLost)
+LOSS_ERRORS = (RayActorError, ObjectLostError, OutOfMemoryError, RowsLost)
 """What Ray raises for an answer whose actor, or whose machine, has gone, or that was killed to free memory."""
 
 
-class Shard:
+class ShardActor:
     """One actor's rows and its FAISS passes."""
 
     def __init__(self, device: str, threads: int) -> None:
@@ -53,11 +53,11 @@ class Shard:
         """Whether this shard has rows, and what ``RowArray.method`` says of them: two objects, so that the coordinator
         learns how a call went without fetching what it gave."""
         if self.rows is None:
-            raise ShardLost("no rows are held")
+            raise RowsLost("no rows are held")
         return (True, getattr(self.rows, method)(*arguments)) if len(self.rows) else (False, None)
 
     def merge(self, merge: Callable[..., Any], *parts: Any) -> Any:
-        """``merge`` of what some shards answered, for the coordinator."""
+        """``merge`` of what some shards get_answer, for the coordinator."""
         return merge(*parts)
 
 
@@ -77,58 +77,60 @@ class PooledRows:
         return sum(self.counts)
 
     def mean(self) -> Array:
-        total_D: Array = self._merged(add_up, "total")
+        total_D: Array = self._call_and_merge(sum_parts, "total")
         return total_D / max(self.count(), 1)
 
     def subset(self, number: int, seed: int) -> Array:
-        drawn: Drawn = self._merged(partial(merge_lowest, number), "lowest", number, seed)
+        drawn: KeyedRows = self._call_and_merge(partial(merge_lowest, number), "subset_with_keys", number, seed)
         return drawn.rows_nD
 
-    def nearest(self, direction_D: Array) -> Row:
-        row: Row = self._merged(most_similar, "nearest", direction_D)
+    def nearest(self, direction_D: Array) -> ScoredRow:
+        row: ScoredRow = self._call_and_merge(most_similar, "nearest", direction_D)
         return row
 
-    def farthest(self, seeds_nD: Array) -> Row:
-        row: Row = self._merged(least_similar, "farthest", seeds_nD)
+    def farthest(self, seeds_nD: Array) -> ScoredRow:
+        row: ScoredRow = self._call_and_merge(least_similar, "farthest", seeds_nD)
         return row
 
     def distance(self, seeds_nD: Array) -> float:
-        return float(self._merged(add_up, "distance", seeds_nD))
+        return float(self._call_and_merge(sum_parts, "distance", seeds_nD))
 
     def draw(self, seeds_nD: Array, rate: float, seed: int) -> Array:
-        drawn: Drawn = self._merged(partial(merge_lowest, None), "drawn", seeds_nD, rate, seed)
+        drawn: KeyedRows = self._call_and_merge(partial(merge_lowest, None), "draw_with_keys", seeds_nD, rate, seed)
         return drawn.rows_nD
 
-    def shares(self, seeds_nD: Array) -> Array:
-        share_n: Array = self._merged(add_up, "shares", seeds_nD)
+    def seed_weights(self, seeds_nD: Array) -> Array:
+        share_n: Array = self._call_and_merge(sum_parts, "seed_weights", seeds_nD)
         return share_n
 
-    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> AssignmentPass:
-        found: AssignmentPass = self._merged(merge_passes, "assign", centroids_KD, blocks)
+    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> PassTotals:
+        found: PassTotals = self._call_and_merge(merge_passes, "assign", centroids_KD, blocks)
         return found
 
-    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
-        rows: list[Row] = self._merged(partial(merge_worst, number), "worst_served", centroids_KD, number, blocks)
+    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[ScoredRow]:
+        rows: list[ScoredRow] = self._call_and_merge(
+            partial(merge_worst, number), "worst_served", centroids_KD, number, blocks
+        )
         return rows
 
-    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
+    def _call_and_merge(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
         """What all shards answer, merged in their order."""
         # one copy in the object store, not one for each actor
         shared = [ray.put(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
         while True:
-            answers = self._answers(method, shared)
+            answers = self._call_shards(method, shared)
             try:
                 if len(answers) <= FAN_IN:
                     return merge(*ray.get([answer for _, answer in answers]))
-                return merge(*ray.get(self._merged_by_shards(merge, answers)))
-            except LOST as error:  # one that had answered already: its answer went with it
+                return merge(*ray.get(self._merge_on_shards(merge, answers)))
+            except LOSS_ERRORS as error:  # one that had get_answer already: its answer went with it
                 if self._recover is None:
                     raise
                 logger.warning(
                     "clustering: an answer was lost while it was merged (%s); asking again", first_line(error)
                 )
 
-    def _answers(self, method: str, arguments: Sequence[Any]) -> list[tuple[int, Any]]:
+    def _call_shards(self, method: str, arguments: Sequence[Any]) -> list[tuple[int, Any]]:
         """Index of each shard that has rows, and a reference to its answer."""
         answers: dict[int, Any] = {}
 
@@ -136,17 +138,17 @@ class PooledRows:
             there, answers[i] = self.shards[i].answer.options(num_returns=2).remote(method, *arguments)
             return there
 
-        there = settled(send, len(self.shards), self._recover)
+        there = call_all(send, len(self.shards), self._recover)
         return [(i, answers[i]) for i in range(len(self.shards)) if there[i]]
 
-    def _merged_by_shards(self, merge: Callable[..., Any], answers: list[tuple[int, Any]]) -> list[Any]:
+    def _merge_on_shards(self, merge: Callable[..., Any], answers: list[tuple[int, Any]]) -> list[Any]:
         """References to about sqrt(n) merged answers: what reaches the coordinator does not grow with the pool."""
         size = math.isqrt(len(answers) - 1) + 1
         groups = [answers[start : start + size] for start in range(0, len(answers), size)]
         return [self.shards[group[0][0]].merge.remote(merge, *(answer for _, answer in group)) for group in groups]
 
 
-def settled(send: Callable[[int], Any], number: int, recover: Recover | None) -> list[Any]:
+def call_all(send: Callable[[int], Any], number: int, recover: Recover | None) -> list[Any]:
     """Answers to what ``send`` asks shard after shard, all at once; asked again of those that were lost."""
     answers: dict[int, Any] = {}
     waiting = list(range(number))
@@ -154,8 +156,8 @@ def settled(send: Callable[[int], Any], number: int, recover: Recover | None) ->
         sent, lost = {i: send(i) for i in waiting}, {}
         for i, reference in sent.items():
             try:
-                answers[i] = answered(reference)
-            except LOST as error:
+                answers[i] = get_answer(reference)
+            except LOSS_ERRORS as error:
                 if recover is None:
                     raise
                 lost[i] = error
@@ -165,8 +167,8 @@ def settled(send: Callable[[int], Any], number: int, recover: Recover | None) ->
     return [answers[i] for i in range(number)]
 
 
-def answered(reference: Any) -> Any:
-    """What an actor answered; a ``UserError`` in it is raised as it was, without Ray's report of the place."""
+def get_answer(reference: Any) -> Any:
+    """What an actor get_answer; a ``UserError`` in it is raised as it was, without Ray's report of the place."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -185,28 +187,28 @@ def threads_per_actor(config: PoolConfig) -> int:
     return max(int(config.cpus_per_actor), 1)
 
 
-def add_up(*parts: Any) -> Any:
+def sum_parts(*parts: Any) -> Any:
     """Sum of numbers or arrays."""
     return np.sum(parts, axis=0)
 
 
-def most_similar(*rows: Row) -> Row:
+def most_similar(*rows: ScoredRow) -> ScoredRow:
     """The most similar row, of equals the lowest ordinal."""
     return min(rows, key=lambda row: (-row.similarity, row.ordinal))
 
 
-def least_similar(*rows: Row) -> Row:
+def least_similar(*rows: ScoredRow) -> ScoredRow:
     """The least similar row, of equals the lowest ordinal."""
     return min(rows, key=lambda row: (row.similarity, row.ordinal))
 
 
-MOST_LOSSES = 3
+MAX_RESTARTS = 3
 """Times that each actor may be lost before the fit fails."""
-PATIENCE_S = 30.0
+WAIT_WARNING_S = 30.0
 """After which actors that wait for a place are mentioned."""
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Where an actor gets its rows, also when it has to get them again."""
 
     def rows(self, assign: Assign) -> RowArray:
@@ -260,13 +262,13 @@ def array_sources(rows_ND: Array, bounds: Sequence[int]) -> list[ArraySource]:
     return [ArraySource((ray.put(rows_ND[a:b]),), a) for a, b in pairwise(bounds)]
 
 
-class SourceShard(Shard):
+class SourceActor(ShardActor):
     """A shard whose rows come from a source."""
 
-    source: Source | None = None
+    source: RowSource | None = None
 
     @ray.method(max_task_retries=-1)  # waits for an actor that is being started anew
-    def load(self, index: int, source: Source) -> int:
+    def load(self, index: int, source: RowSource) -> int:
         """Get the rows, unless they are there; their number."""
         if self.rows is None:
             try:
@@ -278,7 +280,7 @@ class SourceShard(Shard):
     def run(self, function: Callable[..., Any], index: int, *arguments: Any) -> Any:
         """``function(index, source, rows, search, *arguments)`` in this process."""
         if self.rows is None:
-            raise ShardLost("no rows are held")
+            raise RowsLost("no rows are held")
         return function(index, self.source, self.rows, self.search, *arguments)
 
     def peak_memory(self) -> int:
@@ -292,16 +294,16 @@ class SourcePool:
     A shard that is lost gets its rows again; no pass goes on without it, and none waits for a timer.
     """
 
-    def __init__(self, sources: Sequence[Source], config: PoolConfig) -> None:
+    def __init__(self, sources: Sequence[RowSource], config: PoolConfig) -> None:
         check_faiss(config.device)
         self.sources = sources
         self.losses = [0] * len(sources)
         """Times that each actor was lost."""
-        options = actor_options(config) | {"scheduling_strategy": "SPREAD", "max_restarts": MOST_LOSSES}
-        make, threads = ray.remote(SourceShard).options(**options), threads_per_actor(config)
+        options = actor_options(config) | {"scheduling_strategy": "SPREAD", "max_restarts": MAX_RESTARTS}
+        make, threads = ray.remote(SourceActor).options(**options), threads_per_actor(config)
         self.shards = [make.remote(config.device, threads) for _ in sources]
         try:
-            wait_until_up([shard.ready.remote() for shard in self.shards])
+            wait_for_actors([shard.ready.remote() for shard in self.shards])
             self.counts = self._load(range(len(sources)))
         except BaseException:
             self.stop()
@@ -328,21 +330,21 @@ class SourcePool:
         counts = []
         for i, reference in loading:
             try:
-                counts.append(answered(reference))
+                counts.append(get_answer(reference))
             except (RayActorError, OutOfMemoryError) as error:
                 raise RuntimeError(
-                    f"clustering actor {i} of {len(self.shards)} was lost more than {MOST_LOSSES} times, at last because: "
+                    f"clustering actor {i} of {len(self.shards)} was lost more than {MAX_RESTARTS} times, at last because: "
                     f"{first_line(error)}. If memory ran out, lower clustering.memory_gib or use more actors"
                 ) from error
         return counts
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(index, source, rows, search, *arguments)`` of every shard, in its process."""
-        return settled(lambda i: self.shards[i].run.remote(function, i, *arguments), len(self.shards), self.recover)
+        return call_all(lambda i: self.shards[i].run.remote(function, i, *arguments), len(self.shards), self.recover)
 
     def peak_memory(self) -> list[int]:
         """Most bytes that each actor has held so far."""
-        return settled(lambda i: self.shards[i].peak_memory.remote(), len(self.shards), self.recover)
+        return call_all(lambda i: self.shards[i].peak_memory.remote(), len(self.shards), self.recover)
 
     def stop(self) -> None:
         """End all actors."""
@@ -350,11 +352,11 @@ class SourcePool:
             ray.kill(shard)
 
 
-def wait_until_up(ready: Sequence[Any]) -> None:
+def wait_for_actors(ready: Sequence[Any]) -> None:
     """Wait for actors, saying what they wait for where it takes long."""
     waiting = list(ready)
     while waiting:
-        up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
+        up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_WARNING_S)
         try:
             ray.get(up)
         except ActorDiedError as error:

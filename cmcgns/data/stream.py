@@ -19,7 +19,7 @@ import ray
 from ray.util.annotations import RayDeprecationWarning
 
 from cmcgns.cluster import ray_private
-from cmcgns.cluster.placement import data_label, data_resources, machines
+from cmcgns.cluster.placement import data_label, data_resources, list_nodes
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import ReadStudy, deal, row_table
 from cmcgns.data.image import resize_film
@@ -156,7 +156,7 @@ def ordered_context(taken_cpus: float, most_bytes: int, most_cpus: float | None)
     with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
-    context.execution_options.label_selector = data_label(machines())
+    context.execution_options.label_selector = data_label(list_nodes())
     context.target_max_block_size = BLOCK_BYTES
     # else a task that waits for room keeps its CPU: validation would wait for it, and training for validation
     ray_private.unlimit_generator_buffer(context)

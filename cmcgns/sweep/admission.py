@@ -1,4 +1,4 @@
-"""How many trials a cluster has room for at the same time, each with its workers, its pool, and CPUs for its data."""
+"""How many trials a cluster has capacity for at the same time, each with its workers, its pool, and CPUs for its data."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from cmcgns.cluster.placement import held_bundles, machines
+from cmcgns.cluster.placement import list_nodes, run_bundles
 from cmcgns.config import Config
 from cmcgns.data.stream import DEALING_CPUS
 from cmcgns.errors import UserError
@@ -21,7 +21,7 @@ TRIAL_CPUS = 0.01
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """Trials that fit beside each other, and what each one may count on."""
 
     trials: int
@@ -30,17 +30,17 @@ class Room:
 
 def nodes_of_cluster() -> list[dict[str, float]]:
     """CPUs and GPUs of each living node."""
-    return [{"CPU": node.cpus, "GPU": node.gpus} for node in machines()]
+    return [{"CPU": node.cpus, "GPU": node.gpus} for node in list_nodes()]
 
 
 def trial_bundles(config: Config) -> list[dict[str, float]]:
     """What one trial holds, piece by piece: each piece has to fit on one node."""
     reading = {"CPU": config.data.cpus_per_task, "GPU": 0.0}
     rest = {"CPU": TRIAL_CPUS + DEALING_CPUS * (config.train.num_workers > 1), "GPU": 0.0}
-    return [*held_bundles(config), reading, rest]
+    return [*run_bundles(config), reading, rest]
 
 
-def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:
+def capacity_for(config: Config, nodes: list[dict[str, float]], most: int) -> Capacity:
     """How many of at most ``most`` trials fit on ``nodes`` as a whole: so that, while the nodes stay, none waits for another.
 
     Raises:
@@ -48,7 +48,7 @@ def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:
     """
     bundles = sorted(trial_bundles(config), key=lambda bundle: (-bundle["GPU"], -bundle["CPU"]))
     free, trials = [dict(node) for node in nodes], 0
-    while trials < most and _place(bundles, free):
+    while trials < most and _fit_on_nodes(bundles, free):
         trials += 1
     cpus = sum(node["CPU"] for node in nodes)
     if not trials:
@@ -59,10 +59,10 @@ def room_for(config: Config, nodes: list[dict[str, float]], most: int) -> Room:
             f"data tasks need {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs; the cluster has {machines}. Lower "
             "train.num_workers, train.cpus_per_worker, clustering.cpus_per_actor or data.cpus_per_task"
         )
-    return Room(trials, Share(cpus, cpus / trials - taken_cpus(config) - TRIAL_CPUS, beside_others=True))
+    return Capacity(trials, Share(cpus, cpus / trials - taken_cpus(config) - TRIAL_CPUS, beside_others=True))
 
 
-def _place(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> bool:
+def _fit_on_nodes(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> bool:
     """Take all of ``bundles`` out of what is ``free``, each from the first node that has it."""
     for bundle in bundles:
         node = next((node for node in free if all(node[k] + 1e-9 >= bundle[k] for k in bundle)), None)
@@ -73,21 +73,21 @@ def _place(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> boo
     return True
 
 
-LOOK_AGAIN_S = 1.0
+RECHECK_S = 1.0
 
 
 class Admission:
     """Who is inside, and who may be. A cluster that has lost a node may hold pieces of more trials than it can finish: all
     of them would wait for what the others hold. So those that came last go back to the admission, with all that they hold.
 
-    ``count`` gives the cluster's room now, and raises ``UserError`` where not one trial fits.
+    ``count`` gives the cluster's capacity now, and raises ``UserError`` where not one trial fits.
     """
 
-    def __init__(self, count: Callable[[], Room]) -> None:
-        self._count, self._room, self._counted_at = count, count(), time.monotonic()
+    def __init__(self, count: Callable[[], Capacity]) -> None:
+        self._count, self._capacity, self._counted_at = count, count(), time.monotonic()
         self._inside: list[int] = []
         self._excused: set[int] = set()
-        self.complaint: str | None = None
+        self.refusal: str | None = None
         """Why nobody may enter, where not one trial fits."""
 
     def enter(self, number: int) -> Share | None:
@@ -96,7 +96,7 @@ class Admission:
         if len(self._inside) >= self._trials():
             return None
         self._inside.append(number)
-        return self._room.share
+        return self._capacity.share
 
     def leave(self, number: int) -> None:
         """Trial ``number`` holds nothing any more."""
@@ -122,16 +122,16 @@ class Admission:
         return number in self._inside[self._trials() :]
 
     def _trials(self) -> int:
-        if time.monotonic() - self._counted_at > LOOK_AGAIN_S:
+        if time.monotonic() - self._counted_at > RECHECK_S:
             self._counted_at = time.monotonic()
             try:
-                self._room, self.complaint = self._count(), None
+                self._capacity, self.refusal = self._count(), None
             except UserError as error:
-                self.complaint = str(error)
-        return 0 if self.complaint else self._room.trials
+                self.refusal = str(error)
+        return 0 if self.refusal else self._capacity.trials
 
 
-def scheduler_of(settings: SweepConfig, rungs: list[int], total: int, ledger: Ledger) -> TrialScheduler | None:
+def build_scheduler(settings: SweepConfig, rungs: list[int], total: int, ledger: Ledger) -> TrialScheduler | None:
     """ASHA over optimizer steps, which knows what trials of the ledger have reached at its rungs."""
     if settings.scheduler == "none":
         return None

@@ -24,7 +24,7 @@ class SweepConfig(Section):
     reduction_factor: int = Field(2, ge=2)
     """One in so many trials goes on at a rung."""
     max_concurrent: PositiveInt | None = None
-    """Most trials at the same time; by default as many as the cluster has room for."""
+    """Most trials at the same time; by default as many as the cluster has capacity for."""
     finalists: PositiveInt = 2
     """Best trials that are run again with other seeds."""
     repeats: int = Field(2, ge=0)

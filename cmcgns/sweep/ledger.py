@@ -47,7 +47,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Standing:
+class SeedScores:
     """A trial beside its repetitions."""
 
     trial: Trial
@@ -114,11 +114,11 @@ class Ledger:
             for again in range(sum(other.repeats == trial.number for other in self.trials), repeats)
         ]
 
-    def standing(self, trial: Trial) -> Standing:
+    def standing(self, trial: Trial) -> SeedScores:
         """``trial`` with its repetitions."""
         runs = [other for other in self.trials if other.repeats == trial.number and other.status == "finished"]
-        return Standing(trial, tuple(run.value for run in (trial, *runs) if run.value is not None))
+        return SeedScores(trial, tuple(run.value for run in (trial, *runs) if run.value is not None))
 
-    def standings(self, finalists: int) -> list[Standing]:
+    def finalist_scores(self, finalists: int) -> list[SeedScores]:
         """The best ``finalists`` trials, by the mean over their seeds."""
         return sorted(map(self.standing, self.ranked()[:finalists]), key=lambda found: -found.mean)

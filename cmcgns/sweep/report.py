@@ -1,4 +1,4 @@
-"""sweep.png: the metric against each setting, the two settings that matter most, and the learning curves."""
+"""sweep.png: the metric plot_setting each setting, the two settings that matter most, and the learning plot_curves."""
 
 import base64
 import io
@@ -22,15 +22,15 @@ from cmcgns import storage
 from cmcgns.cli import to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.run_folder import RunFolder
-from cmcgns.sweep.ledger import Ledger, Standing, Trial
-from cmcgns.sweep.search import LEARNT, Space, drawn_settings
+from cmcgns.sweep.ledger import Ledger, SeedScores, Trial
+from cmcgns.sweep.search import REQUIRES_FALSE, Space, apply_drawn
 from cmcgns.terminal import STYLE
 
 COLUMNS, INCHES = 3, 4.0
 MARKERS = {"finished": "o", "stopped": "x"}
 
 
-def draw(space: Space, ledger: Ledger, metric: str) -> bytes:
+def sweep_figure(space: Space, ledger: Ledger, metric: str) -> bytes:
     """The picture as PNG. Stopped trials are crosses at the metric of their last rung."""
     trials = [trial for trial in ledger.first_runs if trial.value is not None and trial.status in MARKERS]
     weights = importances(space, trials)
@@ -41,12 +41,12 @@ def draw(space: Space, ledger: Ledger, metric: str) -> bytes:
     axes = iter(figure.subplots(rows, COLUMNS, squeeze=False).ravel())
     for key in space:
         axis = next(axes)
-        against(axis, key, space, trials, metric, weights.get(key))
+        plot_setting(axis, key, space, trials, metric, weights.get(key))
         if key == first:
             axis.legend(fontsize="small")
     if len(space) > 1:
-        together(next(axes), sorted(space, key=lambda key: -weights.get(key, 0.0))[:2], space, trials, metric, figure)
-    curves(next(axes), ledger, metric)
+        plot_pair(next(axes), sorted(space, key=lambda key: -weights.get(key, 0.0))[:2], space, trials, metric, figure)
+    plot_curves(next(axes), ledger, metric)
     for unused in axes:
         unused.axis("off")
     picture = io.BytesIO()
@@ -64,7 +64,7 @@ def importances(space: Space, trials: list[Trial]) -> dict[str, float]:
     return dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator()))
 
 
-def places(key: str, space: Space, trials: list[Trial]) -> np.ndarray:
+def axis_values(key: str, space: Space, trials: list[Trial]) -> np.ndarray:
     """Where the trials lie on the axis of ``key``: their values, or the number of the choice."""
     distribution = space[key]
     if isinstance(distribution, CategoricalDistribution):
@@ -72,7 +72,7 @@ def places(key: str, space: Space, trials: list[Trial]) -> np.ndarray:
     return np.array([trial.drawn[key] for trial in trials], float)
 
 
-def label(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
+def label_axis(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
     """Scale and ticks of the axis of ``key``."""
     distribution: Any = space[key]
     name = key.split(".", 1)[1]
@@ -94,28 +94,28 @@ def label(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
         ticks.set_minor_formatter(NullFormatter())
 
 
-def against(axis: Axes, key: str, space: Space, trials: list[Trial], metric: str, weight: float | None) -> None:
+def plot_setting(axis: Axes, key: str, space: Space, trials: list[Trial], metric: str, weight: float | None) -> None:
     """The metric over one setting."""
     for status, marker in MARKERS.items():
         some = [trial for trial in trials if trial.status == status]
-        axis.scatter(places(key, space, some), [trial.value or 0.0 for trial in some], marker=marker, label=status)
-    label(axis, key, space)
+        axis.scatter(axis_values(key, space, some), [trial.value or 0.0 for trial in some], marker=marker, label=status)
+    label_axis(axis, key, space)
     axis.set_ylabel(metric)
     axis.set_title("" if weight is None else f"importance {weight:.0%}", fontsize="medium")
 
 
-def together(axis: Axes, keys: list[str], space: Space, trials: list[Trial], metric: str, figure: Figure) -> None:
+def plot_pair(axis: Axes, keys: list[str], space: Space, trials: list[Trial], metric: str, figure: Figure) -> None:
     """The metric as a colour over two settings."""
     values = [trial.value or 0.0 for trial in trials]
-    across, up = (places(key, space, trials) for key in keys)
+    across, up = (axis_values(key, space, trials) for key in keys)
     shown = axis.scatter(across, up, c=values, cmap="viridis", s=60)
-    label(axis, keys[0], space)
-    label(axis, keys[1], space, vertical=True)
+    label_axis(axis, keys[0], space)
+    label_axis(axis, keys[1], space, vertical=True)
     axis.set_title("the two most important", fontsize="medium")
     figure.colorbar(shown, ax=axis, label=metric)
 
 
-def curves(axis: Axes, ledger: Ledger, metric: str) -> None:
+def plot_curves(axis: Axes, ledger: Ledger, metric: str) -> None:
     """The metric over the steps, repetitions dotted."""
     colours = matplotlib.colormaps["tab20"]
     for trial in ledger.trials:
@@ -126,21 +126,21 @@ def curves(axis: Axes, ledger: Ledger, metric: str) -> None:
             axis.plot(steps, values, style, marker=".", color=colours(same % 20))
     axis.set_xlabel("step")
     axis.set_ylabel(metric)
-    axis.set_title("learning curves; dotted: other seeds", fontsize="medium")
+    axis.set_title("learning plot_curves; dotted: other seeds", fontsize="medium")
 
 
 @dataclass(frozen=True)
-class Answer:
+class SweepResult:
     """The finalists, best first by the mean over their seeds."""
 
-    standings: list[Standing]
+    finalist_scores: list[SeedScores]
     tests: list[float | None]
     """Each one's metric on the test split; None where the corpus has none."""
 
     @property
     def winner(self) -> Trial:
         """The trial that best.yaml is."""
-        return self.standings[0].trial
+        return self.finalist_scores[0].trial
 
     def as_json(self, metric: str) -> dict[str, Any]:
         """For result.json."""
@@ -154,18 +154,18 @@ class Answer:
                 "spread": found.spread,
                 f"test_{metric}": test,
             }
-            for found, test in zip(self.standings, self.tests, strict=True)
+            for found, test in zip(self.finalist_scores, self.tests, strict=True)
         ]
         return {"best": self.winner.number, "finalists": finalists}
 
 
-def settings_of(base: Config, trial: Trial) -> Config:
+def trial_settings(base: Config, trial: Trial) -> Config:
     """The settings of a trial, as a run of its own would have them."""
-    config = drawn_settings(base, trial.drawn)
+    config = apply_drawn(base, trial.drawn)
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": trial.seed}), "run": RunConfig()})
 
 
-def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd.DataFrame:
+def trials_table(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd.DataFrame:
     """One row a trial, best first: how it went, what it drew, then every other setting."""
     sections = base.model_dump(mode="json", exclude={"run"}).items()
     every = {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
@@ -185,8 +185,8 @@ def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd
             "run": storage.join(folder.uri, f"trials/{trial.folder}"),
             **trial.drawn,
         }
-        # what a failed trial drew need not go together: nothing is checked here
-        own = {"train.seed": trial.seed} | {other: False for key, other in LEARNT.items() if key in trial.drawn}
+        # what a failed trial drew need not go plot_pair: nothing is checked here
+        own = {"train.seed": trial.seed} | {other: False for key, other in REQUIRES_FALSE.items() if key in trial.drawn}
         rows.append(row | {key: value for key, value in (every | own).items() if key not in row})
     table = pd.DataFrame(rows)
     return table.sort_values(metric, ascending=False, na_position="last", kind="stable") if rows else table
@@ -194,14 +194,16 @@ def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd
 
 def write_table(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> None:
     """trials.csv."""
-    table = table_of(ledger, base, metric, folder)
+    table = trials_table(ledger, base, metric, folder)
     storage.write_bytes(folder.file("trials.csv"), table.to_csv(index=False).encode())
 
 
-def write_answer(folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, answer: Answer) -> None:
+def write_result(
+    folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, answer: SweepResult
+) -> None:
     """best.yaml, sweep.png, report.html and tensorboard/."""
-    storage.write_bytes(folder.file("best.yaml"), to_yaml(settings_of(base, answer.winner)).encode())
-    picture = draw(space, ledger, metric)
+    storage.write_bytes(folder.file("best.yaml"), to_yaml(trial_settings(base, answer.winner)).encode())
+    picture = sweep_figure(space, ledger, metric)
     storage.write_bytes(folder.file("sweep.png"), picture)
     storage.write_bytes(folder.file("report.html"), page(folder, base, metric, space, ledger, answer, picture).encode())
     with tempfile.TemporaryDirectory(prefix="cmcgns-hparams-") as scratch:
@@ -210,10 +212,10 @@ def write_answer(folder: RunFolder, base: Config, metric: str, space: Space, led
 
 
 def page(
-    folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, answer: Answer, picture: bytes
+    folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, answer: SweepResult, picture: bytes
 ) -> str:
     """report.html: the finalists, the picture, and the table of trials, best first."""
-    trials = table_of(ledger, base, metric, folder)
+    trials = trials_table(ledger, base, metric, folder)
     shown = ["trial", "status", "repeats", metric, "step", *space, "seconds", "reason"]
     finalists = pd.DataFrame(
         [
@@ -225,7 +227,7 @@ def page(
                 "seeds": len(found.values),
                 f"{metric} (test)": test,
             }
-            for found, test in zip(answer.standings, answer.tests, strict=True)
+            for found, test in zip(answer.finalist_scores, answer.tests, strict=True)
         ]
     )
     html = {"index": False, "na_rep": "", "float_format": "{:.4g}".format, "border": 0}

@@ -19,21 +19,21 @@ from cmcgns.sweep.ledger import Ledger, Trial
 Space = dict[str, BaseDistribution]
 """Distribution of each drawn ``section.key``."""
 FORMS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
-MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
+MAX_CLUSTERS, MIN_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 FIXED = (
     "train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
     "clustering.cpus_per_actor", "clustering.gpus_per_actor", "data.cpus_per_task", "data.seed",
     "train.validate_every",
 )  # fmt: skip
 """What all trials share: what they hold of the cluster, the drawn splits, the rungs, and the seed, which repetitions change."""
-LEARNT = {"objective.temperature": "objective.learn_temperature"}
+REQUIRES_FALSE = {"objective.temperature": "objective.learn_temperature"}
 """Settings that count only where another one is false."""
 
 
 def default_space(sentences: int) -> dict[str, Any]:
     """What is drawn where nothing else is asked for, as a user would write it, for a corpus of ``sentences``."""
-    most = max(min(MOST_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), LEAST_CLUSTERS)
-    powers = [2**power for power in range(int(math.log2(LEAST_CLUSTERS)), int(math.log2(most)) + 1)]
+    most = max(min(MAX_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), MIN_CLUSTERS)
+    powers = [2**power for power in range(int(math.log2(MIN_CLUSTERS)), int(math.log2(most)) + 1)]
     return {
         "objective.mask_ratio": {"uniform": [0.25, 0.85]},
         "objective.num_clusters": {"choice": powers},
@@ -61,14 +61,14 @@ def read_space(written: dict[str, Any], base: Config) -> Space:
             )
         ((name, values),) = form.items()
         space[key] = _distribution(key, name, values)
-        for value in _samples(space[key]):
-            drawn_settings(base, {key: value})
+        for value in _test_values(space[key]):
+            apply_drawn(base, {key: value})
     return space
 
 
-def drawn_settings(base: Config, drawn: dict[str, Any]) -> Config:
+def apply_drawn(base: Config, drawn: dict[str, Any]) -> Config:
     """``base`` with what a trial has drawn."""
-    fixed = {other: False for key, other in LEARNT.items() if key in drawn}
+    fixed = {other: False for key, other in REQUIRES_FALSE.items() if key in drawn}
     return resolve(base.model_dump(mode="json"), fixed | drawn, Config)
 
 
@@ -91,7 +91,7 @@ def _distribution(key: str, form: str, values: Any) -> BaseDistribution:
     return IntDistribution(low, high, log) if kind is int else FloatDistribution(low, high, log)
 
 
-def _samples(distribution: BaseDistribution) -> Iterator[Any]:
+def _test_values(distribution: BaseDistribution) -> Iterator[Any]:
     """Values that show whether the setting takes what may be drawn: all choices; both ends of a range and what no whole
     number would be."""
     if isinstance(distribution, CategoricalDistribution):
@@ -102,12 +102,12 @@ def _samples(distribution: BaseDistribution) -> Iterator[Any]:
             yield distribution.low + (distribution.high - distribution.low) / math.e
 
 
-Search = Literal["random", "grid", "optuna"]
-STARTS = 8
+SearchName = Literal["random", "grid", "optuna"]
+RANDOM_TRIALS = 8
 """Trials that are drawn at random before Optuna goes by results, at most a third of all."""
 
 
-def searcher(search: Search, space: Space, metric: str, trials: int, seed: int) -> Any:
+def build_search(search: SearchName, space: Space, metric: str, trials: int, seed: int) -> Any:
     """Tune's search algorithm; the same seed proposes the same trials, with ``optuna`` after the same results."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -126,20 +126,20 @@ def grid_axes(space: Space) -> dict[str, list[Any]]:
     return axes
 
 
-def _sampler(search: Search, space: Space, trials: int, seed: int) -> BaseSampler:
+def _sampler(search: SearchName, space: Space, trials: int, seed: int) -> BaseSampler:
     if search == "random":
         return RandomSampler(seed)
     if search == "grid":
         return GridSampler(grid_axes(space), seed)
-    return TPESampler(n_startup_trials=max(min(STARTS, trials // 3), 1), multivariate=True, seed=seed)
+    return TPESampler(n_startup_trials=max(min(RANDOM_TRIALS, trials // 3), 1), multivariate=True, seed=seed)
 
 
 LOST_TOO_OFTEN = "its processes were lost too often"
 
 
-class Proposals(Searcher):
-    """A Tune searcher that goes by the ledger, and keeps it. ``inner`` may be None: then only what is in the ledger runs.
-    ``lost`` is told the number of each trial whose own process was lost for good."""
+class LedgerSearch(Searcher):
+    """A Tune build_search that goes by the ledger, and keeps it. ``inner`` may be None: then only what is in the ledger runs.
+    ``lost`` is spec the number of each trial whose own process was lost for good."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Proposals(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """What the next trial is told: number, drawn settings, seed, and the seconds that it has taken already."""
+        """What the next trial is spec: number, drawn settings, seed, and the seconds that it has taken already."""
         trial = self._waiting.pop(0) if self._waiting else self._new(trial_id)
         if trial is None:
             return str(Searcher.FINISHED)
@@ -188,12 +188,12 @@ class Proposals(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write a rung's value down."""
-        self._note(self._running[trial_id], result)
+        self._record(self._running[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Write the end down, and tell the search."""
         trial, found = self._running.pop(trial_id), result or {}
-        self._note(trial, found)
+        self._record(trial, found)
         trial.status = "finished" if found.get("ended") and not trial.reason else "stopped"
         if error:
             self.lost(trial.number)
@@ -206,7 +206,7 @@ class Proposals(Searcher):
         elif self.inner is not None and trial.value is not None and trial.status != "failed":
             self.inner.add_evaluated_point(trial.drawn, trial.value)  # of an earlier driver's search
 
-    def _note(self, trial: Trial, result: dict[str, Any]) -> None:
+    def _record(self, trial: Trial, result: dict[str, Any]) -> None:
         if not result:
             return
         trial.step = result.get("step", trial.step)

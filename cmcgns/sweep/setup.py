@@ -1,4 +1,4 @@
-"""A sweep before it begins: its settings, its space and its corpus found to go together, its ledger read."""
+"""A sweep before it begins: its settings, its space and its corpus found to go plot_pair, its ledger read."""
 
 import math
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from cmcgns.faiss_install import check_faiss
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
-from cmcgns.sweep.search import Space, default_space, grid_axes, read_space, searcher
-from cmcgns.sweep.trial import finished_before
+from cmcgns.sweep.search import Space, build_search, default_space, grid_axes, read_space
+from cmcgns.sweep.trial import finished_result
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.setup import (
     FREE_TO_CHANGE,
@@ -24,7 +24,9 @@ from cmcgns.train.setup import (
     write_corpus,
 )
 
-FREE = FREE_TO_CHANGE | {"sweep": {"trials", "max_concurrent", "finalists", "repeats", "resume", "retry_failed"}}
+FREE_IN_SWEEPS = FREE_TO_CHANGE | {
+    "sweep": {"trials", "max_concurrent", "finalists", "repeats", "resume", "retry_failed"}
+}
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,12 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     run = config.run.model_copy(update={"name": None, "resume": settings.resume}) if settings.resume else config.run
     folder, config = find_folder(run, "sweep", "sweep.resume"), with_absolute_paths(config)
     if folder.resumed:
-        refuse_changes(config, folder, FREE)
+        refuse_changes(config, folder, FREE_IN_SWEEPS)
     base = config.pretraining().model_copy(update={"run": RunConfig()})
     check_faiss(base.clustering.device)
     if settings.space is not None:
         read_space(settings.space, base)  # before the corpus is read
-    materials = prepare_corpus(with_any_clusters(base, settings))
+    materials = prepare_corpus(without_cluster_limit(base, settings))
     if folder.resumed:
         check_corpus(folder, base, materials.corpus.digest, "sweep.resume")
     written = settings.space or default_space(min(materials.sentences, base.clustering.bank_size))
@@ -86,7 +88,7 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
         )
     if settings.retry_failed:
         ledger.retry_failed()
-    take_up_ended(ledger, storage.join(folder.uri, "trials"), settings.metric)
+    record_finished(ledger, storage.join(folder.uri, "trials"), settings.metric)
     search = propose(ledger, settings, space, base.train.seed)
     more = search is not None and len(ledger.first_runs) < settings.trials
     to_do = ledger.unfinished or more or ledger.missing_repeats(settings.finalists, settings.repeats)
@@ -98,7 +100,7 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     return Sweep(config, base, folder, materials, written, space, total, rungs, ledger, search)
 
 
-def with_any_clusters(base: Config, settings: SweepConfig) -> Config:
+def without_cluster_limit(base: Config, settings: SweepConfig) -> Config:
     """``base`` for a look at the corpus: where clusters are drawn, no trial has its own number of them."""
     if settings.space is not None and "objective.num_clusters" not in settings.space:
         return base
@@ -124,12 +126,12 @@ def propose(ledger: Ledger, settings: SweepConfig, space: Space, seed: int) -> A
     known = len(ledger.first_runs)
     if settings.search == "optuna":
         # with the seed it began with, a search that goes on would propose again what it began with
-        search = searcher("optuna", space, settings.metric, settings.trials, settings.seed + known)
+        search = build_search("optuna", space, settings.metric, settings.trials, settings.seed + known)
         for trial in ledger.first_runs:
             if trial.value is not None and trial.status in ("finished", "stopped"):
                 search.add_evaluated_point(trial.drawn, trial.value)
         return search
-    search = searcher(settings.search, space, settings.metric, settings.trials, settings.seed)
+    search = build_search(settings.search, space, settings.metric, settings.trials, settings.seed)
     points = math.prod(map(len, grid_axes(space).values())) if settings.search == "grid" else settings.trials
     for number in range(min(settings.trials, points)):
         drawn = search.suggest(str(number))
@@ -138,20 +140,20 @@ def propose(ledger: Ledger, settings: SweepConfig, space: Space, seed: int) -> A
     return None
 
 
-def take_up_ended(ledger: Ledger, runs: str, metric: str) -> None:
+def record_finished(ledger: Ledger, runs: str, metric: str) -> None:
     """Note what ended while nobody was there to write it down."""
     for trial in ledger.unfinished:
-        before = finished_before(runs, trial.folder, metric)
+        before = finished_result(runs, trial.folder, metric)
         if before is not None:
             trial.status, trial.step = "finished", before["step"]
             trial.values[trial.step] = before[metric]
 
 
-def write_start(opened: Sweep) -> None:
+def write_start(setup: Sweep) -> None:
     """Write down what a resumed sweep needs."""
-    if not opened.folder.resumed:
-        write_corpus(opened.folder, opened.materials.corpus.digest)
-    lasting = opened.settings.model_copy(update={"resume": None, "retry_failed": False})
-    config = opened.config.model_copy(update={"sweep": lasting})
-    storage.write_bytes(opened.folder.file("config.yaml"), to_yaml(config).encode())
-    opened.ledger.save()
+    if not setup.folder.resumed:
+        write_corpus(setup.folder, setup.materials.corpus.digest)
+    lasting = setup.settings.model_copy(update={"resume": None, "retry_failed": False})
+    config = setup.config.model_copy(update={"sweep": lasting})
+    storage.write_bytes(setup.folder.file("config.yaml"), to_yaml(config).encode())
+    setup.ledger.save()

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cmcgns.sweep.admission import Admission, Room
+from cmcgns.sweep.admission import Admission, Capacity
 from cmcgns.sweep.ledger import Ledger, Trial
 from cmcgns.train.run import Share
 
@@ -19,10 +19,10 @@ POLL_S = 1.0
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
 
 
-class Watch(Admission):
+class SweepMonitor(Admission):
     """A small actor on the driver's node: the admission, how far each running trial is, and what its processes have said."""
 
-    def __init__(self, count: Callable[[], Room]) -> None:
+    def __init__(self, count: Callable[[], Capacity]) -> None:
         super().__init__(count)
         self.groups: dict[int, list[Any]] = {}
         self.steps: dict[int, tuple[int, int]] = {}
@@ -45,10 +45,10 @@ class Watch(Admission):
     def enter(self, number: int) -> Share | None:
         """See ``Admission.enter``; says once why nobody may. What the trial's last attempt has left behind is freed."""
         self._free(number)
-        before = self.complaint
+        before = self.refusal
         share = super().enter(number)
-        if self.complaint and self.complaint != before:
-            self.say(number, logging.WARNING, f"waits for nodes: {self.complaint}")
+        if self.refusal and self.refusal != before:
+            self.say(number, logging.WARNING, f"waits for nodes: {self.refusal}")
         return share
 
     def leave(self, number: int) -> None:
@@ -146,9 +146,9 @@ class SweepTable:
 
 def settings_line(trial: Trial) -> str:
     """What a trial drew, in a line."""
-    return ", ".join(f"{key.split('.', 1)[1]} {shortly(value)}" for key, value in trial.drawn.items())
+    return ", ".join(f"{key.split('.', 1)[1]} {format_value(value)}" for key, value in trial.drawn.items())
 
 
-def shortly(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A drawn value with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

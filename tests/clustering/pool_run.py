@@ -16,7 +16,7 @@ from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.trainer import Parts, Trainer
-from tests.clustering.delayed_shard import DelayedShard
+from tests.clustering.delayed_actor import DelayedActor
 from tests.small import small_config, small_model
 from tests.train.memory import MemoryBlocks
 
@@ -91,7 +91,7 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
     return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.guide.waited_s}
 
 
-def run(folder: Path, steps: int, shard_type: type[DelayedShard]) -> dict[str, list[dict[str, Any]]]:
+def run(folder: Path, steps: int, shard_type: type[DelayedActor]) -> dict[str, list[dict[str, Any]]]:
     """What each rank saw with the Ray pool, its last actor delayed, and with the twin."""
     config = settings(steps)
     handles = start_pool(config.clustering, 2, shard_type=shard_type)

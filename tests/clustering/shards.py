@@ -18,7 +18,7 @@ class Shards(PooledRows):
         super().__init__([], [len(part) for part in parts])
         self.parts = parts
 
-    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
+    def _call_and_merge(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
         return merge(*[getattr(part, method)(*arguments) for part in self.parts if len(part)])
 
 

@@ -165,7 +165,7 @@ def test_weights_count_as_so_many_equal_rows() -> None:
     np.testing.assert_allclose(ours.centroids_KD, theirs.centroids_KD, atol=1e-7)
     assert ours.objective == pytest.approx(theirs.objective, rel=1e-12)
     assert weighted.distance(rows_ND[:10]) == pytest.approx(repeated.distance(rows_ND[:10]), rel=1e-12)
-    assert weighted.shares(rows_ND[:10]).tolist() == repeated.shares(rows_ND[:10]).tolist()
+    assert weighted.seed_weights(rows_ND[:10]).tolist() == repeated.seed_weights(rows_ND[:10]).tolist()
 
 
 @pytest.mark.parametrize("shards", [1, 3])

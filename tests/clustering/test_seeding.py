@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cmcgns.clustering.kmeans import SEEDINGS, Array, faiss_assign, kmeans, numpy_assign, parallel_seeds, random_seeds
-from cmcgns.clustering.rows import RowArray, random_numbers
+from cmcgns.clustering.rows import RowArray, uniform_by_ordinal
 from cmcgns.errors import UserError
 from tests.clustering.sets import cuts, heavy_tailed, separated
 from tests.clustering.shards import Shards, shards_of
@@ -41,7 +41,7 @@ def test_rows_are_drawn_as_often_as_their_distance_says() -> None:
     far_N = distance_N > np.median(distance_N)
     far, number = 0, 0
     for seed in range(50):
-        drawn = rows.drawn(seeds_nD, rate, seed).key_n
+        drawn = rows.draw_with_keys(seeds_nD, rate, seed).key_n
         far, number = far + int(far_N[drawn].sum()), number + len(drawn)
     assert number / 50 == pytest.approx(200, rel=0.05)  # two standard deviations of the mean are 2 %
     assert far / number == pytest.approx(distance_N[far_N].sum() / distance_N.sum(), abs=0.02)
@@ -51,7 +51,7 @@ def test_shares_count_the_rows_that_each_seed_serves_best() -> None:
     rows = RowArray(separated(300), assign=numpy_assign)
     seeds_nD = rows.rows_ND[:7]
     nearest_N = np.array([int(np.argmax([float(row @ seed) for seed in seeds_nD])) for row in rows.rows_ND])
-    assert rows.shares(seeds_nD).tolist() == np.bincount(nearest_N, minlength=7).tolist()
+    assert rows.seed_weights(seeds_nD).tolist() == np.bincount(nearest_N, minlength=7).tolist()
 
 
 def test_more_seeds_are_looked_at_as_if_all_were_new() -> None:
@@ -61,7 +61,7 @@ def test_more_seeds_are_looked_at_as_if_all_were_new() -> None:
         used.distance(used.rows_ND[:number])
     assert used.distance(used.rows_ND[20:30]) == fresh.distance(fresh.rows_ND[20:30])
     assert used.farthest(used.rows_ND[:12]).ordinal == fresh.farthest(fresh.rows_ND[:12]).ordinal
-    assert used.shares(used.rows_ND[:12]).tolist() == fresh.shares(fresh.rows_ND[:12]).tolist()
+    assert used.seed_weights(used.rows_ND[:12]).tolist() == fresh.seed_weights(fresh.rows_ND[:12]).tolist()
 
 
 def test_parallel_seeds_find_every_component_of_a_separated_mixture() -> None:
@@ -80,7 +80,7 @@ def test_too_few_distinct_rows_are_an_error_with_both_numbers() -> None:
 
 def test_random_numbers_are_spread_evenly_and_depend_on_the_seed() -> None:
     ordinals_N = np.arange(100_000)
-    one, other = random_numbers(1, ordinals_N), random_numbers(2, ordinals_N)
+    one, other = uniform_by_ordinal(1, ordinals_N), uniform_by_ordinal(2, ordinals_N)
     counts = np.bincount((one * 50).astype(int), minlength=50)
     assert one.min() >= 0
     assert one.max() < 1

@@ -13,7 +13,7 @@ import ray
 
 from cmcgns.clustering.embeddings import Columns, open_embeddings
 from cmcgns.clustering.kmeans import NEAR_TIE, Array, Fit, kmeans, numpy_assign, parallel_seeds
-from cmcgns.clustering.pool import MOST_LOSSES, ParquetSource, Source, SourcePool, array_sources
+from cmcgns.clustering.pool import MAX_RESTARTS, ParquetSource, RowSource, SourcePool, array_sources
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError
@@ -31,7 +31,7 @@ def local_ray() -> Iterator[None]:
 
 
 @contextmanager
-def pool_over(sources: list[Source]) -> Iterator[SourcePool]:
+def pool_over(sources: list[RowSource]) -> Iterator[SourcePool]:
     pool = SourcePool(sources, PoolConfig(actors=len(sources), cpus_per_actor=0.1))
     try:
         yield pool
@@ -39,9 +39,9 @@ def pool_over(sources: list[Source]) -> Iterator[SourcePool]:
         pool.stop()
 
 
-def parquet_sources(folder: Path, actors: int, memory_bytes: float = 2**30) -> list[Source]:
+def parquet_sources(folder: Path, actors: int, memory_bytes: float = 2**30) -> list[RowSource]:
     embeddings = open_embeddings(str(folder), Columns("id", "vector"))
-    return [ParquetSource(part, memory_bytes, None, False) for part in embeddings.deal(actors)]
+    return [ParquetSource(part, memory_bytes, None, False) for part in embeddings.split(actors)]
 
 
 def kill(pool: SourcePool, indices: list[int]) -> None:
@@ -73,7 +73,7 @@ def check_agreement(rows: int, actors: int) -> None:
             assert np.array_equal(parallel_seeds(pool.rows, 20, 1), parallel_seeds(whole, 20, 1))
         similarity_NK = np.sort(whole.rows_ND[:rows].astype(np.float64) @ start_KD.T.astype(np.float64), axis=1)
         near_ties = int((similarity_NK[:, -1] - similarity_NK[:, -2] < NEAR_TIE).sum())
-        # stricter than asked for: near ties are settled alike too, so that nothing is left to excuse
+        # stricter than asked for: near ties are resolved the same way too, so the results are equal
         assert np.array_equal(ours.counts_K, theirs.counts_K)
         assert np.array_equal(ours.sums_KD, theirs.sums_KD)
         assert np.array_equal(fits[0].centroids_KD, fits[1].centroids_KD)
@@ -114,7 +114,7 @@ def test_an_actor_that_is_lost_again_and_again_ends_the_fit_with_the_way_out(tmp
     with pool_over(parquet_sources(write_parquet(tmp_path, heavy_tailed(ROWS), [0, ROWS]), 2)) as pool:
         start_KD = pool.rows.subset(10, 0)
         with pytest.raises(
-            RuntimeError, match=rf"actor 1 of 2 was lost more than {MOST_LOSSES} times.*clustering.memory_gib"
+            RuntimeError, match=rf"actor 1 of 2 was lost more than {MAX_RESTARTS} times.*clustering.memory_gib"
         ):
             kmeans(pool.rows, start_KD, 20, -1.0, after=lambda fit: kill(pool, [1]))
 

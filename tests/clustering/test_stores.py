@@ -18,7 +18,7 @@ from cmcgns.clustering.embeddings import (
     open_embeddings,
 )
 from cmcgns.clustering.kmeans import BLOCK_ROWS, kmeans, numpy_assign
-from cmcgns.clustering.rows import RowArray, on_grid
+from cmcgns.clustering.rows import RowArray, round_to_grid
 from cmcgns.errors import UserError
 from tests.clustering.sets import heavy_tailed, write_parquet
 
@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_parts_are_the_rows_in_order_and_equally_many(written: Embeddings, parts: int) -> None:
-    dealt = written.deal(parts)
+    dealt = written.split(parts)
     assert max(part.rows for part in dealt) - min(part.rows for part in dealt) <= 1
     assert np.array_equal(np.concatenate([part.ordinals_N for part in dealt]), np.arange(ROWS))
     ids = [id for part in dealt for batch in part.batches(["id"]) for id in batch.column(0).to_pylist()]
@@ -45,13 +45,13 @@ def test_parts_are_the_rows_in_order_and_equally_many(written: Embeddings, parts
 
 @pytest.mark.parametrize("kind", [MemoryRows, RowFile, StreamedRows])
 def test_rows_are_the_same_wherever_they_are_kept(written: Embeddings, kind: type, tmp_path: Path) -> None:
-    part = written.deal(3)[1]
+    part = written.split(3)[1]
     if kind is StreamedRows:
         store = StreamedRows(part)
     else:
         store, _ = load_rows(part, 2**40 if kind is MemoryRows else 0, str(tmp_path))
     assert isinstance(store, kind)
-    wanted_ND = on_grid(heavy_tailed(ROWS))[part.ordinals_N]
+    wanted_ND = round_to_grid(heavy_tailed(ROWS))[part.ordinals_N]
     assert store.shape == wanted_ND.shape
     random = np.random.default_rng(0)
     for _ in range(20):
@@ -79,13 +79,13 @@ def test_lists_of_any_precision_are_read(dtype: type, fixed: bool, tmp_path: Pat
     rows_ND = heavy_tailed(100).astype(dtype)
     folder = write_parquet(tmp_path, rows_ND, [0, 60, 100], fixed=fixed)
     store, _ = load_rows(open_embeddings(str(folder), COLUMNS), 2**30, None)
-    assert np.array_equal(store[0:100], on_grid(rows_ND))
+    assert np.array_equal(store[0:100], round_to_grid(rows_ND))
 
 
 def test_weights_come_with_their_rows(tmp_path: Path) -> None:
     weights_N = np.linspace(0.5, 2.0, 100)
     folder = write_parquet(tmp_path, heavy_tailed(100), [0, 60, 100], weights_N=weights_N)
-    part = open_embeddings(str(folder), Columns("id", "vector", "weight")).deal(3)[1]
+    part = open_embeddings(str(folder), Columns("id", "vector", "weight")).split(3)[1]
     assert np.array_equal(load_rows(part, 2**30, None)[1], weights_N[part.ordinals_N])
     folder = write_parquet(
         tmp_path / "wrong", heavy_tailed(100), [0, 100], 30, weights_N=np.where(np.arange(100) == 71, -1, 1.0)
@@ -100,7 +100,7 @@ def test_weights_come_with_their_rows(tmp_path: Path) -> None:
 def test_a_row_without_direction_is_refused_by_file_row_group_and_row(value: float, what: str, tmp_path: Path) -> None:
     rows_ND = heavy_tailed(200)
     rows_ND[173] = value
-    part = open_embeddings(str(write_parquet(tmp_path, rows_ND, [0, 90, 200], 40)), COLUMNS).deal(2)[1]
+    part = open_embeddings(str(write_parquet(tmp_path, rows_ND, [0, 90, 200], 40)), COLUMNS).split(2)[1]
     with pytest.raises(UserError, match=rf"part-001.parquet, row group 2, row 3 of it {what}"):
         load_rows(part, 2**30, None)
     with pytest.raises(UserError, match="row group 2, row 3 of it"):

@@ -11,9 +11,9 @@ import pytest
 from cmcgns.cli import load_config
 from cmcgns.cluster import cluster_checks as pairs
 from cmcgns.cluster import machine_checks as host
-from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_lines
+from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_checks
 
-ASKED = host.Asked(use_gpu=False, deepspeed=True, faiss_gpu=False)
+ASKED = host.Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def test_storage_that_cannot_be_written_fails_by_name(tmp_path: Path, capsys: py
 
 
 def test_gpus_that_are_asked_for_and_not_there_fail() -> None:
-    lines = list(host.gpu_lines("here", host.Asked(True, True, False), gpus=None))
+    lines = list(host.gpu_checks("here", host.Requirements(True, True, False), gpus=None))
     if lines[0].level == "ok":
         pytest.skip("this machine has a GPU")
     assert lines[0].level == "failed"
-    (counted,) = host.gpu_lines("here", ASKED, gpus=2)
+    (counted,) = host.gpu_checks("here", ASKED, gpus=2)
     assert counted.level == "failed"
     assert "sees 0 GPUs, Ray counts 2" in counted.found
 
@@ -75,9 +75,9 @@ def taken_port() -> Iterator[int]:
 
 
 def test_a_taken_port_is_named_with_the_option_that_moves_it(taken_port: int) -> None:
-    line = next(line for line in port_lines("here") if str(taken_port) in line.found)
+    line = next(line for line in port_checks("here") if str(taken_port) in line.found)
     assert line.level == "warning"
-    assert PORTS[taken_port] in line.way_out
+    assert PORTS[taken_port] in line.fix
 
 
 def test_versions_hold_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from cmcgns.config import MEAN_RECALL, Config
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
-from cmcgns.sweep.report import Answer, write_answer, write_table
+from cmcgns.sweep.report import SweepResult, write_result, write_table
 from cmcgns.sweep.setup import propose
 from tests.sweep.test_search import BASE, SPACE
 
@@ -31,7 +31,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ledger]:
     again = ledger.add(ledger.trials[1].drawn, 1, repeats=1)
     again.status, again.step, again.values = "finished", 60, {60: 0.46}
     write_table(ledger, BASE, MEAN_RECALL, folder)
-    write_answer(folder, BASE, MEAN_RECALL, SPACE, ledger, Answer(ledger.standings(1), [0.44]))
+    write_result(folder, BASE, MEAN_RECALL, SPACE, ledger, SweepResult(ledger.finalist_scores(1), [0.44]))
     return Path(folder.uri), ledger
 
 

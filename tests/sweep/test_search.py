@@ -11,7 +11,7 @@ import pytest
 from cmcgns.cli import load_config
 from cmcgns.config import Config
 from cmcgns.errors import UserError
-from cmcgns.sweep.search import Search, Space, default_space, drawn_settings, grid_axes, read_space, searcher
+from cmcgns.sweep.search import SearchName, Space, apply_drawn, build_search, default_space, grid_axes, read_space
 from tests.jobs import TINY
 
 BASE = load_config([], Config, TINY)
@@ -33,10 +33,10 @@ def hill(drawn: dict[str, Any]) -> float:
 
 
 def proposed(
-    search: Search, space: Space, trials: int, seed: int, score: Callable[[dict[str, Any]], float]
+    search: SearchName, space: Space, trials: int, seed: int, score: Callable[[dict[str, Any]], float]
 ) -> list[dict[str, Any]]:
-    """Trials one after the other, each with its score told before the next."""
-    algorithm, found = searcher(search, space, "score", trials, seed), []
+    """Trials one after the other, each with its score reported before the next."""
+    algorithm, found = build_search(search, space, "score", trials, seed), []
     for number in range(trials):
         found.append(algorithm.suggest(str(number)))
         algorithm.on_trial_complete(str(number), {"score": score(found[-1])})
@@ -44,7 +44,7 @@ def proposed(
 
 
 @pytest.mark.parametrize("search", ["random", "optuna"])
-def test_the_same_seed_proposes_the_same_trials(search: Search) -> None:
+def test_the_same_seed_proposes_the_same_trials(search: SearchName) -> None:
     first, again = (proposed(search, SPACE, 12, 7, hill) for _ in range(2))
     assert first == again
     assert proposed(search, SPACE, 12, 8, hill) != first
@@ -81,9 +81,9 @@ def test_no_more_clusters_are_drawn_than_a_quarter_of_the_sentences(sentences: i
 
 
 def test_a_drawn_temperature_is_not_learnt() -> None:
-    config = drawn_settings(BASE, {"objective.temperature": 0.07})
+    config = apply_drawn(BASE, {"objective.temperature": 0.07})
     assert (config.objective.temperature, config.objective.learn_temperature) == (0.07, False)
-    assert drawn_settings(BASE, {"objective.mask_ratio": 0.3}).objective.learn_temperature
+    assert apply_drawn(BASE, {"objective.mask_ratio": 0.3}).objective.learn_temperature
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 from cmcgns.clustering.bank_pool import BankActor
 
 
-class DelayedShard(BankActor):
+class DelayedActor(BankActor):
     """One actor (the last) takes its time over every pass."""
 
     longest_s = 3.0
@@ -18,7 +18,7 @@ class DelayedShard(BankActor):
         return super().answer(method, *arguments)
 
 
-class BrieflyDelayedShard(DelayedShard):
+class BrieflyDelayedActor(DelayedActor):
     """The same for a short test. A class: what the driver sets on one does not reach the actors."""
 
     longest_s = 0.3
