@@ -1,4 +1,4 @@
-"""What a clustering says of a set of embeddings: two nearest centroids of every row as Parquet, and each cluster in figures.
+"""Results of a clustering on a set of embeddings: the two nearest centroids of each row as Parquet, and statistics per cluster.
 
 M rows of one batch, K centroids, D dimensions.
 """
@@ -17,30 +17,30 @@ from cmcgns.clustering.kmeans import DECIMALS, Array, NearestSearch
 from cmcgns.clustering.rows import RowStore
 
 CANDIDATES = 4
-"""Centroids that the search in float32 names for each row, to be compared again in float64."""
+"""Nearest centroids by the float32 search, which float64 then ranks again."""
 
 
 class TwoNearestCentroids(NamedTuple):
-    """The two most similar centroids of each row, of equals the first; with a single centroid there is no second (-1)."""
+    """The two most similar centroids of each row; ties go to the lower index. -1 for the second if there is only one."""
 
     centroid_M2: Array
     """int32."""
     similarity_M2: Array
-    """float32; NaN where there is no second."""
+    """float32; NaN if there is no second centroid."""
 
 
 class PartialStatistics(NamedTuple):
-    """One shard's share in the figures of each cluster."""
+    """Statistics of one shard, to be added up over shards."""
 
     counts_K: Array
     similarity_K: Array
-    """Sum of its members' similarities, float64."""
+    """Sum of the members' similarities, float64."""
     nearest: pd.DataFrame
-    """Rows nearest to each centroid: cluster, similarity, id and, where there is one, text."""
+    """Rows nearest to each centroid: cluster, similarity, id and, if the set has a text column, text."""
 
 
 def two_nearest(rows_MD: Array, centroids_KD: Array, search: NearestSearch) -> TwoNearestCentroids:
-    """The two nearest centroids of each row: candidates by ``search``, their order by float64."""
+    """The two nearest centroids of each row: candidates by ``search``, ranked in float64."""
     _, candidate_Mc = search(rows_MD, centroids_KD, CANDIDATES)
     wide_MD, wide_KD = rows_MD.astype(np.float64), centroids_KD.astype(np.float64)
     similarity_Mc = np.stack([np.einsum("md,md->m", wide_MD, wide_KD[c_M]) for c_M in candidate_Mc.T], axis=1)
@@ -63,12 +63,12 @@ def write_assignments(
     nearest: int,
     search: NearestSearch,
 ) -> PartialStatistics:
-    """What one shard's rows say of the clusters, with the ``nearest`` rows of each.
+    """Statistics of one shard, with the ``nearest`` rows of each cluster.
 
     Writes ``part-<index>.parquet`` into ``folder``: columns id, centroid, similarity, second_centroid and
-    second_similarity, in the order of the rows. Ids come out of the files of ``part``, vectors out of ``rows``.
+    second_similarity, in the order of the rows. Reads ids from the files of ``part`` and vectors from ``rows``.
     """
-    columns, found = part.columns, _empty_part(len(centroids_KD))
+    columns, found = part.columns, _empty_statistics(len(centroids_KD))
     if not part.rows:
         return found
     with storage.writing(storage.join(folder, f"part-{index:05d}.parquet")) as file:
@@ -88,7 +88,9 @@ def write_assignments(
 def _table(ids: Any, two: TwoNearestCentroids) -> pa.Table:
     return pa.table(
         {
-            "id": ids if pa.types.is_integer(ids.type) else ids.cast(pa.large_string()),  # files may differ
+            "id": ids
+            if pa.types.is_integer(ids.type)
+            else ids.cast(pa.large_string()),  # string types may differ by file
             "centroid": two.centroid_M2[:, 0],
             "similarity": two.similarity_M2[:, 0],
             "second_centroid": two.centroid_M2[:, 1],
@@ -97,7 +99,7 @@ def _table(ids: Any, two: TwoNearestCentroids) -> pa.Table:
     )
 
 
-def _empty_part(num_clusters: int) -> PartialStatistics:
+def _empty_statistics(num_clusters: int) -> PartialStatistics:
     frame = pd.DataFrame({"cluster": pd.Series(dtype=np.int32), "similarity": pd.Series(dtype=np.float32)})
     return PartialStatistics(np.zeros(num_clusters, np.int64), np.zeros(num_clusters), frame)
 
@@ -111,7 +113,7 @@ def _with_batch(
     nearest: int,
 ) -> PartialStatistics:
     centroid_M, similarity_M = two.centroid_M2[:, 0], two.similarity_M2[:, 0]
-    number = len(found.counts_K)
+    num_clusters = len(found.counts_K)
     rows = pd.DataFrame(
         {
             "cluster": centroid_M,
@@ -121,22 +123,22 @@ def _with_batch(
         | ({"text": batch.column(text_column).to_pylist()} if text_column else {})
     )
     return PartialStatistics(
-        found.counts_K + np.bincount(centroid_M, minlength=number),
-        found.similarity_K + np.bincount(centroid_M, similarity_M.astype(np.float64), minlength=number),
+        found.counts_K + np.bincount(centroid_M, minlength=num_clusters),
+        found.similarity_K + np.bincount(centroid_M, similarity_M.astype(np.float64), minlength=num_clusters),
         _best([found.nearest, rows], nearest),
     )
 
 
 def _best(frames: Sequence[pd.DataFrame], nearest: int) -> pd.DataFrame:
-    """The ``nearest`` rows of each cluster, most similar first, of equals the earlier."""
+    """The ``nearest`` rows of each cluster, most similar first; ties go to the earlier row."""
     rows = pd.concat([frame for frame in frames if len(frame)] or frames)
     ordered = rows.sort_values(["cluster", "similarity"], ascending=[True, False], kind="stable")
     return ordered.groupby("cluster").head(nearest)
 
 
 def statistics(parts: Sequence[PartialStatistics], nearest: int) -> dict[str, Any]:
-    """Figures of the whole set and of each cluster, ready for JSON: size, cohesion (mean similarity of its members to
-    the centroid, None without members) and its nearest rows."""
+    """Statistics of the set and of each cluster, ready for JSON: size, cohesion (mean similarity of the members to the
+    centroid, None if empty) and nearest rows."""
     counts_K = np.sum([part.counts_K for part in parts], axis=0)
     similarity_K = np.sum([part.similarity_K for part in parts], axis=0)
     best = _best([part.nearest for part in parts], nearest)

@@ -197,7 +197,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     known_bad = run.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(run.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
-    pool = start_pool(config.clustering, config.train.num_workers, coordinator)
+    pool = start_pool(config.clustering, config.train.num_workers)
     gave_up = False
     try:
         with follow(coordinator):

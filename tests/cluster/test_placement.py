@@ -71,8 +71,8 @@ def test_a_pool_that_fills_the_nodes_labelled_for_data_is_refused_with_numbers()
 def test_the_plan_says_what_goes_where() -> None:
     said = describe_placement(config(), [GPU, FOR_DATA])
     assert said == (
-        "1 x 48 CPUs + 8 GPUs, 1 x 32 CPUs for data; workers on as few nodes as have room, clustering on data-1 first, "
-        "data tasks on data-1 alone"
+        "1 x 48 CPUs + 8 GPUs, 1 x 32 CPUs for data; workers on as few nodes as possible, clustering on data-1 first, "
+        "data tasks on data-1 only"
     )
     assert describe_placement(config(), [PLAIN]) == "1 x 16 CPUs"
 
@@ -103,7 +103,7 @@ def test_room_that_does_not_come_is_told_with_numbers_and_what_was_asked_for_is_
         UserError,
         match=r"within 0\.017 minutes: .* needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs, .* 2 CPUs are free",
     ):
-        wait_for_resources([{"CPU": 3.0, "GPU": 1.0}], said.append, patience_s=1)
+        wait_for_resources([{"CPU": 3.0, "GPU": 1.0}], said.append, timeout_s=1)
     (waiting,) = said
     assert waiting.startswith("waiting for its autoscaler: the job needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs")
     assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

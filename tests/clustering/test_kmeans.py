@@ -115,7 +115,7 @@ def test_empty_clusters_take_the_worst_served_rows_in_centroid_order() -> None:
 def test_equal_rows_reseed_one_cluster_only() -> None:
     rows_ND = normalised(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0], [0.6, 0, 0.8]], np.float32))
     rows = RowArray(rows_ND, assign=numpy_assign)
-    assert [row.ordinal for row in rows.worst_served(rows_ND[:1], 2)] == [1, 3]
+    assert [row.ordinal for row in rows.worst_assigned(rows_ND[:1], 2)] == [1, 3]
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2])
@@ -164,7 +164,7 @@ def test_weights_count_as_so_many_equal_rows() -> None:
     ours, theirs = (kmeans(rows, rows_ND[:10], 6, 0.0) for rows in (weighted, repeated))
     np.testing.assert_allclose(ours.centroids_KD, theirs.centroids_KD, atol=1e-7)
     assert ours.objective == pytest.approx(theirs.objective, rel=1e-12)
-    assert weighted.distance(rows_ND[:10]) == pytest.approx(repeated.distance(rows_ND[:10]), rel=1e-12)
+    assert weighted.total_distance(rows_ND[:10]) == pytest.approx(repeated.total_distance(rows_ND[:10]), rel=1e-12)
     assert weighted.seed_weights(rows_ND[:10]).tolist() == repeated.seed_weights(rows_ND[:10]).tolist()
 
 
@@ -203,8 +203,8 @@ def test_worst_served_rows_are_those_of_the_blocks_asked_for() -> None:
     fresh, used = (RowArray(rows_ND, assign=numpy_assign) for _ in range(2))
     used.assign(rows_ND[:5], np.array([1]))
     for blocks in (None, np.array([0, 2]), np.array([1])):
-        wanted = fresh.worst_served(rows_ND[:5], 3, blocks)
-        assert [row.ordinal for row in used.worst_served(rows_ND[:5], 3, blocks)] == [row.ordinal for row in wanted]
+        wanted = fresh.worst_assigned(rows_ND[:5], 3, blocks)
+        assert [row.ordinal for row in used.worst_assigned(rows_ND[:5], 3, blocks)] == [row.ordinal for row in wanted]
         inside = np.isin(np.arange(len(rows_ND)) // BLOCK_ROWS, [0, 1, 2] if blocks is None else blocks)
         served_N = np.where(inside, (fresh.rows_ND[: len(rows_ND)] @ rows_ND[:5].T).max(1), np.inf)
         assert wanted[0].ordinal == int(served_N.argmin())

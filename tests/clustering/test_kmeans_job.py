@@ -152,7 +152,7 @@ def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
         ),
         (
             ["--data.uri=set", "--clustering.num_clusters=9", "--clustering.start_from=set/part-000.parquet"],
-            "is no safetensors",
+            "is not a safetensors",
         ),
         (["--data.uri=set", "--clustering.batch_rows=10"], "must be at least 4096"),
         (["--data.uri=set", "--clustering.num_clusters=9", "--run.resume=lost"], "there is no run of that name"),

@@ -36,7 +36,7 @@ def test_rows_are_drawn_as_often_as_their_distance_says() -> None:
     rows = RowArray(heavy_tailed(4000), assign=numpy_assign)
     seeds_nD = rows.rows_ND[:10]
     distance_N = slow_distance(rows.rows_ND[:4000], seeds_nD)
-    assert rows.distance(seeds_nD) == pytest.approx(distance_N.sum(), rel=1e-6)
+    assert rows.total_distance(seeds_nD) == pytest.approx(distance_N.sum(), rel=1e-6)
     rate = 200 / distance_N.sum()
     far_N = distance_N > np.median(distance_N)
     far, number = 0, 0
@@ -58,8 +58,8 @@ def test_more_seeds_are_looked_at_as_if_all_were_new() -> None:
     """What was worked out for the first seeds is kept; so is nothing else."""
     fresh, used = (RowArray(heavy_tailed(500), assign=numpy_assign) for _ in range(2))
     for number in (3, 10, 5, 12):
-        used.distance(used.rows_ND[:number])
-    assert used.distance(used.rows_ND[20:30]) == fresh.distance(fresh.rows_ND[20:30])
+        used.total_distance(used.rows_ND[:number])
+    assert used.total_distance(used.rows_ND[20:30]) == fresh.total_distance(fresh.rows_ND[20:30])
     assert used.farthest(used.rows_ND[:12]).ordinal == fresh.farthest(fresh.rows_ND[:12]).ordinal
     assert used.seed_weights(used.rows_ND[:12]).tolist() == fresh.seed_weights(fresh.rows_ND[:12]).tolist()
 

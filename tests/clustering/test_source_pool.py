@@ -132,7 +132,7 @@ def test_a_row_without_direction_is_refused_with_shard_and_row() -> None:
     rows_ND: Array = heavy_tailed(100)
     rows_ND[77] = 0
     with (
-        pytest.raises(UserError, match="clustering shard 1: array from row 50 on: row 27 is zero"),
+        pytest.raises(UserError, match="clustering shard 1: array, rows from 50: row 27 is zero"),
         pool_over(list(array_sources(rows_ND, [0, 50, 100]))),
     ):
         pass

@@ -16,7 +16,7 @@ def test_one_node_is_sound(ray_head: RayHead, tmp_path: Path) -> None:
     for words in (
         "nodes           cluster: ",
         "equal on 1 nodes",
-        "refuses whoever has none",
+        "refuses requests without one",
         "MiB written at",
         "0 failed",
     ):

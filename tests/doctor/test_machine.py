@@ -37,7 +37,7 @@ def test_a_machine_that_can_train_has_no_failed_line(tmp_path: Path, capsys: pyt
 def test_data_that_is_not_there_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert visit(f"--run.storage={tmp_path}", f"--data.uri={tmp_path / 'films'}", "--doctor.megabytes=1") == 1
     said = capsys.readouterr().out
-    assert f"data.uri        {socket.gethostname()}: {tmp_path / 'films'}: nothing lies there" in said
+    assert f"data.uri        {socket.gethostname()}: {tmp_path / 'films'}: nothing is there" in said
     assert "1 failed" in said
 
 
@@ -56,7 +56,7 @@ def test_gpus_that_are_asked_for_and_not_there_fail() -> None:
     assert lines[0].level == "failed"
     (counted,) = host.gpu_checks("here", ASKED, gpus=2)
     assert counted.level == "failed"
-    assert "sees 0 GPUs, Ray counts 2" in counted.found
+    assert "sees 0 GPUs, Ray counts 2" in counted.detail
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def taken_port() -> Iterator[int]:
 
 
 def test_a_taken_port_is_named_with_the_option_that_moves_it(taken_port: int) -> None:
-    line = next(line for line in port_checks("here") if str(taken_port) in line.found)
+    line = next(line for line in port_checks("here") if str(taken_port) in line.detail)
     assert line.level == "warning"
     assert PORTS[taken_port] in line.fix
 
