@@ -53,7 +53,7 @@ def test_an_emptied_gate_lets_in_anew_and_a_trial_is_excused_once(cluster: Clust
     admission = Admission(cluster.capacity)
     for number in (4, 5):
         admission.enter(number)
-    admission.empty()
+    admission.clear()
     assert all(admission.enter(number) is not None for number in (6, 7))
     admission.excuse(6)
     assert [admission.is_excused(number) for number in (7, 6, 6)] == [False, True, False]

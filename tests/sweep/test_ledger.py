@@ -15,7 +15,7 @@ from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.run import add_repeats
 from cmcgns.sweep.search import LOST_TOO_OFTEN, LedgerSearch, read_space
-from cmcgns.sweep.setup import propose
+from cmcgns.sweep.setup import prepare_search
 from tests.sweep.test_search import BASE, CHOICES, SPACE
 
 
@@ -40,7 +40,7 @@ def run(proposals: LedgerSearch, name: str, values: dict[int, float], **end: Any
 def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Path) -> None:
     settings = SweepConfig(trials=5, search="random")
     ledger = ledger_in(tmp_path)
-    assert propose(ledger, settings, SPACE, seed=0) is None
+    assert prepare_search(ledger, settings, SPACE, seed=0) is None
     proposals = LedgerSearch(ledger, ledger.unfinished, None, 5, MEAN_RECALL, 0, nobody)
     run(proposals, "a", {15: 0.1, 60: 0.3}, ended=True, **{"costs/pool": 1.5})
     run(proposals, "b", {15: 0.05})
@@ -48,7 +48,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     proposals.suggest("d")  # and here the driver is killed
 
     again = ledger_in(tmp_path, resumed=True)
-    propose(again, settings, SPACE, seed=0)
+    prepare_search(again, settings, SPACE, seed=0)
     assert [trial.status for trial in again.trials] == ["finished", "stopped", "failed", "running", "waiting"]
     assert again.trials[0].values == {15: 0.1, 60: 0.3}
     assert again.trials[0].costs == {"pool": 1.5}
@@ -62,28 +62,28 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
 
 def test_more_trials_of_a_resumed_sweep_are_drawn_after_those_that_are_there(tmp_path: Path) -> None:
     ledger, more = ledger_in(tmp_path / "few"), ledger_in(tmp_path / "many")
-    propose(ledger, SweepConfig(trials=3, search="random"), SPACE, seed=0)
-    propose(ledger, SweepConfig(trials=6, search="random"), SPACE, seed=0)
-    propose(more, SweepConfig(trials=6, search="random"), SPACE, seed=0)
+    prepare_search(ledger, SweepConfig(trials=3, search="random"), SPACE, seed=0)
+    prepare_search(ledger, SweepConfig(trials=6, search="random"), SPACE, seed=0)
+    prepare_search(more, SweepConfig(trials=6, search="random"), SPACE, seed=0)
     assert [trial.drawn for trial in ledger.trials] == [trial.drawn for trial in more.trials]
 
 
 def test_a_grid_is_as_long_as_its_points(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
-    propose(ledger, SweepConfig(trials=50, search="grid"), read_space(CHOICES, BASE), seed=0)
+    prepare_search(ledger, SweepConfig(trials=50, search="grid"), read_space(CHOICES, BASE), seed=0)
     assert len({tuple(trial.drawn.items()) for trial in ledger.trials}) == len(ledger.trials) == 6
 
 
 def test_optuna_goes_on_from_the_ledgers_results_and_proposes_nothing_twice(tmp_path: Path) -> None:
     settings = SweepConfig(trials=8)
     ledger = ledger_in(tmp_path)
-    proposals = LedgerSearch(ledger, [], propose(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0, nobody)
+    proposals = LedgerSearch(ledger, [], prepare_search(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0, nobody)
     first = [run(proposals, f"a{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
     proposals.suggest("a4")
     proposals.on_trial_result("a4", {"step": 15, MEAN_RECALL: 0.1})  # and here the driver is killed
 
     again = ledger_in(tmp_path, resumed=True)
-    search = propose(again, settings, SPACE, seed=0)
+    search = prepare_search(again, settings, SPACE, seed=0)
     assert len(search._ot_study.trials) == 4
     proposals = LedgerSearch(again, again.unfinished, search, 8, MEAN_RECALL, 0, nobody)
     second = [run(proposals, f"b{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
@@ -96,7 +96,7 @@ def test_optuna_goes_on_from_the_ledgers_results_and_proposes_nothing_twice(tmp_
 def test_a_resumed_asha_remembers_its_rungs(tmp_path: Path) -> None:
     settings = SweepConfig(trials=8, search="random")
     ledger = ledger_in(tmp_path)
-    propose(ledger, settings, SPACE, seed=0)
+    prepare_search(ledger, settings, SPACE, seed=0)
     for trial, value in zip(ledger.trials, (0.4, 0.5, 0.6), strict=False):
         trial.values, trial.status = {15: value}, "stopped"
     scheduler = build_scheduler(settings, [15, 30], 60, ledger)
@@ -109,7 +109,7 @@ def test_a_resumed_asha_remembers_its_rungs(tmp_path: Path) -> None:
 def test_a_trial_that_goes_on_counts_once_at_each_rung_with_what_it_had_there(tmp_path: Path) -> None:
     settings = SweepConfig(trials=2, search="random")
     ledger = ledger_in(tmp_path)
-    propose(ledger, settings, SPACE, seed=0)
+    prepare_search(ledger, settings, SPACE, seed=0)
     ledger.trials[0].values, ledger.trials[0].status = {15: 0.1, 30: 0.2}, "running"
     scheduler = build_scheduler(settings, [15, 30], 60, ledger)
     assert scheduler is not None
@@ -124,7 +124,7 @@ def test_a_trial_that_goes_on_counts_once_at_each_rung_with_what_it_had_there(tm
 def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins(tmp_path: Path) -> None:
     settings = SweepConfig(trials=3, search="random", finalists=2, repeats=2)
     ledger = ledger_in(tmp_path)
-    propose(ledger, settings, SPACE, seed=7)
+    prepare_search(ledger, settings, SPACE, seed=7)
     proposals = LedgerSearch(ledger, ledger.unfinished, None, 3, MEAN_RECALL, 7, nobody)
     for name, value in zip("abc", (0.30, 0.10, 0.28), strict=True):
         run(proposals, name, {60: value}, ended=True)
@@ -146,7 +146,7 @@ def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins(tmp_path: P
 def test_a_lost_trial_is_told_of_and_failed_ones_run_again_where_that_is_asked_for(tmp_path: Path) -> None:
     settings, lost = SweepConfig(trials=2, search="random"), list[int]()
     ledger = ledger_in(tmp_path)
-    propose(ledger, settings, SPACE, seed=0)
+    prepare_search(ledger, settings, SPACE, seed=0)
     proposals = LedgerSearch(ledger, ledger.unfinished, None, 2, MEAN_RECALL, 0, lost.append)
     run(proposals, "a", {15: 0.1, 60: 0.3}, ended=True)
     proposals.suggest("b")

@@ -14,7 +14,7 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import Ledger
 from cmcgns.sweep.report import SweepResult, write_result, write_table
-from cmcgns.sweep.setup import propose
+from cmcgns.sweep.setup import prepare_search
 from tests.sweep.test_search import BASE, SPACE
 
 
@@ -23,7 +23,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ledger]:
     """A sweep of six trials, the best one with another seed too, written down."""
     folder = RunFolder(str(tmp_path_factory.mktemp("sweeps")), "sweep", resumed=False)
     ledger = Ledger(folder)
-    propose(ledger, SweepConfig(trials=6, search="random"), SPACE, seed=0)
+    prepare_search(ledger, SweepConfig(trials=6, search="random"), SPACE, seed=0)
     for trial, value in zip(ledger.trials, (0.1, 0.5, 0.3, 0.2, 0.4, 0.05), strict=True):
         trial.status, trial.step, trial.values = "finished", 60, {15: value / 2, 60: value}
     ledger.trials[3].status = "stopped"

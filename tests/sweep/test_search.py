@@ -69,7 +69,7 @@ def test_a_grid_is_each_point_once() -> None:
 
 
 def test_a_grid_refuses_a_range() -> None:
-    with pytest.raises(UserError, match=r"grid takes no range, and objective.mask_ratio is one"):
+    with pytest.raises(UserError, match=r"grid accepts no ranges, and objective.mask_ratio is one"):
         grid_axes(SPACE)
 
 
@@ -95,8 +95,8 @@ def test_a_drawn_temperature_is_not_learnt() -> None:
         ({"objective.mask_ratio": {"uniform": [0.5, 0.5]}}, "from 0.5 to 0.5 is empty"),
         ({"objective.mask_ratio": {"uniform": [0.2, 1.8]}}, "objective.mask_ratio = 1.8"),
         ({"objective.mask_ratio": {"uniform": [0.2]}}, "needs two numbers"),
-        ({"objective.mask_ratio": {"gaussian": [0.2, 0.8]}}, "is no range; write one of uniform"),
-        ({"objective.mask_ratio": 0.5}, "is no range"),
+        ({"objective.mask_ratio": {"gaussian": [0.2, 0.8]}}, "is not a range; give one of uniform"),
+        ({"objective.mask_ratio": 0.5}, "is not a range"),
         ({"objective.num_clusters": {"choice": []}}, "needs a list of values"),
         ({"objective.num_clusters": {"choice": [16, 1]}}, "objective.num_clusters = 1"),
         ({"objective.num_clusters": {"uniform": [16, 64]}}, "objective.num_clusters = 33.6"),
