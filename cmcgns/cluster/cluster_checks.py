@@ -39,8 +39,8 @@ class Inspector:
     def versions(self) -> dict[str, str]:
         return machine_checks.versions()
 
-    def check_machine(self, name: str, asked: Requirements, gpus: int) -> list[CheckResult]:
-        return machine_checks.check_machine(name, asked, gpus)
+    def check_machine(self, name: str, required: Requirements, gpus: int) -> list[CheckResult]:
+        return machine_checks.check_machine(name, required, gpus)
 
     def data(self, uri: str) -> StorageAccess:
         return machine_checks.check_data(uri)
@@ -167,9 +167,9 @@ def clock_checks(nodes: Sequence[InspectedNode], timeout_s: float) -> Iterator[C
         )
 
 
-def local_checks(nodes: Sequence[InspectedNode], asked: Requirements, timeout_s: float) -> Iterator[CheckResult]:
+def local_checks(nodes: Sequence[InspectedNode], required: Requirements, timeout_s: float) -> Iterator[CheckResult]:
     """Results of ``check_machine`` on each node."""
-    requests = [node.inspector.check_machine.remote(node.name, asked, node.gpus) for node in nodes]
+    requests = [node.inspector.check_machine.remote(node.name, required, node.gpus) for node in nodes]
     for node, lines in zip(nodes, collect_answers(requests, timeout_s), strict=True):
         yield from [CheckResult("failed", "machine", node.name, lines)] if isinstance(lines, NoAnswer) else lines
 

@@ -100,16 +100,16 @@ def source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def check_machine(name: str, asked: Requirements, gpus: int | None = None) -> list[CheckResult]:
+def check_machine(name: str, required: Requirements, gpus: int | None = None) -> list[CheckResult]:
     """All results of the machine ``name``. ``gpus`` is how many GPUs Ray counts on it; None without Ray."""
-    lines = [*gpu_checks(name, asked, gpus), *faiss_checks(name, asked), *memory_checks(name), *disk_checks(name)]
-    if asked.deepspeed:
-        lines += deepspeed_checks(name, asked)
+    lines = [*gpu_checks(name, required, gpus), *faiss_checks(name, required), *memory_checks(name), *disk_checks(name)]
+    if required.deepspeed:
+        lines += deepspeed_checks(name, required)
     # a single machine reaches itself by any name
     return lines if gpus is None else [*lines, *host_name_checks(name)]
 
 
-def gpu_checks(name: str, asked: Requirements, gpus: int | None) -> Iterator[CheckResult]:
+def gpu_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[CheckResult]:
     """GPUs that torch sees, compared with those that Ray counts and the run needs."""
     import torch
 
@@ -124,20 +124,20 @@ def gpu_checks(name: str, asked: Requirements, gpus: int | None) -> Iterator[Che
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(seen)) / GIB
         bf16 = "" if torch.cuda.is_bf16_supported() else ", no bf16"
         yield CheckResult("ok", "GPU", name, f"{seen} x {', '.join(sorted(names))}, {memory:.0f} GiB{bf16}")
-    elif asked.use_gpu and gpus is None:
+    elif required.use_gpu and gpus is None:
         yield CheckResult(
             "failed", "GPU", name, "torch sees none, and train.use_gpu needs them", "Leave train.use_gpu out"
         )
     else:
-        yield CheckResult("ok", "GPU", name, "no GPU" if asked.use_gpu else "no GPU, none needed")
+        yield CheckResult("ok", "GPU", name, "no GPU" if required.use_gpu else "no GPU, none needed")
 
 
-def faiss_checks(name: str, asked: Requirements) -> Iterator[CheckResult]:
+def faiss_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
     """Whether exactly one FAISS package is installed, the GPU build if clustering runs on GPUs."""
     from cmcgns.faiss_install import check_faiss
 
     try:
-        check_faiss("gpu" if asked.faiss_gpu else "cpu")
+        check_faiss("gpu" if required.faiss_gpu else "cpu")
     except UserError as error:
         yield CheckResult("failed", "FAISS", name, first_line(error))
         return
@@ -150,9 +150,9 @@ def _has(package: str) -> bool:
     return False
 
 
-def deepspeed_checks(name: str, asked: Requirements) -> Iterator[CheckResult]:
+def deepspeed_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
     """Whether DeepSpeed's CPU communication op is compiled, or can be."""
-    if asked.use_gpu:
+    if required.use_gpu:
         return  # on GPUs it uses NCCL, and the optimizer is torch's
     # same folder as in ``train.engine``; importing DeepSpeed to ask would take seconds
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")

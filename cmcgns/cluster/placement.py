@@ -87,21 +87,21 @@ def wait_for_resources(
     Raises:
         UserError: they do not fit within ``timeout_s``.
     """
-    asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in needed]
-    asked = [bundle for bundle in asked if bundle]
-    if not asked or not can_scale_up(list_nodes()):
+    request = [{name: amount for name, amount in bundle.items() if amount} for bundle in needed]
+    request = [bundle for bundle in request if bundle]
+    if not request or not can_scale_up(list_nodes()):
         return
     # a placement group, removed when it is ready: the SDK's request_resources would outlive this job
-    group = placement_group(asked, strategy="PACK")
+    group = placement_group(request, strategy="PACK")
     try:
         if group.wait(FREE_NOW_S):
             return
-        log(f"waiting for its autoscaler: {describe_request(asked)}")
+        log(f"waiting for its autoscaler: {describe_request(request)}")
         end = time.monotonic() + timeout_s
         while not group.wait(1):  # short waits: Ctrl-C has to wait for a longer one
             if time.monotonic() > end:
                 raise UserError(
-                    f"not enough resources within {timeout_s / 60:.2g} minutes: {describe_request(asked)}. `ray status` shows "
+                    f"not enough resources within {timeout_s / 60:.2g} minutes: {describe_request(request)}. `ray status` shows "
                     "who uses them and what the autoscaler waits for; check the cluster's largest size and your quotas"
                 )
     finally:

@@ -316,17 +316,17 @@ def seed_centroids(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
 @contextmanager
 def stop_between_iterations(terminal: Console) -> Iterator[Callable[[], bool]]:
     """Function that returns whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
-    asked = False
+    requested = False
 
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
+    def request_stop(signum: int, frame: Any) -> None:
+        nonlocal requested
+        requested = True
         signal.signal(signal.SIGINT, before)
         terminal.print("stopping after this iteration; press Ctrl-C again to stop at once", style="yellow")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, request_stop)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         signal.signal(signal.SIGINT, before)
 

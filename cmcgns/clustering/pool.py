@@ -289,7 +289,7 @@ class SourceActor(ShardActor):
 class SourcePool:
     """Shards that read their own rows, one process each, spread over the nodes.
 
-    A lost shard reads its rows again; no pass continues without it, and none depends on a timeout.
+    A lost shard reads its rows again; no pass continues without it or waits for a timeout.
     """
 
     def __init__(self, sources: Sequence[RowSource], config: PoolConfig) -> None:

@@ -211,7 +211,9 @@ class TrialRunner:
         if "training" in news["marks"]:
             self.costs["workers"] = news["marks"]["training"] - began
         for row in news["validations"]:
-            if row["step"] < self.total:  # the last one comes with the end: for it Tune might stop the run
+            if (
+                row["step"] < self.total
+            ):  # the last one is reported with the end: after it Tune might stop the run early
                 value = measure(self.task.metric, row)
                 self._rows.put({"step": row["step"], self.task.metric: value, "costs": dict(self.costs)})
 

@@ -1,4 +1,4 @@
-"""Clustering actors that are slow; in a file of their own, so that their processes need not import the trainer."""
+"""Slow clustering actors, in a separate file so that their processes do not import the trainer."""
 
 import random
 import time
@@ -8,7 +8,7 @@ from cmcgns.clustering.bank_pool import BankActor
 
 
 class DelayedActor(BankActor):
-    """One actor (the last) takes its time over every pass."""
+    """The last actor delays every pass."""
 
     longest_s = 3.0
 
@@ -19,6 +19,6 @@ class DelayedActor(BankActor):
 
 
 class BrieflyDelayedActor(DelayedActor):
-    """The same for a short test. A class: what the driver sets on one does not reach the actors."""
+    """The same for a short test; a subclass, because attributes set on the driver do not reach the actors."""
 
     longest_s = 0.3

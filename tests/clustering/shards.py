@@ -1,4 +1,4 @@
-"""A pool in one process: the merging of a pool without its actors."""
+"""A pool in one process: the merging without the actors."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -23,5 +23,5 @@ class Shards(PooledRows):
 
 
 def shards_of(rows_ND: Array, bounds: Sequence[int]) -> list[RowArray]:
-    """One array with FAISS for each run of rows between neighbouring ``bounds``."""
+    """One array with FAISS for each run of rows between consecutive ``bounds``."""
     return [RowArray(rows_ND[a:b], np.arange(a, b), faiss_assign("cpu", 1)) for a, b in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Two nearest centroids of every row and the figures of each cluster, against slow loops."""
+"""Two nearest centroids of each row and statistics of each cluster, compared with slow loops."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def slow_similarity(rows_ND: Array, centroids_KD: Array) -> Array:
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
 def test_the_two_nearest_are_those_of_all_similarities_in_float64(spread: float) -> None:
-    """Also where float32 cannot tell which is nearer."""
+    """Also if float32 cannot decide which is nearer."""
     alike_D = heavy_tailed(1)
     rows_ND = round_to_grid(normalised(alike_D + spread * heavy_tailed(2000)))
     centroids_KD = normalised(alike_D + spread * heavy_tailed(3, seed=1))
@@ -41,7 +41,9 @@ def test_with_one_centroid_there_is_no_second() -> None:
 
 def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) -> None:
     rows_ND, centroids_KD = heavy_tailed(9000), normalised(heavy_tailed(12, seed=3))
-    centroids_KD[5] = -heavy_tailed(9000).mean(0) / np.linalg.norm(heavy_tailed(9000).mean(0))  # serves few or none
+    centroids_KD[5] = -heavy_tailed(9000).mean(0) / np.linalg.norm(
+        heavy_tailed(9000).mean(0)
+    )  # has few members or none
     embeddings = open_embeddings(
         str(write_parquet(tmp_path / "set", rows_ND, [0, 4000, 9000])), Columns("id", "vector", None, "text")
     )
@@ -73,7 +75,7 @@ def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) 
         assert [row["text"] for row in cluster["nearest"]] == [f"sentence {i}" for i in best]
 
 
-def test_a_shard_without_rows_writes_nothing_and_ids_of_two_kinds_of_string_go_together(tmp_path: Path) -> None:
+def test_a_shard_without_rows_writes_nothing_and_string_ids_of_both_types_are_merged(tmp_path: Path) -> None:
     rows_ND, out = normalised(heavy_tailed(6)), tmp_path / "out"
     for number, kind in enumerate((pa.string(), pa.large_string())):
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows_ND[3 * number :][:3].ravel()), rows_ND.shape[1])

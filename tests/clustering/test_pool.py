@@ -38,7 +38,7 @@ def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray:
 
 
 class Unreachable:
-    """An actor to which nothing can be sent."""
+    """An actor that cannot be reached."""
 
     class push:  # noqa: N801
         @staticmethod
@@ -46,7 +46,7 @@ class Unreachable:
             raise RuntimeError("the object store is full")
 
 
-def test_a_push_that_cannot_be_sent_is_told_to_the_next_who_asks() -> None:
+def test_a_push_that_cannot_be_sent_raises_at_the_next_call() -> None:
     config = settings(1).clustering
     pool = RayPool(PoolHandles((Unreachable(),), None, config))  # type: ignore[arg-type]
     pool.push(1, 0, torch.zeros(3, 4), [3])

@@ -1,4 +1,4 @@
-"""Where k-means starts: the same seeds however rows are held, and good ones."""
+"""Seeds of k-means: good ones, and the same wherever rows are stored."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_another_seed_gives_other_random_rows_and_the_same_seed_the_same() -> No
     assert len(distinct) == 500  # all rows, once each
 
 
-def test_rows_are_drawn_as_often_as_their_distance_says() -> None:
+def test_rows_are_drawn_in_proportion_to_their_distance() -> None:
     rows = RowArray(heavy_tailed(4000), assign=numpy_assign)
     seeds_nD = rows.rows_ND[:10]
     distance_N = slow_distance(rows.rows_ND[:4000], seeds_nD)
@@ -47,15 +47,15 @@ def test_rows_are_drawn_as_often_as_their_distance_says() -> None:
     assert far / number == pytest.approx(distance_N[far_N].sum() / distance_N.sum(), abs=0.02)
 
 
-def test_shares_count_the_rows_that_each_seed_serves_best() -> None:
+def test_seed_weights_count_the_rows_nearest_to_each_seed() -> None:
     rows = RowArray(separated(300), assign=numpy_assign)
     seeds_nD = rows.rows_ND[:7]
     nearest_N = np.array([int(np.argmax([float(row @ seed) for seed in seeds_nD])) for row in rows.rows_ND])
     assert rows.seed_weights(seeds_nD).tolist() == np.bincount(nearest_N, minlength=7).tolist()
 
 
-def test_more_seeds_are_looked_at_as_if_all_were_new() -> None:
-    """What was worked out for the first seeds is kept; so is nothing else."""
+def test_added_seeds_give_the_result_of_all_seeds_at_once() -> None:
+    """The cache of the first seeds is reused, and nothing else."""
     fresh, used = (RowArray(heavy_tailed(500), assign=numpy_assign) for _ in range(2))
     for number in (3, 10, 5, 12):
         used.total_distance(used.rows_ND[:number])
@@ -68,7 +68,7 @@ def test_parallel_seeds_find_every_component_of_a_separated_mixture() -> None:
     rows = RowArray(separated(4000, clusters=20), assign=faiss_assign("cpu", 1))
     for seed in range(3):
         fit = kmeans(rows, parallel_seeds(rows, 20, seed), 5, 0.0)
-        # an own centroid for each component: rows stray by 0.1 x sqrt(64) / sqrt(64) from theirs
+        # one centroid per component: rows deviate by 0.1 x sqrt(64) / sqrt(64) from theirs
         assert fit.objective > 0.99
 
 

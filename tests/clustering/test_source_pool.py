@@ -1,4 +1,4 @@
-"""A pool of real actors beside one array: the same pass, the same fit, whatever is killed on the way."""
+"""A pool of real actors compared with one array: the same pass and the same fit, even if actors are killed."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ def kill(pool: SourcePool, indices: list[int]) -> None:
 
 
 def killing(pool: SourcePool, indices: list[int], iteration: int) -> Callable[[Fit], None]:
-    """Kills actors once ``iteration`` is over, with the next pass under way."""
+    """Kills actors after ``iteration``, during the next pass."""
 
     def after(fit: Fit) -> None:
         if fit.iteration == iteration:
@@ -61,7 +61,7 @@ def killing(pool: SourcePool, indices: list[int], iteration: int) -> Callable[[F
 
 
 def check_agreement(rows: int, actors: int) -> None:
-    """One pass and one fit of a pool over uneven shards beside the single array, on easy and hard sets."""
+    """One pass and one fit of a pool of uneven shards, compared with one array, on easy and hard sets."""
     for name, make in SETS.items():
         rows_ND = make(rows)
         whole = RowArray(rows_ND, assign=numpy_assign)
@@ -88,7 +88,7 @@ def test_a_pool_agrees_with_one_array_bit_for_bit() -> None:
 
 
 def check_survival(folder: Path, lost: list[int], caplog: pytest.LogCaptureFixture) -> None:
-    """A fit whose actors are killed in iteration 4 of 10 beside one that is left alone."""
+    """A fit whose actors are killed in iteration 4 of 10, compared with an undisturbed one."""
     with pool_over(parquet_sources(folder, 3)) as pool:
         start_KD = pool.rows.subset(40, 0)
         undisturbed = kmeans(pool.rows, start_KD, 10, -1.0)
@@ -110,7 +110,7 @@ def test_a_fit_whose_actors_are_killed_ends_with_the_same_centroids(
     check_survival(write_parquet(tmp_path, heavy_tailed(ROWS), [0, 2500, ROWS]), lost, caplog)
 
 
-def test_an_actor_that_is_lost_again_and_again_ends_the_fit_with_the_way_out(tmp_path: Path) -> None:
+def test_an_actor_that_is_lost_too_often_ends_the_fit_with_the_fix(tmp_path: Path) -> None:
     with pool_over(parquet_sources(write_parquet(tmp_path, heavy_tailed(ROWS), [0, ROWS]), 2)) as pool:
         start_KD = pool.rows.subset(10, 0)
         with pytest.raises(
@@ -119,7 +119,7 @@ def test_an_actor_that_is_lost_again_and_again_ends_the_fit_with_the_way_out(tmp
             kmeans(pool.rows, start_KD, 20, -1.0, after=lambda fit: kill(pool, [1]))
 
 
-def test_a_set_that_has_changed_is_not_read_again_in_silence(tmp_path: Path) -> None:
+def test_a_set_that_has_changed_is_refused_when_it_is_read_again(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path, heavy_tailed(ROWS), [0, ROWS])
     with pool_over(parquet_sources(folder, 2)) as pool:
         start_KD = pool.rows.subset(10, 0)

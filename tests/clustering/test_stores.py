@@ -1,4 +1,4 @@
-"""Rows out of Parquet: every actor's part, wherever it is kept, is the array that was written."""
+"""Rows from Parquet: every actor's part, in memory or in a file, equals the array that was written."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_parts_are_the_rows_in_order_and_equally_many(written: Embeddings, parts
 
 
 @pytest.mark.parametrize("kind", [MemoryRows, RowFile, StreamedRows])
-def test_rows_are_the_same_wherever_they_are_kept(written: Embeddings, kind: type, tmp_path: Path) -> None:
+def test_rows_are_the_same_in_every_store(written: Embeddings, kind: type, tmp_path: Path) -> None:
     part = written.split(3)[1]
     if kind is StreamedRows:
         store = StreamedRows(part)
@@ -59,11 +59,11 @@ def test_rows_are_the_same_wherever_they_are_kept(written: Embeddings, kind: typ
         assert np.array_equal(store[start:stop], wanted_ND[start:stop])
         i = int(random.integers(part.rows))
         assert np.array_equal(store[i], wanted_ND[i])
-    assert not list(tmp_path.iterdir())  # the file has no name, and goes with the process
+    assert not list(tmp_path.iterdir())  # the file has no name and disappears with the process
 
 
 @pytest.mark.parametrize("kind", ["file", "streamed"])
-def test_a_fit_is_the_same_wherever_rows_are_kept(written: Embeddings, kind: str, tmp_path: Path) -> None:
+def test_a_fit_is_the_same_with_every_store(written: Embeddings, kind: str, tmp_path: Path) -> None:
     store = StreamedRows(written) if kind == "streamed" else load_rows(written, 0, str(tmp_path))[0]
     ours, theirs = RowArray(store, assign=numpy_assign), RowArray(heavy_tailed(ROWS), assign=numpy_assign)
     start_KD = theirs.subset(20, 0)
@@ -94,9 +94,7 @@ def test_weights_come_with_their_rows(tmp_path: Path) -> None:
         load_rows(open_embeddings(str(folder), Columns("id", "vector", "weight")), 2**30, None)
 
 
-@pytest.mark.parametrize(
-    ("value", "what"), [(0.0, "is zero"), (np.nan, "holds NaN or infinity"), (np.inf, "holds NaN")]
-)
+@pytest.mark.parametrize(("value", "what"), [(0.0, "is zero"), (np.nan, "has NaN or infinity"), (np.inf, "has NaN")])
 def test_a_row_without_direction_is_refused_by_file_row_group_and_row(value: float, what: str, tmp_path: Path) -> None:
     rows_ND = heavy_tailed(200)
     rows_ND[173] = value
@@ -114,7 +112,7 @@ def test_a_vector_of_another_length_is_refused_by_its_row(tmp_path: Path) -> Non
         load_rows(open_embeddings(str(tmp_path), COLUMNS), 2**30, None)
 
 
-def test_what_is_no_set_of_embeddings_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_files_that_are_no_embeddings_are_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.parquet files"):
         open_embeddings(str(tmp_path), COLUMNS)
     write_parquet(tmp_path, heavy_tailed(10), [0, 10])
@@ -127,7 +125,9 @@ def test_what_is_no_set_of_embeddings_is_refused_with_the_way_out(tmp_path: Path
         open_embeddings(str(tmp_path), COLUMNS)
 
 
-def test_a_full_disk_is_told_beforehand_with_the_numbers(written: Embeddings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_advance_with_the_numbers(
+    written: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from shutil import _ntuple_diskusage  # type: ignore[attr-defined]
 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: _ntuple_diskusage(2**30, 2**30, 2**10))
@@ -135,7 +135,7 @@ def test_a_full_disk_is_told_beforehand_with_the_numbers(written: Embeddings, mo
         load_rows(written, 0, None)
 
 
-def test_lists_whose_lengths_only_add_up_are_refused_by_row(tmp_path: Path) -> None:
+def test_lists_of_unequal_length_with_the_right_total_are_refused_by_row(tmp_path: Path) -> None:
     lists = pa.array([[1.0, 0, 0, 0], [1.0, 0, 0], [0, 1.0, 0, 0, 1.0]], pa.list_(pa.float32()))
     parquet.write_table(pa.table({"id": ["a", "b", "c"], "vector": lists}), tmp_path / "set.parquet")
     with pytest.raises(UserError, match="row 1: column 'vector' has 3 numbers instead of 4"):
@@ -150,7 +150,7 @@ def test_a_file_that_has_become_shorter_is_refused(memory: float, tmp_path: Path
         load_rows(before, memory, None)
 
 
-def test_a_column_that_cannot_name_or_weigh_rows_is_refused(tmp_path: Path) -> None:
+def test_id_and_weight_columns_of_the_wrong_type_are_refused(tmp_path: Path) -> None:
     vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0, 0.0, 1.0]), 2)
     parquet.write_table(
         pa.table({"id": [b"a", b"b"], "w": ["x", "y"], "n": [1, 2], "vector": vectors}), tmp_path / "set.parquet"

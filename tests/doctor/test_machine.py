@@ -1,4 +1,4 @@
-"""The doctor on a machine without a cluster, and the parts of it that need none."""
+"""The doctor on a machine without a cluster, and its parts that need none."""
 
 import socket
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ def test_a_machine_that_can_train_has_no_failed_line(tmp_path: Path, capsys: pyt
     assert "0 failed" in said
     for subject in ("versions", "GPU", "FAISS", "DeepSpeed", "shared memory", "disk", "ports", "run.storage"):
         assert subject in said
-    assert not (tmp_path / "runs").exists(), "a visit leaves nothing behind"
+    assert not (tmp_path / "runs").exists(), "the doctor leaves no files"
 
 
-def test_data_that_is_not_there_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_data_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert visit(f"--run.storage={tmp_path}", f"--data.uri={tmp_path / 'films'}", "--doctor.megabytes=1") == 1
     said = capsys.readouterr().out
     assert f"data.uri        {socket.gethostname()}: {tmp_path / 'films'}: nothing is there" in said
@@ -49,7 +49,7 @@ def test_storage_that_cannot_be_written_fails_by_name(tmp_path: Path, capsys: py
     )
 
 
-def test_gpus_that_are_asked_for_and_not_there_fail() -> None:
+def test_required_gpus_that_are_missing_fail() -> None:
     lines = list(host.gpu_checks("here", host.Requirements(True, True, False), gpus=None))
     if lines[0].level == "ok":
         pytest.skip("this machine has a GPU")
@@ -61,13 +61,13 @@ def test_gpus_that_are_asked_for_and_not_there_fail() -> None:
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """One of the ports of a head node, on which something listens."""
+    """A port of a head node that is in use."""
     for port in PORTS:
         with closing(socket.socket()) as listener:
             try:
                 listener.bind(("", port))
             except OSError:
-                continue  # taken already, by a Ray of this machine
+                continue  # already in use, by a Ray on this machine
             listener.listen()
             yield port
             return
@@ -80,7 +80,7 @@ def test_a_taken_port_is_named_with_the_option_that_moves_it(taken_port: int) ->
     assert PORTS[taken_port] in line.fix
 
 
-def test_versions_hold_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_have_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "cmcgns"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
@@ -91,7 +91,7 @@ def test_versions_hold_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 4, 7, 8])
-def test_every_pair_meets_once_and_nobody_twice_in_a_round(nodes: int) -> None:
+def test_every_pair_is_measured_once_and_no_node_twice_in_a_round(nodes: int) -> None:
     rounds = pairs.rounds(nodes)
     assert sorted(pair for turn in rounds for pair in turn) == sorted(combinations(range(nodes), 2))
     for turn in rounds:

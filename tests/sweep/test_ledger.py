@@ -1,4 +1,4 @@
-"""The ledger: what is written down is read again, resumed sweeps go on where they were, and the best mean wins."""
+"""The ledger: it can be read again, resumed sweeps continue where they stopped, and the best mean wins."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +24,11 @@ def ledger_in(folder: Path, resumed: bool = False) -> Ledger:
 
 
 def nobody(number: int) -> None:
-    """Told of trials whose own process was lost for good."""
+    """Ignores trials whose processes were lost too often."""
 
 
 def run(proposals: LedgerSearch, name: str, values: dict[int, float], **end: Any) -> dict[str, Any]:
-    """One trial as Tune would run it: asked for, given each value, ended."""
+    """Run one trial as Tune does: suggest it, report each value, complete it."""
     spec = proposals.suggest(name)
     assert isinstance(spec, dict)
     for step, value in values.items():
@@ -45,7 +45,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     run(proposals, "a", {15: 0.1, 60: 0.3}, ended=True, **{"costs/pool": 1.5})
     run(proposals, "b", {15: 0.05})
     run(proposals, "c", {}, ended=True, failure="objective.num_clusters 4096 needs more sentences")
-    proposals.suggest("d")  # and here the driver is killed
+    proposals.suggest("d")  # now the driver is killed
 
     again = ledger_in(tmp_path, resumed=True)
     prepare_search(again, settings, SPACE, seed=0)
@@ -60,7 +60,7 @@ def test_a_resumed_ledger_keeps_what_is_done_and_runs_the_rest_once(tmp_path: Pa
     assert proposals.suggest("g") == Searcher.FINISHED
 
 
-def test_more_trials_of_a_resumed_sweep_are_drawn_after_those_that_are_there(tmp_path: Path) -> None:
+def test_added_trials_of_a_resumed_sweep_are_drawn_after_the_existing_ones(tmp_path: Path) -> None:
     ledger, more = ledger_in(tmp_path / "few"), ledger_in(tmp_path / "many")
     prepare_search(ledger, SweepConfig(trials=3, search="random"), SPACE, seed=0)
     prepare_search(ledger, SweepConfig(trials=6, search="random"), SPACE, seed=0)
@@ -74,13 +74,13 @@ def test_a_grid_is_as_long_as_its_points(tmp_path: Path) -> None:
     assert len({tuple(trial.drawn.items()) for trial in ledger.trials}) == len(ledger.trials) == 6
 
 
-def test_optuna_goes_on_from_the_ledgers_results_and_proposes_nothing_twice(tmp_path: Path) -> None:
+def test_optuna_continues_from_the_ledgers_results_and_proposes_nothing_twice(tmp_path: Path) -> None:
     settings = SweepConfig(trials=8)
     ledger = ledger_in(tmp_path)
     proposals = LedgerSearch(ledger, [], prepare_search(ledger, settings, SPACE, seed=0), 8, MEAN_RECALL, 0, nobody)
     first = [run(proposals, f"a{i}", {60: i / 10}, ended=True)["drawn"] for i in range(4)]
     proposals.suggest("a4")
-    proposals.on_trial_result("a4", {"step": 15, MEAN_RECALL: 0.1})  # and here the driver is killed
+    proposals.on_trial_result("a4", {"step": 15, MEAN_RECALL: 0.1})  # now the driver is killed
 
     again = ledger_in(tmp_path, resumed=True)
     search = prepare_search(again, settings, SPACE, seed=0)
@@ -106,7 +106,7 @@ def test_a_resumed_asha_remembers_its_rungs(tmp_path: Path) -> None:
     assert not rungs[30]
 
 
-def test_a_trial_that_goes_on_counts_once_at_each_rung_with_what_it_had_there(tmp_path: Path) -> None:
+def test_a_resumed_trial_counts_once_at_each_rung_with_its_value_there(tmp_path: Path) -> None:
     settings = SweepConfig(trials=2, search="random")
     ledger = ledger_in(tmp_path)
     prepare_search(ledger, settings, SPACE, seed=0)
@@ -140,10 +140,10 @@ def test_finalists_run_again_with_other_seeds_and_the_best_mean_wins(tmp_path: P
     assert (second.trial.number, second.mean) == (0, pytest.approx(0.20))
     assert best.spread == pytest.approx(0.017320508)
     add_repeats(ledger, settings)
-    assert len(ledger.trials) == 7  # all are there
+    assert len(ledger.trials) == 7  # none is missing
 
 
-def test_a_lost_trial_is_told_of_and_failed_ones_run_again_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_lost_trial_is_reported_and_failed_ones_are_retried_on_request(tmp_path: Path) -> None:
     settings, lost = SweepConfig(trials=2, search="random"), list[int]()
     ledger = ledger_in(tmp_path)
     prepare_search(ledger, settings, SPACE, seed=0)

@@ -1,4 +1,4 @@
-"""What a sweep leaves: a table with every setting, a best.yaml that a run takes, pictures, HParams."""
+"""Files of a sweep: a table with every setting, a best.yaml that a run accepts, pictures, HParams."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.sweep.test_search import BASE, SPACE
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ledger]:
-    """A sweep of six trials, the best one with another seed too, written down."""
+    """A stored sweep of six trials, the best one also with another seed."""
     folder = RunFolder(str(tmp_path_factory.mktemp("sweeps")), "sweep", resumed=False)
     ledger = Ledger(folder)
     prepare_search(ledger, SweepConfig(trials=6, search="random"), SPACE, seed=0)
@@ -35,7 +35,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ledger]:
     return Path(folder.uri), ledger
 
 
-def test_the_table_holds_every_trial_best_first_with_every_setting(swept: tuple[Path, Ledger]) -> None:
+def test_the_table_has_every_trial_best_first_with_every_setting(swept: tuple[Path, Ledger]) -> None:
     table = pd.read_csv(swept[0] / "trials.csv")
     assert table["trial"].tolist() == [1, 6, 4, 2, 3, 0, 5]
     assert table["status"].tolist()[-1] == "failed"
@@ -55,7 +55,7 @@ def test_best_yaml_is_the_winners_settings(swept: tuple[Path, Ledger]) -> None:
     assert (best.train.seed, best.data, best.run.name) == (0, BASE.data, None)
 
 
-def test_the_pictures_and_the_page_are_whole(swept: tuple[Path, Ledger]) -> None:
+def test_the_pictures_and_the_page_are_complete(swept: tuple[Path, Ledger]) -> None:
     picture = Image.open(io.BytesIO((swept[0] / "sweep.png").read_bytes()))
     assert min(picture.size) > 400
     page = (swept[0] / "report.html").read_text()
@@ -64,7 +64,7 @@ def test_the_pictures_and_the_page_are_whole(swept: tuple[Path, Ledger]) -> None
     assert "data:image/png;base64" in page
 
 
-def test_tensorboard_knows_settings_and_curves(swept: tuple[Path, Ledger]) -> None:
+def test_tensorboard_has_settings_and_curves(swept: tuple[Path, Ledger]) -> None:
     events = EventAccumulator(str(swept[0] / "tensorboard" / "0001"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars(MEAN_RECALL)] == [(15, 0.25), (60, 0.5)]

@@ -1,4 +1,4 @@
-"""What a sweep proposes: the same trials for the same seed, better ones from Optuna, each point of a grid once."""
+"""Proposals of a sweep: the same trials for the same seed, better ones from Optuna, each point of a grid once."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ CHOICES: dict[str, Any] = {
 
 
 def hill(drawn: dict[str, Any]) -> float:
-    """Highest, at 0, for a mask ratio of 0.6, temperatures of 0.1 and 0.2, and 64 clusters."""
+    """Maximum, 0, for a mask ratio of 0.6, temperatures of 0.1 and 0.2, and 64 clusters."""
     return -(
         10 * (drawn["objective.mask_ratio"] - 0.6) ** 2
         + math.log(drawn["objective.temperature"] / 0.1) ** 2
@@ -35,7 +35,7 @@ def hill(drawn: dict[str, Any]) -> float:
 def proposed(
     search: SearchName, space: Space, trials: int, seed: int, score: Callable[[dict[str, Any]], float]
 ) -> list[dict[str, Any]]:
-    """Trials one after the other, each with its score reported before the next."""
+    """Trials one at a time, each score reported before the next."""
     algorithm, found = build_search(search, space, "score", trials, seed), []
     for number in range(trials):
         found.append(algorithm.suggest(str(number)))

@@ -1,4 +1,4 @@
-"""What a sweep cannot be run on is refused with status 2 and one message that names it, before Ray is started."""
+"""Invalid input of a sweep ends with status 2 and one message that names it, before Ray starts."""
 
 import subprocess
 import sys
