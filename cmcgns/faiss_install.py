@@ -24,7 +24,7 @@ def load_faiss(device: str) -> Any:
 
 def check_faiss(device: str) -> None:
     """Raise unless exactly one FAISS package is installed, and for ``gpu`` the GPU build."""
-    present = [name for name in ("faiss-cpu", "faiss-gpu") if _installed(name)]
+    present = [name for name in ("faiss-cpu", "faiss-gpu") if is_installed(name)]
     if len(present) != 1:
         state = "both faiss-cpu and faiss-gpu are installed" if present else "FAISS is not installed"
         remove = "pip uninstall faiss-cpu faiss-gpu, then " if present else ""
@@ -33,7 +33,8 @@ def check_faiss(device: str) -> None:
         raise UserError("clustering.device gpu needs faiss-gpu: pip uninstall faiss-cpu, pip install 'cmcgns[gpu]'")
 
 
-def _installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether a package of this name is installed."""
     try:
         metadata.distribution(distribution)
     except metadata.PackageNotFoundError:

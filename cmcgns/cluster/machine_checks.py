@@ -21,6 +21,7 @@ from rich.markup import escape
 import cmcgns
 from cmcgns import storage
 from cmcgns.errors import UserError, first_line
+from cmcgns.faiss_install import check_faiss, is_installed
 from cmcgns.storage.errors import PATIENCE_VARIABLE
 
 Level = Literal["ok", "warning", "failed"]
@@ -134,20 +135,12 @@ def gpu_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[
 
 def faiss_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
     """Whether exactly one FAISS package is installed, the GPU build if clustering runs on GPUs."""
-    from cmcgns.faiss_install import check_faiss
-
     try:
         check_faiss("gpu" if required.faiss_gpu else "cpu")
     except UserError as error:
         yield CheckResult("failed", "FAISS", name, first_line(error))
         return
-    yield CheckResult("ok", "FAISS", name, "GPU build" if _has("faiss-gpu") else "CPU build")
-
-
-def _has(package: str) -> bool:
-    with suppress(metadata.PackageNotFoundError):
-        return bool(metadata.version(package))
-    return False
+    yield CheckResult("ok", "FAISS", name, "GPU build" if is_installed("faiss-gpu") else "CPU build")
 
 
 def deepspeed_checks(name: str, required: Requirements) -> Iterator[CheckResult]:

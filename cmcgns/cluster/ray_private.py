@@ -4,18 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.experimental.internal_kv import _internal_kv_get
-
-__all__ = [
-    "ExecutionCallback",
-    "has_autoscaler",
-    "local_cluster",
-    "set_num_cpus",
-    "set_total_resources",
-    "unlimit_generator_buffer",
-]
-# ExecutionCallback: `DataContext.custom_execution_callback_classes` is public, the base class of its entries is not
 
 AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
 """Set in the head's key-value store by its autoscaler process. `ray start` always starts one, KubeRay only if configured."""
@@ -29,6 +18,14 @@ def has_autoscaler() -> bool:
 def local_cluster(settings: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ray.init` for a new cluster on this machine. Its public arguments do not cover Ray's core ``settings``."""
     return {"address": "local", "_system_config": settings}
+
+
+def execution_callback() -> type[Any]:
+    """Base class for `DataContext.custom_execution_callback_classes`: that setting is public, the class is not."""
+    # imported here: processes that only need this file's other functions must not load ray.data
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    return ExecutionCallback
 
 
 def set_num_cpus(dataset: Any, cpus: float) -> Any:

@@ -191,7 +191,7 @@ def normalised(rows_ND: Array) -> Array:
     return (wide_ND / np.maximum(length_N1, 1e-12)).astype(np.float32, copy=False)
 
 
-class Assignment(NamedTuple):
+class NearestCentroids(NamedTuple):
     """The most similar centroid of each row; ties go to the lower index."""
 
     nearest_N: Array
@@ -199,24 +199,24 @@ class Assignment(NamedTuple):
     near_ties: int
 
 
-Assign = Callable[[Array, Array], Assignment]
+Assign = Callable[[Array, Array], NearestCentroids]
 """From rows (N, D) and centroids (K, D) to assignments."""
 
 
-def numpy_assign(rows_ND: Array, centroids_KD: Array) -> Assignment:
+def numpy_assign(rows_ND: Array, centroids_KD: Array) -> NearestCentroids:
     """The slow, obvious assignment: all similarities in float64, then the largest."""
     pieces = -(-len(rows_ND) * len(centroids_KD) // MAX_TABLE_CELLS)
     found = [_numpy_assign(rows_MD, centroids_KD) for rows_MD in np.array_split(rows_ND, max(pieces, 1))]
-    return Assignment(np.concatenate([part.nearest_N for part in found]), sum(part.near_ties for part in found))
+    return NearestCentroids(np.concatenate([part.nearest_N for part in found]), sum(part.near_ties for part in found))
 
 
-def _numpy_assign(rows_MD: Array, centroids_KD: Array) -> Assignment:
+def _numpy_assign(rows_MD: Array, centroids_KD: Array) -> NearestCentroids:
     similarity_MK = (rows_MD.astype(np.float64) @ centroids_KD.T.astype(np.float64)).round(DECIMALS)
     nearest_M = similarity_MK.argmax(1)
     if len(centroids_KD) == 1:
-        return Assignment(nearest_M, 0)
+        return NearestCentroids(nearest_M, 0)
     two_M2 = np.partition(similarity_MK, -2, axis=1)[:, -2:]
-    return Assignment(nearest_M, int((two_M2[:, 1] - two_M2[:, 0] < NEAR_TIE).sum()))
+    return NearestCentroids(nearest_M, int((two_M2[:, 1] - two_M2[:, 0] < NEAR_TIE).sum()))
 
 
 NearestSearch = Callable[[Array, Array, int], tuple[Array, Array]]
@@ -244,14 +244,14 @@ def faiss_search(device: str, threads: int | None = None) -> NearestSearch:
 def assign_by(search: NearestSearch) -> Assign:
     """Assignment by a float32 search; float64 decides near ties."""
 
-    def assign(rows_ND: Array, centroids_KD: Array) -> Assignment:
+    def assign(rows_ND: Array, centroids_KD: Array) -> NearestCentroids:
         similarity_N2, nearest_N2 = search(rows_ND, centroids_KD, 2)
         nearest_N: Array = nearest_N2[:, 0].astype(np.int64)
         if len(centroids_KD) == 1:
-            return Assignment(nearest_N, 0)
+            return NearestCentroids(nearest_N, 0)
         near_tie_N = similarity_N2[:, 0] - similarity_N2[:, 1] < NEAR_TIE
         nearest_N[near_tie_N] = numpy_assign(rows_ND[near_tie_N], centroids_KD).nearest_N
-        return Assignment(nearest_N, int(near_tie_N.sum()))
+        return NearestCentroids(nearest_N, int(near_tie_N.sum()))
 
     return assign
 

@@ -14,7 +14,7 @@ from cmcgns.clustering.kmeans import (
     DECIMALS,
     Array,
     Assign,
-    Assignment,
+    NearestCentroids,
     PassTotals,
     ScoredRow,
     faiss_assign,
@@ -173,8 +173,12 @@ class RowArray:
         self._seed_cache = NearestSeeds(seeds_nD, known.similarity_N, known.seed_N)
         return self._seed_cache
 
-    def _nearest(self, rows_MD: Array, seeds_nD: Array) -> Assignment:
-        return self._assign(rows_MD, seeds_nD) if len(seeds_nD) > 1 else Assignment(np.zeros(len(rows_MD), np.int64), 0)
+    def _nearest(self, rows_MD: Array, seeds_nD: Array) -> NearestCentroids:
+        return (
+            self._assign(rows_MD, seeds_nD)
+            if len(seeds_nD) > 1
+            else NearestCentroids(np.zeros(len(rows_MD), np.int64), 0)
+        )
 
     def _chunks(self, blocks: Array | None = None) -> Iterator[tuple[slice, Array]]:
         """Slices, with their rows, of all rows or of some (ascending) blocks of ordinals."""

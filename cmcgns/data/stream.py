@@ -127,7 +127,7 @@ def dealt(rows: Any, ranks: int, block_size: int, rounds: int, cpus: float) -> A
     return ray_private.set_num_cpus(in_turn.repartition(target_num_rows_per_block=hand, strict=True), cpus)
 
 
-class Interleaved(ray_private.ExecutionCallback):
+class Interleaved(ray_private.execution_callback()):  # type: ignore[misc]
     """Fits Ray Data's scheduler to streams that run beside training and beside each other."""
 
     def before_execution_starts(self, executor: Any) -> None:

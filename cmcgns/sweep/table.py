@@ -145,10 +145,8 @@ class SweepTable:
 
 
 def settings_line(trial: Trial) -> str:
-    """Drawn settings of a trial, in one line."""
-    return ", ".join(f"{key.split('.', 1)[1]} {format_value(value)}" for key, value in trial.drawn.items())
-
-
-def format_value(value: Any) -> str:
-    """``value`` with three significant digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Drawn settings of a trial in one line, with three significant digits."""
+    return ", ".join(
+        f"{key.split('.', 1)[1]} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for key, value in trial.drawn.items()
+    )

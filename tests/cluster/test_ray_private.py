@@ -1,5 +1,7 @@
 """Each use of Ray's private API still does what it is for: the test that fails names what a new Ray has changed."""
 
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.ray
 SEEN: list[float] = []
 
 
-class Spy(ray_private.ExecutionCallback):
+class Spy(ray_private.execution_callback()):  # type: ignore[misc]
     """Gives a Ray Data executor 77 CPUs and notes how many it then plans with."""
 
     def before_execution_starts(self, executor: Any) -> None:
@@ -30,6 +32,12 @@ def last_operator(dataset: Any) -> Any:
 def test_local_cluster_is_taken_by_ray_init() -> None:
     with ray.init(num_cpus=1, **ray_private.local_cluster({"free_objects_period_milliseconds": 100})):
         assert ray.cluster_resources()["CPU"] == 1
+
+
+def test_importing_the_file_does_not_load_ray_data() -> None:
+    """Clustering actors import it: ray.data would cost each of them memory, and makes pyarrow unpickle extension columns."""
+    code = "import sys, cmcgns.clustering.bank_pool, cmcgns.cluster.session; assert 'ray.data' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_has_autoscaler_finds_the_key_that_the_autoscaler_of_every_head_sets(local_ray: None) -> None:
