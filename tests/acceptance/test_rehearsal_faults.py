@@ -83,8 +83,8 @@ def test_a_taken_port_is_named_before_ray_is_started_there(cluster: Cluster, tmp
     with cluster.operator.running("python", "-c", LISTENER, "6379"):
         status, said = driver(cluster.operator, TOKEN, "-m", "cmcgns.doctor", f"--run.storage={tmp_path}")
     assert status == 0
-    assert "something listens on 6379 already" in said
-    assert "`ray start --head` on this machine needs --port=ANOTHER" in said
+    assert "port 6379 is already in use" in said
+    assert "For `ray start --head` on this machine set --port to another port" in said
 
 
 def test_other_sources_on_one_host(cluster: Cluster, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_killed_sweep_resumes_repeats_nothing_reports_failures_and_frees_every
     assert "needs at least 4 x 512 = 2048 training sentences" in failed["reason"]
     assert failed["reason"] in said_before
     check_free(ray_head)
-    assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: that sweep has finished")
+    assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: the sweep has finished")
 
     again, best = Job(tmp_path, "--run.name=again", config=folder / "best.yaml"), found[MEAN_RECALL].idxmax()
     again.wait()
