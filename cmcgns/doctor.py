@@ -116,7 +116,7 @@ def check_cluster(config: DoctorJobConfig) -> Iterator[CheckResult]:
     doctor = config.doctor
     try:
         with ray_session(needed=[]):
-            nodes = cluster_checks.inspected_nodes()
+            nodes = cluster_checks.start_inspectors()
             yield from cluster_checks.node_checks(nodes, doctor.nodes)
             yield from cluster_checks.version_checks(nodes, doctor.timeout_s)
             yield from cluster_checks.clock_checks(nodes, doctor.timeout_s)
@@ -139,9 +139,9 @@ def _is_stored(uri: str) -> bool:
 
 
 @contextmanager
-def _marker_file(place: str) -> Iterator[tuple[str, str]]:
+def _marker_file(uri: str) -> Iterator[tuple[str, str]]:
     """The absolute run.storage, and the name of an empty file that exists in it within the context."""
-    root, mark = storage.absolute("run.storage", place), f"{machine_checks.PROBE}{os.urandom(6).hex()}"
+    root, mark = storage.absolute("run.storage", uri), f"{machine_checks.PROBE}{os.urandom(6).hex()}"
     fresh = not storage.is_s3(root) and not Path(root).exists()
     # if it cannot be written, the result of each node says so
     with suppress(UserError, OSError):

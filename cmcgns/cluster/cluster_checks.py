@@ -74,8 +74,8 @@ class InspectedNode:
         return int(self.resources.get("GPU", 0))
 
 
-def inspected_nodes() -> list[InspectedNode]:
-    """The cluster's nodes, each with an inspector that reserves no resources."""
+def start_inspectors() -> list[InspectedNode]:
+    """Start an inspector, which reserves no resources, on each of the cluster's nodes."""
     alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
     names = [node["NodeManagerHostname"] for node in alive]
     # so that it sees all GPUs of the node, not only those that Ray assigns
@@ -108,15 +108,15 @@ class NoAnswer(str):
     """Why a node did not answer, as text."""
 
 
-def node_checks(nodes: Sequence[InspectedNode], wanted: int | None) -> Iterator[CheckResult]:
+def node_checks(nodes: Sequence[InspectedNode], expected: int | None) -> Iterator[CheckResult]:
     """Number of nodes and their resources."""
     resources = "; ".join(
         f"{node.name} {node.resources.get('CPU', 0):g} CPU" + (f" {node.gpus} GPU" if node.gpus else "")
         for node in nodes
     )
-    if wanted is not None and len(nodes) < wanted:
+    if expected is not None and len(nodes) < expected:
         yield CheckResult(
-            "failed", "nodes", "cluster", f"{len(nodes)} of {wanted}: {resources}",
+            "failed", "nodes", "cluster", f"{len(nodes)} of {expected}: {resources}",
             "On the missing nodes `ray start` reports why they cannot join (token, version, address, firewall)",
         )  # fmt: skip
     else:
@@ -248,7 +248,7 @@ def pair_checks(
         return
     speeds: dict[str, float] = {}
     measured = 0
-    for pairs in rounds(len(able)):
+    for pairs in pair_rounds(len(able)):
         if measured >= most:
             break
         measured += len(pairs)
@@ -304,7 +304,7 @@ def dashboard_url() -> str:
     return str(connection.address_info["webui_url"]).removeprefix("http://")
 
 
-def rounds(nodes: int) -> list[list[tuple[int, int]]]:
+def pair_rounds(nodes: int) -> list[list[tuple[int, int]]]:
     """All pairs of N nodes, in rounds in which each node has at most one partner (the circle method)."""
     seats = [*range(nodes), *([-1] if nodes % 2 else [])]
     found = []

@@ -166,7 +166,7 @@ def check_nodes(uris: Sequence[str]) -> None:
     Raises:
         UserError: names the first such node and the fix.
     """
-    nodes = cluster_checks.inspected_nodes()
+    nodes = cluster_checks.start_inspectors()
     lines = list(cluster_checks.version_checks(nodes, NODE_TIMEOUT_S))
     for uri in filter(storage.is_s3, uris):
         lines += cluster_checks.reach_checks(nodes, uri, NODE_TIMEOUT_S)

@@ -43,7 +43,7 @@ class SweepJobConfig(Config):
     sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
-    def sweep_makes_sense(self) -> Self:
+    def check_sweep(self) -> Self:
         sweep, run = self.sweep, self.run
         if sweep.metric not in MEASURES:
             raise ValueError(

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cmcgns.cli import load_config
-from cmcgns.cluster import cluster_checks as pairs
-from cmcgns.cluster import machine_checks as host
+from cmcgns.cluster import machine_checks
+from cmcgns.cluster.cluster_checks import pair_rounds
 from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_checks
 
-ASKED = host.Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
+REQUIRED = machine_checks.Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def test_storage_that_cannot_be_written_fails_by_name(tmp_path: Path, capsys: py
 
 
 def test_required_gpus_that_are_missing_fail() -> None:
-    lines = list(host.gpu_checks("here", host.Requirements(True, True, False), gpus=None))
+    lines = list(machine_checks.gpu_checks("here", machine_checks.Requirements(True, True, False), gpus=None))
     if lines[0].level == "ok":
         pytest.skip("this machine has a GPU")
     assert lines[0].level == "failed"
-    (counted,) = host.gpu_checks("here", ASKED, gpus=2)
+    (counted,) = machine_checks.gpu_checks("here", REQUIRED, gpus=2)
     assert counted.level == "failed"
     assert "sees 0 GPUs, Ray counts 2" in counted.detail
 
@@ -84,15 +84,15 @@ def test_versions_have_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest
     package = tmp_path / "cmcgns"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
-    monkeypatch.setattr(host.cmcgns, "__file__", str(package / "__init__.py"))
-    before = host.versions()["cmcgns"]
+    monkeypatch.setattr(machine_checks.cmcgns, "__file__", str(package / "__init__.py"))
+    before = machine_checks.versions()["cmcgns"]
     (package / "__init__.py").write_text("a = 2\n")
-    assert host.versions()["cmcgns"] != before
+    assert machine_checks.versions()["cmcgns"] != before
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 4, 7, 8])
 def test_every_pair_is_measured_once_and_no_node_twice_in_a_round(nodes: int) -> None:
-    rounds = pairs.rounds(nodes)
+    rounds = pair_rounds(nodes)
     assert sorted(pair for turn in rounds for pair in turn) == sorted(combinations(range(nodes), 2))
     for turn in rounds:
         met = [node for pair in turn for node in pair]
