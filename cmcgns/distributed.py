@@ -1,4 +1,4 @@
-"""Collectives with gradients, for tensors of equal and of ragged length; each is the identity in one process.
+"""Collectives with gradients, for tensors of equal and of ragged length; in one process each returns its argument.
 
 W ranks; n rows on this rank, N rows on all ranks. Every function here is collective: every rank enters.
 """
@@ -23,7 +23,7 @@ def rank() -> int:
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows of all ranks in rank order; a row's gradient is the sum of what every rank's loss asks of it."""
+    """Rows of all ranks in rank order; a row's gradient is the sum over the losses of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, without gradient; every rank brings the same number."""
+    """Rows of all ranks in rank order, without gradient; every rank passes the same number."""
     if world_size() == 1:
         return rows
     gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
@@ -46,12 +46,12 @@ def all_gather(rows: Tensor) -> Tensor:
 
 
 def all_gather_with_grad(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order; gradients flow back to the rank that brought them."""
+    """Rows of all ranks in rank order; gradients flow back to the rank that passed them."""
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
 
 def ragged_all_gather(rows_n: Tensor, counts: Sequence[int], with_grad: bool = False) -> Tensor:
-    """Rows of all ranks in rank order, where rank r brings ``counts[r]``; the counts are known on the host."""
+    """Rows of all ranks in rank order, with ``counts[r]`` rows of rank r; the counts are known on the host."""
     if world_size() == 1:
         return rows_n
     gather = all_gather_with_grad if with_grad else all_gather
@@ -62,7 +62,7 @@ def ragged_all_gather(rows_n: Tensor, counts: Sequence[int], with_grad: bool = F
 
 
 def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """``tensor`` summed (or ``op``) over all ranks, without gradient; the argument stays as it is."""
+    """``tensor`` summed (or ``op``) over all ranks, without gradient and not in place."""
     if world_size() == 1:
         return tensor.detach()
     reduced = tensor.detach().clone()
@@ -71,7 +71,7 @@ def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Rank 0's ``tensor`` on every rank; the others bring one of the same shape and type."""
+    """Rank 0's ``tensor`` on every rank; the others pass one of the same shape and type, which is overwritten."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
     return tensor
@@ -87,7 +87,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def exchange(values: Sequence[int]) -> list[list[int]]:
-    """The same few integers of every rank, by rank, through host memory: never waits for the device."""
+    """A few integers of every rank, by rank, through host memory: never waits for the device."""
     if world_size() == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.int64)
@@ -98,7 +98,7 @@ def exchange(values: Sequence[int]) -> list[list[int]]:
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """A group that moves host memory: the default group on gloo, else a gloo group beside NCCL."""
+    """Group for host memory: the default group on gloo, else a gloo group next to NCCL."""
     if dist.get_backend() == "gloo":
         return None
     return _gloo_group(dist.group.WORLD)

@@ -11,9 +11,8 @@ from pydantic import Field, PositiveInt
 
 from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, run_job
-from cmcgns.cluster import machine_checks as host
-from cmcgns.cluster import machine_checks as objects
-from cmcgns.cluster.machine_checks import Line, has_failed, show, show_sum
+from cmcgns.cluster import machine_checks
+from cmcgns.cluster.machine_checks import CheckResult, StorageAccess, any_failed, print_result, print_summary
 from cmcgns.config import RunSections, Section
 from cmcgns.errors import UserError, first_line
 from cmcgns.terminal import console
@@ -21,81 +20,87 @@ from cmcgns.terminal import console
 
 class DoctorConfig(Section):
     nodes: PositiveInt | None = None
-    """Nodes that the cluster should have; a node that could not join can only be missed by number."""
+    """Number of nodes that the cluster should have: a node that could not join is found only by counting."""
     megabytes: PositiveInt = 64
-    """MiB that each node writes to and reads from run.storage, and that each pair of nodes reduces."""
+    """MiB that each node writes to and reads from run.storage, and that each pair of nodes all-reduces."""
     timeout_s: float = Field(60.0, gt=0.0)
-    """Seconds after which a node, a pair or a bucket that does not answer has failed."""
+    """Timeout of each node, pair or bucket."""
     pairs: PositiveInt = 512
-    """Most pairs of nodes that are measured, in rounds in which each node has one partner."""
+    """Most pairs of nodes to measure, in rounds in which each node has one partner."""
 
 
 class DoctorJobConfig(RunSections):
-    """All settings: a pretraining run's, so that its own file and keys can be given, and the doctor's."""
+    """Settings of a pretraining run, so that its file and keys are accepted, and those of the doctor."""
 
     doctor: DoctorConfig = DoctorConfig()
 
 
 PORTS = {6379: "--port", 8265: "--dashboard-port", 10001: "--ray-client-server-port"}
-"""Where `ray start --head` listens by default, and the option that moves it."""
+"""Default ports of `ray start --head`, and the option that changes each."""
 
 
-def diagnose(config: DoctorJobConfig) -> int:
-    """Exit status of a visit: 0 where nothing has failed, else 1. Every line is printed as it is found."""
-    terminal, lines = console(), list[Line]()
-    look = look_at_cluster if os.environ.get("RAY_ADDRESS") else look_at_machine
-    for line in look(config):
-        show(terminal, line)
+def main(config: DoctorJobConfig) -> int:
+    """Print each result as it arrives. Returns exit status 1 if a check failed, else 0."""
+    terminal, lines = console(), list[CheckResult]()
+    check = check_cluster if os.environ.get("RAY_ADDRESS") else check_this_machine
+    for line in check(config):
+        print_result(terminal, line)
         lines.append(line)
-    show_sum(terminal, lines)
-    return STATUS_FAILED if has_failed(lines) else 0
+    print_summary(terminal, lines)
+    return STATUS_FAILED if any_failed(lines) else 0
 
 
-def asked_of(config: DoctorJobConfig) -> host.Asked:
-    """What the run will want of a machine."""
-    return host.Asked(config.train.use_gpu, config.train.engine == "deepspeed", config.clustering.device == "gpu")
+def requirements_of(config: DoctorJobConfig) -> machine_checks.Requirements:
+    """What the run will need on a machine."""
+    return machine_checks.Requirements(
+        config.train.use_gpu, config.train.engine == "deepspeed", config.clustering.device == "gpu"
+    )
 
 
-def look_at_machine(config: DoctorJobConfig) -> Iterator[Line]:
-    """Lines of this machine, on which no cluster is looked for."""
+def check_this_machine(config: DoctorJobConfig) -> Iterator[CheckResult]:
+    """Results of this machine, without Ray."""
     name = socket.gethostname()
-    yield Line("ok", "cluster", name, "RAY_ADDRESS is not set: this machine alone is looked at, as a run would use it")
-    found = host.versions()
-    yield Line("ok", "versions", name, ", ".join(f"{package} {version}" for package, version in found.items()))
-    yield from host.examine(name, asked_of(config))
-    yield from port_lines(name)
-    if _lies_somewhere(config.data.uri):
-        yield from _alone(name, "data.uri", storage.absolute("data.uri", config.data.uri), objects.look_at_data)
-    with _left_mark(config.run.storage) as (root, mark):
-        yield from _alone(
-            name, "run.storage", root, lambda uri: objects.look_at_storage(uri, mark, config.doctor.megabytes)
+    yield CheckResult(
+        "ok", "cluster", name, "RAY_ADDRESS is not set: only this machine is checked, as a run would use it"
+    )
+    found = machine_checks.versions()
+    yield CheckResult("ok", "versions", name, ", ".join(f"{package} {version}" for package, version in found.items()))
+    yield from machine_checks.check_machine(name, requirements_of(config))
+    yield from port_checks(name)
+    if _is_stored(config.data.uri):
+        yield from _check_uri(
+            name, "data.uri", storage.absolute("data.uri", config.data.uri), machine_checks.check_data
+        )
+    with _marker_file(config.run.storage) as (root, mark):
+        yield from _check_uri(
+            name, "run.storage", root, lambda uri: machine_checks.check_storage(uri, mark, config.doctor.megabytes)
         )
 
 
-def _alone(name: str, key: str, uri: str, look: Callable[[str], objects.Reached]) -> Iterator[Line]:
-    reached = look(uri)
-    if reached.error:
-        yield Line("failed", key, name, f"{uri}: {reached.error}")
+def _check_uri(name: str, key: str, uri: str, check: Callable[[str], StorageAccess]) -> Iterator[CheckResult]:
+    access = check(uri)
+    if access.error:
+        yield CheckResult("failed", key, name, f"{uri}: {access.error}")
     else:
-        speed = f", written at {reached.write_mib_s:.0f}, read at {reached.read_mib_s:.0f} MiB/s"
-        yield Line("ok", key, name, f"{uri} is there{speed if reached.read_mib_s else ''}")
+        speed = f", written at {access.write_mib_s:.0f}, read at {access.read_mib_s:.0f} MiB/s"
+        yield CheckResult("ok", key, name, f"{uri} is there{speed if access.read_mib_s else ''}")
 
 
-def port_lines(name: str) -> Iterator[Line]:
-    """Ports of a head node that something else listens on."""
+def port_checks(name: str) -> Iterator[CheckResult]:
+    """Whether the ports of a head node are free."""
     taken = [port for port in PORTS if not _is_free(port)]
     for port in taken:
-        yield Line(
-            "warning", "ports", name, f"something listens on {port} already, a Ray head or another program",
-            f"`ray start --head` on this machine needs {PORTS[port]}=ANOTHER",
+        yield CheckResult(
+            "warning", "ports", name, f"port {port} is already in use, by a Ray head or another program",
+            f"For `ray start --head` on this machine set {PORTS[port]} to another port",
         )  # fmt: skip
     if not taken:
-        yield Line("ok", "ports", name, f"{', '.join(map(str, PORTS))} are free for `ray start --head`")
+        yield CheckResult("ok", "ports", name, f"{', '.join(map(str, PORTS))} are free for `ray start --head`")
 
 
 def _is_free(port: int) -> bool:
     with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just been closed is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed is free
         try:
             probe.bind(("", port))
         except OSError:
@@ -103,42 +108,42 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def look_at_cluster(config: DoctorJobConfig) -> Iterator[Line]:
-    """Lines of every node of the cluster that RAY_ADDRESS names, and of the ways between them."""
+def check_cluster(config: DoctorJobConfig) -> Iterator[CheckResult]:
+    """Results of every node of the cluster in RAY_ADDRESS, and of the connections between them."""
     from cmcgns.cluster import cluster_checks
     from cmcgns.cluster.session import ray_session
 
     doctor = config.doctor
     try:
         with ray_session(needed=[]):
-            nodes = cluster_checks.living_nodes()
-            yield from cluster_checks.node_lines(nodes, doctor.nodes)
-            yield from cluster_checks.version_lines(nodes, doctor.timeout_s)
-            yield from cluster_checks.clock_lines(nodes, doctor.timeout_s)
-            yield cluster_checks.token_line(cluster_checks.dashboard_url())
-            yield from cluster_checks.host_lines(nodes, asked_of(config), doctor.timeout_s)
-            if _lies_somewhere(config.data.uri):
+            nodes = cluster_checks.start_inspectors()
+            yield from cluster_checks.node_checks(nodes, doctor.nodes)
+            yield from cluster_checks.version_checks(nodes, doctor.timeout_s)
+            yield from cluster_checks.clock_checks(nodes, doctor.timeout_s)
+            yield cluster_checks.token_check(cluster_checks.dashboard_url())
+            yield from cluster_checks.local_checks(nodes, requirements_of(config), doctor.timeout_s)
+            if _is_stored(config.data.uri):
                 uri = storage.absolute("data.uri", config.data.uri)
-                yield from cluster_checks.data_lines(nodes, uri, doctor.timeout_s)
-            with _left_mark(config.run.storage) as (root, mark):
-                yield from cluster_checks.storage_lines(nodes, root, mark, doctor.megabytes, doctor.timeout_s)
-            yield from cluster_checks.pair_lines(
+                yield from cluster_checks.data_checks(nodes, uri, doctor.timeout_s)
+            with _marker_file(config.run.storage) as (root, mark):
+                yield from cluster_checks.storage_checks(nodes, root, mark, doctor.megabytes, doctor.timeout_s)
+            yield from cluster_checks.pair_checks(
                 nodes, config.train.use_gpu, doctor.megabytes, doctor.pairs, doctor.timeout_s
             )
     except UserError as error:
-        yield Line("failed", "cluster", os.environ["RAY_ADDRESS"], first_line(error))
+        yield CheckResult("failed", "cluster", os.environ["RAY_ADDRESS"], first_line(error))
 
 
-def _lies_somewhere(uri: str) -> bool:
+def _is_stored(uri: str) -> bool:
     return uri.partition(":")[0] != "phantom"
 
 
 @contextmanager
-def _left_mark(place: str) -> Iterator[tuple[str, str]]:
-    """The absolute run.storage and the name of a file of ours that lies in it meanwhile."""
-    root, mark = storage.absolute("run.storage", place), f"{objects.PROBE}{os.urandom(6).hex()}"
+def _marker_file(uri: str) -> Iterator[tuple[str, str]]:
+    """The absolute run.storage, and the name of an empty file that exists in it within the context."""
+    root, mark = storage.absolute("run.storage", uri), f"{machine_checks.PROBE}{os.urandom(6).hex()}"
     fresh = not storage.is_s3(root) and not Path(root).exists()
-    # what cannot be written is each node's own line
+    # if it cannot be written, the result of each node says so
     with suppress(UserError, OSError):
         storage.write_bytes(storage.join(root, mark), b"")
     try:
@@ -148,13 +153,6 @@ def _left_mark(place: str) -> Iterator[tuple[str, str]]:
             storage.delete_file(storage.join(root, mark))
             if fresh:
                 Path(root).rmdir()
-
-
-def main(config: DoctorJobConfig) -> int:
-    """Exit status of a visit."""
-    pass
-
-    return diagnose(config)
 
 
 if __name__ == "__main__":

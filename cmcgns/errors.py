@@ -1,42 +1,44 @@
-"""The two kinds of error that are about the user's input and not about our code."""
+"""Errors caused by the user's input rather than by our code, and the text of errors."""
 
 
 class UserError(ValueError):
-    """A setting, path or file that cannot work: names the thing, what was given and the way out.
+    """A setting, path or file that cannot work: names the thing, the value given and the fix.
 
-    A job that meets one prints the message without a traceback and ends with status 2.
+    A job prints the message without a traceback and exits with status 2.
     """
 
 
 class BadRow(ValueError):
-    """One study that cannot be used, with the reason; the run records it and goes on."""
+    """A study that cannot be used, with the reason; the run records it and continues."""
 
 
-DEEPEST = 8
-"""Layers of errors that are looked through for their cause."""
+MAX_CAUSES = 8
+"""Most levels of nested errors to search for the cause."""
 
 
-def starting_with(value: str, message: str) -> str:
-    """``message``, with ``value`` before it where it does not begin with it by itself."""
+def with_prefix(value: str, message: str) -> str:
+    """``message`` with ``value`` in front, unless it already starts with it."""
     return message if message.startswith(value) else f"{value}: {message}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the error's kind where it has none."""
+    """First line of the error's message; its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's message, where Ray puts the cause; the error's own form where it has none."""
+    """Last line of the error's message, where Ray puts the cause; its repr if the message is empty."""
     return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def cause(error: BaseException) -> str:
-    """What to tell of an error that Ray may have wrapped: the message of the ``UserError`` in it, else its last line."""
+    """Message of an error that Ray may have wrapped: that of the ``UserError`` inside, else its last line."""
     inner: BaseException | None = error
-    for _ in range(DEEPEST):
-        if isinstance(inner, UserError) and not hasattr(inner, "cause"):  # Ray's wrapping is of the same class
-            return first_line(inner)  # Ray Data adds hints of its own to it
+    for _ in range(MAX_CAUSES):
+        if isinstance(inner, UserError) and not hasattr(
+            inner, "cause"
+        ):  # Ray's wrapper is a UserError too, with a cause
+            return first_line(inner)  # Ray Data appends hints
         if inner is None:
             break
         inner = getattr(inner, "cause", None) or inner.__cause__

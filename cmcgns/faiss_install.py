@@ -1,4 +1,4 @@
-"""Which FAISS package is installed, and loading it: the only import of FAISS."""
+"""Import of FAISS, after a check of which FAISS package is installed. Nothing else imports it."""
 
 from importlib import metadata
 from typing import Any
@@ -7,7 +7,7 @@ from cmcgns.errors import UserError
 
 
 def load_faiss(device: str) -> Any:
-    """The FAISS module, once it can be loaded and, for ``gpu``, sees one."""
+    """The FAISS module; for ``gpu`` it must see one."""
     check_faiss(device)
     try:
         import faiss
@@ -15,7 +15,7 @@ def load_faiss(device: str) -> Any:
         raise UserError(
             f"FAISS is installed but does not load ({error}): its wheel must fit this Python"
             + (" and the CUDA libraries of this machine" if device == "gpu" else "")
-            + "; install it anew, see the README"
+            + "; reinstall it, see the README"
         ) from error
     if device == "gpu" and not faiss.get_num_gpus():
         raise UserError("clustering.device gpu: FAISS sees no GPU here; check the driver and clustering.gpus_per_actor")
@@ -23,8 +23,8 @@ def load_faiss(device: str) -> Any:
 
 
 def check_faiss(device: str) -> None:
-    """Refuse an installation without FAISS, with both of its packages, or without a GPU build where one is asked for."""
-    present = [name for name in ("faiss-cpu", "faiss-gpu") if _installed(name)]
+    """Raise unless exactly one FAISS package is installed, and for ``gpu`` the GPU build."""
+    present = [name for name in ("faiss-cpu", "faiss-gpu") if is_installed(name)]
     if len(present) != 1:
         state = "both faiss-cpu and faiss-gpu are installed" if present else "FAISS is not installed"
         remove = "pip uninstall faiss-cpu faiss-gpu, then " if present else ""
@@ -33,7 +33,8 @@ def check_faiss(device: str) -> None:
         raise UserError("clustering.device gpu needs faiss-gpu: pip uninstall faiss-cpu, pip install 'cmcgns[gpu]'")
 
 
-def _installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether a package of this name is installed."""
     try:
         metadata.distribution(distribution)
     except metadata.PackageNotFoundError:

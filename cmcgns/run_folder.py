@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.config import RunConfig, Section
-from cmcgns.errors import UserError, starting_with
+from cmcgns.errors import UserError, with_prefix
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
             with suppress(storage.MissingFileError):
                 storage.list_folders(root)
     except UserError as error:
-        raise UserError(f"run.storage {starting_with(run.storage, str(error))}") from None
+        raise UserError(f"run.storage {with_prefix(run.storage, str(error))}") from None
     if folder.resumed and not there:
         raise UserError(f"{resume_key} {name}: there is no run of that name in {root}; look at run.storage")
     if not folder.resumed and there:

@@ -1,4 +1,4 @@
-"""Runs `jobs/sweep.py` as a user does, and reads what it leaves behind."""
+"""Runs `jobs/sweep.py` as a user does, and reads its files."""
 
 import json
 import time
@@ -18,13 +18,13 @@ FREE_S = 20
 
 
 def sweep(storage: Path, *arguments: str, config: Path | None = TINY, env: dict[str, str] | None = None) -> Job:
-    """A sweep called `sweep` under ``storage``, or, without ``config``, one that is resumed."""
+    """A sweep called `sweep` under ``storage``; without ``config`` it is resumed."""
     name = "--run.name=sweep" if config else "--sweep.resume=sweep"
     return Job(storage, name, *arguments, config=config, env=env, job="jobs/sweep.py")
 
 
 def trials(folder: Path) -> list[dict[str, Any]]:
-    """The trials in the ledger of a sweep; none where there is none yet."""
+    """Trials in the ledger of a sweep; empty if there is no ledger yet."""
     path = folder / "sweep.json"
     found: list[dict[str, Any]] = json.loads(path.read_text())["trials"] if path.exists() else []
     return found
@@ -36,7 +36,7 @@ def table(folder: Path) -> pd.DataFrame:
 
 
 def check_free(head: RayHead) -> ClusterState:
-    """Assert that within ``FREE_S`` every CPU of the cluster is free, and nothing of any trial lives on."""
+    """Assert that within ``FREE_S`` every CPU of the cluster is free, and no actor of a trial is left."""
     end = time.monotonic() + FREE_S
     while True:
         found = state(head)
@@ -50,5 +50,5 @@ def check_free(head: RayHead) -> ClusterState:
 OF_A_TRIAL = (
     "SweepTrial", "ResourceTrainable", "TrialRunner", "RunCoordinator", "BankActor", "BankCoordinator",
     "TrainController", "RayTrainWorker",
-    "SplitCoordinator", "PlacementGroupCleaner", "SynchronizationActor", "Watch",
+    "SplitCoordinator", "PlacementGroupCleaner", "SynchronizationActor", "SweepMonitor",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Collectives on two and three ranks against the same sums in one process."""
+"""Collectives on two and three ranks, compared with the same sums in one process."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def rows_of(rank: int, count: int) -> Tensor:
 
 
 def loss_of(own_nD: Tensor, everyone_ND: Tensor) -> Tensor:
-    """Something in which every own row meets every row."""
+    """A loss that combines every own row with every row."""
     return (own_nD @ everyone_ND.T).sin().sum()
 
 
@@ -58,7 +58,7 @@ def speak_to_each_other() -> tuple[list[list[int]], object, list[float], list[fl
     heard = distributed.broadcast_object({"from": rank} if rank == 0 else None)
     own = torch.tensor([float(rank + 1)], requires_grad=True)
     total = distributed.all_reduce(own)
-    assert float(own) == rank + 1  # the argument stays as it is
+    assert float(own) == rank + 1  # not in place
     assert not total.requires_grad
     smallest = distributed.all_reduce(own, dist.ReduceOp.MIN)
     word = distributed.broadcast(torch.tensor([float(rank + 7)]))

@@ -1,4 +1,4 @@
-"""What is told of an error that Ray has wrapped."""
+"""The message of an error that Ray has wrapped."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from cmcgns.errors import UserError, cause
 from cmcgns.storage.errors import MissingFileError
 
 
-def test_an_error_of_our_own_is_told_by_its_first_line() -> None:
+def test_our_own_error_gives_its_first_line() -> None:
     assert cause(MissingFileError("x does not exist\nand a hint")) == "x does not exist"
     assert cause(RuntimeError("first\nlast")) == "last"
 
 
 @pytest.mark.ray
-def test_what_a_data_task_raised_is_told_as_it_was_said(local_ray: None) -> None:
+def test_an_error_of_a_data_task_keeps_its_message(local_ray: None) -> None:
     import ray.data
 
     def fail(rows: dict[str, object]) -> dict[str, object]:

@@ -1,107 +1,169 @@
-"""The coordinator: one small actor through which workers, data tasks, clustering actors and the driver tell each other things."""
+"""Coordinator of a run: one small actor that passes messages between workers, data tasks, clustering actors and the driver."""
 
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import ray
 
 from cmcgns.bad_rows import too_many_bad
+from cmcgns.cluster.placement import this_node
 from cmcgns.errors import UserError
 
 
-class RunCoordinator:
-    """Bad rows, the last metrics, log lines and the wish to stop. Lives on the driver's node, takes no CPU."""
+class BadRows:
+    """The reason of each unusable study by its source, and how many of ``studies`` may be unusable."""
 
-    def __init__(self, studies: int, max_bad_fraction: float, known_bad: dict[str, str]) -> None:
-        self.studies = studies
-        self.max_bad_fraction = max_bad_fraction
-        self.bad = dict(known_bad)
-        self.row: dict[str, Any] = {}
-        self.lines: list[tuple[int, str]] = []
-        self.stop = False
-        self.failed: str | None = None
+    def __init__(self, studies: int, max_fraction: float, known: dict[str, str]) -> None:
+        self.studies, self.max_fraction = studies, max_fraction
+        self.reasons = dict(known)
+
+    def add(self, rows: Iterable[dict[str, str]]) -> str | None:
+        """Record each study once. Returns an error message if there are too many."""
+        self.reasons |= {row["source"]: row["reason"] for row in rows}
+        return too_many_bad(len(self.reasons), self.studies, self.max_fraction, self.reasons.values())
+
+
+class MetricRows:
+    """The latest row of metrics, and the validations that the driver has not fetched."""
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Any] = {}
+        self._validations: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Record a row."""
+        self.latest = row
+        if row.get("split") == "val":
+            self._validations.append(row)
+
+    def fetch_validations(self) -> list[dict[str, Any]]:
+        """Validations since the last call."""
+        validations, self._validations = self._validations, []
+        return validations
+
+
+class LogLines:
+    """Level and text of the log lines that the driver has not fetched."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[int, str]] = []
+
+    def add(self, level: int, line: str) -> None:
+        """Record a line."""
+        self._lines.append((level, line))
+
+    def fetch(self) -> list[tuple[int, str]]:
+        """Lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+class RunEnd:
+    """Why and how the run ends: a stop request, the first failure, rank 0's outcome."""
+
+    def __init__(self) -> None:
+        self.stop_requested = False
+        self.failure: str | None = None
         self.outcome: dict[str, Any] | None = None
-        self.parts: dict[int, Any] = {}
-        self.validations: list[dict[str, Any]] = []
-        self.marks: dict[str, float] = {}
-        self.group: Any = None
-
-    def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
-        """Remember each unusable study once; too many of them end the run."""
-        self.bad |= {row["source"]: row["reason"] for row in rows}
-        complaint = too_many_bad(len(self.bad), self.studies, self.max_bad_fraction, self.bad.values())
-        if complaint is not None:
-            self.fail(complaint)
-            raise UserError(complaint)
 
     def fail(self, reason: str) -> None:
-        """Say why the run cannot go on; restarting would not help."""
-        self.failed = self.failed or reason
+        """Record a failure that a retry would not fix; the first one counts."""
+        self.failure = self.failure or reason
+
+
+class WorkerGroup:
+    """One object for each rank, the placement group of the workers, and the time at which they last reached each event."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, Any] = {}
+        self.placement_group: Any = None
+        self.event_times: dict[str, float] = {}
+
+
+class RunCoordinator:
+    """The actor: every method is one message. Runs on the driver's node and reserves no CPU."""
+
+    def __init__(self, studies: int, max_bad_fraction: float, known_bad: dict[str, str]) -> None:
+        self.bad_rows = BadRows(studies, max_bad_fraction, known_bad)
+        self.metrics, self.lines, self.end, self.workers = MetricRows(), LogLines(), RunEnd(), WorkerGroup()
+
+    def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
+        """Record unusable studies; too many of them end the run."""
+        error = self.bad_rows.add(rows)
+        if error is not None:
+            self.end.fail(error)
+            raise UserError(error)
+
+    def fail(self, reason: str) -> None:
+        """Record a failure that a retry would not fix."""
+        self.end.fail(reason)
 
     def failure(self) -> str | None:
-        """What ``fail`` was told first."""
-        return self.failed
+        """The first failure."""
+        return self.end.failure
 
     def update(self, row: dict[str, Any]) -> None:
-        """Remember the latest row of metrics, and each validation until it is asked for."""
-        self.row = row
-        if row.get("split") == "val":
-            self.validations.append(row)
-
-    def mark(self, moment: str) -> None:
-        """Remember when the run came to ``moment`` last."""
-        self.marks[moment] = time.time()
-
-    def hold(self, group: Any) -> None:
-        """Remember the placement group that the workers hold."""
-        self.group = group
+        """Record a row of metrics."""
+        self.metrics.add(row)
 
     def log(self, level: int, line: str) -> None:
-        """Keep a line for the driver's terminal."""
-        self.lines.append((level, line))
+        """Record a line for the driver's terminal."""
+        self.lines.add(level, line)
 
     def request_stop(self) -> None:
         """Ask the ranks to save and stop after their current step."""
-        self.stop = True
+        self.end.stop_requested = True
 
     def stop_requested(self) -> bool:
-        """True once the driver has asked."""
-        return self.stop
+        """Whether a stop was requested."""
+        return self.end.stop_requested
 
     def hand_out(self, parts: list[Any]) -> None:
-        """Keep one thing for each rank until it takes it."""
-        self.parts = dict(enumerate(parts))
+        """Store one object for each rank, by rank."""
+        self.workers.parts = dict(enumerate(parts))
 
     def take(self, rank: int) -> Any:
-        """What was handed out for ``rank``."""
-        return self.parts.pop(rank)
+        """Remove and return the object of ``rank``."""
+        return self.workers.parts.pop(rank)
+
+    def hold(self, group: Any) -> None:
+        """Record the placement group of the workers."""
+        self.workers.placement_group = group
+
+    def mark(self, moment: str) -> None:
+        """Record the current time as that of ``moment``."""
+        self.workers.event_times[moment] = time.time()
 
     def finish(self, outcome: dict[str, Any]) -> None:
-        """Rank 0's account of a run that has come to its end, or was stopped."""
-        self.outcome = outcome
+        """Record rank 0's outcome of a run that finished or was stopped."""
+        self.end.outcome = outcome
 
     def news(self) -> dict[str, Any]:
-        """The latest row, the moments that were marked, the workers' placement group, and the log lines and validations since
-        the last call."""
-        lines, validations = self.lines, self.validations
-        self.lines, self.validations = [], []
-        return {"row": self.row, "lines": lines, "validations": validations, "marks": self.marks, "group": self.group}
+        """Latest metrics, event times and placement group, and the log lines and validations since the last call."""
+        return {
+            "row": self.metrics.latest,
+            "lines": self.lines.fetch(),
+            "validations": self.metrics.fetch_validations(),
+            "marks": self.workers.event_times,
+            "group": self.workers.placement_group,
+        }
 
     def account(self) -> dict[str, Any]:
-        """Outcome, failure, bad rows, the last row of metrics, and the moments that were marked."""
+        """Outcome, failure, bad rows, latest metrics and event times."""
         return {
-            "outcome": self.outcome,
-            "failure": self.failed,
-            "bad_rows": dict(self.bad),
-            "row": self.row,
-            "marks": self.marks,
+            "outcome": self.end.outcome,
+            "failure": self.end.failure,
+            "bad_rows": dict(self.bad_rows.reasons),
+            "row": self.metrics.latest,
+            "marks": self.workers.event_times,
         }
 
 
 class CoordinatorHandler(logging.Handler):
-    """Sends this package's log lines to the coordinator, which shows them on the driver's terminal."""
+    """Sends log lines to the coordinator, for the driver's terminal."""
 
     def __init__(self, coordinator: Any) -> None:
         super().__init__(logging.INFO)
@@ -113,7 +175,7 @@ class CoordinatorHandler(logging.Handler):
 
 
 def log_to_coordinator(coordinator: Any) -> None:
-    """Route log lines of ``cmcgns`` in this process to ``coordinator``."""
+    """Send the log lines of ``cmcgns`` in this process to ``coordinator`` only."""
     logger = logging.getLogger("cmcgns")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -121,7 +183,6 @@ def log_to_coordinator(coordinator: Any) -> None:
 
 
 def start_coordinator(studies: int, max_bad_fraction: float, known_bad: dict[str, str]) -> Any:
-    """The coordinator's handle; ``known_bad`` are reasons by study, ``studies`` counts them too."""
-    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    make = ray.remote(RunCoordinator).options(num_cpus=0, label_selector=here)
+    """Handle of a new coordinator. ``known_bad`` has reasons by source; ``studies`` includes those."""
+    make = ray.remote(RunCoordinator).options(num_cpus=0, label_selector=this_node())
     return make.remote(studies, max_bad_fraction, known_bad)

@@ -1,4 +1,4 @@
-"""What the doctor looks at on one machine: versions, GPUs, FAISS, DeepSpeed, memory, disk, names and storage."""
+"""Checks of one machine: versions, GPUs, FAISS, DeepSpeed, memory, disk, host name and storage."""
 
 import hashlib
 import os
@@ -21,6 +21,7 @@ from rich.markup import escape
 import cmcgns
 from cmcgns import storage
 from cmcgns.errors import UserError, first_line
+from cmcgns.faiss_install import check_faiss, is_installed
 from cmcgns.storage.errors import RETRY_LIMIT_VARIABLE
 
 Level = Literal["ok", "warning", "failed"]
@@ -28,39 +29,37 @@ COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
-class Line:
-    """One thing that was looked at."""
+class CheckResult:
+    """Result of one check."""
 
     level: Level
     subject: str
-    """What was looked at: versions, all-reduce, ..."""
+    """What was checked: versions, all-reduce, ..."""
     where: str
     """A node, two nodes, or 'cluster'."""
-    found: str
-    way_out: str = ""
-    """What to do, where it is not ok."""
+    detail: str
+    fix: str = ""
+    """What the user should do if the level is not ok."""
 
     def __str__(self) -> str:
-        return f"{self.level:7}  {self.subject:14}  {self.where}: {self.found}" + (
-            f". {self.way_out}" if self.way_out else ""
-        )
+        return f"{self.level:7}  {self.subject:14}  {self.where}: {self.detail}" + (f". {self.fix}" if self.fix else "")
 
 
-def show(console: Console, line: Line) -> None:
-    """Print one line."""
+def print_result(console: Console, line: CheckResult) -> None:
+    """Print one result as a line."""
     level = f"{line.level:7}"
     text = escape(str(line)[len(level) :])
     console.print(f"[{COLOURS[line.level]}]{level}[/{COLOURS[line.level]}]{text}", highlight=False)
 
 
-def show_sum(console: Console, lines: Sequence[Line]) -> None:
-    """Print how many there were of each level."""
+def print_summary(console: Console, lines: Sequence[CheckResult]) -> None:
+    """Print the number of results at each level."""
     counts = [f"{sum(line.level == level for line in lines)} {level}" for level in COLOURS]
     console.print(", ".join(counts), highlight=False)
 
 
-def has_failed(lines: Sequence[Line]) -> bool:
-    """Whether a run would be lost."""
+def any_failed(lines: Sequence[CheckResult]) -> bool:
+    """Whether a run would fail."""
     return any(line.level == "failed" for line in lines)
 
 
@@ -68,16 +67,16 @@ PACKAGES = (
     "ray", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic", "boto3",
     "pydicom", "opencv-python-headless",
 )  # fmt: skip
-"""What must be equal on all nodes: actors and batches travel between them as these packages write them."""
+"""Versions of these must be equal on all nodes: actors and batches are pickled on one node and unpickled on another."""
 GIB = 2**30
-LEAST_DISK_GIB, GOOD_DISK_GIB = 2, 20
-"""Free space for Ray's spilled objects, logs and checkpoints on their way."""
-LEAST_SHM_GIB = 1
+MIN_DISK_GIB, GOOD_DISK_GIB = 2, 20
+"""Free space for Ray's spilled objects, logs, and checkpoints before their upload."""
+MIN_SHM_GIB = 1
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the run that is to come wants of a machine."""
+class Requirements:
+    """What the planned run needs on a machine."""
 
     use_gpu: bool
     deepspeed: bool
@@ -85,179 +84,177 @@ class Asked:
 
 
 def versions() -> dict[str, str]:
-    """Version of each of ``PACKAGES`` that is installed here, of Python, and a hash of this package's own sources."""
+    """Installed versions of Python and ``PACKAGES``, and a hash of this package's sources."""
     found = {"python": platform.python_version(), "cmcgns": source_hash()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            # CPU and CUDA builds of one version go together
+            # a CPU and a CUDA build of one version are compatible
             found[name] = metadata.version(name).partition("+")[0]
     return found
 
 
 def source_hash() -> str:
-    """A hash of every source file of this package, twelve hex digits: two checkouts of one version may differ."""
+    """Hash of all source files of this package, twelve hex digits: two checkouts of one version may differ."""
     root, digest = Path(cmcgns.__file__).parent, hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def examine(name: str, asked: Asked, gpus: int | None = None) -> list[Line]:
-    """All lines of this machine, which is called ``name``; ``gpus``: how many Ray counts on it, None without a Ray."""
-    lines = [*gpu_lines(name, asked, gpus), *faiss_lines(name, asked), *memory_lines(name), *disk_lines(name)]
-    if asked.deepspeed:
-        lines += deepspeed_lines(name, asked)
-    # alone, a machine speaks to itself under any name
-    return lines if gpus is None else [*lines, *name_lines(name)]
+def check_machine(name: str, required: Requirements, gpus: int | None = None) -> list[CheckResult]:
+    """All results of the machine ``name``. ``gpus`` is how many GPUs Ray counts on it; None without Ray."""
+    lines = [*gpu_checks(name, required, gpus), *faiss_checks(name, required), *memory_checks(name), *disk_checks(name)]
+    if required.deepspeed:
+        lines += deepspeed_checks(name, required)
+    # a single machine reaches itself by any name
+    return lines if gpus is None else [*lines, *host_name_checks(name)]
 
 
-def gpu_lines(name: str, asked: Asked, gpus: int | None) -> Iterator[Line]:
-    """GPUs that torch sees, beside those that Ray counts and the run asks for."""
+def gpu_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[CheckResult]:
+    """GPUs that torch sees, compared with those that Ray counts and the run needs."""
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus is not None and seen < gpus:
-        yield Line(
+        yield CheckResult(
             "failed", "GPU", name, f"torch {torch.__version__} sees {seen} GPUs, Ray counts {gpus}",
-            "Install the driver and a CUDA build of torch that goes with it, or start Ray with --num-gpus=0",
+            "Install the driver and a matching CUDA build of torch, or start Ray with --num-gpus=0",
         )  # fmt: skip
     elif seen:
         names = {torch.cuda.get_device_name(i) for i in range(seen)}
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(seen)) / GIB
         bf16 = "" if torch.cuda.is_bf16_supported() else ", no bf16"
-        yield Line("ok", "GPU", name, f"{seen} x {', '.join(sorted(names))}, {memory:.0f} GiB{bf16}")
-    elif asked.use_gpu and gpus is None:
-        yield Line("failed", "GPU", name, "torch sees none, and train.use_gpu asks for them", "Leave train.use_gpu out")
+        yield CheckResult("ok", "GPU", name, f"{seen} x {', '.join(sorted(names))}, {memory:.0f} GiB{bf16}")
+    elif required.use_gpu and gpus is None:
+        yield CheckResult(
+            "failed", "GPU", name, "torch sees none, and train.use_gpu needs them", "Leave train.use_gpu out"
+        )
     else:
-        yield Line("ok", "GPU", name, "none here" if asked.use_gpu else "none here, none asked for")
+        yield CheckResult("ok", "GPU", name, "no GPU" if required.use_gpu else "no GPU, none needed")
 
 
-def faiss_lines(name: str, asked: Asked) -> Iterator[Line]:
-    """One FAISS, with GPUs where the clustering is to run on them."""
-    from cmcgns.faiss_install import check_faiss
-
+def faiss_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
+    """Whether exactly one FAISS package is installed, the GPU build if clustering runs on GPUs."""
     try:
-        check_faiss("gpu" if asked.faiss_gpu else "cpu")
+        check_faiss("gpu" if required.faiss_gpu else "cpu")
     except UserError as error:
-        yield Line("failed", "FAISS", name, first_line(error))
+        yield CheckResult("failed", "FAISS", name, first_line(error))
         return
-    yield Line("ok", "FAISS", name, "GPU build" if _has("faiss-gpu") else "CPU build")
+    yield CheckResult("ok", "FAISS", name, "GPU build" if is_installed("faiss-gpu") else "CPU build")
 
 
-def _has(package: str) -> bool:
-    with suppress(metadata.PackageNotFoundError):
-        return bool(metadata.version(package))
-    return False
-
-
-def deepspeed_lines(name: str, asked: Asked) -> Iterator[Line]:
-    """Whether DeepSpeed's communication op is compiled here, or can be."""
-    if asked.use_gpu:
-        return  # its collectives on GPUs are NCCL's, and the optimizer is torch's
-    # the folder that ``train.engine`` sets, found without the seconds that importing DeepSpeed takes
+def deepspeed_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
+    """Whether DeepSpeed's CPU communication op is compiled, or can be."""
+    if required.use_gpu:
+        return  # on GPUs it uses NCCL, and the optimizer is torch's
+    # same folder as in ``train.engine``; importing DeepSpeed to ask would take seconds
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
     if list(folder.rglob("deepspeed_shm_comm*.so")):
-        yield Line("ok", "DeepSpeed", name, f"its op for CPUs is compiled in {folder}")
+        yield CheckResult("ok", "DeepSpeed", name, f"its CPU op is compiled in {folder}")
         return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
     if missing:
-        yield Line(
-            "failed", "DeepSpeed", name, f"its op for CPUs is not compiled, and {' and '.join(missing)} is missing",
+        yield CheckResult(
+            "failed", "DeepSpeed", name, f"its CPU op is not compiled, and {' and '.join(missing)} is missing",
             "Install it (apt install g++, pip install ninja), or train with train.engine=torch",
         )  # fmt: skip
     else:
-        yield Line(
-            "warning", "DeepSpeed", name, "its op for CPUs is not compiled; the first run does that for minutes",
+        yield CheckResult(
+            "warning", "DeepSpeed", name, "its CPU op is not compiled; the first run takes minutes to compile it",
             "python -m cmcgns.train.build_ops",
         )  # fmt: skip
 
 
-def memory_lines(name: str) -> Iterator[Line]:
-    """Shared memory, where Ray's object store lies."""
+def memory_checks(name: str) -> Iterator[CheckResult]:
+    """Free shared memory, for Ray's object store."""
     path = Path("/dev/shm")
     if not path.is_dir():
-        yield Line("warning", "shared memory", name, "there is no /dev/shm; Ray's object store lies on disk")
+        yield CheckResult("warning", "shared memory", name, "there is no /dev/shm; Ray's object store uses the disk")
         return
     usage = shutil.disk_usage(path)
     free = usage.free / GIB
-    if free < LEAST_SHM_GIB:
-        yield Line(
+    if free < MIN_SHM_GIB:
+        yield CheckResult(
             "failed", "shared memory", name, f"{free:.1f} of {usage.total / GIB:.1f} GiB of /dev/shm are free",
-            "Give the container more (docker --shm-size, an emptyDir of medium Memory)",
+            "Give the container more (docker --shm-size, an emptyDir with medium: Memory)",
         )  # fmt: skip
     else:
-        yield Line("ok", "shared memory", name, f"{free:.1f} of {usage.total / GIB:.1f} GiB of /dev/shm are free")
+        yield CheckResult(
+            "ok", "shared memory", name, f"{free:.1f} of {usage.total / GIB:.1f} GiB of /dev/shm are free"
+        )
 
 
-def disk_lines(name: str) -> Iterator[Line]:
-    """Free space where Ray spills objects and writes its logs."""
+def disk_checks(name: str) -> Iterator[CheckResult]:
+    """Free space where Ray spills objects and writes logs."""
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free in {folder}"
-    if free < LEAST_DISK_GIB:
-        yield Line("failed", "disk", name, found, "Ray refuses to spill on a full disk: free some")
+    if free < MIN_DISK_GIB:
+        yield CheckResult("failed", "disk", name, found, "Free some: Ray does not spill to a full disk")
     elif free < GOOD_DISK_GIB:
-        yield Line("warning", "disk", name, found, f"Long runs spill and log there: {GOOD_DISK_GIB} GiB are better")
+        yield CheckResult(
+            "warning", "disk", name, found, f"Long runs spill and log there: have {GOOD_DISK_GIB} GiB free"
+        )
     else:
-        yield Line("ok", "disk", name, found)
+        yield CheckResult("ok", "disk", name, found)
 
 
-def name_lines(name: str) -> Iterator[Line]:
-    """Whether this machine's own name leads to an address that others can reach: gloo listens where it leads."""
+def host_name_checks(name: str) -> Iterator[CheckResult]:
+    """Whether this machine's host name resolves to an address that other machines reach: gloo listens on it."""
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        yield Line(
-            "failed", "host name", name, "its own name has no address; gloo cannot listen",
-            "Add it to /etc/hosts with the address of its network card, or set GLOO_SOCKET_IFNAME",
+        yield CheckResult(
+            "failed", "host name", name, "the host name has no address; gloo cannot listen",
+            "Add it to /etc/hosts with the address of the network card, or set GLOO_SOCKET_IFNAME",
         )  # fmt: skip
         return
     if address.startswith("127.") and not os.environ.get("GLOO_SOCKET_IFNAME"):
-        yield Line(
-            "warning", "host name", name, f"its own name leads to {address}, which no other machine reaches",
-            "In /etc/hosts give it the address of its network card, or set GLOO_SOCKET_IFNAME",
+        yield CheckResult(
+            "warning", "host name", name, f"the host name resolves to {address}, which no other machine reaches",
+            "In /etc/hosts give it the address of the network card, or set GLOO_SOCKET_IFNAME",
         )  # fmt: skip
     else:
-        yield Line("ok", "host name", name, f"leads to {address}")
+        yield CheckResult("ok", "host name", name, f"resolves to {address}")
 
 
 PROBE = ".doctor-"
-"""What the names of our own files in run.storage begin with."""
+"""Prefix of the names of our probe files in run.storage."""
 
 
 @dataclass(frozen=True)
-class Reached:
-    """What came of one look at a folder or bucket: its speed, or why there is none."""
+class StorageAccess:
+    """Result of accessing a folder or bucket: speeds, or an error."""
 
     error: str = ""
     read_mib_s: float | None = None
     write_mib_s: float | None = None
     sees_driver: bool = True
-    """Whether the file that the driver left is there."""
+    """Whether the driver's marker file is visible."""
 
 
-def look_at_data(uri: str) -> Reached:
-    """Whether something lies at ``uri``."""
-    _impatient()
+def check_data(uri: str) -> StorageAccess:
+    """Whether there is something at ``uri``."""
+    _retry_briefly()
     try:
-        return Reached() if storage.exists(uri) else Reached(error="nothing lies there")
+        return StorageAccess() if storage.exists(uri) else StorageAccess(error="nothing is there")
     except (UserError, OSError) as error:
-        return Reached(error=first_line(error))
+        return StorageAccess(error=first_line(error))
 
 
-def look_whether_reached(uri: str) -> Reached:
-    """Whether ``uri`` can be asked for, be something there or not; as patient with a busy bucket as the job itself."""
+def check_reach(uri: str) -> StorageAccess:
+    """Whether ``uri`` answers, with or without a file there. Retries a busy bucket for as long as the job does."""
     try:
         storage.exists(uri)
     except (UserError, OSError) as error:
-        return Reached(error=first_line(error))
-    return Reached()
+        return StorageAccess(error=first_line(error))
+    return StorageAccess()
 
 
-def look_at_storage(uri: str, mark: str, mebibytes: int) -> Reached:
-    """Speed of writing and reading a file in the folder ``uri``, in which the driver left the file ``mark``."""
-    _impatient()
+def check_storage(uri: str, mark: str, mebibytes: int) -> StorageAccess:
+    """Write and read speed in the folder ``uri``, in which the driver created the file ``mark``."""
+    _retry_briefly()
     probe = storage.join(uri, f"{mark}-{os.getpid()}-{time.time_ns()}")
     data = os.urandom(2**20) * mebibytes
     try:
@@ -268,14 +265,14 @@ def look_at_storage(uri: str, mark: str, mebibytes: int) -> Reached:
         whole = storage.read_bytes(probe) == data
         read = time.perf_counter()
     except (UserError, OSError) as error:
-        return Reached(error=first_line(error))
+        return StorageAccess(error=first_line(error))
     finally:
         with suppress(UserError, OSError):
             storage.delete_file(probe)
-    fault = "" if whole else "what was read is not what was written"
-    return Reached(fault, mebibytes / (read - written), mebibytes / (written - began), sees_driver)
+    fault = "" if whole else "the data read differ from the data written"
+    return StorageAccess(fault, mebibytes / (read - written), mebibytes / (written - began), sees_driver)
 
 
-def _impatient() -> None:
-    """The doctor asks once: a bucket that answers only after minutes has failed."""
+def _retry_briefly() -> None:
+    """Fail a bucket that answers only after minutes."""
     os.environ[RETRY_LIMIT_VARIABLE] = "5"

@@ -1,5 +1,5 @@
-"""What goes on which nodes: workers packed, the clustering pool off GPU nodes first, data tasks on nodes labelled for them;
-and what a cluster has to bring before a run can begin."""
+"""Placement on the nodes of a cluster: workers packed, the clustering pool on CPU nodes first, data tasks on labelled nodes; and
+waiting for an autoscaler to add nodes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,28 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cmcgns.cluster import ray_private
 from cmcgns.config import Config
 from cmcgns.errors import UserError
 
 ROLE, DATA = "cmcgns.io/role", "data"
-"""Label of nodes that are there for data tasks and clustering: `ray start --labels cmcgns.io/role=data`."""
-AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
-"""What an autoscaler leaves in the head's store, be it `ray up`'s or KubeRay's; there is no public way to ask for one."""
-OWN_MACHINES = "local.cluster.node"
-"""Node group of `ray up` with machines that are there already: it can bring no others."""
-SOON_S = 3.0
-"""Room that is there already is given within this; a longer wait is told."""
-MACHINES_S = 1800.0
-"""How long a machine may take: a spot request, its start, its image, what is installed on it."""
+"""Label of nodes for data tasks and clustering only: `ray start --labels cmcgns.io/role=data`."""
+ON_PREM_GROUP = "local.cluster.node"
+"""Node group that `ray up` gives to existing machines, of which it cannot start more."""
+FREE_NOW_S = 3.0
+"""Free resources are reserved within this time; a longer wait is logged."""
+NODE_START_S = 1800.0
+"""Longest time for an autoscaler to add a node: spot request, boot, image, installation."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """A living node of the cluster."""
+class Node:
+    """A node of the cluster that is alive."""
 
     id: str
     name: str
@@ -41,75 +39,79 @@ class Machine:
         return self.labels.get(ROLE) == DATA and self.cpus > 0
 
     @property
-    def from_a_launcher(self) -> bool:
-        """Whether something made it that may make more: `ray up` in a cloud, KubeRay."""
-        return self.labels.get("ray.io/node-group", OWN_MACHINES) != OWN_MACHINES
+    def is_launched(self) -> bool:
+        """Whether a launcher that can add nodes started it: `ray up` in a cloud, KubeRay."""
+        return self.labels.get("ray.io/node-group", ON_PREM_GROUP) != ON_PREM_GROUP
 
 
-def machines() -> list[Machine]:
-    """The cluster's living nodes, ordered by name."""
-    found = (_machine(node) for node in ray.nodes() if node["Alive"])
-    return sorted(found, key=lambda machine: (machine.name, machine.id))
+def list_nodes() -> list[Node]:
+    """The cluster's nodes that are alive, ordered by name."""
+    return sorted((_node(node) for node in ray.nodes() if node["Alive"]), key=lambda node: (node.name, node.id))
 
 
-def _machine(node: dict[str, Any]) -> Machine:
+def _node(node: dict[str, Any]) -> Node:
     cpus, gpus = (float(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-    return Machine(node["NodeID"], node["NodeManagerHostname"], cpus, gpus, dict(node.get("Labels") or {}))
+    return Node(node["NodeID"], node["NodeManagerHostname"], cpus, gpus, dict(node.get("Labels") or {}))
 
 
-def may_grow(nodes: Sequence[Machine]) -> bool:
-    """Whether an autoscaler may bring more than ``nodes``; to what limit Ray says nowhere."""
-    # a launcher's label alone does not say so: KubeRay puts it on clusters of a fixed size too
-    return any(node.from_a_launcher for node in nodes) and _internal_kv_get(AUTOSCALER_KEY) is not None
+def can_scale_up(nodes: Sequence[Node]) -> bool:
+    """Whether an autoscaler may add nodes; Ray does not report its limit."""
+    # the label is not enough: KubeRay also sets it on clusters of a fixed size
+    return any(node.is_launched for node in nodes) and ray_private.has_autoscaler()
 
 
-def held_bundles(config: Config) -> list[dict[str, float]]:
-    """What a run's workers and clustering actors hold, one by one."""
+def this_node() -> dict[str, str]:
+    """Label selector of the node that this process runs on."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+
+
+def run_bundles(config: Config) -> list[dict[str, float]]:
+    """Resources of each of a run's workers and clustering actors."""
     train, pool = config.train, config.clustering
     workers = bundles(train.num_workers, train.cpus_per_worker, train.use_gpu)
     return [*workers, *bundles(config.pool_actors, pool.cpus_per_actor, pool.gpus_per_actor)]
 
 
 def bundles(count: int, cpus: float, gpus: float) -> list[dict[str, float]]:
-    """What ``count`` workers or actors of so much hold, one by one, by Ray's names."""
+    """Resources of each of ``count`` equal workers or actors, by Ray's names."""
     return [{"CPU": cpus, "GPU": float(gpus)}] * count
 
 
-def wait_for_room(
-    needed: Sequence[dict[str, float]], say: Callable[[str], None], patience_s: float = MACHINES_S
+def wait_for_resources(
+    needed: Sequence[dict[str, float]], log: Callable[[str], None], timeout_s: float = NODE_START_S
 ) -> None:
-    """Return once ``needed`` bundles have room at the same time, on machines that an autoscaler brings where they are missing.
+    """Wait until all ``needed`` bundles fit at the same time; an autoscaler adds the nodes. ``log`` gets a line if it takes long.
 
-    On a cluster without an autoscaler, at once: whoever plans on it refuses what does not fit. ``say`` is told of a wait.
+    Without an autoscaler this returns at once: the caller refuses what does not fit.
 
     Raises:
-        UserError: the room did not come within ``patience_s``.
+        UserError: they do not fit within ``timeout_s``.
     """
-    asked = [{name: amount for name, amount in bundle.items() if amount} for bundle in needed]
-    asked = [bundle for bundle in asked if bundle]
-    if not asked or not may_grow(machines()):
+    request = [{name: amount for name, amount in bundle.items() if amount} for bundle in needed]
+    request = [bundle for bundle in request if bundle]
+    if not request or not can_scale_up(list_nodes()):
         return
-    # as a group that is given back when it stands: a demand for a number of machines would outlive this job
-    group = placement_group(asked, strategy="PACK")
+    # a placement group, removed when it is ready: the SDK's request_resources would outlive this job
+    group = placement_group(request, strategy="PACK")
     try:
-        if group.wait(SOON_S):
+        if group.wait(FREE_NOW_S):
             return
-        say(f"waiting for its autoscaler: {needs(asked)}")
-        end = time.monotonic() + patience_s
-        while not group.wait(1):  # in short waits: a longer one would keep Ctrl-C waiting
+        log(f"waiting for its autoscaler: {describe_request(request)}")
+        end = time.monotonic() + timeout_s
+        while not group.wait(1):  # short waits: Ctrl-C has to wait for a longer one
             if time.monotonic() > end:
                 raise UserError(
-                    f"no room came within {patience_s / 60:.2g} minutes: {needs(asked)}. `ray status` says who holds it and what "
-                    "the autoscaler waits for; see the most machines that the cluster may have, and quotas"
+                    f"not enough resources within {timeout_s / 60:.2g} minutes: {describe_request(request)}. `ray status` shows "
+                    "who uses them and what the autoscaler waits for; check the cluster's largest size and your quotas"
                 )
     finally:
         remove_placement_group(group)
 
 
-def needs(needed: Sequence[dict[str, float]]) -> str:
-    """What a job asks for, beside what the cluster has and what of it is free, in words."""
-    there, free = ray.cluster_resources(), ray.available_resources()
-    return f"the job needs {_amount(needed)}; the cluster has {_amount([there])}, of which {_amount([free])} are free"
+def describe_request(needed: Sequence[dict[str, float]]) -> str:
+    """What a job needs, what the cluster has and how much of it is free, as text."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return f"the job needs {_amount(needed)}; the cluster has {_amount([total])}, of which {_amount([free])} are free"
 
 
 def _amount(amounts: Sequence[dict[str, float]]) -> str:
@@ -117,20 +119,20 @@ def _amount(amounts: Sequence[dict[str, float]]) -> str:
     return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
-def data_machines(nodes: Sequence[Machine]) -> list[Machine]:
-    """Those labelled for data; none where data may go anywhere."""
+def data_nodes(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes labelled for data; if there are none, data tasks run anywhere."""
     return [node for node in nodes if node.for_data]
 
 
-def data_label(nodes: Sequence[Machine]) -> dict[str, str] | None:
-    """The label that data tasks ask for; None where no living node has it, and they may go anywhere."""
-    return {ROLE: DATA} if data_machines(nodes) else None
+def data_label(nodes: Sequence[Node]) -> dict[str, str] | None:
+    """Label selector of data tasks; None if no node has the label."""
+    return {ROLE: DATA} if data_nodes(nodes) else None
 
 
 def data_resources() -> dict[str, float]:
-    """Resources of all nodes where data tasks may go, by Ray's names."""
+    """Total resources of the nodes that data tasks may use, by Ray's names."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    labelled = [node for node in alive if _machine(node).for_data]
+    labelled = [node for node in alive if _node(node).for_data]
     total: dict[str, float] = {}
     for node in labelled or alive:
         for name, amount in node["Resources"].items():
@@ -138,24 +140,24 @@ def data_resources() -> dict[str, float]:
     return total
 
 
-def pool_machines(nodes: Sequence[Machine], cpus: float) -> list[Machine]:
-    """Where the pool's actors of ``cpus`` each go first: nodes labelled for data, else those without GPUs; none where all are
-    alike."""
+def pool_nodes(nodes: Sequence[Node], cpus: float) -> list[Node]:
+    """Preferred nodes of clustering actors of ``cpus`` each: those labelled for data, else those without GPUs. Empty if all
+    nodes are alike."""
     fit = [node for node in nodes if node.cpus >= cpus and node.cpus > 0]
-    labelled, plain = data_machines(fit), [node for node in fit if not node.gpus]
+    labelled, plain = data_nodes(fit), [node for node in fit if not node.gpus]
     return labelled or (plain if len(plain) < len(fit) else [])
 
 
-def pool_strategies(nodes: Sequence[Machine], actors: int, cpus: float) -> list[Any]:
-    """A scheduling strategy for each actor, in turn over the nodes where they go first; soft, so that they outlive their node."""
-    first = pool_machines(nodes, cpus)
+def pool_strategies(nodes: Sequence[Node], actors: int, cpus: float) -> list[Any]:
+    """Scheduling strategy of each actor, round robin over the preferred nodes; soft, so that it survives the loss of a node."""
+    first = pool_nodes(nodes, cpus)
     if not first:
         return ["DEFAULT"] * actors
     return [NodeAffinitySchedulingStrategy(first[i % len(first)].id, soft=True) for i in range(actors)]
 
 
-def describe_placement(config: Config, nodes: Sequence[Machine]) -> str:
-    """Which nodes there are and what goes where, in words."""
+def describe_placement(config: Config, nodes: Sequence[Node]) -> str:
+    """The nodes and what runs on them, as text."""
     kinds: dict[tuple[float, float, bool], int] = {}
     for node in nodes:
         kind = (node.cpus, node.gpus, node.for_data)
@@ -166,16 +168,16 @@ def describe_placement(config: Config, nodes: Sequence[Machine]) -> str:
     )
     if len(nodes) < 2:
         return there
-    pool = pool_machines(nodes, config.clustering.cpus_per_actor)
-    data = data_machines(nodes)
+    pool = pool_nodes(nodes, config.clustering.cpus_per_actor)
+    data = data_nodes(nodes)
     return (
-        f"{there}; workers on as {'few' if config.train.placement == 'pack' else 'many'} nodes as have room, clustering "
+        f"{there}; workers on as {'few' if config.train.placement == 'pack' else 'many'} nodes as possible, clustering "
         + (f"on {_names(pool)} first" if pool else "anywhere")
         + ", data tasks "
-        + (f"on {_names(data)} alone" if data else "anywhere")
+        + (f"on {_names(data)} only" if data else "anywhere")
     )
 
 
-def _names(nodes: Sequence[Machine]) -> str:
+def _names(nodes: Sequence[Node]) -> str:
     names = sorted({node.name for node in nodes})
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,6 +1,5 @@
-"""The Ray that a job runs on: the cluster that the environment names, or one of this machine alone."""
+"""Ray session of a job: connect to the cluster in RAY_ADDRESS, or start one on this machine."""
 
-import json
 import logging
 import os
 import socket
@@ -10,31 +9,33 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import AuthenticationError, RayError
 
 from cmcgns import storage
-from cmcgns.cluster import cluster_checks
-from cmcgns.cluster.placement import wait_for_room
+from cmcgns.cluster import cluster_checks, ray_private
+from cmcgns.cluster.placement import wait_for_resources
 from cmcgns.errors import UserError
 from cmcgns.storage.errors import RETRY_LIMIT_S, RETRY_LIMIT_VARIABLE
 from cmcgns.terminal import console, print_plan
 
 LOCAL_CLUSTER = {
-    # data tasks come in bursts: keep their processes, and what they have imported, between epochs
+    # data tasks come in bursts: keep their processes, with their imports, between epochs
     "idle_worker_killing_time_threshold_ms": 600_000,
     "num_workers_soft_limit": 16,
-    # by default what the stream has done with stays in the object store for up to a second
+    # by default blocks that the stream no longer needs stay in the object store for up to a second
     "free_objects_period_milliseconds": 100,
 }
-"""Settings of a Ray made for one run on this machine."""
+"""Settings of a Ray cluster started on this machine for one run."""
 ONE_CPU = {"CPU": 1.0}
-"""What every job needs at least, and a run beside its workers and actors: a CPU for data."""
-CONNECT_S = 10.0
+"""What every job needs, and a run needs in addition to its workers and actors: a CPU for data."""
+CONNECT_TIMEOUT_S = 10.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client of gRPC begins (RFC 9113, 3.4): the preface, and settings that change nothing."""
+"""First bytes of a gRPC client (RFC 9113, 3.4): the preface, and an empty settings frame."""
 SETTINGS_FRAME = 4
-SILENT = "no Ray cluster answers there. `ray status` on its head says whether it runs; its port must be open from here"
+NO_ANSWER = (
+    "no Ray cluster answers at this address. Check with `ray status` on its head that it runs, and that the port is open "
+    "from this machine"
+)
 
 
 @contextmanager
@@ -43,14 +44,14 @@ def ray_session(
     uris: Sequence[str] | None = None,
     needed: Sequence[dict[str, float]] = (ONE_CPU,),
 ) -> Iterator[float]:
-    """CPUs of the Ray cluster that the environment names, or of one made on this machine for the job.
+    """CPUs of the Ray cluster in RAY_ADDRESS, or of one started on this machine for the job.
 
-    ``variables`` are environment variables for all its processes; what the environment says already comes first. A cluster
-    that may grow is waited for until it has room for ``needed``, bundles of resources. With ``uris`` the nodes of a cluster that
-    is named are looked at: their versions, and whether they reach these.
+    ``variables`` are environment variables for all its processes; the existing environment has priority. On a cluster with an
+    autoscaler, wait until the bundles ``needed`` fit. With ``uris``, check on each node of an existing cluster that versions
+    match and that these are reachable.
 
     Raises:
-        UserError: the named cluster cannot be joined, brings too little, or one of its nodes cannot carry the job.
+        UserError: the cluster cannot be joined, is too small, or a check failed on one of its nodes.
     """
     environment = job_environment(variables or {})
     os.environ.update(environment)
@@ -61,7 +62,7 @@ def ray_session(
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
     try:
         if ours and named:
-            wait_for_room(needed, lambda said: print_plan(console(), {"cluster": said}))
+            wait_for_resources(needed, lambda line: print_plan(console(), {"cluster": line}))
         if ours and named and uris is not None:
             check_nodes(uris)
         yield float(ray.cluster_resources().get("CPU", 0))
@@ -71,26 +72,26 @@ def ray_session(
 
 
 def _connect(named: str | None, environment: dict[str, str]) -> None:
-    """Join the cluster at ``named``, or make one; its processes get ``environment``."""
-    # a submitted job hands on by itself what it was submitted with, and Ray takes no variable twice
-    own = {name: environment[name] for name in environment.keys() - submitted_variables().keys()}
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": own}}
+    """Join the cluster at ``named``, or start one; its processes get ``environment``."""
+    # in a submitted job Ray merges these with the job's own variables; without this it refuses a name that is in both
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
     if named:
-        _refuse_silence(named)
+        _check_address(named)
     else:
-        settings = {"address": "local", "_system_config": LOCAL_CLUSTER}
+        settings = ray_private.local_cluster(LOCAL_CLUSTER)
     try:
-        with _without_attempts() if named else nullcontext():
+        with _muted_stderr() if named else nullcontext():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (ConnectionError, RuntimeError, RayError) as error:
         if not named:
             raise
-        raise UserError(f"RAY_ADDRESS {named}: {why_not_joined(error)}") from None
+        raise UserError(f"RAY_ADDRESS {named}: {explain_connection_error(error)}") from None
 
 
 @contextmanager
-def _without_attempts() -> Iterator[None]:
-    """Without what Ray's core prints meanwhile: each attempt to join with a wrong token, once a second, past all settings."""
+def _muted_stderr() -> Iterator[None]:
+    """Discard what Ray's core prints: one line per second for a wrong token, whatever the log level."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -102,82 +103,77 @@ def _without_attempts() -> Iterator[None]:
         os.close(kept)
 
 
-def _refuse_silence(named: str) -> None:
-    """Refuse the address of a cluster where no gRPC server answers, which Ray asks for minutes and then dies of."""
+def _check_address(named: str) -> None:
+    """Raise if no gRPC server answers at ``named``: Ray itself would retry for minutes and then abort the process."""
     host, colon, port = named.rpartition(":")
     if not colon or not port.isdigit():
-        return  # 'auto', or another kind of address: Ray's own
+        return  # 'auto', or another kind of address that Ray resolves
     try:
-        with socket.create_connection((host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_S) as connection:
+        with socket.create_connection(
+            (host.rpartition("//")[2].strip("[]"), int(port)), CONNECT_TIMEOUT_S
+        ) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(HELLO)
             answer = connection.recv(9, socket.MSG_WAITALL)
     except OSError as error:
-        raise UserError(f"RAY_ADDRESS {named}: {SILENT} ({error})") from None
+        raise UserError(f"RAY_ADDRESS {named}: {NO_ANSWER} ({error})") from None
     if answer[3:4] != bytes([SETTINGS_FRAME]):
-        raise UserError(f"RAY_ADDRESS {named}: {SILENT} (another program has this port)")
+        raise UserError(f"RAY_ADDRESS {named}: {NO_ANSWER} (another program uses this port)")
 
 
-def why_not_joined(error: BaseException) -> str:
-    """What keeps this process out of a cluster, from what Ray says of it, and the way out."""
-    said = []
+def explain_connection_error(error: BaseException) -> str:
+    """Why this process cannot join a cluster, from Ray's error messages, and the fix."""
+    messages = []
     inner: BaseException | None = error
     while inner is not None:
-        said.append(str(inner))
+        messages.append(str(inner))
         inner = inner.__cause__
-    text = " ".join(" ".join(said).split())
+    text = " ".join(" ".join(messages).split())
     if "Version mismatch" in text:
         return (
             f"{text[text.index('Version mismatch') :].rstrip('.')}. Run the job with the cluster's own Python and Ray"
         )
     if "InvalidAuthToken" in text or isinstance(error, AuthenticationError):
         return (
-            "the cluster refuses this process's token, or it has none. Set RAY_AUTH_MODE=token and give the head's "
-            "~/.ray/auth_token (mode 600) or RAY_AUTH_TOKEN"
+            "the cluster refuses this process's token, or it has none. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token (mode 600) to the head's token"
         )
     if "No node info found" in text:
         return (
-            "this machine is none of that cluster's nodes, and a driver has to run on one. Submit the job "
+            "this machine is not a node of that cluster, and a driver has to run on one. Submit the job "
             "(`ray job submit -- python ...`), or join with `ray start`"
         )
-    return SILENT
-
-
-def submitted_variables() -> dict[str, str]:
-    """Environment variables in the runtime environment that this job was submitted with, if it was."""
-    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
-    variables: dict[str, str] = (submitted.get("runtime_env") or {}).get("env_vars") or {}
-    return variables
+    return NO_ANSWER
 
 
 def job_environment(variables: dict[str, str]) -> dict[str, str]:
-    """Environment of every process of a job: ``variables``, what keeps libraries quiet, and access to object storage."""
-    # the driver has had its answer by now: to other processes a silent server is a fault, not a wrong address
+    """Environment of every process of a job: ``variables``, quieter libraries, and access to object storage."""
+    # storage has answered the driver by now: for other processes a silent server is an outage, not a wrong address
     patience = {RETRY_LIMIT_VARIABLE: str(RETRY_LIMIT_S)}
     own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | patience | variables
     chosen = {name: os.environ.get(name, value) for name, value in own.items()}
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
-NODE_PATIENCE_S = 120.0
-"""Longer than storage is tried again for, so that it is storage that says what is wrong."""
+NODE_TIMEOUT_S = 120.0
+"""Longer than storage is retried, so that the error names the cause."""
 
 
 def check_nodes(uris: Sequence[str]) -> None:
-    """Refuse a cluster on which a node has other versions than the driver, or does not reach one of ``uris``.
+    """Raise if a node has other versions than the driver, or does not reach one of ``uris``.
 
     Raises:
-        UserError: the first node that would fail, and the way out.
+        UserError: names the first such node and the fix.
     """
-    nodes = cluster_checks.living_nodes()
-    lines = list(cluster_checks.version_lines(nodes, NODE_PATIENCE_S))
+    nodes = cluster_checks.start_inspectors()
+    lines = list(cluster_checks.version_checks(nodes, NODE_TIMEOUT_S))
     for uri in filter(storage.is_s3, uris):
-        lines += cluster_checks.reach_lines(nodes, uri, NODE_PATIENCE_S)
+        lines += cluster_checks.reach_checks(nodes, uri, NODE_TIMEOUT_S)
     failed = [line for line in lines if line.level == "failed"]
     if failed:
         others = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
         raise UserError(
-            f"node {failed[0].where}, {failed[0].subject}: {failed[0].found}{others}. {failed[0].way_out}. "
-            "`python -m cmcgns.doctor` looks at all"
+            f"node {failed[0].where}, {failed[0].subject}: {failed[0].detail}{others}. {failed[0].fix}. "
+            "Run `python -m cmcgns.doctor` to check all nodes"
         )

@@ -1,4 +1,4 @@
-"""What a clustering says of a set of embeddings: two nearest centroids of every row as Parquet, and each cluster in figures.
+"""Results of a clustering on a set of embeddings: the two nearest centroids of each row as Parquet, and statistics per cluster.
 
 M rows of one batch, K centroids, D dimensions.
 """
@@ -13,34 +13,34 @@ from pyarrow import parquet
 
 from cmcgns import storage
 from cmcgns.clustering.embeddings import Embeddings
-from cmcgns.clustering.kmeans import DECIMALS, Array, Search
+from cmcgns.clustering.kmeans import DECIMALS, Array, NearestSearch
 from cmcgns.clustering.rows import RowStore
 
 CANDIDATES = 4
-"""Centroids that the search in float32 names for each row, to be compared again in float64."""
+"""Nearest centroids by the float32 search, which float64 then ranks again."""
 
 
-class TwoNearest(NamedTuple):
-    """The two most similar centroids of each row, of equals the first; with a single centroid there is no second (-1)."""
+class TwoNearestCentroids(NamedTuple):
+    """The two most similar centroids of each row; ties go to the lower index. -1 for the second if there is only one."""
 
     centroid_M2: Array
     """int32."""
     similarity_M2: Array
-    """float32; NaN where there is no second."""
+    """float32; NaN if there is no second centroid."""
 
 
-class ClusterPart(NamedTuple):
-    """One shard's share in the figures of each cluster."""
+class PartialStatistics(NamedTuple):
+    """Statistics of one shard, to be added up over shards."""
 
     counts_K: Array
     similarity_K: Array
-    """Sum of its members' similarities, float64."""
+    """Sum of the members' similarities, float64."""
     nearest: pd.DataFrame
-    """Rows nearest to each centroid: cluster, similarity, id and, where there is one, text."""
+    """Rows nearest to each centroid: cluster, similarity, id and, if the set has a text column, text."""
 
 
-def two_nearest(rows_MD: Array, centroids_KD: Array, search: Search) -> TwoNearest:
-    """The two nearest centroids of each row: candidates by ``search``, their order by float64."""
+def two_nearest(rows_MD: Array, centroids_KD: Array, search: NearestSearch) -> TwoNearestCentroids:
+    """The two nearest centroids of each row: candidates by ``search``, ranked in float64."""
     _, candidate_Mc = search(rows_MD, centroids_KD, CANDIDATES)
     wide_MD, wide_KD = rows_MD.astype(np.float64), centroids_KD.astype(np.float64)
     similarity_Mc = np.stack([np.einsum("md,md->m", wide_MD, wide_KD[c_M]) for c_M in candidate_Mc.T], axis=1)
@@ -51,7 +51,7 @@ def two_nearest(rows_MD: Array, centroids_KD: Array, search: Search) -> TwoNeare
     if len(centroids_KD) == 1:
         centroid_M2 = np.pad(centroid_M2, ((0, 0), (0, 1)), constant_values=-1)
         similarity_M2 = np.pad(similarity_M2, ((0, 0), (0, 1)), constant_values=np.nan)
-    return TwoNearest(centroid_M2, similarity_M2)
+    return TwoNearestCentroids(centroid_M2, similarity_M2)
 
 
 def write_assignments(
@@ -61,14 +61,14 @@ def write_assignments(
     centroids_KD: Array,
     folder: str,
     nearest: int,
-    search: Search,
-) -> ClusterPart:
-    """What one shard's rows say of the clusters, with the ``nearest`` rows of each.
+    search: NearestSearch,
+) -> PartialStatistics:
+    """Statistics of one shard, with the ``nearest`` rows of each cluster.
 
     Writes ``part-<index>.parquet`` into ``folder``: columns id, centroid, similarity, second_centroid and
-    second_similarity, in the order of the rows. Ids come out of the files of ``part``, vectors out of ``rows``.
+    second_similarity, in the order of the rows. Reads ids from the files of ``part`` and vectors from ``rows``.
     """
-    columns, found = part.columns, _empty_part(len(centroids_KD))
+    columns, found = part.columns, _empty_statistics(len(centroids_KD))
     if not part.rows:
         return found
     with storage.writing(storage.join(folder, f"part-{index:05d}.parquet")) as file:
@@ -85,10 +85,12 @@ def write_assignments(
     return found
 
 
-def _table(ids: Any, two: TwoNearest) -> pa.Table:
+def _table(ids: Any, two: TwoNearestCentroids) -> pa.Table:
     return pa.table(
         {
-            "id": ids if pa.types.is_integer(ids.type) else ids.cast(pa.large_string()),  # files may differ
+            "id": ids
+            if pa.types.is_integer(ids.type)
+            else ids.cast(pa.large_string()),  # string types may differ by file
             "centroid": two.centroid_M2[:, 0],
             "similarity": two.similarity_M2[:, 0],
             "second_centroid": two.centroid_M2[:, 1],
@@ -97,16 +99,21 @@ def _table(ids: Any, two: TwoNearest) -> pa.Table:
     )
 
 
-def _empty_part(num_clusters: int) -> ClusterPart:
+def _empty_statistics(num_clusters: int) -> PartialStatistics:
     frame = pd.DataFrame({"cluster": pd.Series(dtype=np.int32), "similarity": pd.Series(dtype=np.float32)})
-    return ClusterPart(np.zeros(num_clusters, np.int64), np.zeros(num_clusters), frame)
+    return PartialStatistics(np.zeros(num_clusters, np.int64), np.zeros(num_clusters), frame)
 
 
 def _with_batch(
-    found: ClusterPart, batch: pa.RecordBatch, id_column: str, text_column: str | None, two: TwoNearest, nearest: int
-) -> ClusterPart:
+    found: PartialStatistics,
+    batch: pa.RecordBatch,
+    id_column: str,
+    text_column: str | None,
+    two: TwoNearestCentroids,
+    nearest: int,
+) -> PartialStatistics:
     centroid_M, similarity_M = two.centroid_M2[:, 0], two.similarity_M2[:, 0]
-    number = len(found.counts_K)
+    num_clusters = len(found.counts_K)
     rows = pd.DataFrame(
         {
             "cluster": centroid_M,
@@ -115,23 +122,23 @@ def _with_batch(
         }
         | ({"text": batch.column(text_column).to_pylist()} if text_column else {})
     )
-    return ClusterPart(
-        found.counts_K + np.bincount(centroid_M, minlength=number),
-        found.similarity_K + np.bincount(centroid_M, similarity_M.astype(np.float64), minlength=number),
+    return PartialStatistics(
+        found.counts_K + np.bincount(centroid_M, minlength=num_clusters),
+        found.similarity_K + np.bincount(centroid_M, similarity_M.astype(np.float64), minlength=num_clusters),
         _best([found.nearest, rows], nearest),
     )
 
 
 def _best(frames: Sequence[pd.DataFrame], nearest: int) -> pd.DataFrame:
-    """The ``nearest`` rows of each cluster, most similar first, of equals the earlier."""
+    """The ``nearest`` rows of each cluster, most similar first; ties go to the earlier row."""
     rows = pd.concat([frame for frame in frames if len(frame)] or frames)
     ordered = rows.sort_values(["cluster", "similarity"], ascending=[True, False], kind="stable")
     return ordered.groupby("cluster").head(nearest)
 
 
-def statistics(parts: Sequence[ClusterPart], nearest: int) -> dict[str, Any]:
-    """Figures of the whole set and of each cluster, ready for JSON: size, cohesion (mean similarity of its members to
-    the centroid, None without members) and its nearest rows."""
+def statistics(parts: Sequence[PartialStatistics], nearest: int) -> dict[str, Any]:
+    """Statistics of the set and of each cluster, ready for JSON: size, cohesion (mean similarity of the members to the
+    centroid, None if empty) and nearest rows."""
     counts_K = np.sum([part.counts_K for part in parts], axis=0)
     similarity_K = np.sum([part.similarity_K for part in parts], axis=0)
     best = _best([part.nearest for part in parts], nearest)

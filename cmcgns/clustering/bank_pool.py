@@ -1,6 +1,6 @@
-"""The pool of a training run: actors that hold its bank of features, and a bank_coordinator that runs k-means over them.
+"""Clustering pool of a training run: actors with the bank of features, and a coordinator that runs k-means over them.
 
-Made by the driver, so that it outlives a restart of the workers. The bank_coordinator keeps no state between requests.
+The driver starts it, so that it survives a restart of the workers. The coordinator has no state between requests.
 """
 
 import logging
@@ -18,11 +18,17 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.cluster.placement import machines, pool_strategies
-from cmcgns.clustering.bank import BankShard, serving_actor
+from cmcgns.cluster.placement import list_nodes, pool_strategies
 from cmcgns.clustering.kmeans import Array
-from cmcgns.clustering.online_clustering import BankState, RefreshRequest, RefreshResult, recluster
-from cmcgns.clustering.pool import LOST, PooledRows, Shard, actor_options, threads_per_actor
+from cmcgns.clustering.online_clustering import (
+    BankShard,
+    BankState,
+    RefreshRequest,
+    RefreshResult,
+    recluster,
+    serving_actor,
+)
+from cmcgns.clustering.pool import LOSS_ERRORS, PooledRows, ShardActor, actor_options, threads_per_actor
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import first_line
@@ -30,33 +36,33 @@ from cmcgns.faiss_install import check_faiss
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 3
-"""Times that one re-clustering is tried again after the loss of an actor."""
+"""Attempts at one re-clustering if actors are lost."""
 
 
-class BankActor(Shard):
-    """One actor's part of the bank. Several threads: pushes arrive while a pass runs."""
+class BankActor(ShardActor):
+    """One actor's part of the bank. Has several threads, to accept pushes during a pass."""
 
     def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
         super().__init__(device, threads)
         self.index, self.actors, self.ranks = index, actors, ranks
         self.changed = threading.Condition()
         self.bank = BankShard()
-        # a restarted actor has lost what it held, and waits for nothing before its first request
+        # a restarted actor has lost its rows and waits for no pushes before its first request
         self.lost = ray.get_runtime_context().was_current_actor_reconstructed
         self.attempt, self.base_step = 0, 0
         self.delivered: set[tuple[int, int]] = set()
 
     def reset(self, attempt: int, base_step: int, rows_ND: Array, ordinals_N: Array) -> None:
-        """Forget everything; hold ``rows_ND`` and expect the pushes of ``attempt`` for steps after ``base_step``."""
+        """Replace all rows by ``rows_ND`` and expect the pushes of ``attempt`` for steps after ``base_step``."""
         with self.changed:
             self.bank, self.delivered, self.lost = BankShard(), set(), False
             self.attempt, self.base_step = attempt, base_step
             self.bank.restore(base_step, rows_ND, ordinals_N)
-            self.changed.notify_all()  # nobody waits any longer for workers that have been replaced
+            self.changed.notify_all()  # stop waiting for workers that have been replaced
 
-    @ray.method(max_task_retries=-1)  # a push that the network loses would be waited for; twice does no harm
+    @ray.method(max_task_retries=-1)  # a push lost by the network would block the next pass; a repeated one is harmless
     def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
-        """Keep what ``rank`` saw at ``step``; rows of workers that have been replaced are dropped."""
+        """Store the rows of ``rank`` at ``step``; rows of replaced workers are dropped."""
         with self.changed:
             if self.lost:
                 self.attempt = attempt
@@ -66,15 +72,15 @@ class BankActor(Shard):
                 self.changed.notify_all()
 
     def snapshot(self, step: int, first: int, stop: int) -> int:
-        """Number of rows in [first, stop) that passes will use, once every rank served has delivered ``step``."""
+        """Number of rows in [first, stop), which the next passes use. Waits for the pushes of ``step`` by this actor's ranks."""
         with self.changed:
             if self.lost:
                 self.lost, self.base_step = False, step
-                logger.warning("clustering actor %d lost its rows; it refills from step %d on", self.index, step)
+                logger.warning("clustering actor %d lost its rows and refills from step %d on", self.index, step)
             attempt = self.attempt
             self.changed.wait_for(lambda: attempt != self.attempt or self._expected(step) <= self.delivered)
             if attempt != self.attempt:
-                raise RuntimeError(f"the workers that asked for the rows of step {step} have been replaced")
+                raise RuntimeError(f"the workers that requested the rows of step {step} have been replaced")
             self.base_step = max(self.base_step, step)
             self.delivered = {(each, rank) for each, rank in self.delivered if each > self.base_step}
             rows_ND, ordinals_N = self.bank.rows_between(first, stop)
@@ -83,7 +89,7 @@ class BankActor(Shard):
         return len(self.rows)
 
     def _expected(self, step: int) -> set[tuple[int, int]]:
-        """What this actor must hold before it may speak for ``step``."""
+        """(step, rank) of all pushes that this actor needs before it has all rows up to ``step``."""
         return {
             (each, rank)
             for each in range(self.base_step + 1, step + 1)
@@ -91,25 +97,25 @@ class BankActor(Shard):
             if serving_actor(each, rank, self.ranks, self.actors) == self.index
         }
 
-    def held(self, first: int, stop: int) -> tuple[Array, Array]:
+    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
         """Rows in [first, stop) and their ordinals."""
         with self.changed:
             return self.bank.rows_between(first, stop)
 
 
 class BankCoordinator:
-    """Runs one re-clustering at a time; everything it needs comes with the request, so it may be restarted."""
+    """Runs one re-clustering at a time. Each request is complete, so it may be restarted."""
 
     def refit(
         self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, request: RefreshRequest
     ) -> RefreshResult:
-        """New centroids; after the loss of an actor again with what the others and its successor hold."""
+        """New centroids. After the loss of an actor, retries with the rows that are left."""
         for attempt in range(ATTEMPTS):
             try:
                 wanted = (request.step, request.first_ordinal, request.stop_ordinal)
                 counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
                 return recluster(PooledRows(shards, counts), request, config)
-            except LOST as error:
+            except LOSS_ERRORS as error:
                 lost = f"a clustering actor was lost: {first_line(error)}"
                 logger.warning("%s; attempt %d of %d", lost, attempt + 1, ATTEMPTS)
         return RefreshResult(None, lost)
@@ -117,28 +123,26 @@ class BankCoordinator:
 
 @dataclass(frozen=True)
 class PoolHandles:
-    """The pool's actors, as the driver hands them to the workers."""
+    """The pool's actors, for the workers."""
 
     shards: tuple[ActorHandle[Any], ...]
     bank_coordinator: ActorHandle[Any]
     config: ClusteringConfig
 
     def stop(self) -> None:
-        """End all actors of the pool."""
+        """Kill all actors of the pool."""
         for actor in (*self.shards, self.bank_coordinator):
             ray.kill(actor)
 
 
-def start_pool(
-    config: ClusteringConfig, ranks: int, coordinator: Any = None, shard_type: type[BankActor] = BankActor
-) -> PoolHandles:
-    """A pool of ``config.actors`` actors for ``ranks`` workers, and its bank_coordinator, each on a process of its own."""
+def start_pool(config: ClusteringConfig, ranks: int, shard_type: type[BankActor] = BankActor) -> PoolHandles:
+    """A pool of ``config.actors`` actors for ``ranks`` workers, and its coordinator, one process each."""
     check_faiss(config.device)
     threads = threads_per_actor(config)
-    # pushes and passes overlap: a push must never wait behind a pass
+    # a push must never wait for a pass
     options = {"max_restarts": -1, "max_concurrency": 8, **actor_options(config)}
-    # actors that want a GPU go where one is
-    nodes = [] if config.gpus_per_actor else machines()
+    # Ray places actors with GPUs
+    nodes = [] if config.gpus_per_actor else list_nodes()
     shards = tuple(
         ray.remote(shard_type)
         .options(scheduling_strategy=strategy, **options)
@@ -151,38 +155,38 @@ def start_pool(
 
 
 class RayPool:
-    """This rank's end of the pool. A thread of its own hands features over, so that training never waits for a copy."""
+    """This rank's client of the pool. A thread sends the features, so that training never waits for a copy."""
 
     def __init__(self, handles: PoolHandles) -> None:
         self.handles = handles
         self.attempt = 0
         self._outbox: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=256)
         self._pending: Any = None
-        self._broken: Exception | None = None
+        self._error: Exception | None = None
         threading.Thread(target=self._deliver, name="clustering-push", daemon=True).start()
 
     def _deliver(self) -> None:
         while (send := self._outbox.get()) is not None:
             try:
                 send()
-            except Exception as error:  # belongs to whoever pushes or waits next
-                self._broken = error
+            except Exception as error:  # raised by the next push or wait
+                self._error = error
             finally:
                 self._outbox.task_done()
 
     def _drain(self) -> None:
-        """Wait until everything has been handed over."""
+        """Wait until everything has been sent."""
         self._outbox.join()
-        if self._broken is not None:
-            raise self._broken
+        if self._error is not None:
+            raise self._error
 
     def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
         rank, ranks = distributed.rank(), len(counts)
         shard = self.handles.shards[serving_actor(step, rank, ranks, len(self.handles.shards))]
         host_nD, copied = to_host(rows_nD)
         attempt = self.attempt
-        if self._broken is not None:
-            raise self._broken
+        if self._error is not None:
+            raise self._error
 
         def send() -> None:
             if copied is not None:
@@ -198,7 +202,7 @@ class RayPool:
         try:
             found: RefreshResult = ray.get(self._pending)
         except RayActorError as error:
-            return RefreshResult(None, f"the clustering bank_coordinator was lost: {first_line(error)}")
+            return RefreshResult(None, f"the coordinator of the clustering pool was lost: {first_line(error)}")
         logger.info("clustering: %s", found.report)
         return found
 
@@ -206,7 +210,9 @@ class RayPool:
         self._drain()
         ray.get([shard.snapshot.remote(step, first_ordinal, stop_ordinal) for shard in self.handles.shards])
         parts = [
-            p for p in ray.get([s.held.remote(first_ordinal, stop_ordinal) for s in self.handles.shards]) if len(p[1])
+            p
+            for p in ray.get([s.rows_between.remote(first_ordinal, stop_ordinal) for s in self.handles.shards])
+            if len(p[1])
         ]
         if not parts:
             return BankState(np.empty((0, 0), np.float16), np.empty(0, np.int64))
@@ -220,7 +226,7 @@ class RayPool:
         self.attempt = distributed.broadcast_object(fresh)
         if distributed.rank() == 0:
             self._reset_shards(step, state)
-        distributed.exchange([step])  # nobody pushes before the actors know the attempt
+        distributed.exchange([step])  # no rank pushes before the actors know the attempt
 
     def _reset_shards(self, step: int, state: BankState | None) -> None:
         bank = state if state is not None else BankState(np.empty((0, 0), np.float16), np.empty(0, np.int64))
@@ -234,7 +240,7 @@ class RayPool:
 
 
 def to_host(rows_nD: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """``rows_nD`` in float16 on the host, and on a GPU the event after which the copy holds them."""
+    """``rows_nD`` in float16 on the host; on a GPU also the event after which the copy is complete."""
     half_nD = rows_nD.detach().half()
     if half_nD.device.type == "cpu":
         return half_nD, None

@@ -10,15 +10,15 @@ from cmcgns.config import PoolConfig, RunConfig, Section
 
 class EmbeddingsConfig(Section):
     uri: str = ""
-    """Where the embeddings lie: a `.parquet` file, a local folder of them, or `s3://bucket/prefix`."""
+    """Location of the embeddings: a `.parquet` file, a local folder of them, or `s3://bucket/prefix`."""
     id_column: str = "id"
-    """Column that names a row; written beside its centroids."""
+    """Column that identifies a row; written with its centroids."""
     vector_column: str = "vector"
-    """Column of float lists of one length; rows are scaled to length 1."""
+    """Column of float lists of equal length; rows are scaled to length 1."""
     weight_column: str | None = None
-    """Column of positive weights; by default every row counts alike."""
+    """Column of positive weights; by default all rows weigh the same."""
     text_column: str | None = None
-    """Column with the sentence, shown with the rows nearest to each centroid."""
+    """Column with the sentence, shown for the rows nearest to each centroid."""
 
 
 class FitConfig(PoolConfig):
@@ -27,26 +27,26 @@ class FitConfig(PoolConfig):
     seeding: Literal["parallel", "farthest", "random"] = "parallel"
     """First centroids: k-means|| (for large sets), farthest points (K passes over the rows), or random rows."""
     start_from: str | None = None
-    """A `centroids.safetensors` to start from instead; centroid numbers then keep their meaning."""
+    """A `centroids.safetensors` to start from instead; centroids keep their numbers."""
     iterations: int = Field(20, ge=0)
-    """Most passes over the rows; 0 with `start_from` assigns rows to given centroids."""
+    """Most passes over the rows; 0 with `start_from` only assigns rows to the given centroids."""
     tolerance: float = Field(1e-4, ge=0.0)
-    """Relative change of the mean similarity under which the fit stops."""
+    """The fit stops at a smaller relative change of the mean similarity."""
     batch_rows: int | None = Field(None, ge=BLOCK_ROWS)
-    """Rows of one mini-batch, in blocks of 4,096 neighbours; read anew each time, so that no set is too large. Without
-    it every iteration sees all rows."""
+    """Rows of a mini-batch, in blocks of 4,096 consecutive rows. Each is read from storage, so the set may have any size. By
+    default every iteration reads all rows."""
     memory_gib: float = Field(2.0, ge=0.0)
-    """GiB of rows that one actor holds in memory; with more it keeps all its rows in a file on its node's disk."""
+    """GiB of rows that one actor keeps in memory; if it has more, all its rows go to a file on its node's disk."""
     scratch: str | None = None
-    """Folder on each node for such files; by default the system's for temporary files."""
+    """Folder on each node for that file; by default the system's folder for temporary files."""
     nearest: PositiveInt = 5
-    """Rows nearest to each centroid in statistics.json."""
+    """Rows nearest to each centroid that statistics.json lists."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Decides the first centroids and the mini-batches."""
+    """Seed of the first centroids and the mini-batches."""
 
     @property
     def streamed(self) -> bool:
-        """Rows are not kept: a mini-batch, or a single assignment, reads them from their files."""
+        """Rows are read from their files for each pass and not stored: for mini-batches, or a single assignment."""
         return self.batch_rows is not None or self.iterations == 0
 
 
@@ -64,7 +64,7 @@ class KMeansConfig(Section):
         for complaint in (*self.clustering.complaints(), *self.run.complaints()):
             raise ValueError(complaint)
         if self.clustering.iterations == 0 and self.clustering.start_from is None:
-            raise ValueError("clustering.iterations 0 fits nothing; name given centroids with clustering.start_from")
+            raise ValueError("clustering.iterations 0 fits nothing; give centroids with clustering.start_from")
         if self.clustering.batch_rows is not None and self.data.weight_column is not None:
-            raise ValueError("clustering.batch_rows does not go with data.weight_column; leave one of them out")
+            raise ValueError("clustering.batch_rows cannot be combined with data.weight_column; leave one of them out")
         return self

@@ -1,4 +1,4 @@
-"""What a fit shows on the terminal: its plan, and its largest clusters."""
+"""The kmeans job: fit centroids to a set of embeddings, assign its rows, and write both to a run folder."""
 
 import json
 import signal
@@ -21,14 +21,14 @@ from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.placement import bundles
 from cmcgns.cluster.session import ray_session
-from cmcgns.clustering.assignments import ClusterPart, statistics, write_assignments
+from cmcgns.clustering.assignments import PartialStatistics, statistics, write_assignments
 from cmcgns.clustering.config import FitConfig, KMeansConfig
 from cmcgns.clustering.embeddings import Columns, Embeddings, open_embeddings
-from cmcgns.clustering.kmeans import SEEDINGS, Array, Fit, Rows, Search, kmeans, normalised
+from cmcgns.clustering.kmeans import SEEDINGS, Array, Fit, NearestSearch, Rows, kmeans, normalised
 from cmcgns.clustering.pool import ParquetSource, SourcePool
 from cmcgns.clustering.rows import RowArray, check_rows
 from cmcgns.config import PoolConfig
-from cmcgns.errors import UserError, first_line, starting_with
+from cmcgns.errors import UserError, first_line, with_prefix
 from cmcgns.faiss_install import check_faiss
 from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes, warn_of_passing_folder
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -37,15 +37,15 @@ SHOWN_CLUSTERS = 5
 
 
 def describe_plan(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings, start: Fit | None) -> dict[str, str]:
-    """What is about to run, where, and on how much."""
+    """What will run, where and on how many rows."""
     settings = config.clustering
     files = len({group.uri for group in embeddings.groups})
     share = embeddings.rows / settings.actors * embeddings.dim * 4 / 2**30
-    held = (
+    storage_of_rows = (
         "in memory" if share <= settings.memory_gib else f"on disk (clustering.memory_gib is {settings.memory_gib:g})"
     )
     if settings.streamed:
-        held = "read anew for each pass"
+        storage_of_rows = "read again for each pass"
     fit = f"K = {settings.num_clusters}, at most {settings.iterations} iterations"
     if settings.batch_rows is not None:
         fit += f" of about {settings.batch_rows} rows"
@@ -56,13 +56,13 @@ def describe_plan(config: KMeansConfig, folder: RunFolder, embeddings: Embedding
         "data": f"{embeddings.uri}: {embeddings.rows} rows of {embeddings.dim} in {files} files",
         "fit": f"{fit}, from {begin}",
         "pool": f"{settings.actors} actors of {settings.cpus_per_actor:g} CPUs and {settings.gpus_per_actor:g} GPUs "
-        f"({settings.device}); {share:.2f} GiB of rows each, {held}",
+        f"({settings.device}); {share:.2f} GiB of rows each, {storage_of_rows}",
         "folder": folder.uri,
     }
 
 
 def show_clusters(terminal: Console, found: dict[str, Any]) -> None:
-    """The largest clusters, with the rows nearest to their centroids."""
+    """Print the largest clusters, with the rows nearest to their centroids."""
     largest = sorted(found["clusters"], key=lambda cluster: -cluster["size"])[:SHOWN_CLUSTERS]
     table = Table("cluster", "size", "cohesion", "nearest", box=None, pad_edge=False)
     for cluster in largest:
@@ -75,8 +75,8 @@ def show_clusters(terminal: Console, found: dict[str, Any]) -> None:
 STATE, METRICS = "fit.safetensors", "metrics.jsonl"
 
 
-def first_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -> Fit | None:
-    """Where the fit goes on, or starts from; None where it is still to be seeded."""
+def initial_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -> Fit | None:
+    """The fit to resume or to start from; None if its centroids have to be seeded."""
     settings = config.clustering
     if folder.resumed and storage.exists(folder.file(STATE)):
         fit = from_bytes(storage.read_bytes(folder.file(STATE)))
@@ -92,34 +92,33 @@ def first_fit(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings) -
 
 
 def read_centroids(uri: str, shape: tuple[int, int]) -> Array:
-    """Centroids of length 1 of a fit or of a pretraining export, refused where they are not of ``shape`` (K, D)."""
+    """Unit-length centroids of a fit or a pretraining export; raises unless they have ``shape`` (K, D)."""
     key = f"clustering.start_from {uri}"
     try:
-        held = safetensors.load(storage.read_bytes(uri))
+        tensors = safetensors.load(storage.read_bytes(uri))
     except UserError as error:
-        raise UserError(f"clustering.start_from {starting_with(uri, str(error))}") from None
+        raise UserError(f"clustering.start_from {with_prefix(uri, str(error))}") from None
     except SafetensorError as error:
-        raise UserError(f"{key} is no safetensors file ({error}); name a centroids.safetensors") from None
-    rows_KD = held.get("rows_KD")
+        raise UserError(f"{key} is not a safetensors file ({error}); give a centroids.safetensors") from None
+    rows_KD = tensors.get("rows_KD")
     if rows_KD is None or rows_KD.shape != shape:
-        given = f"has the shape {rows_KD.shape}" if rows_KD is not None else f"holds {', '.join(held)} and no rows_KD"
-        raise UserError(f"{key} {given}; {shape} (K, D) is wanted here")
-    check_rows(
-        rows_KD, lambda row: f"{key}: row {row}"
-    )  # zero where clustering never started in the run that was exported
+        given = f"has shape {rows_KD.shape}" if rows_KD is not None else f"has {', '.join(tensors)} but no rows_KD"
+        raise UserError(f"{key} {given}; it must have shape {shape} (K, D)")
+    # an export has zero rows if clustering never started in its run
+    check_rows(rows_KD, lambda row: f"{key}: row {row}")
     unit = np.allclose(np.linalg.norm(rows_KD, axis=1), 1.0, rtol=0, atol=1e-6)
-    return rows_KD if unit else normalised(rows_KD)  # a second division would change their last bits
+    return rows_KD if unit else normalised(rows_KD)  # normalising unit rows again would change their last bits
 
 
 def write_start(folder: RunFolder, config: KMeansConfig) -> None:
-    """Take the name, and write down the settings."""
-    if storage.exists(folder.file("config.yaml")):  # another fit of that name began while this one looked around
+    """Write the settings, which claims the name of the run."""
+    if storage.exists(folder.file("config.yaml")):  # another fit took the name since it was checked
         raise UserError(name_taken(folder))
     storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
 
 
-def keep(folder: RunFolder, fit: Fit) -> None:
-    """Write down all that it takes to go on from ``fit``."""
+def save_state(folder: RunFolder, fit: Fit) -> None:
+    """Write all that is needed to resume from ``fit``."""
     storage.write_bytes(folder.file(STATE), to_bytes(fit))
 
 
@@ -132,21 +131,21 @@ def to_bytes(fit: Fit) -> bytes:
 
 def from_bytes(data: bytes) -> Fit:
     """The ``Fit`` that ``to_bytes`` wrote."""
-    held = safetensors.load(data)
-    iteration, objective, reseeded, near_ties, converged = held["figures"].tolist()
+    tensors = safetensors.load(data)
+    iteration, objective, reseeded, near_ties, converged = tensors["figures"].tolist()
     return Fit(
-        held["centroids_KD"],
+        tensors["centroids_KD"],
         int(iteration),
         objective,
         int(reseeded),
         int(near_ties),
         bool(converged),
-        held.get("totals_KD"),
+        tensors.get("totals_KD"),
     )
 
 
-class FitLog:
-    """metrics.jsonl: one row for each iteration, also over a resume."""
+class MetricsLog:
+    """metrics.jsonl: one row per iteration, continued by a resumed fit."""
 
     def __init__(self, folder: RunFolder, iteration: int) -> None:
         self.folder, self.last = folder, time.perf_counter()
@@ -154,7 +153,7 @@ class FitLog:
         self.rows = [row for row in map(json.loads, lines) if row["iteration"] <= iteration]
 
     def write(self, fit: Fit, actors_lost: int) -> str:
-        """Write the row of ``fit``; the same in words."""
+        """Write the row of ``fit``. Returns it as text."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         self.rows.append(
@@ -188,23 +187,23 @@ FREE_TO_CHANGE = {
     },
     "run": {"name", "storage", "resume"},
 }
-"""Settings that a resumed fit may be given anew."""
+"""Settings that may change when a fit is resumed."""
 PACKAGES = ("cmcgns", "ray", "numpy", "pyarrow", "torch")
 
 
-class Stopped(Exception):
-    """The user asked for the end; everything so far is kept."""
+class StopRequested(Exception):
+    """The user asked to stop; the state has been saved."""
 
 
 def fit_embeddings(config: KMeansConfig) -> int:
-    """Exit status of one fit: 0 finished, 1 failed, 130 stopped by the user with its state kept."""
+    """Exit status of one fit: 0 finished, 1 failed, 130 stopped by the user, with its state saved."""
     terminal, settings = console(), config.clustering
     check_faiss(settings.device)
     folder = open_folder(config.run, "kmeans")
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
     embeddings = open_data(config)
-    start = first_fit(config, folder, embeddings)
+    start = initial_fit(config, folder, embeddings)
     actors = bundles(settings.actors, settings.cpus_per_actor, settings.gpus_per_actor)
     with quiet_terminal(), log_on(terminal), ray_session(needed=actors) as cpus:
         check_capacity(settings, cpus)
@@ -212,7 +211,7 @@ def fit_embeddings(config: KMeansConfig) -> int:
         warn_of_passing_folder(terminal, folder)
         try:
             result = fit_and_write(terminal, config, folder, embeddings, start)
-        except (Stopped, KeyboardInterrupt):
+        except (StopRequested, KeyboardInterrupt):
             return conclude(terminal, folder, {"status": "stopped"}, STATUS_INTERRUPTED)
         except (RuntimeError, RayError, OSError) as error:
             return conclude(terminal, folder, {"status": "failed", "failure": first_line(error)}, STATUS_FAILED)
@@ -220,7 +219,7 @@ def fit_embeddings(config: KMeansConfig) -> int:
 
 
 def open_data(config: KMeansConfig) -> Embeddings:
-    """The set that ``config`` names, refused where it has fewer rows than clusters."""
+    """The set of embeddings in ``config``; raises if it has fewer rows than clusters."""
     data, num_clusters = config.data, config.clustering.num_clusters
     columns = Columns(data.id_column, data.vector_column, data.weight_column, data.text_column)
     try:
@@ -229,13 +228,13 @@ def open_data(config: KMeansConfig) -> Embeddings:
         raise UserError(f"data.uri {error}") from None
     if num_clusters > found.rows:
         raise UserError(
-            f"clustering.num_clusters {num_clusters} is more than the {found.rows} rows of {data.uri}; ask for fewer"
+            f"clustering.num_clusters {num_clusters} is more than the {found.rows} rows of {data.uri}; lower it"
         )
     return found
 
 
 def check_capacity(config: PoolConfig, cpus: float) -> None:
-    """Refuse a pool that the cluster could never hold, with the numbers."""
+    """Raise if the pool can never fit on the cluster."""
     wanted, gpus = config.actors * config.cpus_per_actor, float(ray.cluster_resources().get("GPU", 0))
     if wanted > cpus:
         raise UserError(
@@ -252,24 +251,24 @@ def check_capacity(config: PoolConfig, cpus: float) -> None:
 def fit_and_write(
     terminal: Console, config: KMeansConfig, folder: RunFolder, embeddings: Embeddings, start: Fit | None
 ) -> dict[str, Any]:
-    """The fit and all its files; facts for result.json."""
+    """Run the fit and write its files. Returns the content of result.json."""
     settings, began = config.clustering, time.perf_counter()
     sources = [
         ParquetSource(part, settings.memory_gib * 2**30, settings.scratch, settings.streamed)
-        for part in embeddings.deal(settings.actors)
+        for part in embeddings.split(settings.actors)
     ]
     pool = SourcePool(sources, settings)
     try:
         terminal.print(
-            f"{settings.actors} actors hold their rows after {time.perf_counter() - began:.1f} s", highlight=False
+            f"{settings.actors} actors loaded their rows in {time.perf_counter() - began:.1f} s", highlight=False
         )
-        start = start or Fit(seeds(terminal, pool.rows, settings))
-        if not folder.resumed:  # not before: rows that give no K centroids must not cost a name
+        start = start or Fit(seed_centroids(terminal, pool.rows, settings))
+        if not folder.resumed:  # only now: rows without K distinct ones should not use up the name
             write_start(folder, config)
-        keep(folder, start)
+        save_state(folder, start)
         fit = run_fit(terminal, settings, folder, pool, start)
         storage.write_bytes(folder.file("centroids.safetensors"), safetensors.save({"rows_KD": fit.centroids_KD}))
-        found = write_figures(settings, folder, pool, fit)
+        found = write_results(settings, folder, pool, fit)
         show_clusters(terminal, found)
         return {
             "rows": embeddings.rows,
@@ -288,24 +287,24 @@ def fit_and_write(
 
 
 def run_fit(terminal: Console, settings: FitConfig, folder: RunFolder, pool: SourcePool, start: Fit) -> Fit:
-    """The finished fit; its state and one row of metrics are kept after every iteration."""
-    diary = FitLog(folder, start.iteration)
+    """Run the fit; after every iteration save its state and one row of metrics."""
+    log = MetricsLog(folder, start.iteration)
     with stop_between_iterations(terminal) as stopping:
 
         def after(fit: Fit) -> None:
-            line = diary.write(fit, sum(pool.losses))  # before the state: a fit that goes on finds all rows up to it
-            keep(folder, fit)
+            line = log.write(fit, sum(pool.losses))  # before the state: a resumed fit needs all rows up to its state
+            save_state(folder, fit)
             terminal.print(line, highlight=False)
             if stopping():
-                raise Stopped
+                raise StopRequested
 
         return kmeans(
             pool.rows, start, settings.iterations, settings.tolerance, settings.batch_rows, settings.seed, after
         )
 
 
-def seeds(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
-    """First centroids (K, D); for mini-batches chosen among as many rows as one of them has."""
+def seed_centroids(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
+    """First centroids (K, D); for mini-batches, from a sample of the size of a mini-batch."""
     begun = time.perf_counter()
     if settings.batch_rows is not None:
         rows = RowArray(rows.subset(max(settings.batch_rows, settings.num_clusters), settings.seed))
@@ -316,25 +315,25 @@ def seeds(terminal: Console, rows: Rows, settings: FitConfig) -> Array:
 
 @contextmanager
 def stop_between_iterations(terminal: Console) -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C has been pressed; the second one is a KeyboardInterrupt."""
-    asked = False
+    """Function that returns whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
+    requested = False
 
-    def ask(signum: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
+    def request_stop(signum: int, frame: Any) -> None:
+        nonlocal requested
+        requested = True
         signal.signal(signal.SIGINT, before)
-        terminal.print("stopping after this iteration; Ctrl-C again gives up at once", style="yellow")
+        terminal.print("stopping after this iteration; press Ctrl-C again to stop at once", style="yellow")
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, request_stop)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def write_figures(settings: FitConfig, folder: RunFolder, pool: SourcePool, fit: Fit) -> dict[str, Any]:
-    """Write assignments and statistics.json; the statistics."""
-    storage.delete_folder(folder.file("assignments"))  # of an attempt that was stopped, maybe by other actors
+def write_results(settings: FitConfig, folder: RunFolder, pool: SourcePool, fit: Fit) -> dict[str, Any]:
+    """Write assignments and statistics.json. Returns the statistics."""
+    storage.delete_folder(folder.file("assignments"))  # of a stopped attempt, maybe with another number of actors
     parts = pool.run(_assign_shard, fit.centroids_KD, folder.file("assignments"), settings.nearest)
     found = statistics(parts, settings.nearest)
     folder.write_json("statistics.json", found)
@@ -342,17 +341,23 @@ def write_figures(settings: FitConfig, folder: RunFolder, pool: SourcePool, fit:
 
 
 def _assign_shard(
-    index: int, source: ParquetSource, rows: RowArray, search: Search, centroids_KD: Array, uri: str, nearest: int
-) -> ClusterPart:
+    index: int,
+    source: ParquetSource,
+    rows: RowArray,
+    search: NearestSearch,
+    centroids_KD: Array,
+    uri: str,
+    nearest: int,
+) -> PartialStatistics:
     return write_assignments(index, source.part, rows.rows_ND, centroids_KD, uri, nearest, search)
 
 
 def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], status: int) -> int:
-    """Write result.json, say where everything is; ``status``."""
+    """Write result.json and print where the results are. Returns ``status``."""
     if status and result.get("failure"):
         terminal.print(f"[red]failed[/red]: {escape(result['failure'])}", highlight=False)
     if status and not storage.exists(folder.file("config.yaml")):
-        terminal.print("ended before the first iteration; nothing was written", highlight=False)
+        terminal.print("stopped before the first iteration; nothing was written", highlight=False)
         return status
     versions = {name: metadata.version(name) for name in PACKAGES}
     folder.write_json("result.json", result | {"versions": versions})
@@ -369,5 +374,5 @@ def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], statu
         )
         return status
     again = f"python jobs/kmeans.py --run.storage={folder.storage} --run.resume={folder.name}"
-    terminal.print(f"go on from the last iteration with: {again}", highlight=False)
+    terminal.print(f"resume from the last iteration with: {again}", highlight=False)
     return status

@@ -1,4 +1,4 @@
-"""The centroids in force on this rank: versioned, equal on every rank, moved a little each step.
+"""Clustering during training: the current centroids, the bank of recent features, and the rule of when ranks adopt new centroids.
 
 n sentences of this rank, K centroids, D embedding.
 """
@@ -7,6 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,16 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.clustering.bank import BankShard
 from cmcgns.clustering.kmeans import Array, Rows, farthest_point_seeds, kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import MIN_BANK, ClusteringConfig
 from cmcgns.distributed import all_reduce
 from cmcgns.errors import UserError
 
+logger = logging.getLogger(__name__)
+CENTROIDS = "centroids."
+"""Prefix of the entries of ``Centroids`` in a checkpoint."""
+
 
 class Centroids:
-    """Rank-local copy of the clustering; every rank adopts the same version at the same step."""
+    """This rank's copy of the centroids; every rank adopts the same version at the same step."""
 
     def __init__(self, num_clusters: int, dim: int, device: torch.device | str, momentum: float) -> None:
         self.rows_KD = torch.zeros(num_clusters, dim, device=device)
@@ -36,22 +40,22 @@ class Centroids:
 
     @property
     def started(self) -> bool:
-        """True once clustering-guided negatives are in force."""
+        """Whether the objective uses clustering-guided negatives."""
         return self.started_at is not None
 
     @property
     def current(self) -> Tensor | None:
-        """``rows_KD`` for the objective, or None before clustering has started."""
+        """``rows_KD`` for the objective; None before clustering has started."""
         return self.rows_KD if self.started else None
 
     def adopt(self, rows_KD: Tensor, version: int, step: int) -> None:
-        """Take a new version into force from ``step`` on."""
+        """Use a new version from ``step`` on."""
         self.rows_KD = rows_KD.to(self.rows_KD.device, torch.float32)
         self.version = version
         self.started_at = step if self.started_at is None else self.started_at
 
     def observe(self, attended_nD: Tensor) -> None:
-        """Remember one microbatch's normalised z2 for the online move at the end of the step."""
+        """Add one microbatch's normalised z2 to the online move at the end of the step."""
         if not self.started or self.momentum == 0:
             return
         attended_nD = attended_nD.detach().float()
@@ -73,19 +77,19 @@ class Centroids:
         return hashlib.blake2b(self.rows_KD.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Rows, version and the step of the start (-1 before it)."""
+        """Rows, version and the step at which clustering started (-1 before)."""
         started_at = -1 if self.started_at is None else self.started_at
         return {"rows_KD": self.rows_KD.cpu(), "version_and_start": torch.tensor([self.version, started_at])}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from ``state_dict``."""
+        """Restore ``state_dict``."""
         self.rows_KD = state["rows_KD"].to(self.rows_KD.device)
         self.version, started_at = (int(value) for value in state["version_and_start"])
         self.started_at = None if started_at < 0 else started_at
 
 
 def momentum_step(rows_KD: Tensor, sums_KD: Tensor, counts_K: Tensor, momentum: float) -> Tensor:
-    """Centroids moved towards their members' means and put back on the sphere."""
+    """Centroids moved towards their members' means and normalised."""
     means_KD = sums_KD / counts_K.clamp(min=1).unsqueeze(1)
     moved_KD = F.normalize(unnormalised_momentum_step(rows_KD, means_KD, momentum), dim=1)
     return torch.where((counts_K > 0).unsqueeze(1), moved_KD, rows_KD)
@@ -96,13 +100,8 @@ def unnormalised_momentum_step(rows_KD: Tensor, means_KD: Tensor, momentum: floa
     return (1 - momentum) * rows_KD + momentum * means_KD
 
 
-logger = logging.getLogger(__name__)
-CENTROIDS = "centroids."
-"""Prefix of the centroids' own entries in a checkpoint."""
-
-
 class RefreshRequest(NamedTuple):
-    """One global re-clustering: which rows, from which start, and as which version."""
+    """One global re-clustering: which rows, from which centroids, as which version."""
 
     version: int
     step: int
@@ -110,28 +109,28 @@ class RefreshRequest(NamedTuple):
     stop_ordinal: int
     num_clusters: int
     start_KD: Array | None
-    """Centroids in force, so that ids stay stable; None seeds by farthest points."""
+    """Current centroids, so that cluster ids stay stable; None for farthest-point seeding."""
 
 
 class RefreshResult(NamedTuple):
-    """New centroids, or why there are none."""
+    """New centroids, or None and the reason in ``report``."""
 
     rows_KD: Array | None
     report: str
 
 
 class BankState(NamedTuple):
-    """The bank's rows with their ordinals, for a checkpoint."""
+    """Rows of the bank and their ordinals, for a checkpoint."""
 
     rows_ND: Array
     ordinals_N: Array
 
 
 class Pool(Protocol):
-    """Where the bank lies and the passes run: Ray actors, or the twin in this process."""
+    """The bank and its re-clustering: Ray actors, or the twin in this process."""
 
     def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
-        """Hand over this rank's rows of a step; does not wait."""
+        """Add this rank's rows of a step; does not wait."""
 
     def request(self, request: RefreshRequest) -> None:
         """Start a re-clustering (rank 0 only)."""
@@ -140,74 +139,119 @@ class Pool(Protocol):
         """Wait for the re-clustering that was started last (rank 0 only)."""
 
     def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
-        """The rows of the bank (rank 0 only)."""
+        """Rows of the bank (rank 0 only)."""
 
     def reset(self, step: int, state: BankState | None) -> None:
-        """Forget everything and go on from ``state`` after ``step``. Collective."""
+        """Replace the bank by ``state``, as of ``step``; None empties it. Collective."""
+
+
+def serving_actor(step: int, rank: int, ranks: int, actors: int) -> int:
+    """Index of the actor that stores what ``rank`` pushes at ``step``: rank mod actors. If there are more actors than ranks, each
+    rank alternates between its actors, so that none stays empty."""
+    if actors <= ranks:
+        return rank % actors
+    own = range(rank, actors, ranks)
+    return own[step % len(own)]
+
+
+@dataclass
+class BankShard:
+    """One actor's part of the bank: the last ``bank_size`` rows of the run.
+
+    A row's ordinal is its position in the run's sentences, ordered by (step, rank, row); it depends on neither the number of
+    actors nor that of ranks.
+    """
+
+    chunks: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
+    """(step, rank) -> float16 rows (n, D) and their int64 ordinals (n,)."""
+
+    def push(self, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
+        """Store the rows of ``rank`` at ``step``."""
+        ordinals_n = np.arange(first_ordinal, first_ordinal + len(rows_nD))
+        self.chunks[step, rank] = (rows_nD.astype(np.float16), ordinals_n)
+
+    def restore(self, step: int, rows_ND: Array, ordinals_N: Array) -> None:
+        """Store rows from a checkpoint, as of ``step``; ordinals may have gaps if an actor was lost."""
+        self.chunks[step, 0] = (rows_ND.astype(np.float16), ordinals_N.copy())
+
+    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
+        """Float16 rows and their ordinals in [first, stop), by ordinal."""
+        chunks = [chunk for chunk in self.chunks.values() if len(chunk[1])]
+        chunks.sort(key=lambda chunk: int(chunk[1][0]))
+        if not chunks:
+            return np.empty((0, 0), np.float16), np.empty(0, np.int64)
+        rows_ND = np.concatenate([rows for rows, _ in chunks])
+        ordinals_N = np.concatenate([ordinals for _, ordinals in chunks])
+        inside_N = (ordinals_N >= first) & (ordinals_N < stop)
+        return rows_ND[inside_N], ordinals_N[inside_N]
+
+    def forget_before(self, first: int) -> None:
+        """Drop chunks that end before ordinal ``first``; later re-clusterings do not need them."""
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if len(chunk[1]) and chunk[1][-1] >= first}
 
 
 class OnlineClustering:
-    """Centroids, bank and the rule of when which version is in force; the same on every rank."""
+    """Centroids, the bank, and when to request and adopt new centroids; the same on every rank."""
 
     def __init__(self, config: ClusteringConfig, centroids: Centroids, pool: Pool) -> None:
         self.config = config
         self.centroids = centroids
         self.pool = pool
         self.pushed = 0
-        """Sentences of all ranks so far: the next ordinal."""
+        """Sentences of all ranks so far, which is the next ordinal."""
         self.waited_s = 0.0
-        """Time spent waiting for centroids so far."""
-        self._asked = False
-        self._early: list[Tensor | None] = []  # a result that a checkpoint had to wait for, until its step
+        """Time spent waiting for centroids."""
+        self._in_flight = False
+        self._received: list[Tensor | None] = []  # a result fetched early, for a checkpoint, and adopted at its step
 
     def push(self, step: int, attended: Sequence[Tensor], counts: Sequence[int]) -> None:
-        """Add one optimizer step's z2 of this rank (one tensor a microbatch); ``counts`` are the rows of every rank."""
+        """Add one optimizer step's z2 of this rank (one tensor per microbatch); ``counts`` are the rows of every rank."""
         first_ordinal = self.pushed + sum(counts[: distributed.rank()])
         self.pool.push(step, first_ordinal, torch.cat(list(attended)), counts)
         self.pushed += sum(counts)
 
     def refresh(self, step: int, may_start: bool, mean_cosine: Tensor) -> None:
-        """Move the centroids; at every ``refresh_every``-th step adopt what was asked for, and ask anew. Collective.
+        """Move the centroids; every ``refresh_every`` steps adopt the requested ones and request the next. Collective.
 
         Clustering starts once ``may_start`` (the warm-up is over), the mean cosine of all ranks is low enough and the
-        bank holds max(4K, 1024) rows. The cosine is read on the host at these steps alone, and only before the start.
+        bank has max(4K, 1024) rows. The cosine is read on the host at these steps only, and only before the start.
         """
         self.centroids.move()
         if step % self.config.refresh_every:
             return
-        self._adopt(step)
+        self._adopt_result(step)
         num_clusters = len(self.centroids.rows_KD)
         if min(self.pushed, self.config.bank_size) < max(4 * num_clusters, MIN_BANK):
             return
-        if self.centroids.started or self._starts(step, may_start, mean_cosine):
+        if self.centroids.started or self._can_start(step, may_start, mean_cosine):
             start_KD = self.centroids.rows_KD.cpu().numpy() if self.centroids.started else None
-            self._asked = True
+            self._in_flight = True
             if distributed.rank() == 0:
                 self.pool.request(
-                    RefreshRequest(self.centroids.version + 1, step, *self._live(), num_clusters, start_KD)
+                    RefreshRequest(self.centroids.version + 1, step, *self._bank_range(), num_clusters, start_KD)
                 )
 
-    def _starts(self, step: int, may_start: bool, mean_cosine: Tensor) -> bool:
+    def _can_start(self, step: int, may_start: bool, mean_cosine: Tensor) -> bool:
         mean = float(distributed.all_reduce(mean_cosine)) / distributed.world_size()
         return may_start and step >= self.config.start_step and mean <= self.config.start_cosine
 
-    def _live(self) -> tuple[int, int]:
+    def _bank_range(self) -> tuple[int, int]:
         return max(self.pushed - self.config.bank_size, 0), self.pushed
 
-    def _adopt(self, step: int) -> None:
-        if not self._asked:
+    def _adopt_result(self, step: int) -> None:
+        if not self._in_flight:
             return
-        rows_KD = self._early.pop() if self._early else self._receive()
-        self._asked = False
+        rows_KD = self._received.pop() if self._received else self._fetch_result()
+        self._in_flight = False
         if rows_KD is not None:
             self.centroids.adopt(rows_KD, self.centroids.version + 1, step)
 
-    def _receive(self) -> Tensor | None:
-        """What rank 0 gets from the pool, on every rank; None where the re-clustering failed."""
+    def _fetch_result(self) -> Tensor | None:
+        """Rank 0's result from the pool, on every rank; None if the re-clustering failed."""
         before = time.perf_counter()
         result = self.pool.result() if distributed.rank() == 0 else None
         if result is not None and result.rows_KD is None:
-            logger.warning("clustering: the centroids stay as they are: %s", result.report)
+            logger.warning("clustering: the centroids do not change: %s", result.report)
         received = None
         if distributed.broadcast_object(result is not None and result.rows_KD is not None):
             received = torch.empty_like(self.centroids.rows_KD)
@@ -218,60 +262,60 @@ class OnlineClustering:
         return received
 
     def empty_bank(self, step: int) -> None:
-        """Forget all features (stage change); centroids stay in force. Collective."""
-        if self._asked and not self._early:
-            self._receive()
-        self._asked, self._early, self.pushed = False, [], 0
+        """Drop all features (stage change) and keep the centroids. Collective."""
+        if self._in_flight and not self._received:
+            self._fetch_result()
+        self._in_flight, self._received, self.pushed = False, [], 0
         self.pool.reset(step, None)
 
     def state_dict(self, step: int) -> dict[str, Tensor]:
-        """Centroids, bank, write position and any refresh in flight; the bank on rank 0 only. Collective."""
+        """Centroids, bank, write position and any requested refresh; the bank on rank 0 only. Collective."""
         state = {f"{CENTROIDS}{key}": value for key, value in self.centroids.state_dict().items()}
         state["pushed"] = torch.tensor(self.pushed)
-        if self._asked:
-            self._early = self._early or [self._receive()]
-            early = self._early[0]
+        if self._in_flight:
+            self._received = self._received or [self._fetch_result()]
+            early = self._received[0]
             state["in_flight_KD"] = torch.empty(0) if early is None else early.cpu()
         if distributed.rank() == 0:
-            rows_ND, ordinals_N = self.pool.save(step, *self._live())
+            rows_ND, ordinals_N = self.pool.save(step, *self._bank_range())
             state["bank.rows_ND"] = torch.from_numpy(np.ascontiguousarray(rows_ND))
             state["bank.ordinals_N"] = torch.from_numpy(np.ascontiguousarray(ordinals_N))
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], step: int) -> None:
-        """Go on from ``state_dict``. Collective."""
+        """Restore ``state_dict``. Collective."""
         own = {key.removeprefix(CENTROIDS): value for key, value in state.items() if key.startswith(CENTROIDS)}
         self.centroids.load_state_dict(own)
         self.pushed = int(state["pushed"])
-        self._asked = "in_flight_KD" in state
-        if self._asked:
+        self._in_flight = "in_flight_KD" in state
+        if self._in_flight:
             early = state["in_flight_KD"]
-            self._early = [early.to(self.centroids.rows_KD.device) if early.numel() else None]
+            self._received = [early.to(self.centroids.rows_KD.device) if early.numel() else None]
         self.pool.reset(step, BankState(state["bank.rows_ND"].numpy(), state["bank.ordinals_N"].numpy()))
 
 
 class LocalPool:
-    """The bank and the passes in this process, on one array without FAISS: the oracle of the Ray pool.
+    """The bank and its re-clustering in this process, on one array without FAISS: the oracle of the Ray pool.
 
-    With several ranks each keeps a copy of the whole bank.
+    Every rank has a copy of the whole bank.
     """
 
     def __init__(self, config: ClusteringConfig) -> None:
         self.config = config
         self.bank = BankShard()
-        self._answer = RefreshResult(None, "nothing was asked for")
+        self._result = RefreshResult(None, "nothing was requested")
 
     def push(self, step: int, first_ordinal: int, rows_nD: Tensor, counts: Sequence[int]) -> None:
-        everyone_ND = distributed.ragged_all_gather(rows_nD, counts).cpu().numpy()
-        self.bank.push(step, 0, first_ordinal - sum(counts[: distributed.rank()]), everyone_ND)
+        all_ND = distributed.ragged_all_gather(rows_nD, counts).cpu().numpy()
+        self.bank.push(step, 0, first_ordinal - sum(counts[: distributed.rank()]), all_ND)
 
     def request(self, request: RefreshRequest) -> None:
         rows_ND, ordinals_N = self.bank.rows_between(request.first_ordinal, request.stop_ordinal)
-        self._answer = recluster(RowArray(rows_ND, ordinals_N, numpy_assign), request, self.config)
+        self._result = recluster(RowArray(rows_ND, ordinals_N, numpy_assign), request, self.config)
         self.bank.forget_before(request.first_ordinal)
 
     def result(self) -> RefreshResult:
-        return self._answer
+        return self._result
 
     def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
         return BankState(*self.bank.rows_between(first_ordinal, stop_ordinal))
@@ -283,10 +327,10 @@ class LocalPool:
 
 
 def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> RefreshResult:
-    """New centroids for ``request`` from ``rows``, or the reason why there are none."""
+    """New centroids for ``request`` from ``rows``, or the reason for their absence."""
     before = time.perf_counter()
-    if not rows.count():  # every actor that held some was lost
-        return RefreshResult(None, "the pool holds no rows of this bank any more")
+    if not rows.count():  # every actor with rows was lost
+        return RefreshResult(None, "the pool has no rows of this bank left")
     try:
         start_KD = request.start_KD
         if start_KD is None:

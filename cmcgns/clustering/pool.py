@@ -1,4 +1,4 @@
-"""A pool of Ray actors that holds rows: each runs FAISS over its own, and the answers are merged two levels deep.
+"""A pool of Ray actors that hold rows: each runs FAISS on its own rows, and answers are merged in two levels.
 
 K centroids, D dimensions.
 """
@@ -19,26 +19,26 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from cmcgns.clustering.embeddings import Embeddings, StreamedRows, load_rows
-from cmcgns.clustering.kmeans import Array, Assign, AssignmentPass, Row, assign_by, faiss_search, merge_passes
-from cmcgns.clustering.rows import Drawn, RowArray, check_rows, merge_lowest, merge_worst
+from cmcgns.clustering.kmeans import Array, Assign, PassTotals, ScoredRow, assign_by, faiss_search, merge_passes
+from cmcgns.clustering.rows import KeyedRows, RowArray, check_rows, merge_lowest, merge_worst
 from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError, first_line, last_line
 from cmcgns.faiss_install import check_faiss
 
 logger = logging.getLogger(__name__)
 FAN_IN = 4
-"""Answers that the coordinator merges by itself; of more, actors merge about the square root each."""
+"""Answers that the coordinator merges itself; if there are more, actors merge about sqrt(n) each first."""
 
 
-class ShardLost(RuntimeError):
-    """The actor has been started anew since it was given its rows."""
+class RowsLost(RuntimeError):
+    """The actor has been restarted since it received its rows."""
 
 
-LOST = (RayActorError, ObjectLostError, OutOfMemoryError, ShardLost)
-"""What Ray raises for an answer whose actor, or whose machine, has gone, or that was killed to free memory."""
+LOSS_ERRORS = (RayActorError, ObjectLostError, OutOfMemoryError, RowsLost)
+"""Errors of Ray if an actor or its node died, or if it was killed to free memory."""
 
 
-class Shard:
+class ShardActor:
     """One actor's rows and its FAISS passes."""
 
     def __init__(self, device: str, threads: int) -> None:
@@ -47,26 +47,26 @@ class Shard:
         self.rows: RowArray | None = None
 
     def ready(self) -> None:
-        """Answers once the actor is up."""
+        """Returns once the actor is up."""
 
-    def answer(self, method: str, *arguments: Any) -> tuple[bool, Any]:
-        """Whether this shard has rows, and what ``RowArray.method`` says of them: two objects, so that the coordinator
-        learns how a call went without fetching what it gave."""
+    def call(self, method: str, *arguments: Any) -> tuple[bool, Any]:
+        """Whether this shard has rows, and the result of ``RowArray.method``: two objects, so that the coordinator can check
+        for success without fetching the result."""
         if self.rows is None:
-            raise ShardLost("no rows are held")
+            raise RowsLost("this actor has no rows")
         return (True, getattr(self.rows, method)(*arguments)) if len(self.rows) else (False, None)
 
     def merge(self, merge: Callable[..., Any], *parts: Any) -> Any:
-        """``merge`` of what some shards answered, for the coordinator."""
+        """``merge`` of the answers of some shards, for the coordinator."""
         return merge(*parts)
 
 
 Recover = Callable[[dict[int, Exception]], None]
-"""Brings back the shards that were lost, given why."""
+"""Reloads the lost shards, given by index with the error."""
 
 
 class PooledRows:
-    """The rows of all shards as one set. Without ``recover`` the loss of a shard is the caller's to handle."""
+    """The rows of all shards as one set. Without ``recover`` the caller handles the loss of a shard."""
 
     def __init__(
         self, shards: Sequence[ActorHandle[Any]], counts: Sequence[int], recover: Recover | None = None
@@ -77,85 +77,85 @@ class PooledRows:
         return sum(self.counts)
 
     def mean(self) -> Array:
-        total_D: Array = self._merged(add_up, "total")
+        total_D: Array = self._call_and_merge(sum_parts, "total")
         return total_D / max(self.count(), 1)
 
     def subset(self, number: int, seed: int) -> Array:
-        drawn: Drawn = self._merged(partial(merge_lowest, number), "lowest", number, seed)
+        drawn: KeyedRows = self._call_and_merge(partial(merge_lowest, number), "subset_with_keys", number, seed)
         return drawn.rows_nD
 
-    def nearest(self, direction_D: Array) -> Row:
-        row: Row = self._merged(most_similar, "nearest", direction_D)
+    def nearest(self, direction_D: Array) -> ScoredRow:
+        row: ScoredRow = self._call_and_merge(most_similar, "nearest", direction_D)
         return row
 
-    def farthest(self, seeds_nD: Array) -> Row:
-        row: Row = self._merged(least_similar, "farthest", seeds_nD)
+    def farthest(self, seeds_nD: Array) -> ScoredRow:
+        row: ScoredRow = self._call_and_merge(least_similar, "farthest", seeds_nD)
         return row
 
-    def distance(self, seeds_nD: Array) -> float:
-        return float(self._merged(add_up, "distance", seeds_nD))
+    def total_distance(self, seeds_nD: Array) -> float:
+        return float(self._call_and_merge(sum_parts, "total_distance", seeds_nD))
 
     def draw(self, seeds_nD: Array, rate: float, seed: int) -> Array:
-        drawn: Drawn = self._merged(partial(merge_lowest, None), "drawn", seeds_nD, rate, seed)
+        drawn: KeyedRows = self._call_and_merge(partial(merge_lowest, None), "draw_with_keys", seeds_nD, rate, seed)
         return drawn.rows_nD
 
-    def shares(self, seeds_nD: Array) -> Array:
-        share_n: Array = self._merged(add_up, "shares", seeds_nD)
+    def seed_weights(self, seeds_nD: Array) -> Array:
+        share_n: Array = self._call_and_merge(sum_parts, "seed_weights", seeds_nD)
         return share_n
 
-    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> AssignmentPass:
-        found: AssignmentPass = self._merged(merge_passes, "assign", centroids_KD, blocks)
+    def assign(self, centroids_KD: Array, blocks: Array | None = None) -> PassTotals:
+        found: PassTotals = self._call_and_merge(merge_passes, "assign", centroids_KD, blocks)
         return found
 
-    def worst_served(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[Row]:
-        rows: list[Row] = self._merged(partial(merge_worst, number), "worst_served", centroids_KD, number, blocks)
+    def worst_assigned(self, centroids_KD: Array, number: int, blocks: Array | None = None) -> list[ScoredRow]:
+        rows: list[ScoredRow] = self._call_and_merge(
+            partial(merge_worst, number), "worst_assigned", centroids_KD, number, blocks
+        )
         return rows
 
-    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
-        """What all shards answer, merged in their order."""
-        # one copy in the object store, not one for each actor
+    def _call_and_merge(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
+        """Answers of all shards, merged in their order."""
+        # one copy in the object store for all actors
         shared = [ray.put(argument) if isinstance(argument, np.ndarray) else argument for argument in arguments]
         while True:
-            answers = self._answers(method, shared)
+            answers = self._call_shards(method, shared)
             try:
                 if len(answers) <= FAN_IN:
                     return merge(*ray.get([answer for _, answer in answers]))
-                return merge(*ray.get(self._merged_by_shards(merge, answers)))
-            except LOST as error:  # one that had answered already: its answer went with it
+                return merge(*ray.get(self._merge_on_shards(merge, answers)))
+            except LOSS_ERRORS as error:  # an actor died after it answered, and its answer with it
                 if self._recover is None:
                     raise
-                logger.warning(
-                    "clustering: an answer was lost while it was merged (%s); asking again", first_line(error)
-                )
+                logger.warning("clustering: an answer was lost before it was merged (%s); retrying", first_line(error))
 
-    def _answers(self, method: str, arguments: Sequence[Any]) -> list[tuple[int, Any]]:
+    def _call_shards(self, method: str, arguments: Sequence[Any]) -> list[tuple[int, Any]]:
         """Index of each shard that has rows, and a reference to its answer."""
         answers: dict[int, Any] = {}
 
         def send(i: int) -> Any:
-            there, answers[i] = self.shards[i].answer.options(num_returns=2).remote(method, *arguments)
-            return there
+            has_rows, answers[i] = self.shards[i].call.options(num_returns=2).remote(method, *arguments)
+            return has_rows
 
-        there = settled(send, len(self.shards), self._recover)
-        return [(i, answers[i]) for i in range(len(self.shards)) if there[i]]
+        has_rows = call_all(send, len(self.shards), self._recover)
+        return [(i, answers[i]) for i in range(len(self.shards)) if has_rows[i]]
 
-    def _merged_by_shards(self, merge: Callable[..., Any], answers: list[tuple[int, Any]]) -> list[Any]:
-        """References to about sqrt(n) merged answers: what reaches the coordinator does not grow with the pool."""
+    def _merge_on_shards(self, merge: Callable[..., Any], answers: list[tuple[int, Any]]) -> list[Any]:
+        """References to about sqrt(n) merged answers, so that the coordinator merges that many instead of n."""
         size = math.isqrt(len(answers) - 1) + 1
         groups = [answers[start : start + size] for start in range(0, len(answers), size)]
         return [self.shards[group[0][0]].merge.remote(merge, *(answer for _, answer in group)) for group in groups]
 
 
-def settled(send: Callable[[int], Any], number: int, recover: Recover | None) -> list[Any]:
-    """Answers to what ``send`` asks shard after shard, all at once; asked again of those that were lost."""
+def call_all(send: Callable[[int], Any], number: int, recover: Recover | None) -> list[Any]:
+    """Answers to ``send(0)`` ... ``send(number - 1)``, all sent at once; repeated for shards that were lost."""
     answers: dict[int, Any] = {}
     waiting = list(range(number))
     while waiting:
         sent, lost = {i: send(i) for i in waiting}, {}
         for i, reference in sent.items():
             try:
-                answers[i] = answered(reference)
-            except LOST as error:
+                answers[i] = get_answer(reference)
+            except LOSS_ERRORS as error:
                 if recover is None:
                     raise
                 lost[i] = error
@@ -165,8 +165,8 @@ def settled(send: Callable[[int], Any], number: int, recover: Recover | None) ->
     return [answers[i] for i in range(number)]
 
 
-def answered(reference: Any) -> Any:
-    """What an actor answered; a ``UserError`` in it is raised as it was, without Ray's report of the place."""
+def get_answer(reference: Any) -> Any:
+    """Answer of an actor; raises a ``UserError`` as it was, without Ray's traceback."""
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -176,52 +176,52 @@ def answered(reference: Any) -> Any:
 
 
 def actor_options(config: PoolConfig) -> dict[str, Any]:
-    """What Ray reserves for one actor."""
+    """Resources that Ray reserves for one actor."""
     return {"num_cpus": config.cpus_per_actor, "num_gpus": config.gpus_per_actor}
 
 
 def threads_per_actor(config: PoolConfig) -> int:
-    """FAISS threads of one actor: its whole CPUs."""
+    """FAISS threads of one actor: its number of whole CPUs."""
     return max(int(config.cpus_per_actor), 1)
 
 
-def add_up(*parts: Any) -> Any:
+def sum_parts(*parts: Any) -> Any:
     """Sum of numbers or arrays."""
     return np.sum(parts, axis=0)
 
 
-def most_similar(*rows: Row) -> Row:
-    """The most similar row, of equals the lowest ordinal."""
+def most_similar(*rows: ScoredRow) -> ScoredRow:
+    """The most similar row; ties go to the lowest ordinal."""
     return min(rows, key=lambda row: (-row.similarity, row.ordinal))
 
 
-def least_similar(*rows: Row) -> Row:
-    """The least similar row, of equals the lowest ordinal."""
+def least_similar(*rows: ScoredRow) -> ScoredRow:
+    """The least similar row; ties go to the lowest ordinal."""
     return min(rows, key=lambda row: (row.similarity, row.ordinal))
 
 
-MOST_LOSSES = 3
-"""Times that each actor may be lost before the fit fails."""
-PATIENCE_S = 30.0
-"""After which actors that wait for a place are mentioned."""
+MAX_RESTARTS = 3
+"""How often each actor may be lost before the fit fails."""
+WAIT_WARNING_S = 30.0
+"""Log a warning about actors that wait for resources this often."""
 
 
-class Source(Protocol):
-    """Where an actor gets its rows, also when it has to get them again."""
+class RowSource(Protocol):
+    """Where an actor reads its rows, again after a restart."""
 
     def rows(self, assign: Assign) -> RowArray:
-        """The rows of this part; one that has no direction is refused."""
+        """The rows of this part; raises on a row that has no direction."""
 
     def __str__(self) -> str:
-        """What to call it in a message."""
+        """Its name in messages."""
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Rows that lie in Ray's object store, with the ordinal of the first."""
+    """Rows in Ray's object store, and the ordinal of the first."""
 
     reference: tuple[Any, ...]
-    """The reference to (N, D), in a tuple: bare, Ray would hand on the array."""
+    """The reference to (N, D), in a tuple: Ray replaces a bare reference argument with the array."""
     first: int
 
     def rows(self, assign: Assign) -> RowArray:
@@ -230,20 +230,20 @@ class ArraySource:
         return RowArray(rows_ND, np.arange(self.first, self.first + len(rows_ND)), assign)
 
     def __str__(self) -> str:
-        return f"array from row {self.first} on"
+        return f"array, rows from {self.first}"
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Rows that each actor reads from object storage by itself."""
+    """Rows that each actor reads from storage."""
 
     part: Embeddings
     memory_bytes: float
-    """Up to which rows are held in memory."""
+    """Largest size of rows kept in memory."""
     scratch: str | None
-    """Folder for what memory does not hold."""
+    """Folder for rows that do not fit in memory."""
     streamed: bool
-    """Hold nothing, and read what is asked for each time; without weights."""
+    """Store no rows and read them on every access; without weights."""
 
     def rows(self, assign: Assign) -> RowArray:
         if self.streamed:
@@ -256,18 +256,18 @@ class ParquetSource:
 
 
 def array_sources(rows_ND: Array, bounds: Sequence[int]) -> list[ArraySource]:
-    """One source for each run of rows between neighbouring ``bounds``."""
+    """One source for each run of rows between consecutive ``bounds``."""
     return [ArraySource((ray.put(rows_ND[a:b]),), a) for a, b in pairwise(bounds)]
 
 
-class SourceShard(Shard):
-    """A shard whose rows come from a source."""
+class SourceActor(ShardActor):
+    """A shard that reads its rows from a source."""
 
-    source: Source | None = None
+    source: RowSource | None = None
 
-    @ray.method(max_task_retries=-1)  # waits for an actor that is being started anew
-    def load(self, index: int, source: Source) -> int:
-        """Get the rows, unless they are there; their number."""
+    @ray.method(max_task_retries=-1)  # waits for an actor that is restarting
+    def load(self, index: int, source: RowSource) -> int:
+        """Read the rows, unless they are loaded. Returns their number."""
         if self.rows is None:
             try:
                 self.source, self.rows = source, source.rows(self.assign_rows)
@@ -278,30 +278,30 @@ class SourceShard(Shard):
     def run(self, function: Callable[..., Any], index: int, *arguments: Any) -> Any:
         """``function(index, source, rows, search, *arguments)`` in this process."""
         if self.rows is None:
-            raise ShardLost("no rows are held")
+            raise RowsLost("this actor has no rows")
         return function(index, self.source, self.rows, self.search, *arguments)
 
     def peak_memory(self) -> int:
-        """Most bytes that the process has held in memory so far."""
+        """Peak resident memory of the process in bytes."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class SourcePool:
-    """Shards that get their rows by themselves, each actor on a process of its own and spread over the machines.
+    """Shards that read their own rows, one process each, spread over the nodes.
 
-    A shard that is lost gets its rows again; no pass goes on without it, and none waits for a timer.
+    A lost shard reads its rows again; no pass continues without it or waits for a timeout.
     """
 
-    def __init__(self, sources: Sequence[Source], config: PoolConfig) -> None:
+    def __init__(self, sources: Sequence[RowSource], config: PoolConfig) -> None:
         check_faiss(config.device)
         self.sources = sources
         self.losses = [0] * len(sources)
-        """Times that each actor was lost."""
-        options = actor_options(config) | {"scheduling_strategy": "SPREAD", "max_restarts": MOST_LOSSES}
-        make, threads = ray.remote(SourceShard).options(**options), threads_per_actor(config)
+        """How often each actor was lost."""
+        options = actor_options(config) | {"scheduling_strategy": "SPREAD", "max_restarts": MAX_RESTARTS}
+        make, threads = ray.remote(SourceActor).options(**options), threads_per_actor(config)
         self.shards = [make.remote(config.device, threads) for _ in sources]
         try:
-            wait_until_up([shard.ready.remote() for shard in self.shards])
+            wait_for_actors([shard.ready.remote() for shard in self.shards])
             self.counts = self._load(range(len(sources)))
         except BaseException:
             self.stop()
@@ -309,62 +309,64 @@ class SourcePool:
         self.rows = PooledRows(self.shards, self.counts, self.recover)
 
     def recover(self, lost: dict[int, Exception]) -> None:
-        """Wait until the shards that were lost have their rows again."""
+        """Wait until the lost shards have read their rows again."""
         for i, error in lost.items():
             self.losses[i] += 1
             logger.warning(
-                "clustering actor %d of %d was lost (%s); it is started anew and gets its rows again from %s",
+                "clustering actor %d of %d was lost (%s); it restarts and reads its rows again from %s",
                 i, len(self.shards), first_line(error), self.sources[i],
             )  # fmt: skip
         before = time.perf_counter()
         for i, count in zip(lost, self._load(lost), strict=True):
             if count != self.counts[i]:
-                raise UserError(f"{self.sources[i]} gave {count} rows, and {self.counts[i]} before; it must not change")
-            logger.warning("clustering actor %d has its %d rows again (%.1f s)", i, count, time.perf_counter() - before)
+                raise UserError(f"{self.sources[i]} had {self.counts[i]} rows and now has {count}; it must not change")
+            logger.warning(
+                "clustering actor %d has read its %d rows again (%.1f s)", i, count, time.perf_counter() - before
+            )
 
     def _load(self, indices: Iterable[int]) -> list[int]:
-        """Rows of the shards named, once each has got them."""
+        """Row counts of some shards, once they are loaded."""
         loading = [(i, self.shards[i].load.remote(i, self.sources[i])) for i in indices]
         counts = []
         for i, reference in loading:
             try:
-                counts.append(answered(reference))
+                counts.append(get_answer(reference))
             except (RayActorError, OutOfMemoryError) as error:
                 raise RuntimeError(
-                    f"clustering actor {i} of {len(self.shards)} was lost more than {MOST_LOSSES} times, at last because: "
+                    f"clustering actor {i} of {len(self.shards)} was lost more than {MAX_RESTARTS} times, most recently: "
                     f"{first_line(error)}. If memory ran out, lower clustering.memory_gib or use more actors"
                 ) from error
         return counts
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(index, source, rows, search, *arguments)`` of every shard, in its process."""
-        return settled(lambda i: self.shards[i].run.remote(function, i, *arguments), len(self.shards), self.recover)
+        """``function(index, source, rows, search, *arguments)`` of each shard, run in its process."""
+        return call_all(lambda i: self.shards[i].run.remote(function, i, *arguments), len(self.shards), self.recover)
 
     def peak_memory(self) -> list[int]:
-        """Most bytes that each actor has held so far."""
-        return settled(lambda i: self.shards[i].peak_memory.remote(), len(self.shards), self.recover)
+        """Peak resident memory of each actor in bytes."""
+        return call_all(lambda i: self.shards[i].peak_memory.remote(), len(self.shards), self.recover)
 
     def stop(self) -> None:
-        """End all actors."""
+        """Kill all actors."""
         for shard in self.shards:
             ray.kill(shard)
 
 
-def wait_until_up(ready: Sequence[Any]) -> None:
-    """Wait for actors, saying what they wait for where it takes long."""
+def wait_for_actors(ready: Sequence[Any]) -> None:
+    """Wait for actors to start; log a warning if it takes long."""
     waiting = list(ready)
     while waiting:
-        up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
+        up, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_WARNING_S)
         try:
             ray.get(up)
         except ActorDiedError as error:
             if not error.actor_init_failed:
                 raise
-            # FAISS that does not load, or sees no GPU
+            # FAISS does not load, or sees no GPU
             raise UserError(last_line(error).split("UserError: ")[-1]) from error
         if waiting:
             free = ray.available_resources()
             logger.warning(
-                "%d of %d clustering actors wait for a place; free are %g CPUs and %g GPUs",
+                "%d of %d clustering actors wait for resources; %g CPUs and %g GPUs are free",
                 len(waiting), len(ready), free.get("CPU", 0), free.get("GPU", 0),
             )  # fmt: skip

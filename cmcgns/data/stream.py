@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data._internal.datasource.range_datasource import RangeDatasource
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.util.annotations import RayDeprecationWarning
 
-from cmcgns.cluster.placement import data_label, data_resources, machines
+from cmcgns.cluster import ray_private
+from cmcgns.cluster.placement import data_label, data_resources, list_nodes
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import deal
 from cmcgns.data.image import resize_image
@@ -97,11 +96,7 @@ class Stream:
         pieces = len(piece_bounds(self, epoch, position)) - 1
         # with the same CPUs as the tasks that follow, so that Ray Data joins the two: else it first counts through all pieces
         cpus = self.config.cpus_per_task
-        numbers = ray.data.read_datasource(
-            RangeDatasource(n=pieces, block_format="arrow", column_name="id"),
-            override_num_blocks=pieces,
-            num_cpus=cpus,
-        )
+        numbers = ray_private.set_num_cpus(ray.data.range(pieces, override_num_blocks=pieces), cpus)
         return numbers.map_batches(
             read_pieces,
             batch_format="pyarrow",
@@ -130,20 +125,16 @@ def dealt(rows: Any, ranks: int, block_size: int, rounds: int, cpus: float) -> A
     )
     # Ray Data joins the two into one task, which is handed multiples of batch_size, if both ask for the same; no parameter
     # says how much the second asks for: a whole CPU, which beside another epoch on a small machine is never free
-    hands = in_turn.repartition(target_num_rows_per_block=hand, strict=True)
-    hands._logical_plan.dag.ray_remote_args["num_cpus"] = cpus
-    return hands
+    return ray_private.set_num_cpus(in_turn.repartition(target_num_rows_per_block=hand, strict=True), cpus)
 
 
-class Interleaved(ExecutionCallback):
+class Interleaved(ray_private.execution_callback()):  # type: ignore[misc]
     """Fits Ray Data's scheduler to streams that run beside training and beside each other."""
 
     def before_execution_starts(self, executor: Any) -> None:
         """Lets the stream count on every CPU that training leaves: Ray Data would give it its part of all, and subtract from
         that the whole of what training holds. A stream left without a CPU for one of its steps fills the object store."""
-        executor._resource_manager._get_total_resources = lambda: ray.data.ExecutionResources.from_resource_dict(
-            data_resources()
-        )
+        ray_private.set_total_resources(executor, data_resources)
 
     def on_execution_step(self, executor: Any) -> None:
         """Rests: while training holds the stream back the scheduler would turn without a pause, and take a third of a CPU."""
@@ -166,10 +157,10 @@ def ordered_context(taken_cpus: float, most_bytes: int, most_cpus: float | None)
     with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
-    context.execution_options.label_selector = data_label(machines())
+    context.execution_options.label_selector = data_label(list_nodes())
     context.target_max_block_size = BLOCK_BYTES
     # else a task that waits for room keeps its CPU: validation would wait for it, and training for validation
-    context._max_num_blocks_in_streaming_gen_buffer = None
+    ray_private.unlimit_generator_buffer(context)
     # training may pause for longer than any guard: validation, checkpoints, a slow pool
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [Interleaved]

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, read_yaml, resolve, to_yaml
-from cmcgns.cluster.placement import held_bundles
+from cmcgns.cluster.placement import run_bundles
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Config, Section
 from cmcgns.errors import UserError
@@ -155,7 +155,7 @@ def ablate(config: EvaluateJobConfig) -> int:
     refuse_other_runs(ablation, folder)
     first = next(iter(ablation.variants.values()))
     largest = max(ablation.variants.values(), key=taken_cpus)
-    with ray_session(worker_variables(first), needed=[*held_bundles(largest), ONE_CPU]) as cpus:
+    with ray_session(worker_variables(first), needed=[*run_bundles(largest), ONE_CPU]) as cpus:
         for each in ablation.variants.values():
             check_cpus(each)
         check_capacity(settings, cpus, first.data.cpus_per_task)

@@ -1,4 +1,4 @@
-"""Settings of `jobs/sweep.py`: those of a pretraining run, and what is tried on them."""
+"""Settings of `jobs/sweep.py`: those of a pretraining run, and those of the search."""
 
 from typing import Any, Literal, Self
 
@@ -9,32 +9,32 @@ from cmcgns.config import MEAN_RECALL, MEASURES, Config, Section
 
 class SweepConfig(Section):
     space: dict[str, Any] | None = None
-    """What is drawn: `section.key: {form: values}` with the forms uniform, log_uniform, integer, log_integer (two bounds)
-    and choice (values). By default mask ratio, cluster count and both temperatures, within what the corpus allows."""
+    """Search space, `section.key: {form: values}` with the forms uniform, log_uniform, integer, log_integer (two bounds) and
+    choice (values). By default mask ratio, number of clusters and both temperatures, in ranges that suit the corpus."""
     trials: PositiveInt = 16
-    """Trials; a grid ends when all of its points have been tried."""
+    """Number of trials; a grid ends earlier if it has fewer points."""
     search: Literal["random", "grid", "optuna"] = "optuna"
-    """Who proposes them: `optuna` goes by the results so far (TPE), `grid` takes only choices."""
+    """Search algorithm: `optuna` uses the results so far (TPE); `grid` accepts only choices."""
     scheduler: Literal["asha", "none"] = "asha"
-    """`asha` stops a trial at a rung where it is not among the best of those that came there before."""
+    """`asha` stops a trial at a rung unless it is among the best of those that reached the rung so far."""
     metric: str = MEAN_RECALL
-    """What trials are ranked by on the validation split, larger is better: mean_recall_at_1, or one way's recall at 1 or 5."""
+    """Metric that ranks trials, on the validation split; larger is better: mean_recall_at_1, or recall at 1 or 5 one way."""
     first_rung: float = Field(0.25, gt=0.0, lt=1.0)
-    """Share of the steps before which no trial is stopped; each further rung lies `reduction_factor` times as far."""
+    """Fraction of the steps before the first rung; each further rung is `reduction_factor` times as far."""
     reduction_factor: int = Field(2, ge=2)
-    """One in so many trials goes on at a rung."""
+    """One in this many trials continues after a rung."""
     max_concurrent: PositiveInt | None = None
-    """Most trials at the same time; by default as many as the cluster has room for."""
+    """Most trials at the same time; by default as many as fit on the cluster."""
     finalists: PositiveInt = 2
-    """Best trials that are run again with other seeds."""
+    """Number of best trials to run again with other seeds."""
     repeats: int = Field(2, ge=0)
-    """Times that each finalist is run again; the best mean wins."""
+    """Runs of each finalist with other seeds; the best mean wins."""
     seed: int = 0
-    """Decides what is drawn."""
+    """Seed of the search."""
     resume: str | None = None
-    """Name of a sweep under `run.storage` to go on with."""
+    """Name of a sweep under `run.storage` to resume."""
     retry_failed: bool = False
-    """When resumed, trials that failed (for want of storage, say) go on from their last checkpoints."""
+    """When resuming, retry failed trials from their last checkpoints (after a full disk, say)."""
 
 
 class SweepJobConfig(Config):
@@ -43,19 +43,19 @@ class SweepJobConfig(Config):
     sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
-    def sweep_makes_sense(self) -> Self:
+    def check_sweep(self) -> Self:
         sweep, run = self.sweep, self.run
         if sweep.metric not in MEASURES:
             raise ValueError(
-                f"sweep.metric {sweep.metric} is never reported; choose one of {', '.join(MEASURES)} (losses do not "
-                "compare between temperatures, cluster counts and mask ratios)"
+                f"sweep.metric {sweep.metric} is not reported; choose one of {', '.join(MEASURES)} (losses are not "
+                "comparable between temperatures, numbers of clusters and mask ratios)"
             )
         if run.resume:
-            raise ValueError(f"run.resume {run.resume} is for single runs; a sweep goes on with --sweep.resume=<name>")
+            raise ValueError(f"run.resume {run.resume} is for single runs; resume a sweep with --sweep.resume=<name>")
         if sweep.resume and run.name and sweep.resume != run.name:
-            raise ValueError(f"sweep.resume {sweep.resume} goes on under its own name; leave run.name {run.name} out")
+            raise ValueError(f"sweep.resume {sweep.resume} keeps its name; leave out run.name {run.name}")
         return self
 
     def pretraining(self) -> Config:
-        """The settings that all trials share."""
+        """Settings shared by all trials."""
         return Config(**{name: getattr(self, name) for name in Config.model_fields})

@@ -1,4 +1,4 @@
-"""sweep.png: the metric against each setting, the two settings that matter most, and the learning curves."""
+"""Files of a finished sweep: best.yaml, trials.csv, report.html, TensorBoard, and sweep.png with all results."""
 
 import base64
 import io
@@ -22,16 +22,17 @@ from cmcgns import storage
 from cmcgns.cli import to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.run_folder import RunFolder
-from cmcgns.sweep.ledger import Ledger, Standing, Trial
-from cmcgns.sweep.search import LEARNT, Space, drawn_settings
+from cmcgns.sweep.ledger import Ledger, SeedScores, Trial
+from cmcgns.sweep.search import REQUIRES_FALSE, Space, apply_drawn
 from cmcgns.terminal import STYLE
 
 COLUMNS, INCHES = 3, 4.0
 MARKERS = {"finished": "o", "stopped": "x"}
 
 
-def draw(space: Space, ledger: Ledger, metric: str) -> bytes:
-    """The picture as PNG. Stopped trials are crosses at the metric of their last rung."""
+def sweep_figure(space: Space, ledger: Ledger, metric: str) -> bytes:
+    """sweep.png: the metric by each setting and by the two most important ones, and learning curves. A stopped trial is a cross
+    at its last rung."""
     trials = [trial for trial in ledger.first_runs if trial.value is not None and trial.status in MARKERS]
     weights = importances(space, trials)
     first = next(iter(space))
@@ -41,12 +42,12 @@ def draw(space: Space, ledger: Ledger, metric: str) -> bytes:
     axes = iter(figure.subplots(rows, COLUMNS, squeeze=False).ravel())
     for key in space:
         axis = next(axes)
-        against(axis, key, space, trials, metric, weights.get(key))
+        plot_setting(axis, key, space, trials, metric, weights.get(key))
         if key == first:
             axis.legend(fontsize="small")
     if len(space) > 1:
-        together(next(axes), sorted(space, key=lambda key: -weights.get(key, 0.0))[:2], space, trials, metric, figure)
-    curves(next(axes), ledger, metric)
+        plot_pair(next(axes), sorted(space, key=lambda key: -weights.get(key, 0.0))[:2], space, trials, metric, figure)
+    plot_curves(next(axes), ledger, metric)
     for unused in axes:
         unused.axis("off")
     picture = io.BytesIO()
@@ -55,7 +56,7 @@ def draw(space: Space, ledger: Ledger, metric: str) -> bytes:
 
 
 def importances(space: Space, trials: list[Trial]) -> dict[str, float]:
-    """Share of each setting in what parts good trials from the rest (PED-ANOVA, arXiv 2304.10255); empty for too few trials."""
+    """Importance of each setting for the metric (PED-ANOVA, arXiv 2304.10255); empty if there are too few trials."""
     study = create_study(direction="maximize")
     for trial in trials:
         study.add_trial(create_trial(params=trial.drawn, distributions=space, value=trial.value))
@@ -64,16 +65,16 @@ def importances(space: Space, trials: list[Trial]) -> dict[str, float]:
     return dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator()))
 
 
-def places(key: str, space: Space, trials: list[Trial]) -> np.ndarray:
-    """Where the trials lie on the axis of ``key``: their values, or the number of the choice."""
+def axis_values(key: str, space: Space, trials: list[Trial]) -> np.ndarray:
+    """Positions of the trials on the axis of ``key``: values, or indices of choices."""
     distribution = space[key]
     if isinstance(distribution, CategoricalDistribution):
         return np.array([distribution.choices.index(trial.drawn[key]) for trial in trials], float)
     return np.array([trial.drawn[key] for trial in trials], float)
 
 
-def label(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
-    """Scale and ticks of the axis of ``key``."""
+def label_axis(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
+    """Set label, scale and ticks of the axis of ``key``."""
     distribution: Any = space[key]
     name = key.split(".", 1)[1]
     if vertical:
@@ -94,56 +95,56 @@ def label(axis: Axes, key: str, space: Space, vertical: bool = False) -> None:
         ticks.set_minor_formatter(NullFormatter())
 
 
-def against(axis: Axes, key: str, space: Space, trials: list[Trial], metric: str, weight: float | None) -> None:
-    """The metric over one setting."""
+def plot_setting(axis: Axes, key: str, space: Space, trials: list[Trial], metric: str, weight: float | None) -> None:
+    """Plot the metric over one setting."""
     for status, marker in MARKERS.items():
         some = [trial for trial in trials if trial.status == status]
-        axis.scatter(places(key, space, some), [trial.value or 0.0 for trial in some], marker=marker, label=status)
-    label(axis, key, space)
+        axis.scatter(axis_values(key, space, some), [trial.value or 0.0 for trial in some], marker=marker, label=status)
+    label_axis(axis, key, space)
     axis.set_ylabel(metric)
     axis.set_title("" if weight is None else f"importance {weight:.0%}", fontsize="medium")
 
 
-def together(axis: Axes, keys: list[str], space: Space, trials: list[Trial], metric: str, figure: Figure) -> None:
-    """The metric as a colour over two settings."""
+def plot_pair(axis: Axes, keys: list[str], space: Space, trials: list[Trial], metric: str, figure: Figure) -> None:
+    """Plot the metric as a colour over two settings."""
     values = [trial.value or 0.0 for trial in trials]
-    across, up = (places(key, space, trials) for key in keys)
+    across, up = (axis_values(key, space, trials) for key in keys)
     shown = axis.scatter(across, up, c=values, cmap="viridis", s=60)
-    label(axis, keys[0], space)
-    label(axis, keys[1], space, vertical=True)
+    label_axis(axis, keys[0], space)
+    label_axis(axis, keys[1], space, vertical=True)
     axis.set_title("the two most important", fontsize="medium")
     figure.colorbar(shown, ax=axis, label=metric)
 
 
-def curves(axis: Axes, ledger: Ledger, metric: str) -> None:
-    """The metric over the steps, repetitions dotted."""
+def plot_curves(axis: Axes, ledger: Ledger, metric: str) -> None:
+    """Plot the metric over the steps; repetitions are dotted."""
     colours = matplotlib.colormaps["tab20"]
     for trial in ledger.trials:
         if trial.values:
             steps, values = zip(*sorted(trial.values.items()), strict=True)
-            same = trial.number if trial.repeats is None else trial.repeats
+            original = trial.number if trial.repeats is None else trial.repeats
             style = "-" if trial.repeats is None else ":"
-            axis.plot(steps, values, style, marker=".", color=colours(same % 20))
+            axis.plot(steps, values, style, marker=".", color=colours(original % 20))
     axis.set_xlabel("step")
     axis.set_ylabel(metric)
     axis.set_title("learning curves; dotted: other seeds", fontsize="medium")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The finalists, best first by the mean over their seeds."""
+class SweepResult:
+    """The finalists, best mean first."""
 
-    standings: list[Standing]
+    finalist_scores: list[SeedScores]
     tests: list[float | None]
-    """Each one's metric on the test split; None where the corpus has none."""
+    """Metric of each on the test split; None if the corpus has none."""
 
     @property
     def winner(self) -> Trial:
-        """The trial that best.yaml is."""
-        return self.standings[0].trial
+        """The trial in best.yaml."""
+        return self.finalist_scores[0].trial
 
     def as_json(self, metric: str) -> dict[str, Any]:
-        """For result.json."""
+        """Content of result.json."""
         finalists = [
             {
                 "trial": found.trial.number,
@@ -154,19 +155,19 @@ class Answer:
                 "spread": found.spread,
                 f"test_{metric}": test,
             }
-            for found, test in zip(self.standings, self.tests, strict=True)
+            for found, test in zip(self.finalist_scores, self.tests, strict=True)
         ]
         return {"best": self.winner.number, "finalists": finalists}
 
 
-def settings_of(base: Config, trial: Trial) -> Config:
-    """The settings of a trial, as a run of its own would have them."""
-    config = drawn_settings(base, trial.drawn)
+def trial_settings(base: Config, trial: Trial) -> Config:
+    """Settings of a trial, for a run outside the sweep."""
+    config = apply_drawn(base, trial.drawn)
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": trial.seed}), "run": RunConfig()})
 
 
-def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd.DataFrame:
-    """One row a trial, best first: how it went, what it drew, then every other setting."""
+def trials_table(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd.DataFrame:
+    """One row per trial, best first: result, drawn settings, all other settings."""
     sections = base.model_dump(mode="json", exclude={"run"}).items()
     every = {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
     rungs = sorted({step for trial in ledger.trials for step in trial.values})
@@ -185,35 +186,38 @@ def table_of(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd
             "run": storage.join(folder.uri, f"trials/{trial.folder}"),
             **trial.drawn,
         }
-        # what a failed trial drew need not go together: nothing is checked here
-        own = {"train.seed": trial.seed} | {other: False for key, other in LEARNT.items() if key in trial.drawn}
+        # not validated: the drawn settings of a failed trial may be invalid together
+        own = {"train.seed": trial.seed} | {other: False for key, other in REQUIRES_FALSE.items() if key in trial.drawn}
         rows.append(row | {key: value for key, value in (every | own).items() if key not in row})
     table = pd.DataFrame(rows)
     return table.sort_values(metric, ascending=False, na_position="last", kind="stable") if rows else table
 
 
 def write_table(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> None:
-    """trials.csv."""
-    table = table_of(ledger, base, metric, folder)
+    """Write trials.csv."""
+    table = trials_table(ledger, base, metric, folder)
     storage.write_bytes(folder.file("trials.csv"), table.to_csv(index=False).encode())
 
 
-def write_answer(folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, answer: Answer) -> None:
-    """best.yaml, sweep.png, report.html and tensorboard/."""
-    storage.write_bytes(folder.file("best.yaml"), to_yaml(settings_of(base, answer.winner)).encode())
-    picture = draw(space, ledger, metric)
+def write_result(
+    folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, result: SweepResult
+) -> None:
+    """Write best.yaml, sweep.png, report.html and tensorboard/."""
+    storage.write_bytes(folder.file("best.yaml"), to_yaml(trial_settings(base, result.winner)).encode())
+    picture = sweep_figure(space, ledger, metric)
     storage.write_bytes(folder.file("sweep.png"), picture)
-    storage.write_bytes(folder.file("report.html"), page(folder, base, metric, space, ledger, answer, picture).encode())
+    page = report_page(folder, base, metric, space, ledger, result, picture)
+    storage.write_bytes(folder.file("report.html"), page.encode())
     with tempfile.TemporaryDirectory(prefix="cmcgns-hparams-") as scratch:
         write_hparams(Path(scratch), ledger, metric)
         storage.upload_folder(Path(scratch), folder.file("tensorboard"))
 
 
-def page(
-    folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, answer: Answer, picture: bytes
+def report_page(
+    folder: RunFolder, base: Config, metric: str, space: Space, ledger: Ledger, result: SweepResult, picture: bytes
 ) -> str:
-    """report.html: the finalists, the picture, and the table of trials, best first."""
-    trials = table_of(ledger, base, metric, folder)
+    """report.html: finalists, picture, and table of trials, best first."""
+    trials = trials_table(ledger, base, metric, folder)
     shown = ["trial", "status", "repeats", metric, "step", *space, "seconds", "reason"]
     finalists = pd.DataFrame(
         [
@@ -225,14 +229,14 @@ def page(
                 "seeds": len(found.values),
                 f"{metric} (test)": test,
             }
-            for found, test in zip(answer.standings, answer.tests, strict=True)
+            for found, test in zip(result.finalist_scores, result.tests, strict=True)
         ]
     )
     html = {"index": False, "na_rep": "", "float_format": "{:.4g}".format, "border": 0}
     return "\n".join(
         [
             f"<!doctype html><meta charset='utf-8'><title>{folder.name}</title><style>{STYLE}</style>",
-            f"<h1>{folder.name}</h1><p>best: trial {answer.winner.number}; run it with</p>",
+            f"<h1>{folder.name}</h1><p>best: trial {result.winner.number}; run it with</p>",
             f"<pre>python jobs/pretrain.py --config {folder.file('best.yaml')}</pre>",
             "<h2>Finalists</h2>",
             finalists.to_html(**html),
@@ -244,7 +248,7 @@ def page(
 
 
 def write_hparams(local: Path, ledger: Ledger, metric: str) -> None:
-    """TensorBoard files of all trials, one folder each: settings and metric for HParams, and the metric's curve."""
+    """Write TensorBoard files, a folder per trial: settings and metric for HParams, and the metric's curve."""
     from torch.utils.tensorboard import SummaryWriter
 
     for trial in ledger.trials:

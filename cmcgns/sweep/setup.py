@@ -1,4 +1,4 @@
-"""A sweep before it begins: its settings, its space and its corpus found to go together, its ledger read."""
+"""Setup of a sweep: settings, search space and corpus, validated together, and the ledger."""
 
 import math
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from cmcgns.faiss_install import check_faiss
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
-from cmcgns.sweep.search import Space, grid_axes, read_space, searcher
-from cmcgns.sweep.trial import finished_before
+from cmcgns.sweep.search import Space, build_search, grid_axes, read_space
+from cmcgns.sweep.trial import finished_result
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.setup import (
     FREE_TO_CHANGE,
@@ -24,23 +24,25 @@ from cmcgns.train.setup import (
     write_corpus,
 )
 
-FREE = FREE_TO_CHANGE | {"sweep": {"trials", "max_concurrent", "finalists", "repeats", "resume", "retry_failed"}}
+FREE_IN_SWEEPS = FREE_TO_CHANGE | {
+    "sweep": {"trials", "max_concurrent", "finalists", "repeats", "resume", "retry_failed"}
+}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that may begin or go on."""
+    """A sweep that is ready to start or resume."""
 
     config: SweepJobConfig
     base: Config
-    """What all trials share, with validations at the rungs."""
+    """Settings shared by all trials, with validations at the rungs."""
     folder: RunFolder
-    materials: PreparedCorpus
+    prepared: PreparedCorpus
     written: dict[str, Any]
-    """The space as a user writes it."""
+    """The space in the form that users write."""
     space: Space
     total: int
-    """Steps of a trial of ``base``."""
+    """Steps of a trial."""
     rungs: list[int]
     ledger: Ledger
     search: Any
@@ -52,61 +54,61 @@ class Sweep:
 
     @property
     def runs(self) -> str:
-        """URI of the folder of the trials' run folders."""
+        """URI of the folder with the trials' run folders."""
         return storage.join(self.folder.uri, "trials")
 
 
 def setup_sweep(config: SweepJobConfig) -> Sweep:
-    """The sweep of ``config``, new or resumed.
+    """Setup of a new or resumed sweep.
 
     Raises:
-        UserError: a setting, a space or a corpus that trials cannot run on.
+        UserError: settings, space and corpus do not work together.
     """
     settings = config.sweep
     run = config.run.model_copy(update={"name": None, "resume": settings.resume}) if settings.resume else config.run
     folder, config = find_folder(run, "sweep", "sweep.resume"), with_absolute_paths(config)
     if folder.resumed:
-        refuse_changes(config, folder, FREE)
+        refuse_changes(config, folder, FREE_IN_SWEEPS)
     base = config.pretraining().model_copy(update={"run": RunConfig()})
     check_faiss(base.clustering.device)
     if settings.space is not None:
-        read_space(settings.space, base)  # before the corpus is read
-    materials = prepare_corpus(with_any_clusters(base, settings))
+        read_space(settings.space, base)  # fails before the corpus is read
+    prepared = prepare_corpus(without_cluster_limit(base, settings))
     if folder.resumed:
-        check_corpus(folder, base, materials.corpus.digest, "sweep.resume")
-    written = settings.space or base.objective.sweep_space(min(materials.sentences, base.clustering.bank_size))
+        check_corpus(folder, base, prepared.corpus.digest, "sweep.resume")
+    written = settings.space or base.objective.sweep_space(min(prepared.sentences, base.clustering.bank_size))
     space = read_space(written, base)
-    total = build_schedule(base.train, len(materials.corpus.train)).total
+    total = build_schedule(base.train, len(prepared.corpus.train)).total
     base, rungs = with_rungs(base, settings, total)
     ledger = Ledger(folder)
     if len(ledger.first_runs) > settings.trials:
         raise UserError(
-            f"sweep.trials {settings.trials}: sweep {folder.name} has {len(ledger.first_runs)} trials already; give at "
-            "least as many"
+            f"sweep.trials {settings.trials}: sweep {folder.name} already has {len(ledger.first_runs)} trials; give at "
+            "least that many"
         )
     if settings.retry_failed:
         ledger.retry_failed()
-    take_up_ended(ledger, storage.join(folder.uri, "trials"), settings.metric)
-    search = propose(ledger, settings, space, base.train.seed)
+    record_finished(ledger, storage.join(folder.uri, "trials"), settings.metric)
+    search = prepare_search(ledger, settings, space, base.train.seed)
     more = search is not None and len(ledger.first_runs) < settings.trials
     to_do = ledger.unfinished or more or ledger.missing_repeats(settings.finalists, settings.repeats)
     if folder.resumed and has_finished(folder) and not to_do:
         raise UserError(
-            f"sweep.resume {folder.name}: that sweep has finished; its result is in {folder.uri}. More of it with a larger "
-            "sweep.trials, or --sweep.retry_failed=true"
+            f"sweep.resume {folder.name}: the sweep has finished; its result is in {folder.uri}. To extend it, raise "
+            "sweep.trials or set --sweep.retry_failed=true"
         )
-    return Sweep(config, base, folder, materials, written, space, total, rungs, ledger, search)
+    return Sweep(config, base, folder, prepared, written, space, total, rungs, ledger, search)
 
 
-def with_any_clusters(base: Config, settings: SweepConfig) -> Config:
-    """``base`` for a look at the corpus: where clusters are drawn, no trial has its own number of them."""
+def without_cluster_limit(base: Config, settings: SweepConfig) -> Config:
+    """``base`` for reading the corpus: with 2 clusters where their number is drawn, so that no corpus is refused for it."""
     drawn = [bank.setting for bank in base.banks if settings.space is None or bank.setting in settings.space]
-    any_number = dict.fromkeys((key.removeprefix("objective.") for key in drawn), 2)
-    return base.model_copy(update={"objective": base.objective.model_copy(update=any_number)})
+    fewest = dict.fromkeys((key.removeprefix("objective.") for key in drawn), 2)
+    return base.model_copy(update={"objective": base.objective.model_copy(update=fewest)})
 
 
 def with_rungs(base: Config, settings: SweepConfig, total: int) -> tuple[Config, list[int]]:
-    """``base`` with validations at the rungs, and the steps of those."""
+    """``base`` with validations at the rungs, and the steps of the rungs."""
     if settings.scheduler == "none":
         return base, []
     first = max(round(settings.first_rung * total), 1)
@@ -119,17 +121,17 @@ def with_rungs(base: Config, settings: SweepConfig, total: int) -> tuple[Config,
     return base, rungs
 
 
-def propose(ledger: Ledger, settings: SweepConfig, space: Space, seed: int) -> Any:
-    """The search that goes by results; what needs none is drawn into the ledger at once, and nobody searches on."""
+def prepare_search(ledger: Ledger, settings: SweepConfig, space: Space, seed: int) -> Any:
+    """Optuna's search. Random and grid trials do not depend on results: all go to the ledger at once, and this returns None."""
     known = len(ledger.first_runs)
     if settings.search == "optuna":
-        # with the seed it began with, a search that goes on would propose again what it began with
-        search = searcher("optuna", space, settings.metric, settings.trials, settings.seed + known)
+        # the original seed would propose the sweep's first trials again
+        search = build_search("optuna", space, settings.metric, settings.trials, settings.seed + known)
         for trial in ledger.first_runs:
             if trial.value is not None and trial.status in ("finished", "stopped"):
                 search.add_evaluated_point(trial.drawn, trial.value)
         return search
-    search = searcher(settings.search, space, settings.metric, settings.trials, settings.seed)
+    search = build_search(settings.search, space, settings.metric, settings.trials, settings.seed)
     points = math.prod(map(len, grid_axes(space).values())) if settings.search == "grid" else settings.trials
     for number in range(min(settings.trials, points)):
         drawn = search.suggest(str(number))
@@ -138,20 +140,20 @@ def propose(ledger: Ledger, settings: SweepConfig, space: Space, seed: int) -> A
     return None
 
 
-def take_up_ended(ledger: Ledger, runs: str, metric: str) -> None:
-    """Note what ended while nobody was there to write it down."""
+def record_finished(ledger: Ledger, runs: str, metric: str) -> None:
+    """Mark trials as finished whose run finished when no driver was there to record it."""
     for trial in ledger.unfinished:
-        before = finished_before(runs, trial.folder, metric)
-        if before is not None:
-            trial.status, trial.step = "finished", before["step"]
-            trial.values[trial.step] = before[metric]
+        result = finished_result(runs, trial.folder, metric)
+        if result is not None:
+            trial.status, trial.step = "finished", result["step"]
+            trial.values[trial.step] = result[metric]
 
 
-def write_start(opened: Sweep) -> None:
-    """Write down what a resumed sweep needs."""
-    if not opened.folder.resumed:
-        write_corpus(opened.folder, opened.materials.corpus.digest)
-    lasting = opened.settings.model_copy(update={"resume": None, "retry_failed": False})
-    config = opened.config.model_copy(update={"sweep": lasting})
-    storage.write_bytes(opened.folder.file("config.yaml"), to_yaml(config).encode())
-    opened.ledger.save()
+def write_start(setup: Sweep) -> None:
+    """Write what a resumed sweep needs."""
+    if not setup.folder.resumed:
+        write_corpus(setup.folder, setup.prepared.corpus.digest)
+    settings = setup.settings.model_copy(update={"resume": None, "retry_failed": False})
+    config = setup.config.model_copy(update={"sweep": settings})
+    storage.write_bytes(setup.folder.file("config.yaml"), to_yaml(config).encode())
+    setup.ledger.save()

@@ -1,4 +1,4 @@
-"""What the terminal shows of a sweep: a table of its trials that moves, or a line for each change where it is a file."""
+"""Terminal output of a sweep: a live table of the trials, or one line per change if the output is a file."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cmcgns.sweep.admission import Admission, Room
+from cmcgns.sweep.admission import Admission, Capacity
 from cmcgns.sweep.ledger import Ledger, Trial
 from cmcgns.train.run import Share
 
@@ -19,40 +19,40 @@ POLL_S = 1.0
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
 
 
-class Watch(Admission):
-    """A small actor on the driver's node: the admission, how far each running trial is, and what its processes have said."""
+class SweepMonitor(Admission):
+    """Actor on the driver's node: the admission, the step of each running trial, and log lines of the trials."""
 
-    def __init__(self, count: Callable[[], Room]) -> None:
-        super().__init__(count)
+    def __init__(self, get_capacity: Callable[[], Capacity]) -> None:
+        super().__init__(get_capacity)
         self.groups: dict[int, list[Any]] = {}
         self.steps: dict[int, tuple[int, int]] = {}
         self.lines: list[tuple[int, int, str]] = []
 
-    def tell(self, number: int, step: int, total: int, lines: list[tuple[int, str]]) -> None:
-        """Trial ``number`` has come to ``step`` of ``total``."""
+    def report_step(self, number: int, step: int, total: int, lines: list[tuple[int, str]]) -> None:
+        """Record the step of trial ``number``, and its log lines."""
         self.steps[number] = step, total
         for level, line in lines:
-            self.say(number, level, line)
+            self.log(number, level, line)
 
-    def say(self, number: int, level: int, line: str) -> None:
-        """Keep a line of trial ``number`` for the driver's terminal."""
+    def log(self, number: int, level: int, line: str) -> None:
+        """Record a line of trial ``number`` for the driver's terminal."""
         self.lines.append((number, level, line))
 
-    def hold(self, number: int, group: Any) -> None:
-        """Remember the placement group of trial ``number``: Ray Train's own cleaner may leave that of a killed run for ever."""
+    def add_group(self, number: int, group: Any) -> None:
+        """Record a placement group of trial ``number``: Ray Train's cleaner may never remove that of a killed run."""
         self.groups.setdefault(number, []).append(group)
 
     def enter(self, number: int) -> Share | None:
-        """See ``Admission.enter``; says once why nobody may. What the trial's last attempt has left behind is freed."""
+        """See ``Admission.enter``. Removes what the trial's last attempt left, and logs once why no trial is admitted."""
         self._free(number)
-        before = self.complaint
+        before = self.refusal
         share = super().enter(number)
-        if self.complaint and self.complaint != before:
-            self.say(number, logging.WARNING, f"waits for nodes: {self.complaint}")
+        if self.refusal and self.refusal != before:
+            self.log(number, logging.WARNING, f"waits for nodes: {self.refusal}")
         return share
 
     def leave(self, number: int) -> None:
-        """See ``Admission.leave``; whatever trial ``number`` has left behind is freed."""
+        """See ``Admission.leave``. Removes the trial's placement groups."""
         self._free(number)
         super().leave(number)
 
@@ -60,11 +60,11 @@ class Watch(Admission):
         for group in self.groups.pop(number, []):
             ray.util.remove_placement_group(group)
 
-    def empty(self) -> None:
-        """See ``Admission.empty``; whatever the trials have left behind is freed."""
+    def clear(self) -> None:
+        """See ``Admission.clear``. Removes the placement groups of all trials."""
         for number in list(self.groups):
             self._free(number)
-        super().empty()
+        super().clear()
 
     def news(self) -> tuple[dict[int, tuple[int, int]], list[tuple[int, int, str]]]:
         """Step and total by trial, and the lines since the last call."""
@@ -73,10 +73,10 @@ class Watch(Admission):
 
 
 class SweepTable:
-    """Follows ledger and watch until closed."""
+    """Prints changes of the ledger and the monitor until closed."""
 
-    def __init__(self, ledger: Ledger, watch: Any, metric: str, console: Console) -> None:
-        self.ledger, self.watch, self.metric, self.console = ledger, watch, metric, console
+    def __init__(self, ledger: Ledger, monitor: Any, metric: str, console: Console) -> None:
+        self.ledger, self.monitor, self.metric, self.console = ledger, monitor, metric, console
         self._steps: dict[int, tuple[int, int]] = {}
         self._shown: dict[int, tuple[Any, ...]] = {
             trial.number: self._state(trial) for trial in ledger.trials if trial.status != "waiting"
@@ -86,22 +86,22 @@ class SweepTable:
         self._thread.start()
 
     def close(self) -> None:
-        """Show what has not been shown yet, and stop."""
+        """Print the last changes, and stop."""
         self._done.set()
         self._thread.join(timeout=10)
 
     def _follow(self) -> None:
         with Live(self._table(), console=self.console, auto_refresh=False, transient=True) as live:
-            over = False
-            while not over:
-                over = self._done.wait(POLL_S)
+            done = False
+            while not done:
+                done = self._done.wait(POLL_S)
                 self._read()
                 if self.console.is_terminal:
                     live.update(self._table(), refresh=True)
 
     def _read(self) -> None:
         try:
-            self._steps, lines = ray.get(self.watch.news.remote(), timeout=10)
+            self._steps, lines = ray.get(self.monitor.news.remote(), timeout=10)
         except ray.exceptions.RayError:
             return
         for number, level, line in lines:
@@ -145,10 +145,8 @@ class SweepTable:
 
 
 def settings_line(trial: Trial) -> str:
-    """What a trial drew, in a line."""
-    return ", ".join(f"{key.split('.', 1)[1]} {shortly(value)}" for key, value in trial.drawn.items())
-
-
-def shortly(value: Any) -> str:
-    """A drawn value with three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Drawn settings of a trial in one line, with three significant digits."""
+    return ", ".join(
+        f"{key.split('.', 1)[1]} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for key, value in trial.drawn.items()
+    )

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a whole pretraining run that tells Tune of each validation, and may be ended at any of them."""
+"""One trial of a sweep: a pretraining run that reports each validation to Tune and can be stopped after any of them."""
 
 import contextlib
 import json
@@ -19,16 +19,16 @@ from cmcgns import storage
 from cmcgns.cli import resolve
 from cmcgns.config import Config, measure
 from cmcgns.errors import UserError, last_line
-from cmcgns.sweep.admission import LOOK_AGAIN_S
-from cmcgns.sweep.search import LOST_TOO_OFTEN, drawn_settings
+from cmcgns.sweep.admission import RECHECK_S
+from cmcgns.sweep.search import LOST_TOO_OFTEN, apply_drawn
 from cmcgns.train.run import Share
 from cmcgns.train.setup import PreparedCorpus, Pretraining, setup_pretraining
 
 POLL_S = 0.2
 STOP_S = 60.0
-"""Longest wait for a trial to end after its current step; then it is killed. For the last one of a sweep Tune waits 10 s."""
-MOST_LOSSES = 3
-"""Times in a row that a trial whose processes are lost before its next validation goes on from its last checkpoint."""
+"""Longest wait for a trial to stop after its current step before it is killed. Tune waits 10 s for the last one of a sweep."""
+MAX_LOSSES = 3
+"""How often in a row a trial whose processes are lost before its next validation resumes from its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,28 @@ class TrialTask:
 
     base: Config
     runs: str
-    """URI of the folder that their run folders go to."""
+    """URI of the folder with their run folders."""
     metric: str
-    materials: Any
+    prepared: Any
     """Object reference of their ``PreparedCorpus``."""
-    watch: Any
-    """The actor with the admission, from which the driver's table is read too."""
+    monitor: Any
+    """The ``SweepMonitor``."""
 
 
-def trial_config(task: TrialTask, told: dict[str, Any]) -> Config:
-    """The settings of a trial; that of a run folder that is there already resumes it."""
-    drawn = drawn_settings(task.base, told["drawn"])
-    there = storage.exists(storage.join(task.runs, f"{told['folder']}/config.yaml"))
-    own = {"train.seed": told["seed"], "run.storage": task.runs, f"run.{'resume' if there else 'name'}": told["folder"]}
+def trial_config(task: TrialTask, spec: dict[str, Any]) -> Config:
+    """Settings of a trial. It resumes if its run folder already exists."""
+    drawn = apply_drawn(task.base, spec["drawn"])
+    exists = storage.exists(storage.join(task.runs, f"{spec['folder']}/config.yaml"))
+    own = {
+        "train.seed": spec["seed"],
+        "run.storage": task.runs,
+        f"run.{'resume' if exists else 'name'}": spec["folder"],
+    }
     return resolve(drawn.model_dump(mode="json"), own, Config)
 
 
-def finished_before(runs: str, folder: str, metric: str) -> dict[str, Any] | None:
-    """Step and metric of a trial whose run has finished already; None where it has not."""
+def finished_result(runs: str, folder: str, metric: str) -> dict[str, Any] | None:
+    """Step and metric of a trial whose run has finished; None otherwise."""
     uri = storage.join(runs, f"{folder}/result.json")
     result = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
     if result.get("status") != "finished":
@@ -63,27 +67,27 @@ def finished_before(runs: str, folder: str, metric: str) -> dict[str, Any] | Non
 
 
 class TrialRunner:
-    """The driver of one trial's run. What the run holds of the cluster is freed when it ends, is stopped or gives way.
+    """Driver of one trial's run. The run frees its resources when it ends, is stopped or is evicted.
 
-    After a loss the run frees all of it too, and comes to the admission again: trials that kept their pools while they wait for
-    workers could wait for one another without end.
+    It also frees them after a loss and waits for admission again: trials that kept their pools while they wait for workers
+    could deadlock.
     """
 
-    def __init__(self, task: TrialTask, told: dict[str, Any], asked_at: float) -> None:
-        self.task, self.told = task, told
-        self.costs = {"process": time.time() - asked_at}
+    def __init__(self, task: TrialTask, spec: dict[str, Any], requested_at: float) -> None:
+        self.task, self.spec = task, spec
+        self.costs = {"process": time.time() - requested_at}
         self.coordinator: Any = None
         self._rows: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._stopped, self._sent_away = threading.Event(), threading.Event()
+        self._stopped, self._evicted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="trial", daemon=True)
         self._thread.start()
 
     def next(self) -> dict[str, Any]:
-        """The next validation before the last one, or the end, once it is there."""
+        """Wait for the next validation, except the last one, or for the end."""
         return self._rows.get()
 
     def stop(self) -> None:
-        """End the run after its current step, as Ctrl-C does. Of a killed one Ray Train's cleaner of placement groups stays."""
+        """Stop the run after its current step, as Ctrl-C does. Killing it would leave Ray Train's placement group cleaner."""
         self._stopped.set()
         while self._thread.is_alive():
             self._end_attempt()
@@ -100,46 +104,46 @@ class TrialRunner:
             ended = {"failure": str(error)}
         except ray.exceptions.RayActorError as error:
             if "creation task" not in str(error):
-                os._exit(1)  # lost with its node while the run began: whoever holds the trial starts it again
-            ended = {"failure": last_line(error)}  # an actor that cannot be made: no other attempt would mend it
-        except Exception as error:  # the sweep goes on
+                os._exit(1)  # its node was lost while the run started: SweepTrial restarts it
+            ended = {"failure": last_line(error)}  # the actor cannot be created; a retry would not help
+        except Exception as error:  # the sweep continues
             ended = {"failure": last_line(error)}
         self._rows.put(ended | {"ended": True, "costs": self.costs})
 
     def _train(self) -> dict[str, Any]:
-        before = finished_before(self.task.runs, self.told["folder"], self.task.metric)
-        if before is not None:  # its driver, or Tune's process of it, was lost at the very end
-            return before
+        result = finished_result(self.task.runs, self.spec["folder"], self.task.metric)
+        if result is not None:  # the run finished, but its driver or Tune's process was lost before it was recorded
+            return result
         losses = 0
         while not self._stopped.is_set():
-            began, run = time.time(), self._open()
+            began, run = time.time(), self._setup_run()
             from cmcgns.train.run import train
 
             self.costs["opening"] = time.time() - began
             result = self._attempt(run, train)
             if result["status"] == "finished":
                 return {"step": result["steps"], self.task.metric: measure(self.task.metric, result["metrics"])}
-            if not self._sent_away.is_set() and result["status"] == "failed":
+            if not self._evicted.is_set() and result["status"] == "failed":
                 losses += 1
                 if result["hopeless"] or 0 <= run.config.train.max_failures < losses:
                     return {"failure": result["failure"] or "failed", "step": result["steps"] or 0}
-                self._say(f"goes on from its last checkpoint once there is room, after: {result['failure']}")
+                self._warn(f"resumes from its last checkpoint once there is capacity, after: {result['failure']}")
         return {"failure": "stopped"}
 
-    def _open(self) -> Pretraining:
-        own = any(key.startswith(("data.", "model.")) for key in self.told["drawn"])
-        materials: PreparedCorpus | None = None if own else ray.get(self.task.materials)
-        run = setup_pretraining(trial_config(self.task, self.told), materials)
+    def _setup_run(self) -> Pretraining:
+        own = any(key.startswith(("data.", "model.")) for key in self.spec["drawn"])
+        prepared: PreparedCorpus | None = None if own else ray.get(self.task.prepared)
+        run = setup_pretraining(trial_config(self.task, self.spec), prepared)
         self.total = run.schedule.total
         return run
 
     def _attempt(self, run: Pretraining, train: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        share = self._enter()
+        share = self._wait_for_admission()
         if share is None:
             return {"status": "stopped"}
-        self.held = False
+        self.reported_group = False
         self.entered_at, over = time.time(), threading.Event()
-        guard = threading.Thread(target=self._give_way, args=(over,), name="trial-guard", daemon=True)
+        guard = threading.Thread(target=self._watch_capacity, args=(over,), name="trial-guard", daemon=True)
         guard.start()
         try:
             result = train(run, share, self._follow)
@@ -147,37 +151,37 @@ class TrialRunner:
             over.set()
             guard.join()
             self.coordinator = None
-            self.task.watch.leave.remote(self.told["number"])
+            self.task.monitor.leave.remote(self.spec["number"])
         if "trained" in result["marks"]:
             self.costs["training"] = result["marks"]["trained"] - result["marks"]["training"]
             self.costs["ending"] = time.time() - result["marks"]["trained"]
         return result
 
-    def _enter(self) -> Share | None:
-        """What this trial may count on, once there is room; None where it is stopped before."""
-        self._sent_away.clear()
+    def _wait_for_admission(self) -> Share | None:
+        """CPUs of this trial, once it is admitted; None if it is stopped before."""
+        self._evicted.clear()
         while True:
-            share: Share | None = ray.get(self.task.watch.enter.remote(self.told["number"]))
-            if share is not None or self._stopped.wait(LOOK_AGAIN_S):
+            share: Share | None = ray.get(self.task.monitor.enter.remote(self.spec["number"]))
+            if share is not None or self._stopped.wait(RECHECK_S):
                 return share
 
-    def _give_way(self, over: threading.Event) -> None:
-        """End the attempt, with a checkpoint if it can still make one, where the cluster has become too small for it."""
-        sent_at: float | None = None
-        while not over.wait(LOOK_AGAIN_S):
-            if sent_at is None:
-                if not ray.get(self.task.watch.must_leave.remote(self.told["number"])):
+    def _watch_capacity(self, over: threading.Event) -> None:
+        """Stop the attempt if the cluster becomes too small for it, with a checkpoint if that is still possible."""
+        evicted_at: float | None = None
+        while not over.wait(RECHECK_S):
+            if evicted_at is None:
+                if not ray.get(self.task.monitor.must_leave.remote(self.spec["number"])):
                     continue
-                sent_at = time.monotonic()
-                self._sent_away.set()
-                self._say("gives way, since nodes were lost; goes on from its checkpoint once there is room")
+                evicted_at = time.monotonic()
+                self._evicted.set()
+                self._warn("stops because nodes were lost; resumes from its checkpoint once there is capacity")
             self._end_attempt()
-            if time.monotonic() - sent_at > STOP_S:
-                ray.get(self.task.watch.excuse.remote(self.told["number"]))
-                os._exit(1)  # it waits for what others hold: whoever holds the trial starts it again
+            if time.monotonic() - evicted_at > STOP_S:
+                ray.get(self.task.monitor.excuse.remote(self.spec["number"]))
+                os._exit(1)  # it waits for resources of other trials: SweepTrial restarts it
 
-    def _say(self, line: str) -> None:
-        self.task.watch.say.remote(self.told["number"], logging.WARNING, line)
+    def _warn(self, line: str) -> None:
+        self.task.monitor.log.remote(self.spec["number"], logging.WARNING, line)
 
     @contextmanager
     def _follow(self, coordinator: Any) -> Iterator[None]:
@@ -188,7 +192,7 @@ class TrialRunner:
             over = False
             while not over:
                 over = done.wait(POLL_S)
-                self._hand_on(ray.get(coordinator.news.remote()), began)
+                self._forward(ray.get(coordinator.news.remote()), began)
 
         thread = threading.Thread(target=poll, name="trial-follow", daemon=True)
         thread.start()
@@ -198,36 +202,38 @@ class TrialRunner:
             done.set()
             thread.join()
 
-    def _hand_on(self, news: dict[str, Any], began: float) -> None:
+    def _forward(self, news: dict[str, Any], began: float) -> None:
         step = news["row"].get("step", 0)
-        if news["group"] is not None and not self.held:
-            self.held = True
-            self.task.watch.hold.remote(self.told["number"], news["group"])
-        self.task.watch.tell.remote(self.told["number"], step, self.total, news["lines"])
+        if news["group"] is not None and not self.reported_group:
+            self.reported_group = True
+            self.task.monitor.add_group.remote(self.spec["number"], news["group"])
+        self.task.monitor.report_step.remote(self.spec["number"], step, self.total, news["lines"])
         if "training" in news["marks"]:
             self.costs["workers"] = news["marks"]["training"] - began
         for row in news["validations"]:
-            if row["step"] < self.total:  # the last one comes with the end: Tune might stop the run before it
+            if (
+                row["step"] < self.total
+            ):  # the last one is reported with the end: after it Tune might stop the run early
                 value = measure(self.task.metric, row)
                 self._rows.put({"step": row["step"], self.task.metric: value, "costs": dict(self.costs)})
 
 
 class SweepTrial(tune.Trainable):
-    """Tune's handle of a trial; each step of it is one validation."""
+    """A trial as Tune sees it; each of its steps is one validation."""
 
     def setup(self, config: dict[str, Any], task: TrialTask) -> None:
-        self.task, self.told, self.losses = task, config, 0
+        self.task, self.spec, self.losses = task, config, 0
         self.began = time.time()
         self._start()
 
     def _start(self) -> None:
-        # spread, and so outside of Tune's placement group: all that the run starts would have to fit into it
+        # spread, to leave Tune's placement group: it would have to include everything that the run starts
         make = ray.remote(TrialRunner).options(num_cpus=0, scheduling_strategy="SPREAD", max_concurrency=2)
-        self.runner = make.remote(self.task, self.told, time.time())
+        self.runner = make.remote(self.task, self.spec, time.time())
 
     def step(self) -> dict[str, Any]:
         row = self._next()
-        seconds = self.told["seconds"] + time.time() - self.began
+        seconds = self.spec["seconds"] + time.time() - self.began
         return row | {"seconds": seconds, "done": row.get("ended", False)}
 
     def _next(self) -> dict[str, Any]:
@@ -237,20 +243,20 @@ class SweepTrial(tune.Trainable):
                 self.losses = 0
                 return row
             except ray.exceptions.RayActorError:
-                self.losses += not ray.get(self.task.watch.is_excused.remote(self.told["number"]))
-                ray.kill(self.runner)  # it may be out of reach alone, and two would write into one run folder
-                if self.losses > MOST_LOSSES:
+                self.losses += not ray.get(self.task.monitor.is_excused.remote(self.spec["number"]))
+                ray.kill(self.runner)  # it may only be unreachable, and two drivers must not write to one run folder
+                if self.losses > MAX_LOSSES:
                     return {"ended": True, "failure": LOST_TOO_OFTEN}
                 self._start()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the run's own checkpoints are what a trial goes on from."""
+        """Not needed: a trial resumes from the run's own checkpoints."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing, see ``save_checkpoint``."""
+        """Not needed, see ``save_checkpoint``."""
 
     def cleanup(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # lost, or not to be stopped
+        with contextlib.suppress(ray.exceptions.RayError):  # lost, or it did not stop in time
             ray.get(self.runner.stop.remote(), timeout=STOP_S)
         ray.kill(self.runner)
-        self.task.watch.leave.remote(self.told["number"])
+        self.task.monitor.leave.remote(self.spec["number"])

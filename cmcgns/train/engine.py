@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.train import deepspeed_private
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two running averages, by the name that torch and DeepSpeed share."""
@@ -146,15 +147,13 @@ class DeepSpeedEngine:
         """
         if not self.zero_stage:
             return
-        partitions = "fp32_partitioned_groups_flat" if self.zero_stage == 3 else "single_partition_of_fp32_groups"
-        for flat in getattr(self.optimizer, partitions):
+        for flat in deepspeed_private.flat_weights(self.optimizer, self.zero_stage):
             slot = self.optimizer.optimizer.state[flat]
             slot.setdefault("step", torch.zeros(()))
             for moment in MOMENTS:
                 slot.setdefault(moment, torch.zeros_like(flat))
         if self.zero_stage < 3:
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+            deepspeed_private.link_averages(self.optimizer)
 
     def _average(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
         if not self.zero_stage:
@@ -171,7 +170,7 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(parameter, whole, moment)
             return
         # DeepSpeed's own way to set a whole average fails where ranks do not divide the parameter
-        share: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        share = deepspeed_private.shard_size(parameter)
         flat = nn.functional.pad(whole.flatten(), (0, share * distributed.world_size() - whole.numel()))
         safe_set_local_optimizer_state(parameter, flat.narrow(0, share * distributed.rank(), share), moment)
 

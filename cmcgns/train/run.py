@@ -17,15 +17,15 @@ from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.cluster.coordinator import log_to_coordinator, start_coordinator
 from cmcgns.cluster.placement import (
     DATA,
-    MACHINES_S,
+    NODE_START_S,
     ROLE,
-    Machine,
-    data_machines,
+    Node,
+    can_scale_up,
+    data_nodes,
     describe_placement,
-    held_bundles,
-    machines,
-    may_grow,
-    needs,
+    describe_request,
+    list_nodes,
+    run_bundles,
 )
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Config
@@ -52,9 +52,9 @@ def check_cpus(config: Config) -> None:
         raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
 
 
-def check_data_nodes(config: Config, nodes: Sequence[Machine]) -> None:
+def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
     """Refuse nodes labelled for data that the clustering pool fills: data tasks go nowhere else."""
-    labelled = data_machines(nodes)
+    labelled = data_nodes(nodes)
     if labelled and whole_cluster(config, nodes).data < 1:
         clustering = config.clustering
         raise UserError(
@@ -81,9 +81,9 @@ class Share:
     holds instead of waiting for more. Whoever runs it starts it again."""
 
 
-def whole_cluster(config: Config, nodes: Sequence[Machine]) -> Share:
+def whole_cluster(config: Config, nodes: Sequence[Node]) -> Share:
     """The share of a run that has a cluster of ``nodes`` to itself."""
-    labelled = data_machines(nodes)
+    labelled = data_nodes(nodes)
     cpus = sum(node.cpus for node in labelled or nodes)
     # an estimate: workers without GPUs may be packed onto nodes labelled for data
     taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
@@ -107,7 +107,7 @@ def threads_per_worker(config: Config) -> int:
     return max((os.cpu_count() or 1) // on_one_machine, 1)
 
 
-def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Machine]) -> dict[str, str]:
+def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Node]) -> dict[str, str]:
     """What is about to happen, for the user to read before it does."""
     config, folder, corpus, schedule = run.config, run.folder, run.corpus, run.schedule
     train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
@@ -151,13 +151,13 @@ def pretrain(config: Config, dry_run: bool = False) -> int:
 
     parameters = count_parameters(run.config, run.tokenizer)
     uris = [run.config.data.uri, run.folder.storage]
-    needed = [*held_bundles(config), ONE_CPU]
+    needed = [*run_bundles(config), ONE_CPU]
     with quiet_terminal(), ray_session(worker_variables(config), uris, [] if dry_run else needed):
-        nodes = machines()
+        nodes = list_nodes()
         plan = describe_plan(run, parameters, nodes)
-        if dry_run and may_grow(nodes):
+        if dry_run and can_scale_up(nodes):
             plan["cluster"] = (
-                f"{describe_placement(config, nodes)}; {needs(needed)}; its autoscaler is asked for the rest"
+                f"{describe_placement(config, nodes)}; {describe_request(needed)}; its autoscaler is asked for the rest"
             )
             print_plan(terminal, plan)
             return 0
@@ -202,7 +202,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
     known_bad = run.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(run.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
-    pools = {bank.name: start_pool(config.clustering, config.train.num_workers, coordinator) for bank in config.banks}
+    pools = {bank.name: start_pool(config.clustering, config.train.num_workers) for bank in config.banks}
     gave_up = False
     try:
         with follow(coordinator):
@@ -222,7 +222,7 @@ def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContext
 def worker_variables(config: Config) -> dict[str, str]:
     """Environment variables of every process of the run, beside those of every job."""
     own = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{MACHINES_S:.0f}" if os.environ.get("RAY_ADDRESS") else "600",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{NODE_START_S:.0f}" if os.environ.get("RAY_ADDRESS") else "600",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

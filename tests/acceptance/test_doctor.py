@@ -32,7 +32,7 @@ def test_an_address_where_nothing_listens_is_said_by_doctor_and_job(ray_head: Ra
     visit, job = doctor(ray_head, tmp_path, **nowhere), pretrain(ray_head, tmp_path, **nowhere)
     assert (visit.returncode, job.returncode) == (1, 2)
     for said in (visit.stdout, job.stderr):
-        assert "RAY_ADDRESS 127.0.0.1:9: no Ray cluster answers there" in said
+        assert "RAY_ADDRESS 127.0.0.1:9: no Ray cluster answers at this address" in said
 
 
 def test_a_dry_run_prints_the_plan_and_what_is_missing_and_writes_nothing(ray_head: RayHead, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from cmcgns.clustering.kmeans import faiss_assign, farthest_point_seeds, kmeans
 from cmcgns.clustering.rows import RowArray
 from tests.clustering.sets import SETS
-from tests.clustering.test_beside_faiss import ITERATIONS, check_parallel_seeding, check_same_start, objective
+from tests.clustering.test_against_faiss import ITERATIONS, check_parallel_seeding, check_same_start, objective
 
 ROWS, CLUSTERS = 60_000, 128
 

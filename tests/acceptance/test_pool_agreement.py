@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clustering.delayed_shard import DelayedShard
+from tests.clustering.delayed_actor import DelayedActor
 from tests.clustering.test_pool import check, local_ray
 
 __all__ = ["local_ray"]
@@ -12,4 +12,4 @@ __all__ = ["local_ray"]
 
 @pytest.mark.ray
 def test_centroids_agree_on_every_rank_and_losses_equal_the_twin(local_ray: None, tmp_path: Path) -> None:
-    check(tmp_path, 60, DelayedShard)
+    check(tmp_path, 60, DelayedActor)

@@ -1,4 +1,4 @@
-"""A fresh AWS account (moto's) in which cluster/aws_access.py has run, and Ray's own steps of launching into it."""
+"""A new AWS account (moto's) after cluster/aws_access.py, and Ray's steps of launching nodes in it."""
 
 import copy
 import json
@@ -25,19 +25,19 @@ ACCESS = ("--bucket=s3://films/cxr", f"--ssh-range={SSH_RANGE}")
 
 @dataclass(frozen=True)
 class Account:
-    """What the access script made, and the cluster file with its values put in."""
+    """What the access script created, and the cluster file with its values."""
 
     group: str
     config: dict[str, Any]
 
     def changed(self) -> dict[str, Any]:
-        """A copy of the file's content that a test may spoil."""
+        """A copy of the file's content that a test may change."""
         return copy.deepcopy(self.config)
 
 
 @contextmanager
 def fresh_account(folder: Path, host: str = "127.0.0.1") -> Iterator[Account]:
-    """An account of its own for boto3 and Ray in this process, and for what it starts."""
+    """A new account for boto3 and Ray in this process and its children."""
     from ray.autoscaler._private.aws.utils import client_cache, resource_cache
 
     with running_moto(folder, host) as environment, pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def fresh_account(folder: Path, host: str = "127.0.0.1") -> Iterator[Account]:
             patch.delenv(name, raising=False)
         for name, value in (environment | {"HOME": str(folder)}).items():  # Ray writes a key pair into ~/.ssh
             patch.setenv(name, value)
-        # boto3 keeps a session for the process, with the credentials that it first saw; Ray its clients
+        # boto3 caches a session with its first credentials, and Ray caches clients
         patch.setattr(boto3, "DEFAULT_SESSION", None)
         try:
             yield give_access()
@@ -55,7 +55,7 @@ def fresh_account(folder: Path, host: str = "127.0.0.1") -> Iterator[Account]:
 
 
 def give_access() -> Account:
-    """Run the access script as its reader does, and write into the file what it says."""
+    """Run the access script as a user does, and put the values that it prints into the file."""
     script = [sys.executable, "cluster/aws_access.py", *ACCESS]
     done = subprocess.run(script, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=True)
     group = done.stdout.strip().rpartition("[")[2].rstrip("]")
@@ -64,14 +64,14 @@ def give_access() -> Account:
 
 
 def filled(group: str) -> dict[str, Any]:
-    """cluster/gpu.yaml with an image and a group where it says CHANGE."""
+    """cluster/gpu.yaml with an image and a group instead of CHANGE."""
     text = json.dumps(load("gpu")).replace("ami-CHANGE", IMAGE).replace("sg-CHANGE", group)
     assert "CHANGE" not in text, CLUSTER
     return json.loads(text)
 
 
 def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
-    """What ``ray up`` makes of a file before it launches anything."""
+    """The file as ``ray up`` completes it before it launches anything."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config
 
@@ -79,7 +79,7 @@ def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_detected_resources(config: dict[str, Any]) -> dict[str, Any]:
-    """The file with what EC2 says of CPUs, GPUs and memory of its instance types, as ``ray up`` fills it in; schema checked."""
+    """The file, schema checked, with CPUs, GPUs and memory of its instance types from EC2, as ``ray up`` adds them."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -89,7 +89,7 @@ def with_detected_resources(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def launched(config: dict[str, Any], node_type: str) -> dict[str, Any]:
-    """One machine of a type, through Ray's node provider, as EC2 describes it with its disks; then ended."""
+    """EC2's description of one node of a type, with its disks, launched by Ray's node provider; then terminated."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 
@@ -107,7 +107,7 @@ def launched(config: dict[str, Any], node_type: str) -> dict[str, Any]:
 
 
 def role_names() -> set[str]:
-    """Roles of the account, those apart that every account has."""
+    """Roles of the account, without those that every account has."""
     return {role["RoleName"] for role in boto3.client("iam").list_roles()["Roles"]}
 
 

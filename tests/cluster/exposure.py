@@ -1,4 +1,4 @@
-"""What an AWS account lies open to, asked of the account itself: rules for the whole world, policies for everything."""
+"""What an AWS account exposes: rules for all addresses, policies for all actions or objects."""
 
 import json
 from typing import Any
@@ -21,12 +21,12 @@ def open_to_the_world(security_groups: list[str]) -> list[str]:
 
 
 def ranges(rule: dict[str, Any]) -> list[str]:
-    """Every range of addresses that a rule names."""
+    """All address ranges of a rule."""
     return [r["CidrIp"] for r in rule.get("IpRanges", [])] + [r["CidrIpv6"] for r in rule.get("Ipv6Ranges", [])]
 
 
 def wide_policies(profile: str) -> list[str]:
-    """Each policy of a profile's roles that was not written by us, or that grants every action or every object."""
+    """Each policy of a profile's roles that is not ours, or that grants all actions or all objects."""
     iam = boto3.client("iam")
     found = []
     for role in iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]:
@@ -39,7 +39,7 @@ def wide_policies(profile: str) -> list[str]:
 
 
 def is_wide(statement: dict[str, Any]) -> bool:
-    """True where a statement grants actions by a pattern, or rights other than to look on everything."""
+    """Whether a statement grants actions by a pattern, or more than read access to everything."""
     actions, resources = as_list(statement["Action"]), as_list(statement["Resource"])
     if "NotAction" in statement or "NotResource" in statement or any("*" in action for action in actions):
         return True
@@ -48,5 +48,5 @@ def is_wide(statement: dict[str, Any]) -> bool:
 
 
 def as_list(value: Any) -> list[Any]:
-    """IAM writes one of a thing without its list."""
+    """A list; IAM writes a list of one as a bare value."""
     return value if isinstance(value, list) else [value]

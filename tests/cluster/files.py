@@ -1,4 +1,4 @@
-"""The cluster files as their readers hold them, and what pyproject.toml says of versions."""
+"""The cluster files, and the versions in pyproject.toml."""
 
 import tomllib
 from typing import Any
@@ -13,22 +13,22 @@ CLUSTER = REPOSITORY / "cluster"
 RAY_UP = ("gpu", "gcp", "on_prem")
 """Files for ``ray up``."""
 CONTAINERS = ("gpu", "gcp")
-"""Those that run Ray in a container."""
+"""Files that run Ray in a container."""
 KUBERAY = ("raycluster", "rayjob")
 
 
 def load(name: str) -> dict[str, Any]:
-    """``cluster/NAME.yaml`` as it is read."""
+    """Content of ``cluster/NAME.yaml``."""
     return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
 
 
 def requirement(package: str) -> SpecifierSet:
-    """The versions of a package that pyproject.toml takes."""
+    """Versions of a package that pyproject.toml allows."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     return next(r.specifier for r in map(Requirement, project["dependencies"]) if r.name == package)
 
 
 def ray_of_image(image: str) -> str:
-    """The Ray version that an image's tag names, as rayproject/ray:2.60.0-py311 and cmcgns:ray2.60.0 do."""
+    """Ray version in an image's tag, such as rayproject/ray:2.60.0-py311 or cmcgns:ray2.60.0."""
     tag = image.rpartition(":")[2]
     return tag.removeprefix("ray").partition("-")[0]

@@ -1,4 +1,4 @@
-"""IAM's decision on a request by policies that only allow, for the operators that our policies use.
+"""IAM's decision on a request, for policies that only allow and for the operators that ours use.
 
 As https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_elements.html has it.
 """
@@ -10,7 +10,7 @@ from tests.cluster.exposure import as_list
 
 
 def allows(document: dict[str, Any], action: str, resource: str, known: dict[str, str] | None = None) -> bool:
-    """True where a statement allows the action; ``known`` are the condition keys that the request brings."""
+    """Whether a statement allows the action; ``known`` are the condition keys of the request."""
     return any(_matches(statement, action, resource, known or {}) for statement in document["Statement"])
 
 
@@ -28,7 +28,7 @@ def _matches(statement: dict[str, Any], action: str, resource: str, known: dict[
 
 
 def _condition(operator: str, wanted: Any, given: str | None) -> bool:
-    """False where the request says nothing of the key, as IAM has it without IfExists."""
+    """False if the request does not have the key, as in IAM without IfExists."""
     if given is None:
         return False
     if operator == "StringLike":
@@ -39,6 +39,6 @@ def _condition(operator: str, wanted: Any, given: str | None) -> bool:
 
 
 def _like(pattern: str, text: str) -> bool:
-    """IAM's patterns: ``*`` stands for anything, slashes too, ``?`` for one letter."""
+    """IAM's patterns: ``*`` matches anything, including slashes, ``?`` one character."""
     regular = "".join({"*": ".*", "?": "."}.get(letter, re.escape(letter)) for letter in pattern)
     return re.fullmatch(regular, text, re.DOTALL) is not None

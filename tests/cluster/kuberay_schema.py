@@ -1,4 +1,4 @@
-"""Every field that KubeRay 1.7 knows in a RayCluster and a RayJob: Kubernetes drops what it does not know without a word.
+"""All fields of KubeRay 1.7's RayCluster and RayJob: Kubernetes drops unknown ones silently.
 
 Written down from the operator's field reference (https://docs.ray.io/en/latest/cluster/kubernetes/references/api.html, v1.7.0).
 What Kubernetes itself defines, pod templates foremost, is checked against Kubernetes' own schemas in the tests.
@@ -12,7 +12,7 @@ TEXT: Schema = {"type": "string"}
 NUMBER: Schema = {"type": "number"}
 FLAG: Schema = {"type": "boolean"}
 TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
-"""Keys and values of the user's choice. YAML reads 0 as a number and true as a flag: both are refused here."""
+"""Free keys and values. YAML reads 0 as a number and true as a boolean: both are refused here."""
 KUBERNETES: Schema = {"type": "object"}
 """A type of Kubernetes' own."""
 KUBERNETES_LIST: Schema = {"type": "array", "items": KUBERNETES}
@@ -96,7 +96,7 @@ RAY_CLUSTER_SPEC = fields(
     managedBy=TEXT,
     upgradeStrategy=fields(type=one_of("Recreate", "None")),
     tlsOptions=fields(enabled=FLAG),
-    gcsFaultToleranceOptions=KUBERNETES,  # not looked into: no file here uses it
+    gcsFaultToleranceOptions=KUBERNETES,  # not checked: no file here uses it
     historyServerOptions=fields(
         collectorOptions=fields(image=TEXT, imagePullPolicy=TEXT, resources=KUBERNETES, env=KUBERNETES_LIST)
     ),
@@ -126,14 +126,14 @@ RAY_JOB_SPEC = fields(
     preRunningDeadlineSeconds=count(1),
     shutdownAfterJobFinishes=FLAG,
     ttlSecondsAfterFinished=count(),
-    deletionStrategy=KUBERNETES,  # not looked into: no file here uses it
+    deletionStrategy=KUBERNETES,  # not checked: no file here uses it
     managedBy=TEXT,
     suspend=FLAG,
 )
 
 
 def custom_resource(kind: str, spec: Schema) -> Schema:
-    """A whole resource of KubeRay's; its metadata are Kubernetes' own."""
+    """A complete KubeRay resource; its metadata are of Kubernetes."""
     known = {"apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}, "metadata": KUBERNETES, "spec": spec}
     return fields(tuple(known), **known)
 

@@ -1,4 +1,4 @@
-"""An AWS to break: moto's own server in a process of its own, gone at the end."""
+"""A mock AWS: moto's server in its own process, stopped at the end."""
 
 import os
 import subprocess
@@ -17,12 +17,12 @@ REGION = "us-east-1"
 
 @contextmanager
 def running_moto(folder: Path, host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
-    """The environment of clients of a fresh, empty account; the server logs into ``folder``."""
+    """Environment for clients of a new, empty account; the server logs to ``folder``."""
     address = f"http://{host}:{(port := free_port())}"
     with (folder / "moto.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
-            # else a role cannot be given Amazon's own policies, wide ones among them
+            # else Amazon's managed policies, including wide ones, cannot be attached to a role
             env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
             stdout=log,
             stderr=subprocess.STDOUT,

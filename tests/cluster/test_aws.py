@@ -1,4 +1,4 @@
-"""cluster/gpu.yaml taken to an AWS account (moto's) by the access script, Ray's bootstrap and Ray's node provider."""
+"""cluster/gpu.yaml in an AWS account (moto's), by the access script, Ray's bootstrap and Ray's node provider."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 
 @pytest.fixture(scope="module")
 def config(account: Account) -> dict[str, Any]:
-    """The file as ``ray up`` launches from it."""
+    """The file as ``ray up`` launches it."""
     return bootstrapped(account.config)
 
 
@@ -57,7 +57,7 @@ def test_the_security_group_opens_ssh_to_one_range_and_nothing_to_the_world(acco
     assert open_to_the_world([account.group]) == []
 
 
-def test_the_access_script_run_again_moves_the_range_and_makes_nothing_twice(account: Account) -> None:
+def test_the_access_script_run_again_changes_the_range_and_creates_nothing_twice(account: Account) -> None:
     before = role_names(), group_ids()
     aws_access.main([ACCESS[0], "--ssh-range=203.0.113.9/32", FILE])
     assert [ranges(rule) for rule in rules(account.group)] == [[], ["203.0.113.9/32"]]
@@ -72,7 +72,7 @@ def test_bootstrap_makes_a_key_pair_and_nothing_else(account: Account) -> None:
     assert (role_names(), group_ids()) == before
     assert [pair["KeyName"] for pair in boto3.client("ec2").describe_key_pairs()["KeyPairs"]] == ["cmcgns"]
     assert Path(config["auth"]["ssh_private_key"]).stat().st_mode & 0o777 == 0o600
-    assert config["head_node"] == {}  # where Ray would put a role of its own making
+    assert config["head_node"] == {}  # Ray would put its own role here
 
 
 def test_the_head_has_no_cpu_for_tasks_and_workers_have_what_their_machines_have(account: Account) -> None:
@@ -109,7 +109,7 @@ def test_no_machine_is_open_to_the_world_or_may_do_everything(config: dict[str, 
     assert wide_policies(profile) == []
 
 
-def test_machines_can_have_private_addresses_alone(account: Account, config: dict[str, Any]) -> None:
+def test_machines_can_have_private_addresses_only(account: Account, config: dict[str, Any]) -> None:
     assert launched(config, "head")["PublicIpAddress"]
     ec2 = boto3.client("ec2")
     vpc = ec2.describe_security_groups(GroupIds=[account.group])["SecurityGroups"][0]["VpcId"]
@@ -138,15 +138,13 @@ def test_without_the_profile_of_the_file_ray_would_take_full_access(
 
     config = account.changed()
     del config["available_node_types"]["head"]["node_config"]["IamInstanceProfile"]
-    # Ray waits half a minute for what it makes to reach all of Amazon's machines
+    # Ray waits half a minute for new roles to propagate
     monkeypatch.setattr(ray_aws, "time", SimpleNamespace(sleep=lambda seconds: None))
     made = bootstrapped(config)["head_node"]["IamInstanceProfile"]["Arn"].rpartition("/")[2]
     assert sorted(wide_policies(made)) == ["AmazonEC2FullAccess", "AmazonS3FullAccess"]
 
 
-def test_a_group_that_is_not_there_is_refused_and_none_is_made(
-    account: Account, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_group_is_refused_and_none_is_created(account: Account, capsys: pytest.CaptureFixture[str]) -> None:
     before = group_ids()
     with pytest.raises(AssertionError):
         bootstrapped(filled("sg-0123456789abcdef0"))
@@ -154,7 +152,7 @@ def test_a_group_that_is_not_there_is_refused_and_none_is_made(
     assert group_ids() == before
 
 
-def test_the_access_script_takes_away_what_it_made_and_only_that(account: Account) -> None:
+def test_the_access_script_removes_what_it_created_and_only_that(account: Account) -> None:
     session = boto3.Session(region_name=REGION)
     vpc = session.client("ec2").create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
     config = load("gpu") | {"cluster_name": "other"}

@@ -1,4 +1,4 @@
-"""What cluster/iam/ lets machines do: one prefix of one bucket, and for the head the machines of its own cluster."""
+"""What cluster/iam/ allows nodes: one prefix of one bucket, and for the head the nodes of its cluster."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ MACHINE = {
     "ec2:InstanceType": "g6.12xlarge",
     "ec2:MetadataHttpTokens": "required",
 }
-"""What is known of a launch as cluster/gpu.yaml asks for it."""
+"""Condition keys of a launch request by cluster/gpu.yaml."""
 EC2_ITSELF = {"iam:PassedToService": "ec2.amazonaws.com"}
 
 
@@ -42,13 +42,13 @@ def test_no_statement_is_wide_or_left_unfilled(document: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("action", ["s3:GetObject", "s3:PutObject", "s3:DeleteObject"])
-def test_objects_are_granted_under_the_prefix_alone(action: str) -> None:
+def test_objects_are_granted_under_the_prefix_only(action: str) -> None:
     assert allows(BUCKET, action, "arn:aws:s3:::films/cxr/runs/1/config.yaml")
     for elsewhere in ("films/cxr-raw/1.dcm", "films/other/1.dcm", "films/cxr", "films2/cxr/1.dcm", "other/cxr/1.dcm"):
         assert not allows(BUCKET, action, f"arn:aws:s3:::{elsewhere}")
 
 
-def test_names_are_listed_under_the_prefix_alone() -> None:
+def test_names_are_listed_under_the_prefix_only() -> None:
     assert allows(BUCKET, "s3:ListBucket", "arn:aws:s3:::films", {"s3:prefix": "cxr/runs/"})
     assert not allows(BUCKET, "s3:ListBucket", "arn:aws:s3:::films", {"s3:prefix": "cxr-raw/"})
     assert not allows(BUCKET, "s3:ListBucket", "arn:aws:s3:::films", {"s3:prefix": ""})
@@ -100,7 +100,7 @@ def test_the_head_cannot_open_what_it_launches_or_give_it_more_rights() -> None:
 
 
 @pytest.mark.parametrize("action", ["ec2:TerminateInstances", "ec2:CreateTags"])
-def test_the_head_touches_machines_of_its_cluster_alone(action: str) -> None:
+def test_the_head_changes_only_machines_of_its_cluster(action: str) -> None:
     machine = f"{EC2}:instance/i-1"
     assert allows(LAUNCH, action, machine, {"aws:ResourceTag/ray-cluster-name": "cmcgns"})
     assert not allows(LAUNCH, action, machine, {"aws:ResourceTag/ray-cluster-name": "another"})

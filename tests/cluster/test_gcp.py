@@ -1,4 +1,4 @@
-"""cluster/gcp.yaml against the fields that Google's own description of the Compute API knows."""
+"""cluster/gcp.yaml compared with the fields in Google's description of the Compute API."""
 
 import json
 from functools import cache
@@ -14,13 +14,13 @@ from tests.cluster.files import CLUSTER, load
 
 @cache
 def compute_types() -> dict[str, Any]:
-    """Every type of the Compute API with its fields, as Google's client ships them."""
+    """All types of the Compute API with their fields, from Google's client."""
     document = files("googleapiclient") / "discovery_cache" / "documents" / "compute.v1.json"
     return json.loads(document.read_text())["schemas"]
 
 
 def problems(value: Any, schema: dict[str, Any], path: str) -> list[str]:
-    """Where a value has fields that its type has not, or another kind of value."""
+    """Paths at which a value has fields that its type lacks, or the wrong type."""
     schema = compute_types()[schema["$ref"]] if "$ref" in schema else schema
     if "properties" in schema:
         if not isinstance(value, dict):
@@ -42,7 +42,7 @@ def problems(value: Any, schema: dict[str, Any], path: str) -> list[str]:
 
 
 def machines() -> dict[str, dict[str, Any]]:
-    """What each node type asks the Compute API for."""
+    """Request of each node type to the Compute API."""
     return {name: kind["node_config"] for name, kind in load("gcp")["available_node_types"].items()}
 
 
@@ -59,7 +59,7 @@ def test_a_wrong_field_is_found(field: str, value: Any) -> None:
     assert problems(machines()["cpu"] | {field: value}, {"$ref": "Instance"}, "cpu") != []
 
 
-def test_no_machine_uses_an_account_or_a_key_of_rays_making() -> None:
+def test_no_machine_uses_an_account_or_a_key_created_by_ray() -> None:
     for name, machine in machines().items():
         (account,) = machine["serviceAccounts"]
         role = "head" if name == "head" else "worker"
@@ -68,7 +68,7 @@ def test_no_machine_uses_an_account_or_a_key_of_rays_making() -> None:
         assert metadata["block-project-ssh-keys"] == "true"
         assert machine["tags"]["items"] == ["cmcgns"]
         assert "networks/default" not in str(machine["networkInterfaces"])
-    assert load("gcp")["auth"]["ssh_private_key"]  # without it Ray puts a key on every machine of the project
+    assert load("gcp")["auth"]["ssh_private_key"]  # without it Ray adds a key to every machine of the project
 
 
 def test_gpu_machines_do_not_move_and_spot_ones_are_spot() -> None:
@@ -79,7 +79,7 @@ def test_gpu_machines_do_not_move_and_spot_ones_are_spot() -> None:
             assert scheduling["onHostMaintenance"] == "TERMINATE"
 
 
-def test_the_heads_role_is_machines_alone() -> None:
+def test_the_heads_role_covers_machines_only() -> None:
     role = yaml.safe_load((CLUSTER / "iam" / "gcp_head.yaml").read_text())
     services, kinds, verbs = zip(*(permission.split(".") for permission in role["includedPermissions"]), strict=True)
     assert set(services) == {"compute"}

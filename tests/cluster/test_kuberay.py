@@ -1,4 +1,4 @@
-"""cluster/kuberay/ against KubeRay's fields, Kubernetes' own schemas, and what Ray's autoscaler reads out of it."""
+"""cluster/kuberay/ compared with KubeRay's fields, Kubernetes' schemas, and what Ray's autoscaler reads."""
 
 from copy import deepcopy
 from typing import Any
@@ -16,7 +16,7 @@ FILES = (*KUBERAY, "network_policy")
 
 
 def resources(name: str) -> dict[str, dict[str, Any]]:
-    """Everything that a file would make, by kind."""
+    """All resources of a file, by kind."""
     made = yaml.safe_load_all((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
     return {resource["kind"]: resource for resource in made}
 
@@ -28,12 +28,12 @@ def cluster_spec(name: str) -> dict[str, Any]:
 
 
 def groups(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Groups of a cluster by name, the head among them."""
+    """Groups of a cluster by name, including the head."""
     return {"head": spec["headGroupSpec"]} | {group["groupName"]: group for group in spec["workerGroupSpecs"]}
 
 
 def check(resource: dict[str, Any]) -> None:
-    """Refuse what Kubernetes or KubeRay would refuse, and what they would drop without a word."""
+    """Raise on what Kubernetes or KubeRay would refuse or silently drop."""
     if resource["kind"] not in SCHEMAS:
         kubernetes_validate.validate(resource, KUBERNETES, strict=True)
         return
@@ -72,12 +72,12 @@ def test_a_misspelt_field_or_value_is_found(path: tuple[str | int, ...], value: 
         check(resource)
 
 
-def test_the_job_brings_the_cluster_that_stands_alone() -> None:
+def test_the_jobs_cluster_equals_the_standalone_one() -> None:
     assert cluster_spec("rayjob") == cluster_spec("raycluster")
     assert resources("rayjob")["ServiceAccount"] == resources("raycluster")["ServiceAccount"]
 
 
-def test_tokens_are_asked_for_and_usage_statistics_are_off() -> None:
+def test_tokens_are_required_and_usage_statistics_are_off() -> None:
     spec = cluster_spec("raycluster")
     assert spec["authOptions"] == {"mode": "token"}
     for group in groups(spec).values():
@@ -93,7 +93,7 @@ def test_images_and_version_are_of_the_ray_that_is_required() -> None:
     assert spec["rayVersion"] in ray
 
 
-def test_pods_hold_no_rights_that_they_do_not_need() -> None:
+def test_pods_have_no_rights_that_they_do_not_need() -> None:
     for name, group in groups(cluster_spec("raycluster")).items():
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"]
@@ -119,7 +119,7 @@ def gibibytes(quantity: str) -> int:
     return int(quantity.removesuffix("Gi"))
 
 
-def test_rays_autoscaler_reads_ranges_resources_and_labels_out_of_it() -> None:
+def test_rays_autoscaler_reads_ranges_resources_and_labels() -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     resource = deepcopy(resources("raycluster")["RayCluster"])
@@ -141,7 +141,7 @@ def test_rays_autoscaler_reads_ranges_resources_and_labels_out_of_it() -> None:
     assert workers["gpu-spot"]["priority"] > workers["gpu-on-demand"].get("priority", 0)
 
 
-def test_the_network_policy_lets_in_this_namespace_and_the_operator_alone() -> None:
+def test_the_network_policy_lets_in_only_this_namespace_and_the_operator() -> None:
     policy = resources("network_policy")["NetworkPolicy"]["spec"]
     assert policy["policyTypes"] == ["Ingress"]
     (rule,) = policy["ingress"]

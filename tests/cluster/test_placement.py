@@ -1,4 +1,4 @@
-"""What goes on which nodes, for clusters on paper."""
+"""Placement on nodes, for made-up clusters."""
 
 from collections.abc import Iterator
 
@@ -9,22 +9,22 @@ from cmcgns.cli import load_config
 from cmcgns.cluster.placement import (
     DATA,
     ROLE,
-    Machine,
+    Node,
     data_label,
     describe_placement,
-    pool_machines,
+    pool_nodes,
     pool_strategies,
-    wait_for_room,
+    wait_for_resources,
 )
 from cmcgns.config import Config
 from cmcgns.errors import UserError
 from cmcgns.train.run import check_data_nodes, whole_cluster
 from tests.jobs import TINY
 
-GPU = Machine("g" * 56, "gpu-1", 48, 8)
-PLAIN = Machine("c" * 56, "cpu-1", 16, 0)
-FOR_DATA = Machine("d" * 56, "data-1", 32, 0, {ROLE: DATA})
-HEAD = Machine("a" * 56, "head", 0, 0)
+GPU = Node("g" * 56, "gpu-1", 48, 8)
+PLAIN = Node("c" * 56, "cpu-1", 16, 0)
+FOR_DATA = Node("d" * 56, "data-1", 32, 0, {ROLE: DATA})
+HEAD = Node("a" * 56, "head", 0, 0)
 
 
 def config(*words: str) -> Config:
@@ -32,21 +32,21 @@ def config(*words: str) -> Config:
 
 
 def test_the_pool_goes_to_nodes_labelled_for_data_first_then_to_nodes_without_gpus() -> None:
-    assert pool_machines([HEAD, GPU, PLAIN, FOR_DATA], 4) == [FOR_DATA]
-    assert pool_machines([HEAD, GPU, PLAIN], 4) == [PLAIN]
-    assert pool_machines([HEAD, GPU], 4) == [], "where all are alike Ray chooses"
-    assert pool_machines([HEAD, PLAIN], 4) == []
-    assert pool_machines([GPU, PLAIN, FOR_DATA], 33) == [], "none is large enough"
+    assert pool_nodes([HEAD, GPU, PLAIN, FOR_DATA], 4) == [FOR_DATA]
+    assert pool_nodes([HEAD, GPU, PLAIN], 4) == [PLAIN]
+    assert pool_nodes([HEAD, GPU], 4) == [], "if all are alike Ray chooses"
+    assert pool_nodes([HEAD, PLAIN], 4) == []
+    assert pool_nodes([GPU, PLAIN, FOR_DATA], 33) == [], "none is large enough"
 
 
-def test_actors_take_turns_over_the_nodes_and_may_leave_them() -> None:
-    second = Machine("e" * 56, "data-2", 32, 0, {ROLE: DATA})
+def test_actors_alternate_between_the_nodes_and_may_leave_them() -> None:
+    second = Node("e" * 56, "data-2", 32, 0, {ROLE: DATA})
     strategies = pool_strategies([GPU, FOR_DATA, second], 3, 4)
     assert [each.node_id for each in strategies] == [FOR_DATA.id, second.id, FOR_DATA.id]
     assert all(each.soft for each in strategies)
 
 
-def test_data_tasks_ask_for_the_label_only_where_a_living_node_has_it() -> None:
+def test_data_tasks_require_the_label_only_if_a_living_node_has_it() -> None:
     assert data_label([HEAD, GPU, PLAIN]) is None
     assert data_label([GPU, FOR_DATA]) == {ROLE: DATA}
 
@@ -71,23 +71,23 @@ def test_a_pool_that_fills_the_nodes_labelled_for_data_is_refused_with_numbers()
 def test_the_plan_says_what_goes_where() -> None:
     said = describe_placement(config(), [GPU, FOR_DATA])
     assert said == (
-        "1 x 48 CPUs + 8 GPUs, 1 x 32 CPUs for data; workers on as few nodes as have room, clustering on data-1 first, "
-        "data tasks on data-1 alone"
+        "1 x 48 CPUs + 8 GPUs, 1 x 32 CPUs for data; workers on as few nodes as possible, clustering on data-1 first, "
+        "data tasks on data-1 only"
     )
     assert describe_placement(config(), [PLAIN]) == "1 x 16 CPUs"
 
 
-def test_only_clusters_that_something_launches_may_grow() -> None:
-    launched = Machine("l" * 56, "head", 0, 0, {"ray.io/node-group": "head"})
-    own = Machine("o" * 56, "h1", 2, 0, {"ray.io/node-group": "local.cluster.node"})
-    assert launched.from_a_launcher
-    assert not own.from_a_launcher
-    assert not PLAIN.from_a_launcher
+def test_only_launched_clusters_can_scale_up() -> None:
+    launched = Node("l" * 56, "head", 0, 0, {"ray.io/node-group": "head"})
+    own = Node("o" * 56, "h1", 2, 0, {"ray.io/node-group": "local.cluster.node"})
+    assert launched.is_launched
+    assert not own.is_launched
+    assert not PLAIN.is_launched
 
 
 @pytest.fixture
 def launched_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray whose node says that a launcher made it, and that gets no others."""
+    """A Ray cluster whose node has a launcher's label, and that never gets another node."""
     monkeypatch.setenv("RAY_NODE_TYPE_NAME", "head")
     ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
     yield
@@ -95,15 +95,15 @@ def launched_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_room_that_does_not_come_is_told_with_numbers_and_what_was_asked_for_is_given_back(launched_ray: None) -> None:
-    said: list[str] = []
-    wait_for_room([{"CPU": 1.0, "GPU": 0.0}] * 2, said.append)
-    assert said == []
+def test_missing_resources_are_reported_with_numbers_and_the_request_is_released(launched_ray: None) -> None:
+    lines: list[str] = []
+    wait_for_resources([{"CPU": 1.0, "GPU": 0.0}] * 2, lines.append)
+    assert lines == []
     with pytest.raises(
         UserError,
         match=r"within 0\.017 minutes: .* needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs, .* 2 CPUs are free",
     ):
-        wait_for_room([{"CPU": 3.0, "GPU": 1.0}], said.append, patience_s=1)
-    (waiting,) = said
+        wait_for_resources([{"CPU": 3.0, "GPU": 1.0}], lines.append, timeout_s=1)
+    (waiting,) = lines
     assert waiting.startswith("waiting for its autoscaler: the job needs 3 CPUs and 1 GPUs; the cluster has 2 CPUs")
     assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}

@@ -1,4 +1,4 @@
-"""The files for ``ray up``: Ray's own schema, versions, and what their commands really do when Ray's shell runs them."""
+"""The files for ``ray up``: Ray's schema, versions, and what their commands do in Ray's shell."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.jobs import REPOSITORY
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
-    """The file with Ray's defaults, once Ray's schema has taken it, as ``ray up`` reads it."""
+    """The file with Ray's defaults, validated by Ray's schema, as ``ray up`` reads it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = prepare_config(config)
@@ -44,7 +44,7 @@ def test_the_image_has_the_ray_and_the_python_of_the_project(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_workers_come_from_zero_and_go_when_idle(name: str) -> None:
+def test_workers_start_at_zero_and_stop_when_idle(name: str) -> None:
     config = load(name)
     types = config["available_node_types"]
     workers = {name: kind for name, kind in types.items() if name != config["head_node_type"]}
@@ -60,7 +60,7 @@ def test_workers_come_from_zero_and_go_when_idle(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_everything_that_a_node_needs_of_the_repository_travels(name: str) -> None:
+def test_a_node_gets_everything_that_it_needs_of_the_repository(name: str) -> None:
     mounts = load(name)["file_mounts"]
     travelling = {local for local in mounts.values() if not local.startswith("~")}
     assert travelling == {"cmcgns", "jobs", "pyproject.toml", "README.md"}
@@ -70,7 +70,7 @@ def test_everything_that_a_node_needs_of_the_repository_travels(name: str) -> No
 
 @dataclass(frozen=True)
 class Start:
-    """How ``ray start`` was called on a node: by which program, where, with what arguments and variables."""
+    """A call of ``ray start`` on a node: program, folder, arguments and variables."""
 
     program: Path
     folder: Path
@@ -79,7 +79,7 @@ class Start:
 
 
 class Node:
-    """A home folder in which a file's commands run as on a node, with programs that write down how they are called."""
+    """A home folder in which a file's commands run as on a node, with programs that record their calls."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.home, self.record = folder / "home", folder / "called"
@@ -95,7 +95,7 @@ class Node:
         self.config = prepared(json.loads(json.dumps(load(name)).replace("/srv/cmcgns", str(self.repository))))
 
     def add(self, program: str) -> None:
-        """A program that appends how it is called to the record, as one JSON object."""
+        """A program that appends its call to the record, as one JSON object."""
         script = (
             "import json, os, sys; print(json.dumps({'program': sys.argv[1], 'folder': os.getcwd(), "
             "'arguments': sys.argv[2:], 'variables': dict(os.environ)}))"
@@ -117,7 +117,7 @@ class Node:
             subprocess.run(line, shell=True, executable="/bin/bash", env=environment, check=True, capture_output=True)
 
     def start(self, kind: str) -> Start:
-        """Set the node up and start it; how it called ``ray start``."""
+        """Set up and start the node. Returns its call of ``ray start``."""
         self.run(self.config["setup_commands"])
         autoscaler = {"RAY_enable_autoscaler_v2": "1"} if kind == "head" else {}
         self.run(
@@ -164,7 +164,7 @@ def test_an_on_prem_machine_may_be_kept_for_data(tmp_path: Path) -> None:
     assert "--labels=cmcgns.io/role=data" in node.start("worker").arguments
 
 
-def test_a_login_on_an_on_prem_machine_finds_the_environment_and_asks_for_the_token(tmp_path: Path) -> None:
+def test_a_login_on_an_on_prem_machine_finds_the_environment_and_requires_the_token(tmp_path: Path) -> None:
     node = Node("on_prem", tmp_path)
     node.run(node.config["setup_commands"])
     node.run(["ray status"])  # as `ray exec` and `ray attach` do
@@ -174,7 +174,7 @@ def test_a_login_on_an_on_prem_machine_finds_the_environment_and_asks_for_the_to
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_containers_and_their_machines_ask_for_the_token(name: str, tmp_path: Path) -> None:
+def test_containers_and_their_machines_require_the_token(name: str, tmp_path: Path) -> None:
     config = load(name)
     wanted = ("RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0", "RAY_JOB_STOP_SIGNAL=SIGINT")
     assert {f"-e {variable}" for variable in wanted} <= set(config["docker"]["run_options"])

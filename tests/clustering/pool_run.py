@@ -1,4 +1,4 @@
-"""A short training through Ray Train on random studies, once with the Ray pool and once with its in-process twin."""
+"""A short training run by Ray Train on random studies, with the Ray pool and with its in-process twin."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from cmcgns.data.batch import Batcher
 from cmcgns.methods.base import load_method
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.trainer import Parts, Trainer
-from tests.clustering.delayed_shard import DelayedShard
+from tests.clustering.delayed_actor import DelayedActor
 from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks
 
@@ -34,7 +34,7 @@ def settings(steps: int) -> Config:
 
 
 class Watched(Trainer):
-    """Writes down which centroids this rank holds after each step."""
+    """Records the centroids of this rank after each step."""
 
     def train_step(self, step: int, data: Any) -> None:
         super().train_step(step, data)
@@ -61,7 +61,7 @@ class Rows:
 
 
 def train_loop(loop: dict[str, Any]) -> None:
-    """The same training with the Ray pool, then with its twin; each rank writes down what it saw."""
+    """The same training with the Ray pool, then with its twin; each rank writes its record."""
     config = Config.model_validate(loop["config"])
     torch.set_num_threads(1)
     for name, pool in (("pool", RayPool(loop["pool"])), ("twin", LocalPool(config.clustering))):
@@ -92,8 +92,8 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
     return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.banks.first.waited_s}
 
 
-def run(folder: Path, steps: int, shard_type: type[DelayedShard]) -> dict[str, list[dict[str, Any]]]:
-    """What each rank saw with the Ray pool, its last actor delayed, and with the twin."""
+def run(folder: Path, steps: int, shard_type: type[DelayedActor]) -> dict[str, list[dict[str, Any]]]:
+    """Records of each rank with the Ray pool, whose last actor is slow, and with the twin."""
     config = settings(steps)
     handles = start_pool(config.clustering, 2, shard_type=shard_type)
     check_processes(handles)
@@ -110,7 +110,7 @@ def run(folder: Path, steps: int, shard_type: type[DelayedShard]) -> dict[str, l
 
 
 def check_processes(handles: PoolHandles) -> None:
-    """Each actor has a process of its own."""
+    """Check that each actor has its own process."""
 
     def pid(actor: Any) -> int:
         import os

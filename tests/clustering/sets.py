@@ -1,4 +1,4 @@
-"""Sets of rows that k-means finds easy and hard, and the same rows as Parquet."""
+"""Sets of rows that are easy and hard for k-means, and the same rows as Parquet."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,14 +12,14 @@ from cmcgns.clustering.kmeans import Array, normalised
 
 
 def separated(rows: int, clusters: int = 20, dim: int = 64, seed: int = 0) -> Array:
-    """A mixture whose components do not touch."""
+    """A mixture of separate components."""
     random = np.random.default_rng(seed)
     centres_KD = random.normal(size=(clusters, dim))
     return normalised(centres_KD[random.integers(0, clusters, rows)] + 0.1 * random.normal(size=(rows, dim)))
 
 
 def heavy_tailed(rows: int, dim: int = 64, seed: int = 0) -> Array:
-    """A few huge clusters and many tiny ones (sizes as 1 / rank), whose rows stray far now and then (Student, 2 degrees)."""
+    """A few huge clusters and many tiny ones (sizes as 1 / rank), with outliers (Student, 2 degrees)."""
     random = np.random.default_rng(seed)
     share = 1 / np.arange(1, 201)
     centres = random.normal(size=(200, dim))
@@ -29,7 +29,7 @@ def heavy_tailed(rows: int, dim: int = 64, seed: int = 0) -> Array:
 
 
 def near_duplicates(rows: int, dim: int = 64, seed: int = 0) -> Array:
-    """Few distinct rows, each many times over with a difference in the sixth digit: how stock sentences look."""
+    """Few distinct rows, each repeated with differences in the sixth digit, like stock sentences."""
     random = np.random.default_rng(seed)
     distinct = random.normal(size=(max(rows // 50, 2), dim))
     return normalised(distinct[random.integers(0, len(distinct), rows)] + 1e-6 * random.normal(size=(rows, dim)))
@@ -39,7 +39,7 @@ SETS = {"separated": separated, "heavy_tailed": heavy_tailed, "near_duplicates":
 
 
 def cuts(rows: int, shards: int, seed: int = 0) -> list[int]:
-    """Bounds of uneven shards: the first is small, the last takes most."""
+    """Bounds of uneven shards: a small first one, a large last one."""
     inner = np.sort(np.random.default_rng(seed).choice(np.arange(1, rows // 2), shards - 1, replace=False))
     return [0, *inner.tolist(), rows]
 
@@ -52,7 +52,7 @@ def write_parquet(
     fixed: bool = True,
     weights_N: Array | None = None,
 ) -> Path:
-    """The rows as one file for each run between neighbouring ``bounds``; ids are ``row-<ordinal>``."""
+    """The rows as one file for each run between consecutive ``bounds``; ids are ``row-<ordinal>``."""
     folder.mkdir(parents=True, exist_ok=True)
     dim = rows_ND.shape[1]
     for number, (start, stop) in enumerate(pairwise(bounds)):

@@ -1,4 +1,4 @@
-"""A pool in one process: the merging of a pool without its actors."""
+"""A pool in one process: the merging without the actors."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -18,10 +18,10 @@ class Shards(PooledRows):
         super().__init__([], [len(part) for part in parts])
         self.parts = parts
 
-    def _merged(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
+    def _call_and_merge(self, merge: Callable[..., Any], method: str, *arguments: Any) -> Any:
         return merge(*[getattr(part, method)(*arguments) for part in self.parts if len(part)])
 
 
 def shards_of(rows_ND: Array, bounds: Sequence[int]) -> list[RowArray]:
-    """One array with FAISS for each run of rows between neighbouring ``bounds``."""
+    """One array with FAISS for each run of rows between consecutive ``bounds``."""
     return [RowArray(rows_ND[a:b], np.arange(a, b), faiss_assign("cpu", 1)) for a, b in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Two nearest centroids of every row and the figures of each cluster, against slow loops."""
+"""Two nearest centroids of each row and statistics of each cluster, compared with slow loops."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pyarrow import parquet
 from cmcgns.clustering.assignments import statistics, two_nearest, write_assignments
 from cmcgns.clustering.embeddings import Columns, StreamedRows, open_embeddings
 from cmcgns.clustering.kmeans import Array, faiss_search, normalised
-from cmcgns.clustering.rows import on_grid
+from cmcgns.clustering.rows import round_to_grid
 from tests.clustering.sets import heavy_tailed, write_parquet
 
 SEARCH = faiss_search("cpu", 1)
@@ -22,9 +22,9 @@ def slow_similarity(rows_ND: Array, centroids_KD: Array) -> Array:
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
 def test_the_two_nearest_are_those_of_all_similarities_in_float64(spread: float) -> None:
-    """Also where float32 cannot tell which is nearer."""
+    """Also if float32 cannot decide which is nearer."""
     alike_D = heavy_tailed(1)
-    rows_ND = on_grid(normalised(alike_D + spread * heavy_tailed(2000)))
+    rows_ND = round_to_grid(normalised(alike_D + spread * heavy_tailed(2000)))
     centroids_KD = normalised(alike_D + spread * heavy_tailed(3, seed=1))
     found, slow_NK = two_nearest(rows_ND, centroids_KD, SEARCH), slow_similarity(rows_ND, centroids_KD)
     order_NK = np.argsort(-slow_NK, axis=1, kind="stable")
@@ -33,7 +33,7 @@ def test_the_two_nearest_are_those_of_all_similarities_in_float64(spread: float)
 
 
 def test_with_one_centroid_there_is_no_second() -> None:
-    rows_ND = on_grid(heavy_tailed(10))
+    rows_ND = round_to_grid(heavy_tailed(10))
     found = two_nearest(rows_ND, rows_ND[:1], SEARCH)
     assert (found.centroid_M2 == [0, -1]).all()
     assert np.isnan(found.similarity_M2[:, 1]).all()
@@ -41,18 +41,20 @@ def test_with_one_centroid_there_is_no_second() -> None:
 
 def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) -> None:
     rows_ND, centroids_KD = heavy_tailed(9000), normalised(heavy_tailed(12, seed=3))
-    centroids_KD[5] = -heavy_tailed(9000).mean(0) / np.linalg.norm(heavy_tailed(9000).mean(0))  # serves few or none
+    centroids_KD[5] = -heavy_tailed(9000).mean(0) / np.linalg.norm(
+        heavy_tailed(9000).mean(0)
+    )  # has few members or none
     embeddings = open_embeddings(
         str(write_parquet(tmp_path / "set", rows_ND, [0, 4000, 9000])), Columns("id", "vector", None, "text")
     )
     parts = [
         write_assignments(i, part, StreamedRows(part), centroids_KD, str(tmp_path / "out"), 3, SEARCH)
-        for i, part in enumerate(embeddings.deal(2))
+        for i, part in enumerate(embeddings.split(2))
     ]
     table = parquet.read_table(tmp_path / "out").to_pandas()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["part-00000.parquet", "part-00001.parquet"]
     assert table["id"].tolist() == [f"row-{i}" for i in range(9000)]
-    slow_NK = slow_similarity(on_grid(rows_ND), centroids_KD)
+    slow_NK = slow_similarity(round_to_grid(rows_ND), centroids_KD)
     nearest_N = slow_NK.argmax(1)
     assert table["centroid"].tolist() == nearest_N.tolist()
     assert (table["second_similarity"] <= table["similarity"]).all()
@@ -73,7 +75,7 @@ def test_assignments_are_written_by_id_and_clusters_are_counted(tmp_path: Path) 
         assert [row["text"] for row in cluster["nearest"]] == [f"sentence {i}" for i in best]
 
 
-def test_a_shard_without_rows_writes_nothing_and_ids_of_two_kinds_of_string_go_together(tmp_path: Path) -> None:
+def test_a_shard_without_rows_writes_nothing_and_string_ids_of_both_types_are_merged(tmp_path: Path) -> None:
     rows_ND, out = normalised(heavy_tailed(6)), tmp_path / "out"
     for number, kind in enumerate((pa.string(), pa.large_string())):
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows_ND[3 * number :][:3].ravel()), rows_ND.shape[1])
@@ -81,7 +83,7 @@ def test_a_shard_without_rows_writes_nothing_and_ids_of_two_kinds_of_string_go_t
         (tmp_path / "set").mkdir(exist_ok=True)
         parquet.write_table(table, tmp_path / "set" / f"{number}.parquet")
     whole = open_embeddings(str(tmp_path / "set"), Columns("id", "vector", None, None))
-    for index, part in enumerate((whole, whole.between(6, 6))):
+    for index, part in enumerate((whole, whole.slice_rows(6, 6))):
         write_assignments(index, part, StreamedRows(part), rows_ND[:2], str(out), 1, SEARCH)
     assert [path.name for path in out.iterdir()] == ["part-00000.parquet"]
     assert parquet.read_table(out)["id"].to_pylist() == ["[0/0]", "[0/1]", "[0/2]", "[1/0]", "[1/1]", "[1/2]"]

@@ -1,9 +1,9 @@
-"""The bank: who keeps which rows, and which rows a re-clustering sees."""
+"""The bank: which actor stores which rows, and which rows a re-clustering uses."""
 
 import numpy as np
 import pytest
 
-from cmcgns.clustering.bank import BankShard, serving_actor
+from cmcgns.clustering.online_clustering import BankShard, serving_actor
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -13,7 +13,7 @@ def test_every_actor_is_served_and_every_push_has_one_actor(ranks: int, actors: 
     assert served == set(range(actors))
 
 
-def test_with_no_more_actors_than_ranks_a_rank_keeps_its_actor() -> None:
+def test_with_at_most_as_many_actors_as_ranks_each_rank_has_one_actor() -> None:
     assert {serving_actor(step, 3, 5, 2) for step in range(10)} == {1}
 
 
@@ -29,7 +29,7 @@ def test_rows_come_back_in_the_order_of_their_ordinals() -> None:
     assert np.array_equal(found_ND, rows_ND[2:9].astype(np.float16))
 
 
-def test_forgetting_keeps_every_row_that_may_still_be_asked_for() -> None:
+def test_forgetting_keeps_every_row_that_may_still_be_needed() -> None:
     bank = BankShard()
     for step in range(5):
         bank.push(step, 0, 10 * step, np.full((10, 2), step, np.float32))

@@ -1,4 +1,4 @@
-"""The centroids in force: they move a little, empty ones stay, and their state comes back."""
+"""The current centroids: online moves, empty clusters, and their state in checkpoints."""
 
 import pytest
 import torch
@@ -33,12 +33,12 @@ def test_members_pull_their_centroid_and_empty_ones_stay() -> None:
         else:
             assert torch.equal(centroids.rows_KD[k], before_KD[k])
     moved_KD = centroids.rows_KD.clone()
-    centroids.move()  # what was observed counts once
+    centroids.move()  # observations count once
     assert torch.equal(centroids.rows_KD, moved_KD)
     assert centroids.version == 3
 
 
-def test_before_the_start_there_are_none_and_nothing_moves() -> None:
+def test_before_clustering_starts_there_are_no_centroids_and_nothing_moves() -> None:
     centroids = Centroids(4, 8, "cpu", 0.1)
     centroids.observe(sentences(5))
     centroids.move()
@@ -52,7 +52,7 @@ def test_a_later_version_keeps_the_step_of_the_start() -> None:
     assert (centroids.version, centroids.started_at) == (4, 12)
 
 
-def test_state_comes_back_and_the_digest_says_so() -> None:
+def test_restored_state_has_the_same_digest() -> None:
     centroids, other = started(), Centroids(4, 8, "cpu", 0.1)
     other.load_state_dict(centroids.state_dict())
     assert other.digest() == centroids.digest()

@@ -1,4 +1,4 @@
-"""K-means, seeding and merging against slow loops, FAISS against numpy."""
+"""K-means, seeding and merging compared with slow loops, FAISS with numpy."""
 
 from itertools import pairwise
 
@@ -46,18 +46,18 @@ def slow_seeds(rows_ND: Array, number: int) -> list[int]:
     chosen = [int(np.argmax([row @ mean_D for row in rows_ND]))]
     while len(chosen) < number:
         distance = [1 - max(float(row @ rows_ND[seed]) for seed in chosen) for row in rows_ND]
-        chosen.append(int(np.argmax(distance)))  # the first of equals
+        chosen.append(int(np.argmax(distance)))  # ties go to the first
     return chosen
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-6])
 def test_faiss_assigns_every_row_as_numpy_does(spread: float) -> None:
-    """Also where rows and centroids are so much alike that float32 cannot tell which is nearest."""
+    """Also if rows and centroids are so similar that float32 cannot decide which is nearest."""
     alike_D = clustered_rows(1)
     rows_ND = RowArray(normalised(alike_D + spread * clustered_rows(3000)), assign=numpy_assign).rows_ND
     centroids_KD = normalised(alike_D + spread * clustered_rows(20, seed=1))
     expected_N = (rows_ND.astype(np.float64) @ centroids_KD.T.astype(np.float64)).argmax(1)
-    assert (numpy_assign(rows_ND, centroids_KD).nearest_N == expected_N).mean() > 0.999  # but for ties of twelve digits
+    assert (numpy_assign(rows_ND, centroids_KD).nearest_N == expected_N).mean() > 0.999  # except ties in twelve digits
     assert (
         faiss_assign("cpu", 1)(rows_ND, centroids_KD).nearest_N == numpy_assign(rows_ND, centroids_KD).nearest_N
     ).all()
@@ -90,7 +90,7 @@ def test_farthest_point_seeds_are_those_of_a_slow_loop() -> None:
     np.testing.assert_allclose(seeds_KD, rows_ND[expected], rtol=0, atol=1e-6)
 
 
-def test_of_equally_far_rows_the_earliest_is_the_seed() -> None:
+def test_ties_of_the_farthest_row_go_to_the_earliest() -> None:
     rows_ND = np.array([[1, 0, 0], [0.9, 0, 0.1], [0, 1, 0], [0, 0, 1], [0, 1, 0]], np.float32)
     rows = RowArray(rows_ND, np.array([10, 11, 12, 13, 14]), numpy_assign)
     assert rows.farthest(rows.rows_ND[[0, 3]]).ordinal == 12
@@ -103,9 +103,9 @@ def test_fewer_distinct_rows_than_clusters_is_an_error_with_both_numbers() -> No
         farthest_point_seeds(RowArray(rows_ND, assign=numpy_assign), 5)
 
 
-def test_empty_clusters_take_the_worst_served_rows_in_centroid_order() -> None:
+def test_empty_clusters_get_the_worst_assigned_rows_in_centroid_order() -> None:
     rows_ND = RowArray(clustered_rows(60), assign=numpy_assign).rows_ND
-    start_KD = rows_ND[[0, 0, 1, 0]]  # of equal centroids the first takes the members: 1 and 3 stay empty
+    start_KD = rows_ND[[0, 0, 1, 0]]  # the first of equal centroids gets the members: 1 and 3 stay empty
     worst = np.argsort((rows_ND @ start_KD.T).max(1), kind="stable")[:2]
     found = kmeans(RowArray(rows_ND, assign=numpy_assign), start_KD, iterations=1, tolerance=0.0)
     assert found.reseeded == 2
@@ -115,7 +115,7 @@ def test_empty_clusters_take_the_worst_served_rows_in_centroid_order() -> None:
 def test_equal_rows_reseed_one_cluster_only() -> None:
     rows_ND = normalised(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0], [0.6, 0, 0.8]], np.float32))
     rows = RowArray(rows_ND, assign=numpy_assign)
-    assert [row.ordinal for row in rows.worst_served(rows_ND[:1], 2)] == [1, 3]
+    assert [row.ordinal for row in rows.worst_assigned(rows_ND[:1], 2)] == [1, 3]
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2])
@@ -129,7 +129,7 @@ def test_shards_find_the_centroids_of_one_array_bit_for_bit(shards: int, spread:
     assert np.array_equal(parts.mean(), whole.mean())
     seeds_KD = farthest_point_seeds(whole, 9)
     assert np.array_equal(farthest_point_seeds(parts, 9), seeds_KD)
-    # a seed turned away from the rows stays empty and is filled
+    # a seed that points away from all rows has no members and is re-seeded
     start_KD = np.concatenate([seeds_KD, -seeds_KD.mean(0, keepdims=True)])
     ours, theirs = kmeans(parts, start_KD, 10, 1e-4), kmeans(whole, start_KD, 10, 1e-4)
     assert np.array_equal(ours.centroids_KD, theirs.centroids_KD)
@@ -137,7 +137,7 @@ def test_shards_find_the_centroids_of_one_array_bit_for_bit(shards: int, spread:
     assert theirs.reseeded
 
 
-def test_rows_are_put_on_the_sphere_and_large_sets_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_normalised_and_large_sets_are_processed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_ND = clustered_rows(100)
     whole = RowArray(3 * rows_ND, assign=numpy_assign)
     np.testing.assert_allclose(np.linalg.norm(whole.rows_ND, axis=1), 1.0, atol=1e-6)
@@ -148,7 +148,7 @@ def test_rows_are_put_on_the_sphere_and_large_sets_go_in_chunks(monkeypatch: pyt
     np.testing.assert_allclose(in_one.sums_KD, in_chunks.sums_KD, atol=1e-12)
 
 
-def test_a_fit_goes_on_from_any_iteration_as_if_it_had_not_stopped() -> None:
+def test_a_fit_resumed_at_any_iteration_gives_the_same_result() -> None:
     rows, seen = RowArray(heavy_tailed(2000), assign=numpy_assign), list[Fit]()
     whole = kmeans(rows, rows.rows_ND[:30], 8, 0.0, after=seen.append)
     assert [fit.iteration for fit in seen] == list(range(1, whole.iteration + 1))
@@ -156,7 +156,7 @@ def test_a_fit_goes_on_from_any_iteration_as_if_it_had_not_stopped() -> None:
         assert np.array_equal(kmeans(rows, fit, 8, 0.0).centroids_KD, whole.centroids_KD)
 
 
-def test_weights_count_as_so_many_equal_rows() -> None:
+def test_a_weight_counts_like_that_many_equal_rows() -> None:
     rows_ND = heavy_tailed(300)
     weights_N = np.random.default_rng(0).integers(1, 5, 300)
     weighted = RowArray(rows_ND, assign=numpy_assign, weights_N=weights_N.astype(np.float64))
@@ -164,8 +164,8 @@ def test_weights_count_as_so_many_equal_rows() -> None:
     ours, theirs = (kmeans(rows, rows_ND[:10], 6, 0.0) for rows in (weighted, repeated))
     np.testing.assert_allclose(ours.centroids_KD, theirs.centroids_KD, atol=1e-7)
     assert ours.objective == pytest.approx(theirs.objective, rel=1e-12)
-    assert weighted.distance(rows_ND[:10]) == pytest.approx(repeated.distance(rows_ND[:10]), rel=1e-12)
-    assert weighted.shares(rows_ND[:10]).tolist() == repeated.shares(rows_ND[:10]).tolist()
+    assert weighted.total_distance(rows_ND[:10]) == pytest.approx(repeated.total_distance(rows_ND[:10]), rel=1e-12)
+    assert weighted.seed_weights(rows_ND[:10]).tolist() == repeated.seed_weights(rows_ND[:10]).tolist()
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -188,23 +188,23 @@ def test_mini_batches_come_near_the_objective_of_all_rows() -> None:
     assert small.objective == pytest.approx(kmeans(rows, start_KD, 10, 0.0).objective, rel=1e-3)
 
 
-def test_mini_batches_are_blocks_drawn_anew_each_time() -> None:
+def test_each_mini_batch_is_a_new_draw_of_blocks() -> None:
     count = 10 * BLOCK_ROWS + 1
     draws = [batch_blocks(count, 3 * BLOCK_ROWS - 5, 0, iteration).tolist() for iteration in range(200)]
     assert all(len(set(blocks)) == 3 and blocks == sorted(blocks) for blocks in draws)
     times = np.bincount(np.concatenate(draws), minlength=11)
-    assert times.min() > 30  # each of 11 blocks is due 55 times
+    assert times.min() > 30  # expected: 55 times for each of 11 blocks
     assert batch_blocks(count, 10**9, 0, 0).tolist() == list(range(11))
 
 
-def test_worst_served_rows_are_those_of_the_blocks_asked_for() -> None:
-    """Whatever pass came before."""
+def test_worst_assigned_rows_are_those_of_the_given_blocks() -> None:
+    """Whichever pass ran before."""
     rows_ND = heavy_tailed(3 * BLOCK_ROWS)
     fresh, used = (RowArray(rows_ND, assign=numpy_assign) for _ in range(2))
     used.assign(rows_ND[:5], np.array([1]))
     for blocks in (None, np.array([0, 2]), np.array([1])):
-        wanted = fresh.worst_served(rows_ND[:5], 3, blocks)
-        assert [row.ordinal for row in used.worst_served(rows_ND[:5], 3, blocks)] == [row.ordinal for row in wanted]
+        wanted = fresh.worst_assigned(rows_ND[:5], 3, blocks)
+        assert [row.ordinal for row in used.worst_assigned(rows_ND[:5], 3, blocks)] == [row.ordinal for row in wanted]
         inside = np.isin(np.arange(len(rows_ND)) // BLOCK_ROWS, [0, 1, 2] if blocks is None else blocks)
         served_N = np.where(inside, (fresh.rows_ND[: len(rows_ND)] @ rows_ND[:5].T).max(1), np.inf)
         assert wanted[0].ordinal == int(served_N.argmin())

@@ -1,4 +1,4 @@
-"""`jobs/kmeans.py` as a user runs it: its files, going on after a kill, and one message for what cannot work."""
+"""`jobs/kmeans.py` as a user runs it: its files, resuming after a kill, and one message for invalid input."""
 
 import json
 import signal
@@ -36,8 +36,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
-def test_a_stopped_fit_goes_on_to_the_centroids_of_one_array(tmp_path: Path) -> None:
-    """Stopped by Ctrl-C, resumed on another number of actors: files, figures and centroids of an undisturbed fit."""
+def test_a_stopped_and_resumed_fit_finds_the_centroids_of_one_array(tmp_path: Path) -> None:
+    """Stopped by Ctrl-C, resumed on another number of actors: same files, statistics and centroids as undisturbed."""
     rows_ND = heavy_tailed(ROWS)
     write_parquet(tmp_path / "set", rows_ND, [0, 2500, ROWS])
     settings = [
@@ -106,7 +106,7 @@ def test_given_centroids_are_kept_and_rows_assigned_to_them(tmp_path: Path) -> N
 
 
 @pytest.mark.ray
-def test_rows_that_give_too_few_centroids_do_not_cost_a_name(tmp_path: Path) -> None:
+def test_rows_that_give_too_few_centroids_do_not_use_up_the_name(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set", np.tile(heavy_tailed(10), (10, 1)), [0, 100])
     done = run(tmp_path, "--data.uri=set", "--clustering.num_clusters=20", "--run.name=fit")
     assert done.returncode == 2, done.stdout + done.stderr
@@ -120,7 +120,7 @@ def test_rows_that_give_too_few_centroids_do_not_cost_a_name(tmp_path: Path) -> 
 def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
     tmp_path: Path, s3_server: S3Server, settings: list[str]
 ) -> None:
-    """Rows held on disk, and rows read anew for each mini-batch."""
+    """Rows kept on disk, and rows read for each mini-batch."""
     bucket = s3_server.make_bucket(f"kmeans-{'batch' if 'batch' in settings[0] else 'disk'}")
     s3_server.upload(write_parquet(tmp_path / "set", separated(9000), [0, 4000, 9000]), f"{bucket}/set")
     done = run(
@@ -152,13 +152,13 @@ def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
         ),
         (
             ["--data.uri=set", "--clustering.num_clusters=9", "--clustering.start_from=set/part-000.parquet"],
-            "is no safetensors",
+            "is not a safetensors",
         ),
         (["--data.uri=set", "--clustering.batch_rows=10"], "must be at least 4096"),
         (["--data.uri=set", "--clustering.num_clusters=9", "--run.resume=lost"], "there is no run of that name"),
     ],
 )
-def test_what_cannot_work_ends_with_status_2_and_one_message(tmp_path: Path, settings: list[str], message: str) -> None:
+def test_invalid_input_ends_with_status_2_and_one_message(tmp_path: Path, settings: list[str], message: str) -> None:
     write_parquet(tmp_path / "set", heavy_tailed(50), [0, 50])
     done = run(tmp_path, *settings)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""When which centroids are in force: the same on every rank, at every step, and after going on from a checkpoint."""
+"""Which centroids are current: the same on every rank, at every step, and after resuming from a checkpoint."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def sentences(step: int) -> Tensor:
 
 
 def advance(guide: OnlineClustering, step: int, may_start: bool = True, mean_cosine: float = 0.3) -> str:
-    """One step as the trainer takes it, in two microbatches, a ragged share for each rank; digest of the centroids."""
+    """Run one step like the trainer, in two ragged microbatches per rank. Returns the digest of the centroids."""
     counts = {1: [ROWS], 2: [50, 70], 3: [50, 30, 40]}[distributed.world_size()]
     own_nD = sentences(step).split(counts)[distributed.rank()]
     halves = own_nD.split(len(own_nD) // 2)
@@ -62,13 +62,13 @@ def run_both() -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
 def test_every_rank_holds_the_same_centroids_at_every_step() -> None:
     ranks = run_on_ranks(2, run_both)
     assert ranks[0] == ranks[1]
-    # asked for at 12, 16, 20; in force one interval later
+    # requested at 12, 16, 20; adopted one interval later
     assert [version for version, _ in ranks[0][0]] == [0] * 15 + [1] * 4 + [2] * 4 + [3]
-    # without the online move (whose sums are taken in another order) they are those of one rank to the bit
+    # without the online move (whose order of summation differs) they equal those of one rank bit for bit
     assert ranks[0][1] == run(0.0)
 
 
-def test_a_refresh_is_kmeans_over_the_bank_of_the_step_it_was_asked_for_at() -> None:
+def test_a_refresh_is_kmeans_over_the_bank_at_the_step_of_its_request() -> None:
     guide = guide_of(config_of(momentum=0.0))
     rows = {step: sentences(step).half() for step in range(1, 21)}
     for step in range(1, 17):
@@ -78,14 +78,14 @@ def test_a_refresh_is_kmeans_over_the_bank_of_the_step_it_was_asked_for_at() -> 
     torch.testing.assert_close(guide.centroids.rows_KD, torch.from_numpy(expected_KD), rtol=0, atol=1e-6)
     for step in range(17, 21):
         advance(guide, step)
-    # asked for at 16 from the centroids in force then, over the 1500 rows before it
+    # requested at 16, from the centroids of that step, over the 1500 rows before it
     second = RowArray(torch.cat([rows[step] for step in range(1, 17)]).numpy()[-1500:], assign=numpy_assign)
     warm_KD = kmeans(second, expected_KD, 20, 1e-4).centroids_KD
     torch.testing.assert_close(guide.centroids.rows_KD, torch.from_numpy(warm_KD), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stop", [6, 13, 16, 18, 21])  # no bank yet, in flight, just adopted, in flight and moving
-def test_a_guide_that_goes_on_from_its_state_matches_the_uninterrupted_one(stop: int) -> None:
+def test_resuming_from_its_state_matches_the_uninterrupted_one(stop: int) -> None:
     expected = run(0.05)
     first = guide_of(config_of())
     for step in range(1, stop + 1):
@@ -94,7 +94,7 @@ def test_a_guide_that_goes_on_from_its_state_matches_the_uninterrupted_one(stop:
     second = guide_of(config_of())
     second.load_state_dict(state, stop)
     assert second.pushed == ROWS * stop
-    for guide in (first, second):  # looking at the state disturbs nothing either
+    for guide in (first, second):  # reading the state changes nothing either
         found = [(advance(guide, step), guide.centroids.version) for step in range(stop + 1, 25)]
         assert [(version, digest) for digest, version in found] == expected[stop:]
 
@@ -110,7 +110,7 @@ def go_on(state: dict[str, Tensor], stop: int) -> list[tuple[int, str]]:
 
 
 @pytest.mark.distributed
-def test_a_state_goes_on_alike_on_another_number_of_ranks() -> None:
+def test_a_state_resumes_the_same_way_on_another_number_of_ranks() -> None:
     guide = guide_of(config_of(momentum=0.0))
     for step in range(1, 19):
         advance(guide, step)
@@ -140,17 +140,17 @@ def test_clustering_does_not_start_before_all_its_conditions_hold(
 def test_clustering_does_not_start_before_the_bank_holds_1024_rows() -> None:
     guide = guide_of(config_of(refresh_every=1))
     started = [advance(guide, step) and guide.centroids.started for step in range(1, 13)]
-    assert started.index(True) + 1 == 10  # asked for at step 9 with 1080 rows, in force one interval later
+    assert started.index(True) + 1 == 10  # requested at step 9 with 1080 rows, adopted one interval later
 
 
-def test_once_started_it_goes_on_also_when_the_features_come_nearer_again() -> None:
+def test_once_started_it_continues_even_if_the_cosine_rises_again() -> None:
     guide = guide_of(config_of())
     for step in range(1, 25):
         advance(guide, step, may_start=step < 14, mean_cosine=0.3 if step < 14 else 0.9)
     assert guide.centroids.version == 3
 
 
-def test_too_few_distinct_rows_leave_the_centroids_out_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_distinct_rows_give_a_warning_and_no_centroids(caplog: pytest.LogCaptureFixture) -> None:
     guide = guide_of(config_of())
     same_nD = sentences(0)[:3].repeat(40, 1)
     for step in range(1, 18):
@@ -173,7 +173,7 @@ def test_an_emptied_bank_keeps_the_centroids_and_drops_the_refresh_in_flight() -
         versions.append(guide.centroids.version)
         if guide.centroids.version == 1:
             assert guide.centroids.digest() == digest
-    # the bank is full enough again after 9 steps, at 26: asked for at 28, in force at 32
+    # the bank has enough rows again after 9 steps, at 26: requested at 28, adopted at 32
     assert versions == [1] * 14 + [2]
 
 
@@ -182,11 +182,11 @@ def test_the_cosine_is_read_on_the_host_only_until_the_start() -> None:
     for step in range(1, 17):
         advance(guide, step)
     guide.push(17, [sentences(17)], [ROWS])
-    guide.refresh(20, True, torch.empty((), device="meta"))  # a tensor that nobody can read
+    guide.refresh(20, True, torch.empty((), device="meta"))  # a tensor that cannot be read
     assert guide.centroids.started
 
 
-def test_a_bank_that_was_lost_whole_gives_a_reason_and_no_centroids() -> None:
+def test_a_completely_lost_bank_gives_a_reason_and_no_centroids() -> None:
     request = RefreshRequest(step=1, version=1, num_clusters=4, first_ordinal=0, stop_ordinal=9, start_KD=None)
     answer = recluster(RowArray(np.empty((0, 8), np.float32), assign=numpy_assign), request, config_of())
     assert answer.rows_KD is None

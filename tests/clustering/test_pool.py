@@ -8,7 +8,7 @@ import ray
 import torch
 
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool
-from tests.clustering.delayed_shard import BrieflyDelayedShard, DelayedShard
+from tests.clustering.delayed_actor import BrieflyDelayedActor, DelayedActor
 from tests.clustering.pool_run import run, settings
 
 pytestmark = pytest.mark.ray
@@ -21,7 +21,7 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def check(tmp_path: Path, steps: int, shard_type: type[DelayedShard]) -> None:
+def check(tmp_path: Path, steps: int, shard_type: type[DelayedActor]) -> None:
     """Ranks agree with each other, and with the in-process twin."""
     pooled, twin = run(tmp_path, steps, shard_type).values()
     assert pooled[0]["seen"] == pooled[1]["seen"]
@@ -34,11 +34,11 @@ def check(tmp_path: Path, steps: int, shard_type: type[DelayedShard]) -> None:
 
 
 def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray: None, tmp_path: Path) -> None:
-    check(tmp_path, 40, BrieflyDelayedShard)
+    check(tmp_path, 40, BrieflyDelayedActor)
 
 
 class Unreachable:
-    """An actor to which nothing can be sent."""
+    """An actor that cannot be reached."""
 
     class push:  # noqa: N801
         @staticmethod
@@ -46,7 +46,7 @@ class Unreachable:
             raise RuntimeError("the object store is full")
 
 
-def test_a_push_that_cannot_be_sent_is_told_to_the_next_who_asks() -> None:
+def test_a_push_that_cannot_be_sent_raises_at_the_next_call() -> None:
     config = settings(1).clustering
     pool = RayPool(PoolHandles((Unreachable(),), None, config))  # type: ignore[arg-type]
     pool.push(1, 0, torch.zeros(3, 4), [3])

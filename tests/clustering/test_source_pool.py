@@ -1,4 +1,4 @@
-"""A pool of real actors beside one array: the same pass, the same fit, whatever is killed on the way."""
+"""A pool of real actors compared with one array: the same pass and the same fit, even if actors are killed."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ import ray
 
 from cmcgns.clustering.embeddings import Columns, open_embeddings
 from cmcgns.clustering.kmeans import NEAR_TIE, Array, Fit, kmeans, numpy_assign, parallel_seeds
-from cmcgns.clustering.pool import MOST_LOSSES, ParquetSource, Source, SourcePool, array_sources
+from cmcgns.clustering.pool import MAX_RESTARTS, ParquetSource, RowSource, SourcePool, array_sources
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError
@@ -31,7 +31,7 @@ def local_ray() -> Iterator[None]:
 
 
 @contextmanager
-def pool_over(sources: list[Source]) -> Iterator[SourcePool]:
+def pool_over(sources: list[RowSource]) -> Iterator[SourcePool]:
     pool = SourcePool(sources, PoolConfig(actors=len(sources), cpus_per_actor=0.1))
     try:
         yield pool
@@ -39,9 +39,9 @@ def pool_over(sources: list[Source]) -> Iterator[SourcePool]:
         pool.stop()
 
 
-def parquet_sources(folder: Path, actors: int, memory_bytes: float = 2**30) -> list[Source]:
+def parquet_sources(folder: Path, actors: int, memory_bytes: float = 2**30) -> list[RowSource]:
     embeddings = open_embeddings(str(folder), Columns("id", "vector"))
-    return [ParquetSource(part, memory_bytes, None, False) for part in embeddings.deal(actors)]
+    return [ParquetSource(part, memory_bytes, None, False) for part in embeddings.split(actors)]
 
 
 def kill(pool: SourcePool, indices: list[int]) -> None:
@@ -51,7 +51,7 @@ def kill(pool: SourcePool, indices: list[int]) -> None:
 
 
 def killing(pool: SourcePool, indices: list[int], iteration: int) -> Callable[[Fit], None]:
-    """Kills actors once ``iteration`` is over, with the next pass under way."""
+    """Kills actors after ``iteration``, during the next pass."""
 
     def after(fit: Fit) -> None:
         if fit.iteration == iteration:
@@ -61,7 +61,7 @@ def killing(pool: SourcePool, indices: list[int], iteration: int) -> Callable[[F
 
 
 def check_agreement(rows: int, actors: int) -> None:
-    """One pass and one fit of a pool over uneven shards beside the single array, on easy and hard sets."""
+    """One pass and one fit of a pool of uneven shards, compared with one array, on easy and hard sets."""
     for name, make in SETS.items():
         rows_ND = make(rows)
         whole = RowArray(rows_ND, assign=numpy_assign)
@@ -73,7 +73,7 @@ def check_agreement(rows: int, actors: int) -> None:
             assert np.array_equal(parallel_seeds(pool.rows, 20, 1), parallel_seeds(whole, 20, 1))
         similarity_NK = np.sort(whole.rows_ND[:rows].astype(np.float64) @ start_KD.T.astype(np.float64), axis=1)
         near_ties = int((similarity_NK[:, -1] - similarity_NK[:, -2] < NEAR_TIE).sum())
-        # stricter than asked for: near ties are settled alike too, so that nothing is left to excuse
+        # stricter than asked for: near ties are resolved the same way too, so the results are equal
         assert np.array_equal(ours.counts_K, theirs.counts_K)
         assert np.array_equal(ours.sums_KD, theirs.sums_KD)
         assert np.array_equal(fits[0].centroids_KD, fits[1].centroids_KD)
@@ -88,7 +88,7 @@ def test_a_pool_agrees_with_one_array_bit_for_bit() -> None:
 
 
 def check_survival(folder: Path, lost: list[int], caplog: pytest.LogCaptureFixture) -> None:
-    """A fit whose actors are killed in iteration 4 of 10 beside one that is left alone."""
+    """A fit whose actors are killed in iteration 4 of 10, compared with an undisturbed one."""
     with pool_over(parquet_sources(folder, 3)) as pool:
         start_KD = pool.rows.subset(40, 0)
         undisturbed = kmeans(pool.rows, start_KD, 10, -1.0)
@@ -110,16 +110,16 @@ def test_a_fit_whose_actors_are_killed_ends_with_the_same_centroids(
     check_survival(write_parquet(tmp_path, heavy_tailed(ROWS), [0, 2500, ROWS]), lost, caplog)
 
 
-def test_an_actor_that_is_lost_again_and_again_ends_the_fit_with_the_way_out(tmp_path: Path) -> None:
+def test_an_actor_that_is_lost_too_often_ends_the_fit_with_the_fix(tmp_path: Path) -> None:
     with pool_over(parquet_sources(write_parquet(tmp_path, heavy_tailed(ROWS), [0, ROWS]), 2)) as pool:
         start_KD = pool.rows.subset(10, 0)
         with pytest.raises(
-            RuntimeError, match=rf"actor 1 of 2 was lost more than {MOST_LOSSES} times.*clustering.memory_gib"
+            RuntimeError, match=rf"actor 1 of 2 was lost more than {MAX_RESTARTS} times.*clustering.memory_gib"
         ):
             kmeans(pool.rows, start_KD, 20, -1.0, after=lambda fit: kill(pool, [1]))
 
 
-def test_a_set_that_has_changed_is_not_read_again_in_silence(tmp_path: Path) -> None:
+def test_a_set_that_has_changed_is_refused_when_it_is_read_again(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path, heavy_tailed(ROWS), [0, ROWS])
     with pool_over(parquet_sources(folder, 2)) as pool:
         start_KD = pool.rows.subset(10, 0)
@@ -132,7 +132,7 @@ def test_a_row_without_direction_is_refused_with_shard_and_row() -> None:
     rows_ND: Array = heavy_tailed(100)
     rows_ND[77] = 0
     with (
-        pytest.raises(UserError, match="clustering shard 1: array from row 50 on: row 27 is zero"),
+        pytest.raises(UserError, match="clustering shard 1: array, rows from 50: row 27 is zero"),
         pool_over(list(array_sources(rows_ND, [0, 50, 100]))),
     ):
         pass

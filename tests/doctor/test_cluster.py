@@ -1,4 +1,4 @@
-"""The doctor on a cluster of one node; `tests/acceptance/test_doctor.py` adds one on which something is wrong."""
+"""The doctor on a cluster of one node; `tests/acceptance/test_doctor.py` has a faulty one."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from tests.ray_head import RayHead
 pytestmark = pytest.mark.ray
 
 
-def test_one_node_is_sound(ray_head: RayHead, tmp_path: Path) -> None:
+def test_a_healthy_node_passes(ray_head: RayHead, tmp_path: Path) -> None:
     visit = doctor(ray_head, tmp_path, "--doctor.nodes=1")
     assert visit.returncode == 0, visit.stdout
     for words in (
         "nodes           cluster: ",
         "equal on 1 nodes",
-        "refuses whoever has none",
+        "refuses requests without one",
         "MiB written at",
         "0 failed",
     ):
@@ -24,7 +24,7 @@ def test_one_node_is_sound(ray_head: RayHead, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_token_is_said_in_one_message(ray_head: RayHead, tmp_path: Path) -> None:
+def test_a_wrong_token_gives_one_message(ray_head: RayHead, tmp_path: Path) -> None:
     wrong = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "1"}
     visit = doctor(ray_head, tmp_path, **wrong)
     assert visit.returncode == 1

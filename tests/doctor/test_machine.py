@@ -1,4 +1,4 @@
-"""The doctor on a machine without a cluster, and the parts of it that need none."""
+"""The doctor on a machine without a cluster, and its parts that need none."""
 
 import socket
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cmcgns.cli import load_config
-from cmcgns.cluster import cluster_checks as pairs
-from cmcgns.cluster import machine_checks as host
-from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_lines
+from cmcgns.cluster import machine_checks
+from cmcgns.cluster.cluster_checks import pair_rounds
+from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_checks
 
-ASKED = host.Asked(use_gpu=False, deepspeed=True, faiss_gpu=False)
+REQUIRED = machine_checks.Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +31,13 @@ def test_a_machine_that_can_train_has_no_failed_line(tmp_path: Path, capsys: pyt
     assert "0 failed" in said
     for subject in ("versions", "GPU", "FAISS", "DeepSpeed", "shared memory", "disk", "ports", "run.storage"):
         assert subject in said
-    assert not (tmp_path / "runs").exists(), "a visit leaves nothing behind"
+    assert not (tmp_path / "runs").exists(), "the doctor leaves no files"
 
 
-def test_data_that_is_not_there_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_data_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert visit(f"--run.storage={tmp_path}", f"--data.uri={tmp_path / 'films'}", "--doctor.megabytes=1") == 1
     said = capsys.readouterr().out
-    assert f"data.uri        {socket.gethostname()}: {tmp_path / 'films'}: nothing lies there" in said
+    assert f"data.uri        {socket.gethostname()}: {tmp_path / 'films'}: nothing is there" in said
     assert "1 failed" in said
 
 
@@ -49,25 +49,25 @@ def test_storage_that_cannot_be_written_fails_by_name(tmp_path: Path, capsys: py
     )
 
 
-def test_gpus_that_are_asked_for_and_not_there_fail() -> None:
-    lines = list(host.gpu_lines("here", host.Asked(True, True, False), gpus=None))
+def test_required_gpus_that_are_missing_fail() -> None:
+    lines = list(machine_checks.gpu_checks("here", machine_checks.Requirements(True, True, False), gpus=None))
     if lines[0].level == "ok":
         pytest.skip("this machine has a GPU")
     assert lines[0].level == "failed"
-    (counted,) = host.gpu_lines("here", ASKED, gpus=2)
+    (counted,) = machine_checks.gpu_checks("here", REQUIRED, gpus=2)
     assert counted.level == "failed"
-    assert "sees 0 GPUs, Ray counts 2" in counted.found
+    assert "sees 0 GPUs, Ray counts 2" in counted.detail
 
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """One of the ports of a head node, on which something listens."""
+    """A port of a head node that is in use."""
     for port in PORTS:
         with closing(socket.socket()) as listener:
             try:
                 listener.bind(("", port))
             except OSError:
-                continue  # taken already, by a Ray of this machine
+                continue  # already in use, by a Ray on this machine
             listener.listen()
             yield port
             return
@@ -75,24 +75,24 @@ def taken_port() -> Iterator[int]:
 
 
 def test_a_taken_port_is_named_with_the_option_that_moves_it(taken_port: int) -> None:
-    line = next(line for line in port_lines("here") if str(taken_port) in line.found)
+    line = next(line for line in port_checks("here") if str(taken_port) in line.detail)
     assert line.level == "warning"
-    assert PORTS[taken_port] in line.way_out
+    assert PORTS[taken_port] in line.fix
 
 
-def test_versions_hold_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_have_a_hash_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "cmcgns"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
-    monkeypatch.setattr(host.cmcgns, "__file__", str(package / "__init__.py"))
-    before = host.versions()["cmcgns"]
+    monkeypatch.setattr(machine_checks.cmcgns, "__file__", str(package / "__init__.py"))
+    before = machine_checks.versions()["cmcgns"]
     (package / "__init__.py").write_text("a = 2\n")
-    assert host.versions()["cmcgns"] != before
+    assert machine_checks.versions()["cmcgns"] != before
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 4, 7, 8])
-def test_every_pair_meets_once_and_nobody_twice_in_a_round(nodes: int) -> None:
-    rounds = pairs.rounds(nodes)
+def test_every_pair_is_measured_once_and_no_node_twice_in_a_round(nodes: int) -> None:
+    rounds = pair_rounds(nodes)
     assert sorted(pair for turn in rounds for pair in turn) == sorted(combinations(range(nodes), 2))
     for turn in rounds:
         met = [node for pair in turn for node in pair]

@@ -1,4 +1,4 @@
-"""Drivers of a cluster: the doctor's visit and the main job, each in a process of its own."""
+"""Drivers of a cluster, one process each: the doctor and the main job."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from tests.ray_head import RayHead
 
 
 def run(head: RayHead, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A program of ours, as a driver of the cluster."""
+    """Run one of our programs as a driver of the cluster."""
     return subprocess.run(
         [sys.executable, *words],
         cwd=REPOSITORY,

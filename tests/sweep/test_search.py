@@ -1,4 +1,4 @@
-"""What a sweep proposes: the same trials for the same seed, better ones from Optuna, each point of a grid once."""
+"""Proposals of a sweep: the same trials for the same seed, better ones from Optuna, each point of a grid once."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from cmcgns.cli import load_config
 from cmcgns.config import Config
 from cmcgns.errors import UserError
 from cmcgns.methods.cm_cgns.settings import Settings
-from cmcgns.sweep.search import Search, Space, drawn_settings, grid_axes, read_space, searcher
+from cmcgns.sweep.search import SearchName, Space, apply_drawn, build_search, grid_axes, read_space
 from tests.jobs import TINY
 
 BASE = load_config([], Config, TINY)
@@ -24,7 +24,7 @@ CHOICES: dict[str, Any] = {
 
 
 def hill(drawn: dict[str, Any]) -> float:
-    """Highest, at 0, for a mask ratio of 0.6, temperatures of 0.1 and 0.2, and 64 clusters."""
+    """Maximum, 0, for a mask ratio of 0.6, temperatures of 0.1 and 0.2, and 64 clusters."""
     return -(
         10 * (drawn["objective.mask_ratio"] - 0.6) ** 2
         + math.log(drawn["objective.temperature"] / 0.1) ** 2
@@ -34,10 +34,10 @@ def hill(drawn: dict[str, Any]) -> float:
 
 
 def proposed(
-    search: Search, space: Space, trials: int, seed: int, score: Callable[[dict[str, Any]], float]
+    search: SearchName, space: Space, trials: int, seed: int, score: Callable[[dict[str, Any]], float]
 ) -> list[dict[str, Any]]:
-    """Trials one after the other, each with its score told before the next."""
-    algorithm, found = searcher(search, space, "score", trials, seed), []
+    """Trials one at a time, each score reported before the next."""
+    algorithm, found = build_search(search, space, "score", trials, seed), []
     for number in range(trials):
         found.append(algorithm.suggest(str(number)))
         algorithm.on_trial_complete(str(number), {"score": score(found[-1])})
@@ -45,7 +45,7 @@ def proposed(
 
 
 @pytest.mark.parametrize("search", ["random", "optuna"])
-def test_the_same_seed_proposes_the_same_trials(search: Search) -> None:
+def test_the_same_seed_proposes_the_same_trials(search: SearchName) -> None:
     first, again = (proposed(search, SPACE, 12, 7, hill) for _ in range(2))
     assert first == again
     assert proposed(search, SPACE, 12, 8, hill) != first
@@ -70,7 +70,7 @@ def test_a_grid_is_each_point_once() -> None:
 
 
 def test_a_grid_refuses_a_range() -> None:
-    with pytest.raises(UserError, match=r"grid takes no range, and objective.mask_ratio is one"):
+    with pytest.raises(UserError, match=r"grid accepts no ranges, and objective.mask_ratio is one"):
         grid_axes(SPACE)
 
 
@@ -82,9 +82,9 @@ def test_no_more_clusters_are_drawn_than_a_quarter_of_the_sentences(sentences: i
 
 
 def test_a_drawn_temperature_is_not_learnt() -> None:
-    config = drawn_settings(BASE, {"objective.temperature": 0.07})
+    config = apply_drawn(BASE, {"objective.temperature": 0.07})
     assert (config.objective.temperature, config.objective.learn_temperature) == (0.07, False)
-    assert drawn_settings(BASE, {"objective.mask_ratio": 0.3}).objective.learn_temperature
+    assert apply_drawn(BASE, {"objective.mask_ratio": 0.3}).objective.learn_temperature
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_a_drawn_temperature_is_not_learnt() -> None:
         ({"objective.mask_ratio": {"uniform": [0.5, 0.5]}}, "from 0.5 to 0.5 is empty"),
         ({"objective.mask_ratio": {"uniform": [0.2, 1.8]}}, "objective.mask_ratio = 1.8"),
         ({"objective.mask_ratio": {"uniform": [0.2]}}, "needs two numbers"),
-        ({"objective.mask_ratio": {"gaussian": [0.2, 0.8]}}, "is no range; write one of uniform"),
-        ({"objective.mask_ratio": 0.5}, "is no range"),
+        ({"objective.mask_ratio": {"gaussian": [0.2, 0.8]}}, "is not a range; give one of uniform"),
+        ({"objective.mask_ratio": 0.5}, "is not a range"),
         ({"objective.num_clusters": {"choice": []}}, "needs a list of values"),
         ({"objective.num_clusters": {"choice": [16, 1]}}, "objective.num_clusters = 1"),
         ({"objective.num_clusters": {"uniform": [16, 64]}}, "objective.num_clusters = 33.6"),

@@ -1,5 +1,5 @@
-"""A whole sweep, small: a trial that fails beside others that do not, the sweep killed in its middle and gone on with elsewhere,
-everything free at the end, and a best.yaml that gives the same number again."""
+"""A small but complete sweep: one trial fails, the sweep is killed and resumed on another cluster, all resources are free at the
+end, and best.yaml reproduces its metric."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ GRID = "--sweep.space={objective.num_clusters: {choice: [16, 512, 12]}, objectiv
 OPTIONS = (*SHORT, GRID, "--sweep.search=grid", "--sweep.scheduler=none", "--sweep.repeats=0")
 
 
-def test_a_killed_sweep_goes_on_repeats_nothing_tells_what_failed_and_leaves_everything_free(
+def test_a_killed_sweep_resumes_repeats_nothing_reports_failures_and_frees_everything(
     ray_head: RayHead, tmp_path: Path
 ) -> None:
     job, folder = sweep(tmp_path, *OPTIONS), tmp_path / "sweep"
@@ -40,7 +40,7 @@ def test_a_killed_sweep_goes_on_repeats_nothing_tells_what_failed_and_leaves_eve
     assert "needs at least 4 x 512 = 2048 training sentences" in failed["reason"]
     assert failed["reason"] in said_before
     check_free(ray_head)
-    assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: that sweep has finished")
+    assert sweep(tmp_path, config=None).wait().startswith("error: sweep.resume sweep: the sweep has finished")
 
     again, best = Job(tmp_path, "--run.name=again", config=folder / "best.yaml"), found[MEAN_RECALL].idxmax()
     again.wait()

@@ -1,4 +1,4 @@
-"""What a sweep cannot be run on is refused with status 2 and one message that names it, before Ray is started."""
+"""Invalid input of a sweep ends with status 2 and one message that names it, before Ray starts."""
 
 import subprocess
 import sys
@@ -20,21 +20,21 @@ from tests.jobs import REPOSITORY, TINY
         (["--sweep.space={objective.mask_ratio: {uniform: [0.8, 0.2]}}"], "uniform from 0.8 to 0.2 is empty"),
         (["--sweep.space={objective.mask_ratio: {uniform: [0.2, 1.2]}}"], "objective.mask_ratio = 1.2 must be"),
         (["--sweep.space={objective.mask_ratio: {choice: []}}"], "choice needs a list of values, not []"),
-        (["--sweep.space={objective.mask_ratio: 0.5}"], "0.5 is no range"),
+        (["--sweep.space={objective.mask_ratio: 0.5}"], "0.5 is not a range"),
         (["--sweep.space={train.num_workers: {choice: [1, 2]}}"], "the same for all trials"),
         (["--sweep.space={}"], "sweep.space is empty"),
-        (["--sweep.metric=accuracy"], "sweep.metric accuracy is never reported; choose one of mean_recall_at_1"),
-        (["--sweep.metric=loss"], "losses do not compare"),
+        (["--sweep.metric=accuracy"], "sweep.metric accuracy is not reported; choose one of mean_recall_at_1"),
+        (["--sweep.metric=loss"], "losses are not comparable"),
         (["--sweep.trials=0"], "sweep.trials = 0 must be more than 0"),
         (["--sweep.trial=4"], "did you mean sweep.trials?"),
-        (["--sweep.search=grid"], "sweep.search grid takes no range, and objective.mask_ratio is one"),
+        (["--sweep.search=grid"], "sweep.search grid accepts no ranges, and objective.mask_ratio is one"),
         (["--sweep.resume=gone"], "sweep.resume gone: there is no run of that name"),
-        (["--run.resume=some"], "goes on with --sweep.resume=<name>"),
+        (["--run.resume=some"], "resume a sweep with --sweep.resume=<name>"),
         (
             ["--objective.num_clusters=512", "--sweep.space={objective.mask_ratio: {uniform: [0.2, 0.8]}}"],
             "objective.num_clusters 512 needs at least 4 x 512",
         ),
-        (["--sweep.space={data.views: {choice: [[PA], [PA, AP]]}}"], "choice takes numbers, words, true and false"),
+        (["--sweep.space={data.views: {choice: [[PA], [PA, AP]]}}"], "choice takes numbers, strings, true and false"),
         (["--sweep.space={train.validate_every: {choice: [5, 10]}}"], "the same for all trials"),
         (["--train.warmup_steps=30"], "a warm-up of 30 steps does not fit"),
     ],

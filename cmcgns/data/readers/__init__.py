@@ -17,7 +17,7 @@ from cmcgns.data.readers.pairs import PairsSource
 from cmcgns.data.readers.phantom import PhantomSource, parse_phantom_uri
 from cmcgns.data.readers.prepared import PreparedSource
 from cmcgns.data.record import StudyIndex
-from cmcgns.errors import UserError, starting_with
+from cmcgns.errors import UserError, with_prefix
 
 FORMATS = ("phantom", "pairs-csv", "mimic-cxr-jpg", "mimic-cxr", "open-i", "parquet")
 MAX_DEPTH = 5
@@ -127,4 +127,4 @@ def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, St
         return source, source.index()
     except UserError as error:
         reason = str(error).removeprefix("data.uri ")
-        raise UserError(f"{key} {starting_with(data.uri, reason)}") from None
+        raise UserError(f"{key} {with_prefix(data.uri, reason)}") from None

@@ -1,4 +1,4 @@
-"""Objectives beside those of FAISS's own k-means on all rows."""
+"""Objectives compared with those of FAISS's own k-means on all rows."""
 
 from statistics import median
 

@@ -1,0 +1,46 @@
+"""All uses of Ray's private API, one function each; tests/cluster/test_ray_private.py names the one that a new Ray breaks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_get
+
+AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
+"""Set in the head's key-value store by its autoscaler process. `ray start` always starts one, KubeRay only if configured."""
+
+
+def has_autoscaler() -> bool:
+    """Whether an autoscaler process runs on the head. The public `ray.autoscaler.sdk` only sends requests to one."""
+    return _internal_kv_get(AUTOSCALER_KEY) is not None
+
+
+def local_cluster(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `ray.init` for a new cluster on this machine. Its public arguments do not cover Ray's core ``settings``."""
+    return {"address": "local", "_system_config": settings}
+
+
+def execution_callback() -> type[Any]:
+    """Base class for `DataContext.custom_execution_callback_classes`: that setting is public, the class is not."""
+    # imported here: processes that only need this file's other functions must not load ray.data
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    return ExecutionCallback
+
+
+def set_num_cpus(dataset: Any, cpus: float) -> Any:
+    """``dataset`` whose last operator asks for ``cpus``: `ray.data.range` and `repartition` have no argument for it."""
+    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = cpus
+    return dataset
+
+
+def unlimit_generator_buffer(context: Any) -> None:
+    """Let a Ray Data task that waits for buffer space finish and free its CPU. No public setting of `DataContext` does this."""
+    context._max_num_blocks_in_streaming_gen_buffer = None
+
+
+def set_total_resources(executor: Any, resources: Callable[[], dict[str, float]]) -> None:
+    """Make a Ray Data executor plan with ``resources``: public options can only subtract from the CPUs that Ray assigns it."""
+    executor._resource_manager._get_total_resources = lambda: ray.data.ExecutionResources.from_resource_dict(
+        resources()
+    )

@@ -1,0 +1,28 @@
+"""All uses of DeepSpeed's private attributes, one function each; tests/train/test_deepspeed_private.py names the one that a
+new DeepSpeed breaks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def flat_weights(optimizer: Any, zero_stage: int) -> Sequence[Tensor]:
+    """This rank's flat float32 weights, one tensor per parameter group. The public `safe_get_*` functions need averages that
+    exist, and these are the keys under which a fresh optimizer stores them."""
+    name = "fp32_partitioned_groups_flat" if zero_stage == 3 else "single_partition_of_fp32_groups"
+    weights: Sequence[Tensor] = getattr(optimizer, name)
+    return weights
+
+
+def link_averages(optimizer: Any) -> None:
+    """ZeRO-1/2: map every parameter to its part of the flat averages. DeepSpeed does so after the first group's step only,
+    and has no public call for it."""
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def shard_size(parameter: nn.Parameter) -> int:
+    """ZeRO-3: padded number of elements that each rank stores of ``parameter``. No public function returns it."""
+    size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    return size

@@ -1,0 +1,73 @@
+"""Each use of Ray's private API still does what it is for: the test that fails names what a new Ray has changed."""
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import ray
+from ray.experimental.internal_kv import _internal_kv_del
+
+from cmcgns.cluster import ray_private
+
+pytestmark = pytest.mark.ray
+SEEN: list[float] = []
+
+
+class Spy(ray_private.execution_callback()):  # type: ignore[misc]
+    """Gives a Ray Data executor 77 CPUs and notes how many it then plans with."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        ray_private.set_total_resources(executor, lambda: {"CPU": 77.0})
+
+    def on_execution_step(self, executor: Any) -> None:
+        SEEN.append(executor._resource_manager.get_global_limits().cpu)
+
+
+def last_operator(dataset: Any) -> Any:
+    return dataset._logical_plan.dag
+
+
+def test_local_cluster_is_taken_by_ray_init() -> None:
+    with ray.init(num_cpus=1, **ray_private.local_cluster({"free_objects_period_milliseconds": 100})):
+        assert ray.cluster_resources()["CPU"] == 1
+
+
+def test_importing_the_file_does_not_load_ray_data() -> None:
+    """Clustering actors import it: ray.data would cost each of them memory, and makes pyarrow unpickle extension columns."""
+    code = "import sys, cmcgns.clustering.bank_pool, cmcgns.cluster.session; assert 'ray.data' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_has_autoscaler_finds_the_key_that_the_autoscaler_of_every_head_sets(local_ray: None) -> None:
+    end = time.monotonic() + 20
+    while not ray_private.has_autoscaler() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray_private.has_autoscaler()
+    _internal_kv_del(ray_private.AUTOSCALER_KEY)
+    assert not ray_private.has_autoscaler()
+
+
+def test_set_num_cpus_reaches_a_range_and_a_repartition(local_ray: None) -> None:
+    rows = ray_private.set_num_cpus(ray.data.range(4, override_num_blocks=2), 0.5)
+    assert last_operator(rows).ray_remote_args["num_cpus"] == 0.5
+    parts = ray_private.set_num_cpus(rows.repartition(target_num_rows_per_block=2, strict=True), 0.25)
+    assert last_operator(parts).ray_remote_args["num_cpus"] == 0.25
+    assert sorted(row["id"] for row in parts.take_all()) == [0, 1, 2, 3]
+
+
+def test_unlimit_generator_buffer_sets_a_field_that_ray_data_has(local_ray: None) -> None:
+    context = ray.data.DataContext.get_current().copy()
+    assert context._max_num_blocks_in_streaming_gen_buffer is not None
+    ray_private.unlimit_generator_buffer(context)
+    assert context._max_num_blocks_in_streaming_gen_buffer is None
+
+
+def test_execution_callback_and_set_total_resources_change_what_an_executor_plans_with(local_ray: None) -> None:
+    context = ray.data.DataContext.get_current().copy()
+    context.custom_execution_callback_classes = [Spy]
+    with ray.data.DataContext.current(context):
+        assert ray.data.range(4).map_batches(lambda batch: batch).count() == 4
+    assert SEEN
+    assert SEEN[-1] > 2, "the local cluster has 2 CPUs"

@@ -1,0 +1,36 @@
+"""Each use of DeepSpeed's private attributes: the test that fails names what a new DeepSpeed has changed."""
+
+import pytest
+import torch
+
+from cmcgns.train import deepspeed_private
+from cmcgns.train.engine import DeepSpeedEngine
+from tests.ranks import run_on_ranks
+from tests.small import small_config, small_model
+
+
+def engine_of(stage: int) -> DeepSpeedEngine:
+    config = small_config(num_workers=1, microbatch_size=6, global_batch_size=6, zero_stage=stage)
+    return DeepSpeedEngine(small_model(config), config.train, 1, torch.device("cpu"))
+
+
+def check(stage: int) -> None:
+    engine = engine_of(stage)
+    trained = [parameter for _, parameter in engine._trained()]
+    flat = deepspeed_private.flat_weights(engine.optimizer, stage)
+    if stage == 3:
+        sizes = [deepspeed_private.shard_size(parameter) for parameter in trained]
+    else:
+        sizes = [parameter.numel() for parameter in trained]
+    assert sum(len(part) for part in flat) >= sum(sizes), "flat_weights: every weight is in it"
+    if stage == 3:
+        assert sizes == [parameter.ds_numel for parameter in trained], "shard_size: one rank stores all"
+        return
+    engine._link_averages()
+    assert all(engine._average(parameter, "exp_avg") is not None for parameter in trained), "link_averages"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_private_attributes_of_deepspeed_are_still_there(stage: int) -> None:
+    run_on_ranks(1, check, stage)
