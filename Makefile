@@ -21,6 +21,7 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 accept: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -s $(if $(ONLY),tests/acceptance/test_$(ONLY).py,tests/acceptance)

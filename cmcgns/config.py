@@ -143,8 +143,8 @@ METHODS = {"cm-cgns": "cmcgns.methods.cm_cgns", "infonce": "cmcgns.methods.infon
 def method_module(name: str) -> ModuleType:
     """The module of a method; it has ``Settings`` and ``METHOD``."""
     module = load_plugin("method.name", name, METHODS)
-    settings = getattr(module, "Settings", None)
-    if not (isinstance(settings, type) and issubclass(settings, MethodSettings)) or not hasattr(module, "METHOD"):
+    settings = getattr(module, "Settings", None)  # not METHOD: it may load torch, which settings do without
+    if not (isinstance(settings, type) and issubclass(settings, MethodSettings)):
         raise UserError(
             f"method.name {name} defines no method: it needs `Settings`, a MethodSettings, and `METHOD` (docs/methods.md)"
         )

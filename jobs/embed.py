@@ -8,9 +8,10 @@ from cmcgns.evaluate.config import EmbedJobConfig
 
 def main(config: EmbedJobConfig) -> int:
     """Exit status of an embedding."""
-    from cmcgns.evaluate.embed import embed_sentences
+    from cmcgns.evaluate.embed import EmbedJob
+    from cmcgns.job import run
 
-    return embed_sentences(config)
+    return run(EmbedJob(config))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from cmcgns.evaluate.config import EvaluateJobConfig
 def main(config: EvaluateJobConfig) -> int:
     """Exit status of an evaluation."""
     # heavy: --help and --print-config need none of it
+    from cmcgns.job import run
+
     if config.evaluate.ablation is not None:
-        from cmcgns.evaluate.ablation import ablate
+        from cmcgns.evaluate.ablation import AblationJob
 
-        return ablate(config)
-    from cmcgns.evaluate.run import evaluate
+        return run(AblationJob(config))
+    from cmcgns.evaluate.run import EvaluateJob
 
-    return evaluate(config)
+    return run(EvaluateJob(config))
 
 
 if __name__ == "__main__":

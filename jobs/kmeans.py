@@ -8,9 +8,10 @@ from cmcgns.clustering.config import KMeansConfig
 
 def main(config: KMeansConfig) -> int:
     """Exit status of a fit."""
-    from cmcgns.clustering.fit import fit_embeddings
+    from cmcgns.clustering.fit import KMeansJob
+    from cmcgns.job import run
 
-    return fit_embeddings(config)
+    return run(KMeansJob(config))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
 
 def main(config: Config) -> int:
     """Exit status of a pretraining run."""
-    from cmcgns.train.run import pretrain
+    from cmcgns.job import run
+    from cmcgns.train.run import PretrainJob
 
-    return pretrain(config)
+    return run(PretrainJob(config))
 
 
 def plan(config: Config) -> int:
     """Exit status of a look at what a run would do, and where: 0 where it could begin."""
-    from cmcgns.train.run import pretrain
+    from cmcgns.job import run
+    from cmcgns.train.run import PretrainJob
 
-    return pretrain(config, dry_run=True)
+    return run(PretrainJob(config, dry_run=True), dry_run=True)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "phantom.yaml"
 
 def main(config: SweepJobConfig) -> int:
     """Exit status of a sweep."""
-    from cmcgns.sweep.run import sweep
+    from cmcgns.job import run
+    from cmcgns.sweep.run import SweepJob
 
-    return sweep(config)
+    return run(SweepJob(config))
 
 
 if __name__ == "__main__":

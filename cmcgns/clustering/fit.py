@@ -5,12 +5,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import numpy as np
-import ray
-from ray.exceptions import RayError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,47 +15,19 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.placement import bundles
-from cmcgns.cluster.session import ray_session
 from cmcgns.clustering.assignments import PartialStatistics, statistics, write_assignments
 from cmcgns.clustering.config import FitConfig, KMeansConfig
 from cmcgns.clustering.embeddings import Columns, Embeddings, open_embeddings
 from cmcgns.clustering.kmeans import SEEDINGS, Array, Fit, NearestSearch, Rows, kmeans, normalised
 from cmcgns.clustering.pool import ParquetSource, SourcePool
 from cmcgns.clustering.rows import RowArray, check_rows
-from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError, first_line, with_prefix
 from cmcgns.faiss_install import check_faiss
-from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes, warn_of_passing_folder
-from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
+from cmcgns.job import Job, check_capacity, write_config
+from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes
 
 SHOWN_CLUSTERS = 5
-
-
-def describe_plan(config: KMeansConfig, folder: RunFolder, embeddings: Embeddings, start: Fit | None) -> dict[str, str]:
-    """What will run, where and on how many rows."""
-    settings = config.clustering
-    files = len({group.uri for group in embeddings.groups})
-    share = embeddings.rows / settings.actors * embeddings.dim * 4 / 2**30
-    storage_of_rows = (
-        "in memory" if share <= settings.memory_gib else f"on disk (clustering.memory_gib is {settings.memory_gib:g})"
-    )
-    if settings.streamed:
-        storage_of_rows = "read again for each pass"
-    fit = f"K = {settings.num_clusters}, at most {settings.iterations} iterations"
-    if settings.batch_rows is not None:
-        fit += f" of about {settings.batch_rows} rows"
-    begin = f"{settings.seeding} seeding" if start is None else settings.start_from or "k-means"
-    if folder.resumed and start is not None:
-        begin = f"iteration {start.iteration} of {folder.name}"
-    return {
-        "data": f"{embeddings.uri}: {embeddings.rows} rows of {embeddings.dim} in {files} files",
-        "fit": f"{fit}, from {begin}",
-        "pool": f"{settings.actors} actors of {settings.cpus_per_actor:g} CPUs and {settings.gpus_per_actor:g} GPUs "
-        f"({settings.device}); {share:.2f} GiB of rows each, {storage_of_rows}",
-        "folder": folder.uri,
-    }
 
 
 def show_clusters(terminal: Console, found: dict[str, Any]) -> None:
@@ -114,7 +83,7 @@ def write_start(folder: RunFolder, config: KMeansConfig) -> None:
     """Write the settings, which claims the name of the run."""
     if storage.exists(folder.file("config.yaml")):  # another fit took the name since it was checked
         raise UserError(name_taken(folder))
-    storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+    write_config(folder, config)
 
 
 def save_state(folder: RunFolder, fit: Fit) -> None:
@@ -188,34 +157,85 @@ FREE_TO_CHANGE = {
     "run": {"name", "storage", "resume"},
 }
 """Settings that may change when a fit is resumed."""
-PACKAGES = ("cmcgns", "ray", "numpy", "pyarrow", "torch")
 
 
-class StopRequested(Exception):
+class StopRequested(KeyboardInterrupt):
     """The user asked to stop; the state has been saved."""
 
 
-def fit_embeddings(config: KMeansConfig) -> int:
-    """Exit status of one fit: 0 finished, 1 failed, 130 stopped by the user, with its state saved."""
-    terminal, settings = console(), config.clustering
-    check_faiss(settings.device)
-    folder = open_folder(config.run, "kmeans")
-    if folder.resumed:
-        refuse_changes(config, folder, FREE_TO_CHANGE)
-    embeddings = open_data(config)
-    start = initial_fit(config, folder, embeddings)
-    actors = bundles(settings.actors, settings.cpus_per_actor, settings.gpus_per_actor)
-    with quiet_terminal(), log_on(terminal), ray_session(needed=actors) as cpus:
-        check_capacity(settings, cpus)
-        print_plan(terminal, describe_plan(config, folder, embeddings, start))
-        warn_of_passing_folder(terminal, folder)
-        try:
-            result = fit_and_write(terminal, config, folder, embeddings, start)
-        except (StopRequested, KeyboardInterrupt):
-            return conclude(terminal, folder, {"status": "stopped"}, STATUS_INTERRUPTED)
-        except (RuntimeError, RayError, OSError) as error:
-            return conclude(terminal, folder, {"status": "failed", "failure": first_line(error)}, STATUS_FAILED)
-        return conclude(terminal, folder, {"status": "finished"} | result, 0)
+class KMeansJob(Job):
+    """K-means over a set of embeddings, resumable after every iteration."""
+
+    script = "kmeans"
+    resumes_from = "the last iteration"
+    packages = ("cmcgns", "ray", "numpy", "pyarrow", "torch")
+
+    def __init__(self, config: KMeansConfig) -> None:
+        self.config, self.settings = config, config.clustering
+        check_faiss(self.settings.device)
+        self.folder = open_folder(config.run, "kmeans")
+        if self.folder.resumed:
+            refuse_changes(config, self.folder, FREE_TO_CHANGE)
+        self.embeddings = open_data(config)
+        self.start = initial_fit(config, self.folder, self.embeddings)
+
+    def needed(self) -> list[dict[str, float]]:
+        return bundles(self.settings.actors, self.settings.cpus_per_actor, self.settings.gpus_per_actor)
+
+    def check_cluster(self, cpus: float) -> None:
+        own = self.settings
+        check_capacity("clustering", "actor", own.actors, own.cpus_per_actor, own.gpus_per_actor)
+
+    def plan(self, cpus: float) -> dict[str, str]:
+        settings, embeddings, start = self.settings, self.embeddings, self.start
+        files = len({group.uri for group in embeddings.groups})
+        share = embeddings.rows / settings.actors * embeddings.dim * 4 / 2**30
+        place = (
+            "in memory" if share <= settings.memory_gib else f"on disk (clustering.memory_gib {settings.memory_gib:g})"
+        )
+        if settings.streamed:
+            place = "read again for each pass"
+        fit = f"K = {settings.num_clusters}, at most {settings.iterations} iterations"
+        if settings.batch_rows is not None:
+            fit += f" of about {settings.batch_rows} rows"
+        begin = f"{settings.seeding} seeding" if start is None else settings.start_from or "k-means"
+        if self.folder.resumed and start is not None:
+            begin = f"iteration {start.iteration} of {self.folder.name}"
+        return {
+            "data": f"{embeddings.uri}: {embeddings.rows} rows of {embeddings.dim} in {files} files",
+            "fit": f"{fit}, from {begin}",
+            "pool": f"{settings.actors} actors of {settings.cpus_per_actor:g} CPUs and {settings.gpus_per_actor:g} GPUs "
+            f"({settings.device}); {share:.2f} GiB of rows each, {place}",
+            "folder": self.folder.uri,
+        }
+
+    def run(self, terminal: Console) -> dict[str, Any]:
+        return fit_and_write(terminal, self.config, self.folder, self.embeddings, self.start)
+
+    def reason(self, error: Exception) -> str:
+        return first_line(error)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        if self._has_begun(result):
+            super().write_result(result)
+
+    def report(self, terminal: Console, result: dict[str, Any]) -> None:
+        if self._has_begun(result):
+            super().report(terminal, result)
+        else:
+            terminal.print("stopped before the first iteration; nothing was written", highlight=False)
+
+    def _has_begun(self, result: dict[str, Any]) -> bool:
+        return result["status"] == "finished" or storage.exists(self.folder.file("config.yaml"))
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        return {
+            "finished": f"{result['iterations']} iterations, mean similarity {result['mean_similarity']:.6f}, "
+            f"{result['empty_clusters']} empty clusters, {result['seconds']} s",
+            "centroids": self.folder.file("centroids.safetensors"),
+            "assignments": self.folder.file("assignments"),
+            "statistics": self.folder.file("statistics.json"),
+        }
 
 
 def open_data(config: KMeansConfig) -> Embeddings:
@@ -231,21 +251,6 @@ def open_data(config: KMeansConfig) -> Embeddings:
             f"clustering.num_clusters {num_clusters} is more than the {found.rows} rows of {data.uri}; lower it"
         )
     return found
-
-
-def check_capacity(config: PoolConfig, cpus: float) -> None:
-    """Raise if the pool can never fit on the cluster."""
-    wanted, gpus = config.actors * config.cpus_per_actor, float(ray.cluster_resources().get("GPU", 0))
-    if wanted > cpus:
-        raise UserError(
-            f"clustering.actors {config.actors} of {config.cpus_per_actor:g} CPUs need {wanted:g}; the cluster has "
-            f"{cpus:g}. Lower clustering.actors or clustering.cpus_per_actor"
-        )
-    if config.actors * config.gpus_per_actor > gpus:
-        raise UserError(
-            f"clustering.actors {config.actors} of {config.gpus_per_actor:g} GPUs need more than the cluster's {gpus:g}; "
-            "lower clustering.gpus_per_actor, or set it to 0 with clustering.device=cpu"
-        )
 
 
 def fit_and_write(
@@ -350,29 +355,3 @@ def _assign_shard(
     nearest: int,
 ) -> PartialStatistics:
     return write_assignments(index, source.part, rows.rows_ND, centroids_KD, uri, nearest, search)
-
-
-def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any], status: int) -> int:
-    """Write result.json and print where the results are. Returns ``status``."""
-    if status and result.get("failure"):
-        terminal.print(f"[red]failed[/red]: {escape(result['failure'])}", highlight=False)
-    if status and not storage.exists(folder.file("config.yaml")):
-        terminal.print("stopped before the first iteration; nothing was written", highlight=False)
-        return status
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    folder.write_json("result.json", result | {"versions": versions})
-    if status == 0:
-        print_plan(
-            terminal,
-            {
-                "finished": f"{result['iterations']} iterations, mean similarity {result['mean_similarity']:.6f}, "
-                f"{result['empty_clusters']} empty clusters, {result['seconds']} s",
-                "centroids": folder.file("centroids.safetensors"),
-                "assignments": folder.file("assignments"),
-                "statistics": folder.file("statistics.json"),
-            },
-        )
-        return status
-    again = f"python jobs/kmeans.py --run.storage={folder.storage} --run.resume={folder.name}"
-    terminal.print(f"resume from the last iteration with: {again}", highlight=False)
-    return status

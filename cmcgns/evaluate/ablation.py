@@ -14,21 +14,22 @@ from rich.console import Console
 from rich.table import Table
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, read_yaml, resolve, to_yaml
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, read_yaml, resolve
 from cmcgns.cluster.placement import run_bundles
-from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config, Section
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.encoders import EncoderSpec, open_run
 from cmcgns.evaluate.figures import bars
 from cmcgns.evaluate.report import cell, gap, tell_rest, without_nan, write_results
-from cmcgns.evaluate.run import check_capacity, features_folder, measure_all, open_sets
+from cmcgns.evaluate.run import check_workers, features_folder, measure_all, open_sets
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, over_draws
 from cmcgns.evaluate.tasks import Evaluation
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
-from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes, warn_of_passing_folder
-from cmcgns.terminal import console, log_on, print_plan
+from cmcgns.job import Job, write_config
+from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
+from cmcgns.terminal import log_on, print_plan
 from cmcgns.train.run import check_cpus, pretrain, taken_cpus, worker_variables
 from cmcgns.train.setup import FREE_TO_CHANGE, with_absolute_paths
 
@@ -146,37 +147,63 @@ TASKS = ("retrieval", "classification", "clusters")
 """What variants are compared by, of the tasks that are asked for: none takes long."""
 
 
-def ablate(config: EvaluateJobConfig) -> int:
-    """Exit status of an ablation: 0 all was measured, 1 a run or a task failed, 130 stopped by the user."""
-    terminal, settings = console(), with_tasks(config.evaluate)
-    assert settings.ablation is not None
-    ablation, prompts = read_ablation(settings.ablation), read_prompts(settings)
-    folder = find_folder(config.run, "ablation")
-    refuse_other_runs(ablation, folder)
-    first = next(iter(ablation.variants.values()))
-    largest = max(ablation.variants.values(), key=taken_cpus)
-    with ray_session(worker_variables(first), needed=[*run_bundles(largest), ONE_CPU]) as cpus:
-        for each in ablation.variants.values():
+class AblationJob(Job):
+    """Variants times seeds pretrained, then evaluated side by side."""
+
+    script = "evaluate"
+    resumes_from = "the last finished run"
+
+    def __init__(self, config: EvaluateJobConfig) -> None:
+        self.config, self.settings = config, with_tasks(config.evaluate)
+        assert self.settings.ablation is not None
+        self.ablation, self.prompts = read_ablation(self.settings.ablation), read_prompts(self.settings)
+        self.folder = find_folder(config.run, "ablation")
+        refuse_other_runs(self.ablation, self.folder)
+        self.first = next(iter(self.ablation.variants.values()))
+
+    def environment(self) -> dict[str, str]:
+        return worker_variables(self.first)
+
+    def needed(self) -> list[dict[str, float]]:
+        return [*run_bundles(max(self.ablation.variants.values(), key=taken_cpus)), ONE_CPU]
+
+    def check_cluster(self, cpus: float) -> None:
+        for each in self.ablation.variants.values():
             check_cpus(each)
-        check_capacity(settings, cpus, first.data.cpus_per_task)
-        print_plan(terminal, describe_plan(ablation, folder))
-        warn_of_passing_folder(terminal, folder)
-        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
-        try:
-            failures = pretrain_all(terminal, ablation, folder)
-            variants = finished_runs(ablation, folder)
-            found = Evaluation(settings, encoders_of(variants, folder), [], prompts, failures=failures)
-            if found.encoders:
-                open_sets(found)
-                with log_on(terminal):
-                    measure_all(found, features_folder(settings, folder.uri))
-        except KeyboardInterrupt:
-            terminal.print(
-                f"stopped; go on with: python jobs/evaluate.py --run.storage={folder.storage} --run.resume={folder.name}",
-                highlight=False,
-            )
-            return STATUS_INTERRUPTED
-    return conclude(terminal, folder, found, variants)
+        check_workers(self.settings, self.first)
+
+    def plan(self, cpus: float) -> dict[str, str]:
+        variants, seeds = self.ablation.variants, self.ablation.seeds
+        return {
+            "ablation": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
+            "variants": "; ".join(variants),
+            "runs": f"{len(variants) * len(seeds)}: each variant with the seeds {', '.join(map(str, seeds))}",
+        }
+
+    def run(self, terminal: Console) -> dict[str, Any]:
+        ablation, folder = self.ablation, self.folder
+        write_config(folder, self.config)
+        failures = pretrain_all(terminal, ablation, folder)
+        variants = finished_runs(ablation, folder)
+        found = Evaluation(self.settings, encoders_of(variants, folder), [], self.prompts, failures=failures)
+        if found.encoders:
+            open_sets(found)
+            with log_on(terminal):  # pretraining has sent the log to its own coordinator
+                measure_all(found, features_folder(self.settings, folder.uri))
+        write_comparison(terminal, folder, found, variants)
+        return {"status": "failed" if found.failures else "finished"}
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Nothing: ablation.json has been written."""
+
+    def report(self, terminal: Console, result: dict[str, Any]) -> None:
+        if result["status"] == "stopped" or result.get("failure"):
+            super().report(terminal, result)
+        else:
+            print_plan(terminal, self.summary(result))
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        return {"results": f"{self.folder.file('ablation.json')}, ablation.csv and ablation.png next to it"}
 
 
 def refuse_other_runs(ablation: Ablation, folder: RunFolder) -> None:
@@ -242,18 +269,8 @@ def finished_runs(ablation: Ablation, folder: RunFolder) -> dict[str, list[str]]
     }
 
 
-def describe_plan(ablation: Ablation, folder: RunFolder) -> dict[str, str]:
-    """What is about to be run."""
-    runs = len(ablation.variants) * len(ablation.seeds)
-    return {
-        "ablation": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
-        "variants": "; ".join(ablation.variants),
-        "runs": f"{runs}: each variant with the seeds {', '.join(map(str, ablation.seeds))}",
-    }
-
-
-def conclude(terminal: Console, folder: RunFolder, found: Evaluation, variants: dict[str, list[str]]) -> int:
-    """Write everything down, show the table; the exit status."""
+def write_comparison(terminal: Console, folder: RunFolder, found: Evaluation, variants: dict[str, list[str]]) -> None:
+    """Write all scores and show their table."""
     scores = over_seeds(found.scores, variants)
     gains = increments(scores, list(variants))
     told = {"left_out": found.left_out, "failures": found.failures}
@@ -266,8 +283,7 @@ def conclude(terminal: Console, folder: RunFolder, found: Evaluation, variants: 
     if means:
         storage.write_bytes(folder.file("ablation.png"), bars(means))
     show(terminal, means, gains)
-    results = f"{folder.file('ablation.json')}, ablation.csv and ablation.png beside it"
-    return tell_rest(terminal, found.left_out, found.failures, results)
+    tell_rest(terminal, found.left_out, found.failures)
 
 
 def as_json(scores: Sequence[Score], gains: Sequence[Difference]) -> dict[str, Any]:

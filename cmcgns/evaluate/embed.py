@@ -5,7 +5,6 @@ n sentences of a block of studies, S sentences of one study (padded), D embeddin
 
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +16,9 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import write_bad_rows
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.cluster.placement import bundles
-from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
 from cmcgns.data.image import Target
@@ -32,11 +30,11 @@ from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
 from cmcgns.evaluate.encoders import PretrainedRun, open_run
+from cmcgns.job import Job, check_capacity, write_config
 from cmcgns.methods.base import load_method
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder
-from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
-from cmcgns.terminal import console, print_plan, quiet_terminal
+from cmcgns.run_folder import open_folder
 from cmcgns.train.setup import with_absolute_paths
 
 FloatArray = npt.NDArray[np.float32]
@@ -98,7 +96,6 @@ def sentence_table(vectors: SentenceVectors, study_ids: list[str], texts: pa.Arr
 STUDIES_AHEAD = 512
 """Decoded studies that may wait for the model."""
 ROWS_PER_FILE = 50_000
-PACKAGES = ("cmcgns", "ray", "torch", "transformers", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -128,35 +125,69 @@ class EmbedRows:
         return sentence_table(self.embed(block), self.study_ids.take(block.positions).to_pylist(), texts)
 
 
-def embed_sentences(config: EmbedJobConfig) -> int:
-    """Exit status of one embedding: 0 finished, 1 failed, 130 stopped by the user."""
-    terminal, settings = console(), config.embed
-    run = open_run("embed.run", settings.run)
-    split = open_split(run, settings)
-    folder = open_folder(config.run, "embed", resume_key="")
-    workers = bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
-    with quiet_terminal(), ray_session(needed=[*workers, ONE_CPU]) as cpus:
-        check_capacity(settings, cpus)
-        print_plan(terminal, describe_plan(run, settings, folder, split, cpus))
-        warn_of_passing_folder(terminal, folder)
-        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
-        began = time.perf_counter()
-        coordinator = start_coordinator(len(split.studies), split.config.data.max_bad_fraction, {})
+class EmbedJob(Job):
+    """All sentences of a split through a trained model, as Parquet."""
+
+    script = "embed"
+    resume_key = ""
+    packages = ("cmcgns", "ray", "torch", "transformers", "pyarrow")
+
+    def __init__(self, config: EmbedJobConfig) -> None:
+        self.config, self.settings = config, config.embed
+        self.model_run = open_run("embed.run", self.settings.run)
+        self.split = open_split(self.model_run, self.settings)
+        self.folder = open_folder(config.run, "embed", resume_key="")
+        self.coordinator: Any = None
+
+    def needed(self) -> list[dict[str, float]]:
+        own = self.settings
+        return [*bundles(own.workers, own.cpus_per_worker, own.use_gpu), ONE_CPU]
+
+    def check_cluster(self, cpus: float) -> None:
+        own = self.settings
+        check_capacity("embed", "worker", own.workers, own.cpus_per_worker, own.use_gpu, kept=1)
+
+    def plan(self, cpus: float) -> dict[str, str]:
+        settings, method = self.settings, self.model_run.method
+        vector = (
+            "what each sentence attends to on its film"
+            if method.has_attention
+            else (f"the sentence embedding ({self.model_run.config.method.name} attends to no patches)")
+        )
+        return {
+            "embed": f"{self.folder.name} in {self.folder.storage}",
+            "model": self.model_run.export,
+            "studies": f"{len(self.split.studies)} of {self.split.config.data.uri} ({settings.split})",
+            "vector": vector,
+            "workers": f"{settings.workers} x {settings.cpus_per_worker:g} CPU{' + GPU' if settings.use_gpu else ''}, "
+            f"{settings.batch_size} studies a forward; the cluster has {cpus:g} CPUs",
+        }
+
+    def run(self, terminal: Console) -> dict[str, Any]:
+        split, began = self.split, time.perf_counter()
+        write_config(self.folder, self.config)
+        self.coordinator = start_coordinator(len(split.studies), split.config.data.max_bad_fraction, {})
         try:
-            write_sentences(run, settings, split, coordinator, folder.file("sentences"))
-            result: dict[str, Any] = {"status": "finished"}
-        except KeyboardInterrupt:
-            result = {"status": "stopped"}
-        except Exception as error:  # whatever Ray Data wraps a task's error in
-            reason = ray.get(coordinator.failure.remote()) or cause(error)
-            result = {"status": "failed", "failure": reason}
-        if result["status"] != "finished":
-            storage.delete_folder(folder.file("sentences"))  # a part might be taken for the whole
-        bad_rows = ray.get(coordinator.account.remote())["bad_rows"]
-        write_bad_rows(folder.uri, bad_rows)
-        counts = {"studies": len(split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
-        seconds = {"seconds": round(time.perf_counter() - began, 1)}
-        return conclude(terminal, folder, result | counts | seconds)
+            write_sentences(self.model_run, self.settings, split, self.coordinator, self.folder.file("sentences"))
+        except BaseException:
+            storage.delete_folder(self.folder.file("sentences"))  # a part might be taken for the whole
+            raise
+        return {"seconds": round(time.perf_counter() - began, 1)}
+
+    def reason(self, error: Exception) -> str:
+        return ray.get(self.coordinator.failure.remote()) or cause(error)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        bad_rows = ray.get(self.coordinator.account.remote())["bad_rows"]
+        write_bad_rows(self.folder.uri, bad_rows)
+        result |= {"studies": len(self.split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
+        super().write_result(result)
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        return {
+            "finished": f"{result['studies']} studies, {result['bad_rows']} bad rows, {result['seconds']} s",
+            "sentences": self.folder.file("sentences"),
+        }
 
 
 def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
@@ -175,21 +206,6 @@ def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
     return Split(
         config, source, studies.slice(0, settings.studies).combine_chunks(), arrangement.first(settings.studies)
     )
-
-
-def check_capacity(settings: EmbedConfig, cpus: float) -> None:
-    """Refuse what would leave Ray Data without a CPU, with the numbers."""
-    wanted = settings.workers * settings.cpus_per_worker
-    if wanted > cpus - 1:
-        raise UserError(
-            f"embed.workers {settings.workers} of {settings.cpus_per_worker:g} CPUs need {wanted:g}; the cluster has "
-            f"{cpus:g} and one is kept for data. Lower embed.workers or embed.cpus_per_worker"
-        )
-    gpus = float(ray.cluster_resources().get("GPU", 0))
-    if settings.use_gpu and settings.workers > gpus:
-        raise UserError(
-            f"embed.workers {settings.workers} need as many GPUs; the cluster has {gpus:g}. See embed.use_gpu"
-        )
 
 
 def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, coordinator: Any, uri: str) -> None:
@@ -216,33 +232,3 @@ def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, coo
             num_gpus=1 if settings.use_gpu else 0,
         )
         sentences.write_parquet(path, filesystem=files, min_rows_per_file=ROWS_PER_FILE)
-
-
-def describe_plan(
-    run: PretrainedRun, settings: EmbedConfig, folder: RunFolder, split: Split, cpus: float
-) -> dict[str, str]:
-    """What runs where, for the user."""
-    return {
-        "embed": f"{folder.name} in {folder.storage}",
-        "model": run.export,
-        "studies": f"{len(split.studies)} of {split.config.data.uri} ({settings.split})",
-        "workers": f"{settings.workers} x {settings.cpus_per_worker:g} CPU{' + GPU' if settings.use_gpu else ''}, "
-        f"{settings.batch_size} studies a forward; the cluster has {cpus:g} CPUs",
-    }
-
-
-def conclude(terminal: Console, folder: RunFolder, result: dict[str, Any]) -> int:
-    """Write result.json, say where everything is; the exit status."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    folder.write_json("result.json", result | {"versions": versions})
-    if result["status"] == "finished":
-        print_plan(
-            terminal,
-            {
-                "finished": f"{result['studies']} studies, {result['bad_rows']} bad rows, {result['seconds']} s",
-                "sentences": folder.file("sentences"),
-            },
-        )
-        return 0
-    terminal.print(result.get("failure", "stopped"), style="red", highlight=False, markup=False)
-    return STATUS_FAILED if result["status"] == "failed" else STATUS_INTERRUPTED

@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED
 from cmcgns.errors import UserError
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, differences
 from cmcgns.run_folder import RunFolder
-from cmcgns.terminal import STYLE, print_plan
+from cmcgns.terminal import STYLE
 
 
 def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, Any]) -> None:
@@ -54,14 +53,12 @@ def without_nan(value: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tell_rest(terminal: Console, left_out: Sequence[str], failures: Sequence[str], results: str) -> int:
-    """Say what was left out, what failed and where the results are; the exit status."""
+def tell_rest(terminal: Console, left_out: Sequence[str], failures: Sequence[str]) -> None:
+    """Print what was left out and what failed."""
     for line in left_out:
         terminal.print(f"left out: {line}", highlight=False, markup=False)
     for line in failures:
         terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
-    print_plan(terminal, {"results": results})
-    return STATUS_FAILED if failures else 0
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import ray
 from rich.console import Console
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.placement import bundles
-from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.cluster.session import ONE_CPU
+from cmcgns.config import Config
 from cmcgns.data.image import Target
 from cmcgns.data.labelled import open_set
 from cmcgns.data.labelled.base import SPLITS, ImageSet
@@ -37,40 +37,104 @@ from cmcgns.evaluate.tasks import (
     start_place_tasks,
 )
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
-from cmcgns.run_folder import RunFolder, open_folder, warn_of_passing_folder
-from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
+from cmcgns.job import Job, check_capacity, write_config
+from cmcgns.run_folder import open_folder
+from cmcgns.terminal import print_plan
 from cmcgns.train.setup import with_absolute_paths
 
 logger = logging.getLogger(__name__)
-PACKAGES = ("cmcgns", "ray", "torch", "transformers", "scikit-learn", "torchmetrics")
 
 
-def evaluate(config: EvaluateJobConfig) -> int:
-    """Exit status of an evaluation: 0 all was measured, 1 something could not be, 130 stopped by the user."""
-    terminal, settings = console(), config.evaluate
-    logging.getLogger("cmcgns").setLevel(logging.INFO)  # each task's end is told
-    run = settings.run or last_run(config.run.storage)
-    found = Evaluation(settings, open_encoders(run, list(settings.beside), settings.seed), [], read_prompts(settings))
-    others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
-    folder = open_folder(config.run, "evaluate", resume_key="")
-    open_sets(found)
-    # beside the workers, a task of one CPU and one that reads, as ``check_capacity`` counts them
-    workers = bundles(settings.workers, settings.cpus_per_worker, settings.use_gpu)
-    with quiet_terminal(), log_on(terminal), ray_session(needed=[*workers, ONE_CPU, ONE_CPU]) as cpus:
-        check_capacity(settings, cpus, found.encoders[0].config.data.cpus_per_task)
-        print_plan(terminal, describe_plan(found, folder, cpus))
-        warn_of_passing_folder(terminal, folder)
-        chosen = config.model_copy(update={"evaluate": settings.model_copy(update={"run": run})})
-        storage.write_bytes(folder.file("config.yaml"), to_yaml(chosen).encode())
-        try:
-            measure_all(found, features_folder(settings, folder.storage))
-        except KeyboardInterrupt:
-            terminal.print("stopped; features that were made are kept for the next time", highlight=False)
-            return STATUS_INTERRUPTED
-        names = Counter(Path(uri).name for uri in others)
-        for uri, results in others.items():
+class EvaluateJob(Job):
+    """Every task on every set with every encoder, in one table."""
+
+    script = "evaluate"
+    resume_key = ""
+    packages = ("cmcgns", "ray", "torch", "transformers", "scikit-learn", "torchmetrics")
+
+    def __init__(self, config: EvaluateJobConfig) -> None:
+        settings = config.evaluate
+        run = settings.run or last_run(config.run.storage)
+        self.config = config.model_copy(update={"evaluate": settings.model_copy(update={"run": run})})
+        encoders = open_encoders(run, list(settings.beside), settings.seed)
+        self.found = Evaluation(settings, encoders, [], read_prompts(settings))
+        self.others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
+        self.folder = open_folder(config.run, "evaluate", resume_key="")
+        open_sets(self.found)
+
+    def needed(self) -> list[dict[str, float]]:
+        # beside the workers, a task of one CPU and one that reads, as ``check_cluster`` counts them
+        own = self.found.settings
+        return [*bundles(own.workers, own.cpus_per_worker, own.use_gpu), ONE_CPU, ONE_CPU]
+
+    def check_cluster(self, cpus: float) -> None:
+        check_workers(self.found.settings, self.found.encoders[0].config)
+
+    def plan(self, cpus: float) -> dict[str, str]:
+        found = self.found
+        facts = {
+            "evaluation": self.folder.uri,
+            "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in found.encoders),
+            "tasks": ", ".join(found.settings.tasks),
+        }
+        for images in found.sets:
+            counts = ", ".join(f"{len(images.split(name))} {name} ({images.digest(name)})" for name in SPLITS)
+            facts[images.name] = f"{counts}; {images.rule}"
+        return facts | {"cluster": f"{cpus:g} CPUs"}
+
+    def run(self, terminal: Console) -> dict[str, Any]:
+        found = self.found
+        write_config(self.folder, self.config)
+        measure_all(found, features_folder(found.settings, self.folder.storage))
+        names = Counter(Path(uri).name for uri in self.others)
+        for uri, results in self.others.items():
             beside(found, Path(uri).name if names[Path(uri).name] == 1 else uri, results)
-        return conclude(terminal, folder, found)
+        found.scores.sort(key=lambda score: (TASKS.index(score.task), score.images))
+        facts = self._facts()
+        write_results(self.folder, found.scores, facts)
+        figures = sorted(found.shown, key=lambda figure: figure.title)
+        page = report_page(self.folder.name, found.scores, figures, facts)
+        storage.write_bytes(self.folder.file("report.html"), page.encode())
+        show(terminal, found.scores, found.encoders[0].name)
+        return {"status": "failed" if found.failures else "finished"}
+
+    def _facts(self) -> dict[str, Any]:
+        found = self.found
+        sets = {
+            images.name: {
+                "uri": images.source.uri,
+                "rule": images.rule,
+                "filtered": images.filtered,
+                "splits": {name: {"images": len(images.split(name)), "digest": images.digest(name)} for name in SPLITS},
+                "bad_rows": found.bad_rows.get(images.name, {}),
+            }
+            for images in found.sets
+        }
+        return {
+            "encoders": {encoder.name: encoder.origin for encoder in found.encoders},
+            "sets": sets,
+            "left_out": found.left_out,
+            "failures": found.failures,
+            "seconds": found.seconds,
+            "seed": found.settings.seed,
+            "tests": found.tests(),
+            "versions": {name: metadata.version(name) for name in self.packages},
+        }
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Nothing: evaluation.json has been written."""
+
+    def report(self, terminal: Console, result: dict[str, Any]) -> None:
+        if result["status"] == "stopped":
+            terminal.print("stopped; the features that were computed are kept for the next evaluation", highlight=False)
+            return
+        if result.get("failure"):
+            super().report(terminal, result)
+        tell_rest(terminal, self.found.left_out, self.found.failures)
+        print_plan(terminal, self.summary(result))
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        return {"results": f"{self.folder.file('evaluation.json')}, evaluation.csv and report.html next to it"}
 
 
 def beside(found: Evaluation, name: str, results: Results) -> None:
@@ -122,17 +186,11 @@ def open_sets(found: Evaluation) -> None:
             found.sets.append(images)
 
 
-def check_capacity(settings: EvaluateConfig, cpus: float, reading: float) -> None:
-    """Refuse what would leave Ray Data without the CPUs of one ``reading`` task, with the numbers."""
-    wanted = max(settings.workers * settings.cpus_per_worker, 1.0)  # tasks have one CPU
-    if wanted + reading > cpus:
-        raise UserError(
-            f"evaluate.workers {settings.workers} of {settings.cpus_per_worker:g} CPUs (or a task of one) need {wanted:g}, and "
-            f"{reading:g} are kept for data; the cluster has {cpus:g}. Lower evaluate.workers or evaluate.cpus_per_worker"
-        )
-    gpus = float(ray.cluster_resources().get("GPU", 0))
-    if settings.use_gpu and settings.workers > gpus:
-        raise UserError(f"evaluate.workers {settings.workers} need as many GPUs; the cluster has {gpus:g}")
+def check_workers(settings: EvaluateConfig, config: Config) -> None:
+    """Raise where workers, or a task of one CPU, leave no CPU for the films of ``config``."""
+    own = settings
+    reading = config.data.cpus_per_task
+    check_capacity("evaluate", "worker", own.workers, own.cpus_per_worker, own.use_gpu, kept=reading, least=1.0)
 
 
 def features_folder(settings: EvaluateConfig, otherwise: str) -> str:
@@ -144,6 +202,7 @@ def features_folder(settings: EvaluateConfig, otherwise: str) -> str:
 def measure_all(found: Evaluation, cache: str) -> None:
     """Every task on every set with every encoder."""
     settings = found.settings
+    logging.getLogger("cmcgns").setLevel(logging.INFO)  # the end of each task is logged
     waiting: dict[Any, str] = {}
     if settings.corpus and set(ON_PAIRS) & set(settings.tasks):
         waiting |= start_pair_tasks(found)
@@ -169,47 +228,3 @@ def collect(found: Evaluation, what: str, reference: Any) -> None:
     except Exception as error:  # the others go on
         found.failures.append(f"{what}: {cause(error)}")
         logger.warning("%s could not be measured: %s", what, cause(error))
-
-
-def describe_plan(found: Evaluation, folder: RunFolder, cpus: float) -> dict[str, str]:
-    """What is about to be measured."""
-    facts = {
-        "evaluation": folder.uri,
-        "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in found.encoders),
-        "tasks": ", ".join(found.settings.tasks),
-    }
-    for images in found.sets:
-        counts = ", ".join(f"{len(images.split(name))} {name} ({images.digest(name)})" for name in SPLITS)
-        facts[images.name] = f"{counts}; {images.rule}"
-    return facts | {"cluster": f"{cpus:g} CPUs"}
-
-
-def conclude(terminal: Console, folder: RunFolder, found: Evaluation) -> int:
-    """Write everything down, show the table; the exit status."""
-    sets = {
-        images.name: {
-            "uri": images.source.uri,
-            "rule": images.rule,
-            "filtered": images.filtered,
-            "splits": {name: {"images": len(images.split(name)), "digest": images.digest(name)} for name in SPLITS},
-            "bad_rows": found.bad_rows.get(images.name, {}),
-        }
-        for images in found.sets
-    }
-    facts = {
-        "encoders": {encoder.name: encoder.origin for encoder in found.encoders},
-        "sets": sets,
-        "left_out": found.left_out,
-        "failures": found.failures,
-        "seconds": found.seconds,
-        "seed": found.settings.seed,
-        "tests": found.tests(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-    found.scores.sort(key=lambda score: (TASKS.index(score.task), score.images))
-    write_results(folder, found.scores, facts)
-    page = report_page(folder.name, found.scores, sorted(found.shown, key=lambda figure: figure.title), facts)
-    storage.write_bytes(folder.file("report.html"), page.encode())
-    show(terminal, found.scores, found.encoders[0].name)
-    results = f"{folder.file('evaluation.json')}, evaluation.csv and report.html beside it"
-    return tell_rest(terminal, found.left_out, found.failures, results)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmcgns.config import Bank, Config, MethodSettings, method_module
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.errors import UserError
 from cmcgns.models.dual_encoder import DualEncoder
 
 
@@ -112,8 +113,10 @@ class Method(ABC, Generic[SettingsT]):
 
 def load_method(config: Config) -> Method[Any]:
     """The method of ``config``."""
-    found: Method[Any] = method_module(config.method.name).METHOD(config)
-    return found
+    kind = getattr(method_module(config.method.name), "METHOD", None)
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise UserError(f"method.name {config.method.name} defines no METHOD, a subclass of Method (docs/methods.md)")
+    return kind(config)
 
 
 def column(*values: Tensor) -> Tensor:

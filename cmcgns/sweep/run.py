@@ -12,12 +12,11 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.cluster.placement import this_node
-from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import measure
 from cmcgns.errors import cause
-from cmcgns.run_folder import RunFolder, warn_of_passing_folder
+from cmcgns.job import Job
 from cmcgns.sweep.admission import TRIAL_CPUS, Capacity, build_scheduler, capacity_for, node_resources, trial_bundles
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger
@@ -26,7 +25,6 @@ from cmcgns.sweep.search import LedgerSearch
 from cmcgns.sweep.setup import Sweep, setup_sweep, write_start
 from cmcgns.sweep.table import SweepMonitor, SweepTable, settings_line
 from cmcgns.sweep.trial import SweepTrial, TrialTask
-from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 from cmcgns.train.run import check_cpus, worker_variables
 
 logger = logging.getLogger(__name__)
@@ -42,26 +40,43 @@ MAX_TUNE_RETRIES = 2
 """How often Tune restarts a trial whose Tune process was lost with its node."""
 
 
-def sweep(config: SweepJobConfig) -> int:
-    """Exit status of one sweep: 0 finished, 1 no trial finished, 130 stopped by the user."""
-    terminal, setup = console(), setup_sweep(config)
-    ledger, settings, folder, metric = setup.ledger, setup.settings, setup.folder, setup.settings.metric
-    os.environ.update(TUNE_VARIABLES)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table shows failures and their reasons
-    uris = [setup.base.data.uri, folder.storage]
-    with (
-        quiet_terminal(),
-        log_on(terminal),
-        ray_session(worker_variables(setup.base), uris, [*trial_bundles(setup.base), ONE_CPU]),
-    ):
-        check_cpus(setup.base)
-        most = settings.trials if setup.search is not None else len(ledger.first_runs)
-        capacity = capacity_for(setup.base, node_resources(), min(settings.max_concurrent or most, most))
-        print_plan(terminal, describe_plan(setup, capacity))
-        warn_of_passing_folder(terminal, folder)
+class SweepJob(Job):
+    """Trials by Tune, the finalists again with other seeds, and the result."""
+
+    script = "sweep"
+    resume_key = "sweep.resume"
+    resumes_from = "the last validations"
+
+    def __init__(self, config: SweepJobConfig) -> None:
+        self.setup = setup_sweep(config)
+        self.folder = self.setup.folder
+        os.environ.update(TUNE_VARIABLES)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table shows failures and their reasons
+        self.answer: SweepResult | None = None
+
+    def environment(self) -> dict[str, str]:
+        return worker_variables(self.setup.base)
+
+    def uris(self) -> list[str]:
+        return [self.setup.base.data.uri, self.folder.storage]
+
+    def needed(self) -> list[dict[str, float]]:
+        return [*trial_bundles(self.setup.base), ONE_CPU]
+
+    def plan(self, cpus: float) -> dict[str, str]:
+        check_cpus(self.setup.base)
+        return describe_plan(self.setup, self._capacity())
+
+    def _capacity(self) -> Capacity:
+        settings, ledger = self.setup.settings, self.setup.ledger
+        most = settings.trials if self.setup.search is not None else len(ledger.first_runs)
+        return capacity_for(self.setup.base, node_resources(), min(settings.max_concurrent or most, most))
+
+    def run(self, terminal: Console) -> dict[str, Any]:
+        setup, metric, capacity = self.setup, self.setup.settings.metric, self._capacity()
+        ledger, settings, base = setup.ledger, setup.settings, setup.base
         write_start(setup)
-        base, at_once = setup.base, capacity.trials
-        get_capacity = lambda: capacity_for(base, node_resources(), at_once)
+        get_capacity = lambda: capacity_for(base, node_resources(), capacity.trials)
         monitor = ray.remote(SweepMonitor).options(num_cpus=0, label_selector=this_node()).remote(get_capacity)
         task = TrialTask(base, setup.runs, metric, ray.put(setup.prepared), monitor)
         table, began = SweepTable(ledger, monitor, metric, terminal), time.time()
@@ -69,17 +84,42 @@ def sweep(config: SweepJobConfig) -> int:
             run_trials(setup, task, capacity, setup.search, build_scheduler(settings, setup.rungs, setup.total, ledger))
             add_repeats(ledger, settings)
             run_trials(setup, task, capacity, None, None)
-            write_table(ledger, setup.base, metric, folder)
-            answer = rank_finalists(setup)
-            table.close()
-            return conclude(terminal, setup, answer, time.time() - began)
+            write_table(ledger, base, metric, self.folder)
+            self.answer = rank_finalists(setup)
         except KeyboardInterrupt:
-            write_table(ledger, setup.base, metric, folder)
-            table.close()
-            terminal.print(f"stopped; resume with: {resume_command(folder)}", highlight=False)
-            return STATUS_INTERRUPTED
+            write_table(ledger, base, metric, self.folder)
+            raise
         finally:
             table.close()
+        counts = {
+            status: sum(t.status == status for t in ledger.trials) for status in ("finished", "stopped", "failed")
+        }
+        result: dict[str, Any] = {"seconds": round(time.time() - began, 1), **counts}
+        if self.answer is None:
+            reasons = {trial.reason for trial in ledger.trials if trial.reason}
+            return result | {"status": "failed", "failure": f"no trial finished: {'; '.join(sorted(reasons))}"}
+        write_result(self.folder, base, metric, setup.space, ledger, self.answer)
+        return result | self.answer.as_json(metric)
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        answer, ledger, folder, metric = self.answer, self.setup.ledger, self.folder, self.setup.settings.metric
+        assert answer is not None
+        counts = ", ".join(f"{result[status]} {status}" for status in ("finished", "stopped", "failed"))
+        facts = {"finished": f"{counts}, {result['seconds']:.0f} s"}
+        finalists = [scores.trial for scores in answer.finalist_scores]
+        others = [trial for trial in ledger.ranked() if trial not in finalists]
+        for place, trial in enumerate([*finalists, *others][:3], 1):
+            scores = ledger.scores_of(trial)
+            spread = "" if scores.spread is None else f" (mean {scores.mean:.4f} ± {scores.spread:.4f} of "
+            spread += f"{len(scores.values)} seeds)" if spread else ""
+            facts[f"{place}."] = f"trial {trial.number}: {metric} {trial.value:.4f}{spread}; {settings_line(trial)}"
+        if answer.tests[0] is not None:
+            facts["on test"] = f"{metric} {answer.tests[0]:.4f} of the winner, trial {answer.winner.number}"
+        return facts | {
+            "table": f"{folder.file('trials.csv')}, with report.html and sweep.png",
+            "pictures": f"tensorboard --logdir {folder.file('tensorboard')}",
+            "run the best": f"python jobs/pretrain.py --config {folder.file('best.yaml')}",
+        }
 
 
 def run_trials(
@@ -163,39 +203,3 @@ def describe_plan(setup: Sweep, capacity: Capacity) -> dict[str, str]:
         "cluster": f"{capacity.share.all:g} CPUs: {capacity.trials} trials at the same time, each with "
         f"{capacity.share.data:.2g} CPUs for data",
     }
-
-
-def resume_command(folder: RunFolder) -> str:
-    """Command that resumes a sweep."""
-    return f"python jobs/sweep.py --run.storage={folder.storage} --sweep.resume={folder.name}"
-
-
-def conclude(terminal: Console, setup: Sweep, answer: SweepResult | None, seconds: float) -> int:
-    """Write and print the result. Returns the exit status."""
-    ledger, folder, metric = setup.ledger, setup.folder, setup.settings.metric
-    counts = {status: sum(t.status == status for t in ledger.trials) for status in ("finished", "stopped", "failed")}
-    result: dict[str, Any] = {"status": "finished" if answer else "failed", "seconds": round(seconds, 1), **counts}
-    if answer is None:
-        folder.write_json("result.json", result)
-        reasons = {trial.reason for trial in ledger.trials if trial.reason}
-        terminal.print(
-            f"failed: no trial finished: {'; '.join(sorted(reasons))}", style="red", highlight=False, markup=False
-        )
-        return STATUS_FAILED
-    write_result(folder, setup.base, metric, setup.space, ledger, answer)
-    folder.write_json("result.json", result | answer.as_json(metric))
-    facts = {"finished": ", ".join(f"{number} {status}" for status, number in counts.items()) + f", {seconds:.0f} s"}
-    finalists = [scores.trial for scores in answer.finalist_scores]
-    others = [trial for trial in ledger.ranked() if trial not in finalists]
-    for place, trial in enumerate([*finalists, *others][:3], 1):
-        scores = ledger.scores_of(trial)
-        spread = "" if scores.spread is None else f" (mean {scores.mean:.4f} ± {scores.spread:.4f} of "
-        spread += f"{len(scores.values)} seeds)" if spread else ""
-        facts[f"{place}."] = f"trial {trial.number}: {metric} {trial.value:.4f}{spread}; {settings_line(trial)}"
-    if answer.tests[0] is not None:
-        facts["on test"] = f"{metric} {answer.tests[0]:.4f} of the winner, trial {answer.winner.number}"
-    facts["table"] = f"{folder.file('trials.csv')}, with report.html and sweep.png"
-    facts["pictures"] = f"tensorboard --logdir {folder.file('tensorboard')}"
-    facts["run the best"] = f"python jobs/pretrain.py --config {folder.file('best.yaml')}"
-    print_plan(terminal, facts)
-    return 0

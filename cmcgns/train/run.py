@@ -13,7 +13,6 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import read_bad_rows, write_bad_rows
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
 from cmcgns.cluster.coordinator import log_to_coordinator, start_coordinator
 from cmcgns.cluster.placement import (
     DATA,
@@ -27,12 +26,12 @@ from cmcgns.cluster.placement import (
     list_nodes,
     run_bundles,
 )
-from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config
 from cmcgns.data.stream import most_ahead
 from cmcgns.errors import UserError, last_line
-from cmcgns.run_folder import RunFolder, warn_of_passing_folder
-from cmcgns.terminal import console, print_plan, quiet_terminal
+from cmcgns.job import STATUS, Job, run
+from cmcgns.run_folder import RunFolder
 from cmcgns.train.display import Display, stop_on_interrupt
 from cmcgns.train.setup import Corpus, Pretraining, latest_checkpoint, setup_pretraining, write_start
 
@@ -107,106 +106,140 @@ def threads_per_worker(config: Config) -> int:
     return max((os.cpu_count() or 1) // on_one_machine, 1)
 
 
-def describe_plan(run: Pretraining, parameters: int, nodes: Sequence[Node]) -> dict[str, str]:
-    """What is about to happen, for the user to read before it does."""
-    config, folder, corpus, schedule = run.config, run.folder, run.corpus, run.schedule
-    train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
-    share = whole_cluster(config, nodes)
-    ahead = studies_ahead(config, corpus, share.data)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
-    return {
-        "run": f"{folder.uri}{' (resumed)' if folder.resumed else ''}",
-        "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
-        f"validation studies, about {run.materials.sentences} training sentences; films left out: {left_out}; "
-        f"unusable at first sight: {len(corpus.index.bad_rows)}; at most {ahead} studies are "
-        "decoded ahead of training",
-        "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
-        f"{parameters / 1e6:.1f} M parameters, {run.tokenizer.vocabulary_size} word pieces",
-        "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU"
-        f"{' + 1 GPU' if train.use_gpu else f', {threads_per_worker(config)} threads each'}, "
-        f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, "
-        f"{train.global_batch_size} studies a step = {train.num_workers} x {train.microbatch_size} x {train.accumulation}",
-        "method": f"{config.method.name}, {schedule.stage1}{f' + {schedule.stage2}' if schedule.stage2 else ''} steps, "
-        f"warm-up {schedule.warmup}{' each' if schedule.stage2 else ''}",
-        **{
-            f"clustering {bank.name}" if len(config.banks) > 1 else "clustering": f"{bank.num_clusters} centroids, "
-            f"{clustering.actors} actors x {clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every "
-            f"{clustering.refresh_every} steps"
-            for bank in config.banks
-        },
-        "cluster": f"{describe_placement(config, nodes)}; {share.data:g} CPUs left for data",
-    }
+class PretrainJob(Job):
+    """One pretraining run."""
 
+    script = "pretrain"
+    packages = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
 
-PACKAGES = ("cmcgns", "ray", "torch", "deepspeed", "transformers", "pyarrow", "numpy")
+    def __init__(self, config: Config, dry_run: bool = False) -> None:
+        self.setup, self.dry_run = setup_pretraining(config), dry_run
+        self.config, self.folder = self.setup.config, self.setup.folder
+        # only now: torch takes seconds to load, and wrong settings have been refused before
+        from cmcgns.train.launch import count_parameters
 
+        self.parameters = count_parameters(self.config, self.setup.tokenizer)
 
-def pretrain(config: Config, dry_run: bool = False) -> int:
-    """Exit status of one pretraining run: 0 finished, 1 failed, 130 stopped by the user with everything saved.
+    def environment(self) -> dict[str, str]:
+        return worker_variables(self.config)
 
-    A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing, and asks an autoscaler for nothing.
-    """
-    terminal, run = console(), setup_pretraining(config)
-    from cmcgns.train.launch import count_parameters
+    def uris(self) -> list[str]:
+        return [self.config.data.uri, self.folder.storage]
 
-    parameters = count_parameters(run.config, run.tokenizer)
-    uris = [run.config.data.uri, run.folder.storage]
-    needed = [*run_bundles(config), ONE_CPU]
-    with quiet_terminal(), ray_session(worker_variables(config), uris, [] if dry_run else needed):
+    def needed(self) -> list[dict[str, float]]:
+        return [*run_bundles(self.config), ONE_CPU]
+
+    def plan(self, cpus: float) -> dict[str, str]:
         nodes = list_nodes()
-        plan = describe_plan(run, parameters, nodes)
-        if dry_run and can_scale_up(nodes):
-            plan["cluster"] = (
-                f"{describe_placement(config, nodes)}; {describe_request(needed)}; its autoscaler is asked for the rest"
-            )
-            print_plan(terminal, plan)
-            return 0
-        print_plan(terminal, plan)
-        check_cpus(config)
-        check_data_nodes(config, nodes)
-        warn_of_passing_folder(terminal, run.folder)
-        if dry_run:
-            return 0
+        share, placed = whole_cluster(self.config, nodes), describe_placement(self.config, nodes)
+        cluster = f"{placed}; {share.data:g} CPUs left for data"
+        if self._would_grow(nodes):
+            cluster = f"{placed}; {describe_request(self.needed())}; its autoscaler is asked for the rest"
+        return self._describe(share) | {"cluster": cluster}
 
+    def _would_grow(self, nodes: Sequence[Node]) -> bool:
+        """A dry run on a cluster whose autoscaler would be asked for what is missing."""
+        return self.dry_run and can_scale_up(nodes)
+
+    def _describe(self, share: Share) -> dict[str, str]:
+        setup, config, corpus, schedule = self.setup, self.config, self.setup.corpus, self.setup.schedule
+        train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
+        excluded = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
+        threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
+        plan = {
+            "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
+            "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
+            f"validation studies, about {setup.prepared.sentences} training sentences; films excluded: {excluded}; "
+            f"studies rejected by the reader: {len(corpus.index.bad_rows)}; at most "
+            f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
+            "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
+            f"{self.parameters / 1e6:.1f} M parameters, {setup.tokenizer.vocabulary_size} word pieces",
+            "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU{threads}, "
+            f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, {train.global_batch_size} studies a step = "
+            f"{train.num_workers} x {train.microbatch_size} x {train.accumulation}",
+            "method": f"{config.method.name}, {schedule.stage1}{f' + {schedule.stage2}' if schedule.stage2 else ''} steps, "
+            f"warm-up {schedule.warmup}{' each' if schedule.stage2 else ''}",
+        }
+        for bank in config.banks:
+            plan[f"clustering {bank.name}" if len(config.banks) > 1 else "clustering"] = (
+                f"{bank.num_clusters} centroids, {clustering.actors} actors x {clustering.cpus_per_actor:g} CPU, bank of "
+                f"{clustering.bank_size}, every {clustering.refresh_every} steps"
+            )
+        return plan
+
+    def check_cluster(self, cpus: float) -> None:
+        nodes = list_nodes()
+        if not self._would_grow(nodes):
+            check_cpus(self.config)
+            check_data_nodes(self.config, nodes)
+
+    def run(self, terminal: Console) -> dict[str, Any]:
         @contextmanager
         def follow(coordinator: Any) -> Iterator[None]:
-            display = Display(coordinator, run.schedule, terminal)
+            display = Display(coordinator, self.setup.schedule, terminal)
             try:
                 with stop_on_interrupt(coordinator):
                     yield
             finally:
                 display.close()
 
-        result = train(run, whole_cluster(config, nodes), follow)
-        report(terminal, config, run.folder, result)
-        status = {"finished": 0, "stopped": STATUS_INTERRUPTED}.get(result["status"], STATUS_FAILED)
+        return train(self.setup, whole_cluster(self.config, list_nodes()), follow)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Nothing: ``train``, which sweeps call too, has written it."""
+
+    def report(self, terminal: Console, result: dict[str, Any]) -> None:
+        if result["status"] != "failed" and self.config.banks and result["clustering_started_at"] is None:
+            terminal.print(
+                "[yellow]clustering never started[/yellow]: the losses are plain InfoNCE. See clustering.start_cosine, "
+                f"refresh_every and {self.config.banks[0].setting}",
+                highlight=False,
+            )
+        super().report(terminal, result)
         if result["gave_up"]:
             # Ray Train's thread still waits in Ray, which answers a shutdown under it by ending the process with
             # status 1. Ray's processes end with their driver.
             sys.stdout.flush()
-            os._exit(status)
-        return status
+            os._exit(STATUS[result["status"]])
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        scores = result["metrics"]
+        return {
+            "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
+            f"{result['centroids_version'] or 0} centroid versions",
+            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film "
+            f"of {scores['studies']} unseen studies (chance {scores['chance_recall_at_1']:.2%})",
+            "export": str(result["export"]),
+            "checkpoint": str(result["checkpoint"]),
+            "metrics": self.folder.file("metrics.jsonl"),
+            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}",
+        }
 
 
-def train(run: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
+def pretrain(config: Config) -> int:
+    """Exit status of one pretraining run."""
+    return run(PretrainJob(config))
+
+
+def train(setup: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
     """What result.json says of the run, once it has come to its end; ``follow`` is given the coordinator while it lasts.
 
-    Interleaved it: ``gave_up`` after a second Ctrl-C, ``hopeless`` where another attempt would end as this one, and the ``marks``
+    In addition ``gave_up`` after a second Ctrl-C, ``hopeless`` where another attempt would end as this one, and the ``marks``
     of the coordinator.
     """
     from cmcgns.clustering.bank_pool import start_pool
     from cmcgns.train.launch import assign, fit
 
-    config, folder = run.config, run.folder
-    write_start(folder, config, run.corpus.digest, run.tokenizer)
-    known_bad = run.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
-    coordinator = start_coordinator(run.corpus.studies, config.data.max_bad_fraction, known_bad)
+    config, folder = setup.config, setup.folder
+    write_start(folder, config, setup.corpus.digest, setup.tokenizer)
+    known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
+    coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
     pools = {bank.name: start_pool(config.clustering, config.train.num_workers) for bank in config.banks}
     gave_up = False
     try:
         with follow(coordinator):
-            checkpoint, error = fit(config, folder, assign(run, pools, coordinator, cpus), cpus.beside_others)
+            checkpoint, error = fit(config, folder, assign(setup, pools, coordinator, cpus), cpus.beside_others)
     except KeyboardInterrupt:  # the second one
         checkpoint, error, gave_up = None, None, True
     finally:
@@ -252,42 +285,8 @@ def conclude(
         "checkpoint": checkpoint and scheme + checkpoint.removeprefix(scheme),
         "export": outcome.get("export"),
         "failure": failure,
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in PretrainJob.packages},
     }
     folder.write_json("result.json", result)
     write_bad_rows(folder.uri, account["bad_rows"])
     return result
-
-
-def report(terminal: Console, config: Config, folder: RunFolder, result: dict[str, Any]) -> None:
-    """The run's last lines."""
-    again = f"python jobs/pretrain.py --run.storage={folder.storage} --run.resume={folder.name}"
-    if result["status"] == "failed":
-        terminal.print(f"[red]failed[/red]: {result['failure']}", highlight=False)
-        terminal.print(f"go on from the last checkpoint with: {again}", highlight=False)
-        return
-    if config.banks and result["clustering_started_at"] is None:
-        terminal.print(
-            "[yellow]clustering never started[/yellow]: the losses are plain InfoNCE. See clustering.start_cosine, "
-            f"refresh_every and {config.banks[0].setting}",
-            highlight=False,
-        )
-    if result["status"] == "stopped":
-        terminal.print(
-            f"stopped after step {result['steps']}; go on from the last checkpoint with: {again}", highlight=False
-        )
-        return
-    scores = result["metrics"]
-    print_plan(
-        terminal,
-        {
-            "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
-            f"{result['centroids_version'] or 0} centroid versions",
-            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film "
-            f"of {scores['studies']} unseen studies (chance {scores['chance_recall_at_1']:.2%})",
-            "export": str(result["export"]),
-            "checkpoint": str(result["checkpoint"]),
-            "metrics": folder.file("metrics.jsonl"),
-            "pictures": f"tensorboard --logdir {folder.file('tensorboard')}",
-        },
-    )

@@ -235,21 +235,21 @@ class Pretraining:
     config: Config
     folder: RunFolder
     schedule: Schedule
-    materials: PreparedCorpus
+    prepared: PreparedCorpus
 
     @property
     def corpus(self) -> Corpus:
         """The corpus, indexed."""
-        return self.materials.corpus
+        return self.prepared.corpus
 
     @property
     def tokenizer(self) -> ReportTokenizer:
         """The vocabulary that the run begins or began with."""
-        return self.materials.tokenizer
+        return self.prepared.tokenizer
 
 
-def setup_pretraining(config: Config, materials: PreparedCorpus | None = None) -> Pretraining:
-    """The run of ``config``, new or resumed; ``materials`` where another run has made them already.
+def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) -> Pretraining:
+    """The run of ``config``, new or resumed; ``prepared`` where another run has made them already.
 
     Raises:
         UserError: a setting that this machine, the run's folder or the corpus cannot carry.
@@ -259,7 +259,7 @@ def setup_pretraining(config: Config, materials: PreparedCorpus | None = None) -
     folder = open_folder(config.run, "pretrain")
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
-    made = materials or prepare_corpus(config, folder if folder.resumed else None)
+    made = prepared or prepare_corpus(config, folder if folder.resumed else None)
     schedule = build_schedule(config.train, len(made.corpus.train))
     check_sizes(config, made.corpus, made.sentences)
     return Pretraining(config, folder, schedule, made)

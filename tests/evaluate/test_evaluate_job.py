@@ -13,7 +13,8 @@ import pytest
 from cmcgns.cli import run_job
 from cmcgns.evaluate.config import TASKS, EvaluateJobConfig
 from cmcgns.evaluate.encoders import last_run
-from cmcgns.evaluate.run import evaluate
+from cmcgns.evaluate.run import EvaluateJob
+from cmcgns.job import run
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import REPOSITORY
 from tests.small import small_config
@@ -103,7 +104,10 @@ def test_wrong_input_ends_with_status_2_and_one_message(
     arguments: list[str], words: str, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [word.format(run=pretrained) for word in arguments]
-    assert run_job(evaluate, EvaluateJobConfig, None, [*given, f"--run.storage={tmp_path}"]) == 2
+    assert (
+        run_job(lambda config: run(EvaluateJob(config)), EvaluateJobConfig, None, [*given, f"--run.storage={tmp_path}"])
+        == 2
+    )
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert len(said.err.splitlines()) == 1

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 from cmcgns.cli import run_job
+from cmcgns.job import run
 from cmcgns.sweep.config import SweepJobConfig
-from cmcgns.sweep.run import sweep
+from cmcgns.sweep.run import SweepJob
 from tests.jobs import REPOSITORY, TINY
 
 
@@ -43,7 +44,7 @@ def test_wrong_input_ends_with_status_2_and_one_message(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--config", str(TINY), f"--run.storage={tmp_path}", "--data.phantom_studies=130", *arguments]
-    assert run_job(sweep, SweepJobConfig, None, given) == 2
+    assert run_job(lambda config: run(SweepJob(config)), SweepJobConfig, None, given) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert len(said.err.splitlines()) == 1

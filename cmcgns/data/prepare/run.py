@@ -19,8 +19,6 @@ from rich.table import Table
 
 from cmcgns import storage
 from cmcgns.bad_rows import too_many_bad, write_bad_rows
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED
-from cmcgns.cluster.session import ray_session
 from cmcgns.data.image import Target
 from cmcgns.data.manifest import MANIFEST, PLAN, SPLITS, Manifest, joint_hash, read_manifest
 from cmcgns.data.prepare.config import PrepareJobConfig
@@ -28,10 +26,20 @@ from cmcgns.data.prepare.plan import Plan, Split, arrange_splits, check_complete
 from cmcgns.data.prepare.shard import MadeShard, Maker, Pseudonyms, ShardAccount, ShardPlan, read_made
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StudyIndex
-from cmcgns.errors import UserError, cause
-from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
+from cmcgns.errors import UserError
+from cmcgns.job import Job, run
+from cmcgns.run_folder import RunFolder
+from cmcgns.terminal import console
 
 READ_THREADS = 16
+
+
+class TooManyBadRowsError(RuntimeError):
+    """More studies cannot be used than ``data.max_bad_fraction`` allows."""
+
+
+class ShardFailedError(RuntimeError):
+    """A task could not make its shard."""
 
 
 @dataclass
@@ -53,39 +61,98 @@ class Progress:
         self.bad_rows |= shard.account.bad_rows
         self.lost += shard.account.lost
 
-    def too_many_lost(self, most: float) -> str | None:
-        """The error message if more than the share ``most`` of the studies is lost; otherwise None."""
-        return too_many_bad(self.lost, self.studies, most, self.bad_rows.values())
+    def check_lost(self, most: float) -> None:
+        """Raise if more than the share ``most`` of the studies is lost."""
+        reason = too_many_bad(self.lost, self.studies, most, self.bad_rows.values())
+        if reason is not None:
+            raise TooManyBadRowsError(reason)
+
+
+class PrepareJob(Job):
+    """A raw corpus made into shards, resumable shard by shard."""
+
+    script = "prepare"
+    resume_key = ""
+
+    def __init__(self, config: PrepareJobConfig) -> None:
+        self.pseudonyms = Pseudonyms.from_file(config.prepare.pseudonymise_key_file)
+        self.config = config = with_absolute_paths(config)
+        self.out = config.prepare.out
+        self.folder = RunFolder(*self.out.rpartition("/")[::2], resumed=False)
+        self.source, self.index = open_index("data.uri", config.data, Target(config.prepare.image_size, "shorter"))
+        check_corpus(config, self.source, self.index)
+        self.splits = arrange_splits(self.index, config.data.group_studies, self.pseudonyms)
+        self.began = time.perf_counter()
+
+    def is_complete(self) -> bool:
+        """Whether the set exists, made from this corpus with these settings; another set at its place is refused."""
+        if not storage.exists(storage.join(self.out, MANIFEST)):
+            return False
+        check_complete_set(self.config, self.source, self.splits, self.pseudonyms)
+        clear(self.out)
+        return True
+
+    def open(self) -> None:
+        """Read or write the plan of the shards, and find those that exist."""
+        self.shards = open_plan(self.config, self.source, self.splits, self.pseudonyms)
+        self.progress = read_progress(self.shards, self.index, self.out, self.pseudonyms)
+        self.missing = [shard for shard in self.shards.shards if shard.name not in self.progress.made]
+
+    def uris(self) -> list[str]:
+        return [self.config.data.uri, self.out]
+
+    def plan(self, cpus: float) -> dict[str, str]:
+        index, settings, data = self.index, self.config.prepare, self.config.data
+        films = pc.sum(pc.list_value_length(index.table["films"])).as_py()
+        excluded = ", ".join(f"{count} {reason}" for reason, count in index.filtered.items()) or "none"
+        encoding = "PNG" if settings.encoding == "png" else f"JPEG of quality {settings.quality}"
+        total = len(self.shards.shards)
+        return {
+            "data": f"{self.source.uri} ({self.source.format}): {len(index.table)} studies, {films} films; films excluded: "
+            f"{excluded}; studies rejected by the reader: {len(index.bad_rows)}",
+            "films": f"shorter side {settings.image_size} pixels, {encoding}"
+            f"{', black borders cropped' if data.crop_borders else ''}",
+            "ids": "unchanged" if settings.pseudonymise_key_file is None else "hashes keyed with pseudonymise_key_file",
+            "out": f"{settings.out}: {total} shards, {total - len(self.missing)} of them already finished",
+        }
+
+    def check_cluster(self, cpus: float) -> None:
+        check_task_size(self.config.prepare.cpus_per_task, cpus)
+
+    def run(self, terminal: Console) -> dict[str, Any]:
+        maker = Maker(self.source, self.config.prepare, self.pseudonyms)
+        make_missing(terminal, self.config, maker, self.splits, self.missing, self.progress)
+        made = [self.progress.made[shard.name] for shard in self.shards.shards]
+        write_manifest(self.out, self.shards, self.index, made, self.progress.bad_rows)
+        clear(self.out)
+        return {}
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Nothing: the manifest makes the set complete."""
+
+    def report(self, terminal: Console, result: dict[str, Any]) -> None:
+        if result["status"] == "finished":
+            report_complete(terminal, self.out, f"is complete after {time.perf_counter() - self.began:.0f} s")
+            return
+        super().report(terminal, result)
+        terminal.print(
+            f"{len(self.progress.made)} of {len(self.shards.shards)} shards are finished and kept; run the same command again "
+            "to make the others",
+            highlight=False,
+        )
+
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        return {"set": self.out}
 
 
 def prepare(config: PrepareJobConfig) -> int:
-    """Prepare a corpus; returns 0 if complete, 1 if failed, 130 if stopped by the user. Finished shards are kept."""
-    terminal = console()
-    pseudonyms = Pseudonyms.from_file(config.prepare.pseudonymise_key_file)
-    config = with_absolute_paths(config)
-    out = config.prepare.out
-    with log_on(terminal):
-        source, index = open_index("data.uri", config.data, Target(config.prepare.image_size, "shorter"))
-        check_corpus(config, source, index)
-        splits = arrange_splits(index, config.data.group_studies, pseudonyms)
-        if storage.exists(storage.join(out, MANIFEST)):
-            check_complete_set(config, source, splits, pseudonyms)
-            clear(out)
-            return report_complete(terminal, out, "was already complete")
-        plan = open_plan(config, source, splits, pseudonyms)
-        progress = read_progress(plan, index, out, pseudonyms)
-        missing = [shard for shard in plan.shards if shard.name not in progress.made]
-        print_plan(terminal, describe_plan(config, source, index, plan, missing))
-        maker, began = Maker(source, config.prepare, pseudonyms), time.perf_counter()
-        with quiet_terminal(), ray_session(uris=[config.data.uri, out]) as cpus:
-            check_task_size(config.prepare.cpus_per_task, cpus)
-            status = make_missing(terminal, config, maker, splits, missing, progress)
-        if status:
-            return status
-        made = [progress.made[shard.name] for shard in plan.shards]
-        write_manifest(out, plan, index, made, progress.bad_rows)
-        clear(out)
-        return report_complete(terminal, out, f"is complete after {time.perf_counter() - began:.0f} s")
+    """Exit status of a preparation: 0 complete, 1 failed, 130 stopped by the user. Finished shards are kept."""
+    job = PrepareJob(config)
+    if job.is_complete():
+        report_complete(console(), job.out, "was already complete")
+        return 0
+    job.open()
+    return run(job)
 
 
 def with_absolute_paths(config: PrepareJobConfig) -> PrepareJobConfig:
@@ -135,37 +202,25 @@ def make_missing(
     splits: dict[str, Split],
     missing: list[ShardPlan],
     progress: Progress,
-) -> int:
-    """Make every missing shard; returns the exit status."""
+) -> None:
+    """Make every missing shard.
+
+    Raises:
+        TooManyBadRowsError: more studies are lost than ``data.max_bad_fraction`` allows.
+    """
     began, films, total = time.perf_counter(), 0, len(missing) + len(progress.made)
-    try:
-        for shard, retries in shards_as_made(maker, splits, missing, config.prepare.cpus_per_task):
-            progress.add(shard)
-            progress.retries += retries
-            films += shard.account.rows
-            terminal.print(
-                f"shard {len(progress.made)}/{total} {shard.plan.name}: {shard.account.rows} films, "
-                f"{shard.bytes / 1e6:.1f} MB; {films / (time.perf_counter() - began):.0f} films/s, "
-                f"{len(progress.bad_rows)} bad rows, {progress.retries} requests retried",
-                highlight=False,
-            )
-            if reason := progress.too_many_lost(config.data.max_bad_fraction):
-                return report_stopped(terminal, progress, total, reason, STATUS_FAILED)
-    except KeyboardInterrupt:
-        return report_stopped(terminal, progress, total, "stopped", STATUS_INTERRUPTED)
-    except Exception as error:  # Ray Data wraps errors of tasks in several classes
-        return report_stopped(terminal, progress, total, cause(error), STATUS_FAILED)
-    reason = progress.too_many_lost(config.data.max_bad_fraction)
-    return report_stopped(terminal, progress, total, reason, STATUS_FAILED) if reason else 0
-
-
-def report_stopped(terminal: Console, progress: Progress, total: int, reason: str, status: int) -> int:
-    """Print why the set is not complete; returns ``status``."""
-    terminal.print(reason, style="red", highlight=False, markup=False)
-    terminal.print(
-        f"{len(progress.made)} of {total} shards are finished and kept; run the same command again to make the others"
-    )
-    return status
+    for shard, retries in shards_as_made(maker, splits, missing, config.prepare.cpus_per_task):
+        progress.add(shard)
+        progress.retries += retries
+        films += shard.account.rows
+        terminal.print(
+            f"shard {len(progress.made)}/{total} {shard.plan.name}: {shard.account.rows} films, "
+            f"{shard.bytes / 1e6:.1f} MB; {films / (time.perf_counter() - began):.0f} films/s, "
+            f"{len(progress.bad_rows)} bad rows, {progress.retries} requests retried",
+            highlight=False,
+        )
+        progress.check_lost(config.data.max_bad_fraction)
+    progress.check_lost(config.data.max_bad_fraction)
 
 
 def shards_as_made(
@@ -183,7 +238,7 @@ def shards_as_made(
         )
         for row in rows.iter_rows():
             if row["failure"]:
-                raise UserError(row["failure"])
+                raise ShardFailedError(row["failure"])
             account = ShardAccount.from_json(row["account"])
             yield MadeShard(missing[row["number"]], account, row["bytes"]), row["retries"]
 
@@ -243,26 +298,8 @@ def clear(out: str) -> None:
     storage.clear_leftovers(out)
 
 
-def describe_plan(
-    config: PrepareJobConfig, source: Source, index: StudyIndex, plan: Plan, missing: list[ShardPlan]
-) -> dict[str, str]:
-    """The plan as printed before the prepare starts."""
-    films = pc.sum(pc.list_value_length(index.table["films"])).as_py()
-    excluded = ", ".join(f"{count} {reason}" for reason, count in index.filtered.items()) or "none"
-    settings = config.prepare
-    encoding = "PNG" if settings.encoding == "png" else f"JPEG of quality {settings.quality}"
-    return {
-        "data": f"{source.uri} ({source.format}): {len(index.table)} studies, {films} films; films excluded: {excluded}; "
-        f"studies rejected by the reader: {len(index.bad_rows)}",
-        "films": f"shorter side {settings.image_size} pixels, {encoding}"
-        f"{', black borders cropped' if config.data.crop_borders else ''}",
-        "ids": "unchanged" if settings.pseudonymise_key_file is None else "hashes keyed with pseudonymise_key_file",
-        "out": f"{settings.out}: {len(plan.shards)} shards, {len(plan.shards) - len(missing)} of them already finished",
-    }
-
-
-def report_complete(terminal: Console, out: str, how: str) -> int:
-    """Print the content of the set; returns 0."""
+def report_complete(terminal: Console, out: str, how: str) -> None:
+    """Print the content of the set."""
     manifest = read_manifest(out)
     terminal.print(summary_table(manifest))
     terminal.print(
@@ -270,7 +307,6 @@ def report_complete(terminal: Console, out: str, how: str) -> int:
         f"content hash {manifest.content_hash}\nuse it with --data.uri={out} --data.format=parquet",
         highlight=False,
     )
-    return 0
 
 
 QUANTILES = (0.05, 0.5, 0.95)

@@ -1,0 +1,141 @@
+"""One way to run any job: plan, capacity, session, run, result, report, exit status. A job is what is particular to it.
+
+The order: ``setup`` refuses wrong settings before Ray starts; then Ray is joined, the plan is printed and held against the
+cluster; ``run`` does the work; ``result.json`` and the last lines say how it ended, also after Ctrl-C and failures.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any, ClassVar
+
+import ray
+from rich.console import Console
+
+from cmcgns import storage
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns.cluster.session import ONE_CPU, ray_session
+from cmcgns.config import Section
+from cmcgns.errors import UserError, cause
+from cmcgns.run_folder import RunFolder, warn_of_passing_folder
+from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
+
+STATUS = {"finished": 0, "failed": STATUS_FAILED, "stopped": STATUS_INTERRUPTED}
+"""Exit status of a job by the status in its result."""
+
+
+class Job(ABC):
+    """One run of a job. ``__init__`` checks the settings and opens the folder; it raises ``UserError`` and writes nothing."""
+
+    script: ClassVar[str]
+    """Name of the file in jobs/, for the command that resumes."""
+    resume_key: ClassVar[str] = "run.resume"
+    """The setting that resumes a run; '' where a job starts anew each time."""
+    resumes_from: ClassVar[str] = "the last checkpoint"
+    packages: ClassVar[tuple[str, ...]] = ("cmcgns", "ray", "torch", "transformers", "pyarrow", "numpy")
+    """Packages whose versions are written down."""
+    folder: RunFolder
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables for all of the job's processes."""
+        return {}
+
+    def uris(self) -> Sequence[str] | None:
+        """What every node must reach; None where the nodes of a cluster are not checked."""
+        return None
+
+    def needed(self) -> list[dict[str, float]]:
+        """Bundles of resources that a growing cluster is waited for."""
+        return [ONE_CPU]
+
+    @abstractmethod
+    def plan(self, cpus: float) -> dict[str, str]:
+        """What will run, where, and on how much, on a cluster of so many CPUs."""
+
+    def check_cluster(self, cpus: float) -> None:  # noqa: B027
+        """Raise ``UserError``, with numbers, where the cluster can never carry the plan."""
+
+    @abstractmethod
+    def run(self, terminal: Console) -> dict[str, Any]:
+        """Do the work. Returns the content of result.json; a ``status`` in it says how it ended (default finished)."""
+
+    def reason(self, error: Exception) -> str:
+        """What to say of an error that ended ``run``."""
+        return cause(error)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write result.json."""
+        versions = {name: metadata.version(name) for name in self.packages}
+        self.folder.write_json("result.json", result | {"versions": versions})
+
+    @abstractmethod
+    def summary(self, result: dict[str, Any]) -> dict[str, str]:
+        """The last lines of a finished run: what came out and where it is."""
+
+    def report(self, terminal: Console, result: dict[str, Any]) -> None:
+        """Print how the run ended, and the command that resumes one that did not finish."""
+        if result["status"] == "finished":
+            print_plan(terminal, self.summary(result))
+            return
+        if result.get("failure"):
+            terminal.print("failed:", result["failure"], style="red", highlight=False, markup=False)
+        else:
+            terminal.print("stopped", style="yellow", highlight=False)
+        if self.resume_key:
+            terminal.print(f"resume from {self.resumes_from} with: {self.resume_command()}", highlight=False)
+
+    def resume_command(self) -> str:
+        """The command that continues this run."""
+        folder = self.folder
+        return f"python jobs/{self.script}.py --run.storage={folder.storage} --{self.resume_key}={folder.name}"
+
+
+def run(job: Job, dry_run: bool = False) -> int:
+    """Exit status of ``job``: 0 finished, 1 failed, 130 stopped by the user with everything saved.
+
+    A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing, and asks an autoscaler for nothing.
+    """
+    terminal, needed = console(), [] if dry_run else job.needed()
+    with quiet_terminal(), log_on(terminal), ray_session(job.environment(), job.uris(), needed) as cpus:
+        print_plan(terminal, job.plan(cpus))
+        job.check_cluster(cpus)
+        warn_of_passing_folder(terminal, job.folder)
+        if dry_run:
+            return 0
+        try:
+            result = {"status": "finished"} | job.run(terminal)
+        except KeyboardInterrupt:
+            result = {"status": "stopped"}
+        except UserError:
+            raise
+        except Exception as error:  # whatever a task's or an actor's error is wrapped in
+            result = {"status": "failed", "failure": job.reason(error)}
+        job.write_result(result)
+        job.report(terminal, result)
+        return STATUS[result["status"]]
+
+
+def write_config(folder: RunFolder, config: Section) -> None:
+    """config.yaml: the resolved settings, enough to run it again."""
+    storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+
+
+def check_capacity(
+    section: str, member: str, count: int, cpus_each: float, gpus_each: float, kept: float = 0.0, least: float = 0.0
+) -> None:
+    """Raise if ``count`` workers or actors of one ``section`` can never fit the cluster, with ``kept`` CPUs left for data.
+
+    ``least``: CPUs that some other task of the job needs at the same place in time.
+    """
+    there = ray.cluster_resources()
+    cpus, gpus = float(there.get("CPU", 0)), float(there.get("GPU", 0))
+    wanted = max(count * cpus_each, least)
+    name = f"{section}.{member}s"
+    if wanted + kept > cpus:
+        data = f" and {kept:g} are kept for data" if kept else ""
+        raise UserError(
+            f"{name} {count} of {cpus_each:g} CPUs need {wanted:g}; the cluster has {cpus:g}{data}. Lower {name} or "
+            f"{section}.cpus_per_{member}"
+        )
+    if count * gpus_each > gpus:
+        raise UserError(f"{name} {count} of {gpus_each:g} GPUs need more than the cluster's {gpus:g}. Lower {name}")
