@@ -21,6 +21,8 @@ from pydantic import (
 from cmcgns.errors import UserError
 from cmcgns.plugins import load_plugin
 
+FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
+"""Layouts of a corpus that we read."""
 MIN_BANK = 1024
 """Sentence features that must have been seen before clustering may start, however few the clusters."""
 
@@ -32,8 +34,9 @@ class Section(BaseModel):
 class CorpusConfig(Section):
     uri: str = "phantom"
     """Where the corpus lies: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
-    format: Literal["auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet"] = "auto"
-    """Layout of the corpus; `auto` looks at the files. `parquet` is what jobs/prepare.py makes of the others."""
+    format: str = "auto"
+    """Layout of the corpus: `auto` (looks at the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, parquet (what
+    jobs/prepare.py makes of the others), or a reader of your own as `package.module` or `path/to/file.py` (docs/data.md)."""
     views: tuple[str, ...] = ("PA", "AP")
     """Views to keep; 'AP Supine' and 'AP Erect' count as AP. Unknown views of own pairs are kept."""
     crop_borders: bool = True
@@ -49,6 +52,13 @@ class CorpusConfig(Section):
     """Studies of the generated corpus, all splits together."""
     phantom_size: PositiveInt = 256
     """Side in pixels at which phantom films are rendered."""
+
+    @field_validator("format")
+    @classmethod
+    def format_is_known(cls, given: str) -> str:
+        if given not in FORMATS and "." not in given:
+            raise ValueError(f"must be {', '.join(FORMATS)}, package.module or a .py file")
+        return given
 
 
 class DataConfig(CorpusConfig):
@@ -75,9 +85,10 @@ class DataConfig(CorpusConfig):
 
 class ModelConfig(Section):
     image_encoder: str = "resnet-50"
-    """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50, vit-tiny, vit-small, vit-base), a local
-    folder, or a Hugging Face name (microsoft/resnet-50, facebook/deit-base-patch16-224).
-    Batch normalisation of ResNets uses each rank's own microbatch; `train.sync_batchnorm` shares it on GPUs."""
+    """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50, vit-tiny, vit-small, vit-base), the local folder or
+    Hugging Face name of any image model (microsoft/resnet-50, facebook/dinov2-base, microsoft/rad-dino; with timm installed
+    timm/densenet121.tv_in1k), or a module of your own as `package.module` or `path/to/file.py`.
+    Batch normalisation uses each rank's own microbatch; `train.sync_batchnorm` shares it on GPUs."""
     text_encoder: str = "bert-base"
     """A preset trained from scratch (bert-tiny, bert-mini, bert-base), a local folder, or a Hugging Face name
     (emilyalsentzer/Bio_ClinicalBERT)."""

@@ -47,6 +47,11 @@ def load_plugin(key: str, name: str, known: Mapping[str, str]) -> ModuleType:
         raise UserError(f"{key} {name} does not import: {type(error).__name__}: {first_line(error)}") from error
 
 
+def is_plugin(name: str) -> bool:
+    """Whether ``name`` is a Python file or a dotted module, and no folder or hub name."""
+    return name.endswith(".py") or ("." in name and "/" not in name and not Path(name).exists())
+
+
 def absolute_plugin(name: str) -> str:
     """``name`` with the path of a file made absolute: workers start in other folders than the driver."""
     return str(Path(name).expanduser().absolute()) if name.endswith(".py") else name

@@ -1,6 +1,7 @@
 """Settings of `jobs/embed.py` and `jobs/evaluate.py`."""
 
-from typing import Literal, Self, get_args
+import difflib
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -36,8 +37,11 @@ class EvaluateConfig(Section):
     one under run.storage that was not given a name."""
     beside: tuple[str, ...] = ("random",)
     """Encoders for the same table: `random` (the run's model before training), folders of other runs, Hugging Face folders."""
-    tasks: tuple[TaskName, ...] = TASKS
-    """What is measured. A task that a set has no truth for is left out, and said."""
+    tasks: tuple[str, ...] = TASKS
+    """What is measured, of retrieval, zeroshot, classification, segmentation, detection, clusters, grounding, and tasks of your
+    own as `package.module` or `path/to/file.py`. A task that a set has no truth for is left out, and reported."""
+    options: dict[str, dict[str, Any]] = {}
+    """Settings of your own tasks: `{NAME: {key: value}}`, by the name under `tasks`."""
     sets: dict[str, str] = {}
     """Downstream sets beside the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder or
     `s3://` URI, such as `{rsna: /data/rsna}`. Of one kind several have names of their own: `{masked:a: ..., masked:b: ...}`."""
@@ -93,6 +97,11 @@ class EvaluateJobConfig(Section):
 
     @model_validator(mode="after")
     def parts_work_together(self) -> Self:
+        for task in self.evaluate.tasks:
+            if task not in TASKS and "." not in task:
+                near = difflib.get_close_matches(task, TASKS, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(f"evaluate.tasks {task}: there is no such task; {hint}known are {', '.join(TASKS)}")
         for name in ("fractions", "segmentation_fractions", "detection_fractions"):
             for share in getattr(self.evaluate, name):
                 if not 0.0 < share <= 1.0:

@@ -21,6 +21,7 @@ from cmcgns.errors import UserError
 from cmcgns.methods.base import Method, load_method
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
 from cmcgns.models.dual_encoder import DualEncoder
+from cmcgns.plugins import is_plugin
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,15 @@ class PretrainedRun:
         with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
             local = Path(scratch)
             storage.download_folder(self.export, local)
-            encoders = {name: str(local / name) for name in ("image_encoder", "text_encoder")}
+            encoders = {"text_encoder": str(local / "text_encoder")}
+            own_backbone = is_plugin(self.config.model.image_encoder)
+            if not own_backbone:
+                encoders["image_encoder"] = str(local / "image_encoder")
             built = self.config.model_copy(update={"model": self.config.model.model_copy(update=encoders)})
             model = load_method(built).build_model(self.vocabulary_size)
             left = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
+            if own_backbone:
+                model.image_encoder.backbone.load_state_dict(load_file(local / "image_encoder" / "model.safetensors"))
         missing = [name for name in left.missing_keys if ".backbone." not in name]
         if missing or left.unexpected_keys:
             raise UserError(

@@ -22,13 +22,13 @@ from cmcgns.data.labelled.base import SPLITS, ImageSet
 from cmcgns.data.labelled.corpus import labelled_set, phantom_set
 from cmcgns.data.readers import PhantomSource, open_index
 from cmcgns.errors import UserError, cause
+from cmcgns.evaluate.base import load_task, task_options
 from cmcgns.evaluate.config import TASKS, EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.encoders import last_run, open_encoders
 from cmcgns.evaluate.report import Results, read_results, report_page, show, tell_rest, write_results
 from cmcgns.evaluate.scores import named
 from cmcgns.evaluate.tasks import (
-    ON_FEATURES,
-    ON_PAIRS,
+    HEADS_ALONE,
     ON_PLACES,
     Evaluation,
     Measured,
@@ -60,6 +60,9 @@ class EvaluateJob(Job):
         self.found = Evaluation(settings, encoders, [], read_prompts(settings))
         self.others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
         self.folder = open_folder(config.run, "evaluate", resume_key="")
+        for name in settings.tasks:
+            if name not in HEADS_ALONE:
+                task_options(load_task(name), name, settings)  # refused before anything is computed
         open_sets(self.found)
 
     def needed(self) -> list[dict[str, float]]:
@@ -89,7 +92,8 @@ class EvaluateJob(Job):
         names = Counter(Path(uri).name for uri in self.others)
         for uri, results in self.others.items():
             beside(found, Path(uri).name if names[Path(uri).name] == 1 else uri, results)
-        found.scores.sort(key=lambda score: (TASKS.index(score.task), score.images))
+        order = [*TASKS, *found.settings.tasks]
+        found.scores.sort(key=lambda score: (order.index(score.task), score.images))
         facts = self._facts()
         write_results(self.folder, found.scores, facts)
         figures = sorted(found.shown, key=lambda figure: figure.title)
@@ -204,11 +208,14 @@ def measure_all(found: Evaluation, cache: str) -> None:
     settings = found.settings
     logging.getLogger("cmcgns").setLevel(logging.INFO)  # the end of each task is logged
     waiting: dict[Any, str] = {}
-    if settings.corpus and set(ON_PAIRS) & set(settings.tasks):
-        waiting |= start_pair_tasks(found)
-    if set(ON_FEATURES) & set(settings.tasks):
+    tasks = {name: load_task(name) for name in settings.tasks if name not in HEADS_ALONE}
+    on_pairs = {name: task for name, task in tasks.items() if task.reads == "pairs"}
+    on_features = {name: task for name, task in tasks.items() if task.reads == "features"}
+    if settings.corpus and on_pairs:
+        waiting |= start_pair_tasks(found, on_pairs)
+    if on_features:
         for images in found.sets:
-            waiting |= start_feature_tasks(found, images, cache)
+            waiting |= start_feature_tasks(found, on_features, images, cache)
     if set(ON_PLACES) & set(settings.tasks):
         for images in found.sets:
             waiting |= start_place_tasks(found, images, cache)

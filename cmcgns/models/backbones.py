@@ -25,6 +25,7 @@ from transformers import (
 from cmcgns.errors import UserError, first_line
 from cmcgns.models.attention import AttentionPool
 from cmcgns.models.presets import IMAGE_PRESETS, TEXT_PRESETS
+from cmcgns.plugins import is_plugin, load_plugin
 
 PROBE_SIZE = 448
 """Pixels at which a backbone is traced: a multiple of the strides 4, 7, 8, 14, 16, 28, 32 and 56."""
@@ -33,13 +34,19 @@ MOST_PREFIX = 8
 
 
 def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrainedModel:
-    """A preset with fresh weights, or the encoder in a local folder or of that name with its own weights."""
+    """A preset with fresh weights, the encoder of a local folder or hub name with its weights, or a plugin's."""
     if name in IMAGE_PRESETS:
         if name.startswith("resnet"):
             return AutoModel.from_config(ResNetConfig(**IMAGE_PRESETS[name]))
         dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
         config = ViTConfig(image_size=image_size, **IMAGE_PRESETS[name], **dropouts)
         return AutoModel.from_config(config, add_pooling_layer=False)
+    if is_plugin(name):
+        build = getattr(load_plugin("model.image_encoder", name, {}), "build", None)
+        if build is None:
+            raise UserError(f"model.image_encoder {name} defines no build(image_size, dropout) (docs/methods.md)")
+        found: PreTrainedModel = build(image_size, dropout)
+        return found
     kind = _model_type("model.image_encoder", name)
     model = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(name)), None)
     if model is not None and model.main_input_name != "pixel_values":
@@ -171,7 +178,10 @@ class ImageEncoder(nn.Module):
         if not self.prefix:
             self.pool = AttentionPool(self.dim, positions=self.patches)
         self.fixed_batch_statistics = fixed_batch_statistics
-        resized = getattr(backbone.config, "image_size", image_size) not in (image_size, [image_size, image_size])
+        resized = getattr(getattr(backbone, "config", None), "image_size", image_size) not in (
+            image_size,
+            [image_size, image_size],
+        )
         interpolates = takes(backbone.forward, "interpolate_pos_encoding")
         self.forward_options = {"interpolate_pos_encoding": True} if resized and interpolates else {}
 

@@ -91,7 +91,13 @@ def export_model(
     ``model`` is a fresh, whole model of the run's settings; it receives ``weights``.
     """
     model.load_state_dict(weights)
-    model.image_encoder.backbone.save_pretrained(folder / "image_encoder")
+    backbone = model.image_encoder.backbone
+    if hasattr(backbone, "save_pretrained"):
+        backbone.save_pretrained(folder / "image_encoder")
+    else:  # a module of the user's own; only this package can load it
+        (folder / "image_encoder").mkdir()
+        own = {key: value.contiguous() for key, value in backbone.state_dict().items()}
+        save_file(own, folder / "image_encoder" / "model.safetensors")
     model.text_encoder.backbone.save_pretrained(folder / "text_encoder")
     tokenizer.save(folder / "tokenizer")
     save_file(heads(weights), folder / "heads.safetensors")

@@ -159,10 +159,13 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     if not (storage.is_s3(uri) or "://" in uri or uri.split(":")[0] == "phantom"):
         uri = str(Path(uri).expanduser().absolute())
     given = {name: getattr(model, name) for name in ("image_encoder", "text_encoder", "tokenizer")}
-    folders = {name: str(Path(value).absolute()) for name, value in given.items() if Path(value).is_dir()}
+    folders = {
+        name: str(Path(value).absolute()) if Path(value).is_dir() else absolute_plugin(value)
+        for name, value in given.items()
+    }
     return config.model_copy(
         update={
-            "data": data.model_copy(update={"uri": uri}),
+            "data": data.model_copy(update={"uri": uri, "format": absolute_plugin(data.format)}),
             "model": model.model_copy(update=folders),
             "method": config.method.model_copy(update={"name": absolute_plugin(config.method.name)}),
         }

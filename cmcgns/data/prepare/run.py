@@ -28,6 +28,7 @@ from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError
 from cmcgns.job import Job, run
+from cmcgns.plugins import absolute_plugin
 from cmcgns.run_folder import RunFolder
 from cmcgns.terminal import console
 
@@ -160,6 +161,7 @@ def with_absolute_paths(config: PrepareJobConfig) -> PrepareJobConfig:
     data, settings = config.data, config.prepare
     if data.uri.split(":")[0] != "phantom":
         data = data.model_copy(update={"uri": storage.absolute("data.uri", data.uri)})
+    data = data.model_copy(update={"format": absolute_plugin(data.format)})
     settings = settings.model_copy(update={"out": storage.absolute("prepare.out", settings.out).rstrip("/")})
     return config.model_copy(update={"data": data, "prepare": settings})
 

@@ -10,16 +10,26 @@ from cmcgns import storage
 from cmcgns.config import CorpusConfig
 from cmcgns.data.image import Target
 from cmcgns.data.manifest import MANIFEST, PLAN
-from cmcgns.data.readers.base import DEFAULT_VIEWS, FileSource, Reader, Source
+from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, FileSource, Reader, Source
 from cmcgns.data.readers.mimic import MimicSource
 from cmcgns.data.readers.open_i import OpenISource
 from cmcgns.data.readers.pairs import PairsSource
-from cmcgns.data.readers.phantom import PhantomSource, parse_phantom_uri
+from cmcgns.data.readers.phantom import PhantomSource
 from cmcgns.data.readers.prepared import PreparedSource
 from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError, with_prefix
+from cmcgns.plugins import load_plugin
 
-FORMATS = ("phantom", "pairs-csv", "mimic-cxr-jpg", "mimic-cxr", "open-i", "parquet")
+READERS = {
+    "phantom": "cmcgns.data.readers.phantom",
+    "pairs-csv": "cmcgns.data.readers.pairs",
+    "mimic-cxr-jpg": "cmcgns.data.readers.mimic",
+    "mimic-cxr": "cmcgns.data.readers.mimic",
+    "open-i": "cmcgns.data.readers.open_i",
+    "parquet": "cmcgns.data.readers.prepared",
+}
+"""Modules by format; each has ``open_corpus(options: CorpusOptions) -> Source``."""
+FORMATS = tuple(READERS)
 MAX_DEPTH = 5
 METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
 
@@ -70,6 +80,8 @@ def _first_file(uri: str, suffixes: tuple[str, ...], depth: int = 0) -> str:
 __all__ = [
     "DEFAULT_VIEWS",
     "FORMATS",
+    "READERS",
+    "CorpusOptions",
     "FileSource",
     "MimicSource",
     "OpenISource",
@@ -99,19 +111,12 @@ def open_source(
     """
     if format == "auto":
         format = detect_format(uri)
-    if format == "phantom":
-        studies, phantom_seed = parse_phantom_uri(uri, phantom_studies, seed)
-        return PhantomSource(studies, phantom_seed, phantom_size, phantom_size, crop_borders)
-    if format == "parquet":
-        return PreparedSource(uri, tuple(views))
-    options = (tuple(views), seed, target, crop_borders)
-    if format == "pairs-csv":
-        return PairsSource.at(uri, *options)
-    if format in ("mimic-cxr", "mimic-cxr-jpg"):
-        return MimicSource(uri, format, *options)
-    if format == "open-i":
-        return OpenISource(uri, format, *options)
-    raise UserError(f"data.format {format} is unknown; give auto or one of {', '.join(FORMATS)}")
+    options = CorpusOptions(uri, format, tuple(views), seed, target, crop_borders, phantom_studies, phantom_size)
+    opener = getattr(load_plugin("data.format", format, READERS), "open_corpus", None)
+    if opener is None:
+        raise UserError(f"data.format {format} defines no open_corpus (docs/data.md)")
+    source: Source = opener(options)
+    return source
 
 
 def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, StudyIndex]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import pandas as pd
 import pyarrow as pa
@@ -81,6 +81,25 @@ class Source(Protocol):
     def read_report(self, study: dict[str, Any]) -> str:
         """The text of the report of an index row."""
         ...
+
+
+class CorpusOptions(NamedTuple):
+    """What a reader is opened with."""
+
+    uri: str
+    format: str
+    views: tuple[str, ...] = DEFAULT_VIEWS
+    seed: int = 0
+    target: Target | None = None
+    """Size to which films will be shrunk; JPEGs may then be decoded at a reduced scale, at least twice as large."""
+    crop_borders: bool = True
+    phantom_studies: int = 4000
+    phantom_size: int = 256
+
+    @property
+    def of_files(self) -> tuple[str, str, tuple[str, ...], int, Target | None, bool]:
+        """The fields of a ``FileSource``."""
+        return self[:6]
 
 
 @dataclass(frozen=True)

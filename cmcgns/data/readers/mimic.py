@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import SPLIT_NAMES, FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views, read_table
 from cmcgns.data.record import StudyIndex, index_of_films
 from cmcgns.errors import UserError
 
@@ -129,3 +129,8 @@ def _report_of(folder: str, reports: set[str]) -> str | None:
     """MIMIC's ``sNNN.txt`` next to the study's folder, or in the folder of the unpacked reports."""
     prefixes = ("", *(f"{name}/" for name in REPORT_FOLDERS))
     return next((f"{prefix}{folder}.txt" for prefix in prefixes if f"{prefix}{folder}.txt" in reports), None)
+
+
+def open_corpus(options: CorpusOptions) -> MimicSource:
+    """The reader of ``mimic-cxr`` and ``mimic-cxr-jpg``."""
+    return MimicSource(*options.of_files)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.readers.base import CorpusOptions, FileSource, draw_splits, filter_views, read_table
 from cmcgns.data.record import StudyIndex, index_of_films
 from cmcgns.errors import BadRow, UserError
 
@@ -98,3 +98,8 @@ def _parse(data: bytes) -> tuple[str, list[str]]:
     report = "\n".join(f"{name}: {texts[name]}" for name in SECTIONS if texts.get(name))
     images = [(image.get("id") or "").strip() for image in root.iter("parentImage")]
     return report, [image for image in images if image]
+
+
+def open_corpus(options: CorpusOptions) -> OpenISource:
+    """The reader of ``open-i``."""
+    return OpenISource(*options.of_files)

@@ -10,6 +10,7 @@ from cmcgns import storage
 from cmcgns.data.image import Target
 from cmcgns.data.readers.base import (
     SPLIT_NAMES,
+    CorpusOptions,
     FileSource,
     draw_splits,
     escapes,
@@ -170,3 +171,8 @@ def _label_columns(table: pd.DataFrame) -> list[str]:
         if len(values) and values.between(-1, 1).all():
             names.append(name)
     return names
+
+
+def open_corpus(options: CorpusOptions) -> PairsSource:
+    """The reader of ``pairs-csv``."""
+    return PairsSource.at(options.uri, options.views, options.seed, options.target, options.crop_borders)

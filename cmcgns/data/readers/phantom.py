@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cmcgns.data.image import CroppedImage, DecodedImage, uncropped, without_borders
 from cmcgns.data.order import Arrangement, arranged
+from cmcgns.data.readers.base import CorpusOptions
 from cmcgns.data.record import StudyIndex, index_table
 from cmcgns.data.reports import ParsedReport, parse_report
 from cmcgns.errors import UserError
@@ -109,3 +110,9 @@ def parse_phantom_uri(uri: str, studies: int, seed: int) -> tuple[int, int]:
     if not 1 <= numbers[0] <= MAX_STUDIES:
         raise UserError(f"data.uri {uri} asks for {numbers[0]} studies; phantom:STUDIES takes 1 to {MAX_STUDIES}")
     return numbers[0], numbers[1]
+
+
+def open_corpus(options: CorpusOptions) -> PhantomSource:
+    """The generated corpus."""
+    studies, seed = parse_phantom_uri(options.uri, options.phantom_studies, options.seed)
+    return PhantomSource(studies, seed, options.phantom_size, options.phantom_size, options.crop_borders)

@@ -16,7 +16,7 @@ from cmcgns import storage
 from cmcgns.data.image import CroppedImage, Frame
 from cmcgns.data.manifest import Manifest, read_manifest
 from cmcgns.data.order import Arrangement, study_keys
-from cmcgns.data.readers.base import DEFAULT_VIEWS, filter_views
+from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, filter_views
 from cmcgns.data.record import PREPARED_INDEX, StudyIndex, first_films, index_of_prepared
 from cmcgns.data.reports import ParsedReport, as_parsed
 from cmcgns.errors import BadRow, UserError
@@ -154,3 +154,8 @@ def _read_group(uri: str, name: str, columns: tuple[str, ...]) -> pa.Table | Bad
         return BadRow(f"access to shard {shard} is denied")
     except storage.BrokenFileError:
         return BadRow(f"shard {shard} is truncated or broken")
+
+
+def open_corpus(options: CorpusOptions) -> PreparedSource:
+    """The reader of ``parquet``, a prepared set."""
+    return PreparedSource(options.uri, options.views)

@@ -14,6 +14,7 @@ import torch
 from cmcgns.data.labelled.base import SPLITS, AnnotationKind, ImageSet
 from cmcgns.data.readers import PhantomSource
 from cmcgns.errors import UserError, cause
+from cmcgns.evaluate.base import CORPUS, Inputs, Task, task_options
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
@@ -21,26 +22,20 @@ from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.films import Films, film_ids, load_films, make_films
 from cmcgns.evaluate.pairs import Pairs, embed_pairs
 from cmcgns.evaluate.scores import Score, percent
-from cmcgns.evaluate.tasks.classification import drawn_groups, finetune_scores, probe_scores
-from cmcgns.evaluate.tasks.clusters import cluster_scores
+from cmcgns.evaluate.tasks.classification import drawn_groups, finetune_scores
 from cmcgns.evaluate.tasks.detection import detection_scores
-from cmcgns.evaluate.tasks.grounding import grounding_scores
-from cmcgns.evaluate.tasks.retrieval import retrieval_scores
 from cmcgns.evaluate.tasks.segmentation import segmentation_scores
-from cmcgns.evaluate.tasks.zeroshot import Prompts, zeroshot_scores
 
-ON_PAIRS = ("retrieval", "clusters", "grounding")
-ON_ATTENTION = ("clusters", "grounding")
-"""Those of them that ask where sentences attend."""
-ON_FEATURES = ("zeroshot", "classification")
-CORPUS = "corpus"
-"""What the run's own corpus is called where it is no set of images."""
 ON_PLACES: dict[str, AnnotationKind] = {
     "segmentation": "masks",
     "detection": "boxes",
     "classification": "labels",
 }
 """Heads that are trained on films, and what they are taught; classification only where encoders are tuned."""
+
+
+HEADS_ALONE = ("segmentation", "detection")
+"""Tasks with nothing but a trained head."""
 
 
 @dataclass
@@ -50,7 +45,8 @@ class Evaluation:
     settings: EvaluateConfig
     encoders: list[EncoderSpec]
     sets: list[ImageSet]
-    prompts: dict[str, Prompts]
+    prompts: dict[str, dict[str, dict[str, list[str]]]]
+    """For each kind of set and class the sentences under `present` and `absent`."""
     scores: list[Score] = field(default_factory=list)
     shown: list[Figure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -69,59 +65,58 @@ class Evaluation:
         return {CORPUS: self.pairs_digest} | digests if self.pairs_digest else digests
 
 
-def start_pair_tasks(found: Evaluation) -> dict[Any, str]:
-    """References of what is measured on the corpus's films and reports together, with what each one is."""
+def start_pair_tasks(found: Evaluation, tasks: dict[str, Task]) -> dict[Any, str]:
+    """References of the scores of tasks on the corpus's films and reports together, with what each one is."""
     settings, started = found.settings, dict[Any, str]()
     images = next((each for each in found.sets if isinstance(each.source, PhantomSource)), None)
-    wanted = [task for task in ON_PAIRS if task in settings.tasks]
     if images is None:
-        unknown = [task for task in wanted if task != "retrieval"]
-        found.left_out += [f"{task}: what sentences say is known of the phantom alone" for task in unknown]
-        wanted = [task for task in wanted if task == "retrieval"]
+        unknown = [name for name, task in tasks.items() if task.needs_truth]
+        found.left_out += [f"{name}: what sentences say is known of the phantom alone" for name in unknown]
+        tasks = {name: task for name, task in tasks.items() if name not in unknown}
     shared = ray.put(images)
-    for encoder in found.encoders if wanted else []:
+    for encoder in found.encoders if tasks else []:
         if not encoder.has_reports:
-            found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: it reads no reports")
+            found.left_out.append(f"{', '.join(tasks)} by {encoder.name}: it reads no reports")
             continue
-        own, method = list(wanted), encoder.run.method
-        if not method.has_attention:
-            own = [task for task in wanted if task not in ON_ATTENTION]
-            found.left_out += [
-                f"{task} by {encoder.name}: {encoder.config.method.name} attends to no patches"
-                for task in wanted
-                if task not in own
-            ]
+        own = tasks
+        if not encoder.run.method.has_attention:
+            own = {name: task for name, task in tasks.items() if not task.needs_attention}
+            reason = f"{encoder.config.method.name} attends to no patches"
+            found.left_out += [f"{name} by {encoder.name}: {reason}" for name in tasks if name not in own]
         if not own:
             continue
         pairs = embed.remote(encoder)
-        try:  # one after the other: each needs a CPU beside those of its data
+        try:  # one after the other: each needs a CPU besides those of its data
             digest = ray.get(studies_digest.remote(pairs))
         except Exception as error:
             found.failures.append(f"pairs by {encoder.name}: {cause(error)}")
             continue
         if found.pairs_digest not in (None, digest):
-            found.left_out.append(f"{', '.join(wanted)} by {encoder.name}: its corpus has other test studies")
+            found.left_out.append(f"{', '.join(own)} by {encoder.name}: its corpus has other test studies")
             continue
         found.pairs_digest = digest
-        for task in own:
-            started[on_pairs.remote(task, pairs, encoder, shared, settings)] = f"{task} by {encoder.name}"
+        for name, task in own.items():
+            reference = on_pairs.remote(task, name, pairs, encoder, shared, settings)
+            started[reference] = f"{name} by {encoder.name}"
     return started
 
 
-def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of what is measured on films alone."""
+def start_feature_tasks(found: Evaluation, tasks: dict[str, Task], images: ImageSet, cache: str) -> dict[Any, str]:
+    """References of the scores of tasks on the films of ``images`` alone."""
     settings, started = found.settings, dict[Any, str]()
     if not images.classes:
         found.left_out.append(f"{images.name}: it has no labels for classification")
         return started
-    probed = "classification" in settings.tasks and "frozen" in settings.encoder
-    unknown = [name for name in images.classes if name not in found.prompts.get(images.kind, {})]
-    prompted = "zeroshot" in settings.tasks and not unknown
-    if "zeroshot" in settings.tasks and unknown:
-        found.left_out.append(
-            f"zeroshot of {images.name}: there are no prompts for {', '.join(unknown)} (evaluate.prompts)"
-        )
-    if not (probed or prompted):
+    wanted = {}
+    for name, task in tasks.items():
+        if name == "classification" and "frozen" not in settings.encoder:
+            continue
+        reason = task.missing(images, found.prompts)
+        if reason is None:
+            wanted[name] = task
+        else:
+            found.left_out.append(f"{name} of {images.name}: {reason}")
+    if not wanted:
         return started
     try:
         uris, bad = make_features(found.encoders, images, cache, settings)
@@ -131,14 +126,12 @@ def start_feature_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict
     found.bad_rows[images.name] = bad
     shared = ray.put(images)
     for encoder, uri in zip(found.encoders, uris, strict=True):
-        if probed:
-            reference = classification.remote(uri, shared, encoder.name, settings)
-            started[reference] = f"classification of {images.name} by {encoder.name}"
-        if prompted and encoder.has_reports:
-            reference = zeroshot.remote(uri, shared, encoder, found.prompts[images.kind], settings)
-            started[reference] = f"zeroshot of {images.name} by {encoder.name}"
-        elif prompted:
-            found.left_out.append(f"zeroshot of {images.name} by {encoder.name}: it reads no reports")
+        for name, task in wanted.items():
+            if task.needs_reports and not encoder.has_reports:
+                found.left_out.append(f"{name} of {images.name} by {encoder.name}: it reads no reports")
+                continue
+            reference = on_features.remote(task, name, uri, encoder, shared, settings)
+            started[reference] = f"{name} of {images.name} by {encoder.name}"
     return started
 
 
@@ -215,34 +208,25 @@ def studies_digest(pairs: Pairs) -> str:
 
 @ray.remote(num_cpus=1)
 def on_pairs(
-    task: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
+    task: Task, name: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
 ) -> Measured:
-    """One of ``ON_PAIRS``."""
-    began, again, shown = time.perf_counter(), (settings.resamples, settings.seed), list[Figure]()
-    name = images.name if images else CORPUS
-    if task == "retrieval" or images is None:
-        scores = retrieval_scores(pairs, encoder.name, name, *again, shown)
-    elif task == "clusters":
-        scores = cluster_scores(pairs, encoder.name, name, encoder.num_clusters, *again)
-    else:
-        scores = grounding_scores(pairs, images, encoder.config.data, encoder.name, *again, shown)
-    return Measured(scores, shown, time.perf_counter() - began)
+    """The scores of a task that reads pairs."""
+    return measure(task, Inputs(encoder, images, settings, pairs=pairs, options=task_options(task, name, settings)))
 
 
 @ray.remote(num_cpus=1)
-def classification(uri: str, images: ImageSet, encoder: str, settings: EvaluateConfig) -> Measured:
-    """Linear probes on the features at ``uri``."""
-    began, shown = time.perf_counter(), list[Figure]()
-    scores = probe_scores(read_features(uri), images, encoder, settings, shown)
-    return Measured(scores, shown, time.perf_counter() - began)
+def on_features(
+    task: Task, name: str, uri: str, encoder: EncoderSpec, images: ImageSet, settings: EvaluateConfig
+) -> Measured:
+    """The scores of a task that reads the features at ``uri``."""
+    features, options = read_features(uri), task_options(task, name, settings)
+    return measure(task, Inputs(encoder, images, settings, features=features, options=options))
 
 
-@ray.remote(num_cpus=1)
-def zeroshot(uri: str, images: ImageSet, encoder: EncoderSpec, prompts: Prompts, settings: EvaluateConfig) -> Measured:
-    """The prompts on the features at ``uri``."""
-    began, model, shown = time.perf_counter(), encoder.load_model(), list[Figure]()
-    scores = zeroshot_scores(model, encoder.run, read_features(uri), images, prompts, encoder.name, settings, shown)
-    return Measured(scores, shown, time.perf_counter() - began)
+def measure(task: Task, inputs: Inputs) -> Measured:
+    """Scores, figures and seconds of one task."""
+    began = time.perf_counter()
+    return Measured(task.scores(inputs), inputs.shown, time.perf_counter() - began)
 
 
 @ray.remote(num_cpus=1)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from cmcgns.data.batch import normalise
 from cmcgns.data.labelled.base import ImageSet
 from cmcgns.errors import UserError
+from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec, FilmEncoder
 from cmcgns.evaluate.features import Features
@@ -253,3 +254,17 @@ def finetune_scores(
         )
         for metric, value, resampled, note in measured([score_NK], images, labels_of(parts["test"]), resampling)
     ]
+
+
+class Classification(Task):
+    """Linear probes on frozen features; tuned encoders are started with the other heads."""
+
+    reads = "features"
+
+    def scores(self, inputs: Inputs) -> list[Score]:
+        assert inputs.features is not None
+        assert inputs.images is not None
+        return probe_scores(inputs.features, inputs.images, inputs.encoder.name, inputs.settings, inputs.shown)
+
+
+TASK = Classification()

@@ -12,6 +12,7 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from cmcgns.clustering.kmeans import kmeans, numpy_assign, parallel_seeds
 from cmcgns.clustering.rows import RowArray
+from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.evaluate.sentence_truth import sentence_truth
@@ -92,3 +93,21 @@ def mutual_information(share_KG: NDArray[np.float64]) -> float:
     among = entropy(share_K) + entropy(share_G) - entropy(share_KG)
     both = (entropy(share_K) + entropy(share_G)) / 2
     return among / both if both else 1.0
+
+
+class Clusters(Task):
+    """Clusters of sentence features against the findings that the sentences name."""
+
+    reads = "pairs"
+    needs_attention = True
+    needs_truth = True
+
+    def scores(self, inputs: Inputs) -> list[Score]:
+        assert inputs.pairs is not None
+        own, encoder = inputs.settings, inputs.encoder
+        return cluster_scores(
+            inputs.pairs, encoder.name, inputs.set_name, encoder.num_clusters, own.resamples, own.seed
+        )
+
+
+TASK = Clusters()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cmcgns.config import DataConfig
 from cmcgns.data.labelled.base import ImageSet
 from cmcgns.errors import UserError
+from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.figures import SAMPLES, Figure, attention
 from cmcgns.evaluate.films import middle, patch_coverage, square_masks
 from cmcgns.evaluate.pairs import Pairs
@@ -103,3 +104,22 @@ def contrast_to_noise(weight_P: Floats, covered_P: Floats) -> float:
     # means of equal weights are not those to the last bit: below the precision of float32 nothing varies
     least = (1e-9 * np.abs(weight_P).max()) ** 2
     return float((mean_in - mean_out) / np.sqrt(spread)) if spread > least else float("nan")
+
+
+class Grounding(Task):
+    """Whether sentences attend to the patches that show their finding."""
+
+    reads = "pairs"
+    needs_attention = True
+    needs_truth = True
+
+    def scores(self, inputs: Inputs) -> list[Score]:
+        assert inputs.pairs is not None
+        assert inputs.images is not None
+        own, encoder = inputs.settings, inputs.encoder
+        return grounding_scores(
+            inputs.pairs, inputs.images, encoder.config.data, encoder.name, own.resamples, own.seed, inputs.shown
+        )
+
+
+TASK = Grounding()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.encoders import PretrainedRun, open_run
 from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
 from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
@@ -72,3 +73,19 @@ def nearest_reports(pairs: Pairs, title: str) -> Figure:
 def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
     image_ND, report_ND, hash_N = pairs.image_ND, pairs.report_ND, pairs.report_hash_N
     return torch.from_numpy(image_ND), torch.from_numpy(report_ND), torch.from_numpy(hash_N)
+
+
+class Retrieval(Task):
+    """Recall both ways on the corpus's test split."""
+
+    reads = "pairs"
+
+    def scores(self, inputs: Inputs) -> list[Score]:
+        assert inputs.pairs is not None
+        own = inputs.settings
+        return retrieval_scores(
+            inputs.pairs, inputs.encoder.name, inputs.set_name, own.resamples, own.seed, inputs.shown
+        )
+
+
+TASK = Retrieval()

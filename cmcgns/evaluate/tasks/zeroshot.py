@@ -3,6 +3,7 @@
 N films, K classes, D embedding.
 """
 
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -16,6 +17,7 @@ from cmcgns.data.batch import pad_reports
 from cmcgns.data.labelled.base import ImageSet
 from cmcgns.data.reports import normalised_words
 from cmcgns.errors import UserError
+from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.features import Features
@@ -112,3 +114,25 @@ def _class_score(
     present_D = embed_sentences(model, run, sides["present"]).mean(0)
     absent_D = embed_sentences(model, run, sides["absent"]).mean(0) if sides.get("absent") else 0.0
     return np.asarray(image_ND @ (present_D - absent_D), np.float64)
+
+
+class ZeroShot(Task):
+    """Classes by prompts, without labels."""
+
+    reads = "features"
+    needs_reports = True
+
+    def missing(self, images: ImageSet, inputs: Mapping[str, Any]) -> str | None:
+        unknown = [name for name in images.classes if name not in inputs.get(images.kind, {})]
+        return f"there are no prompts for {', '.join(unknown)} (evaluate.prompts)" if unknown else None
+
+    def scores(self, inputs: Inputs) -> list[Score]:
+        assert inputs.features is not None
+        assert inputs.images is not None
+        encoder, images, own = inputs.encoder, inputs.images, inputs.settings
+        prompts = read_prompts(own)[images.kind]
+        model = encoder.load_model()
+        return zeroshot_scores(model, encoder.run, inputs.features, images, prompts, encoder.name, own, inputs.shown)
+
+
+TASK = ZeroShot()

@@ -1,0 +1,101 @@
+"""The files that docs pages add outside the package: a method, a backbone, a reader and a task, each through its job."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from cmcgns.phantom import PhantomCorpus
+from tests.jobs import REPOSITORY, Job, checkpoints, result, rows
+
+EXAMPLES = REPOSITORY / "examples"
+SHORT = (
+    "--train.stage1_steps=3", "--train.stage2_steps=0", "--train.warmup_steps=1", "--train.num_workers=1",
+    "--train.microbatch_size=8", "--train.global_batch_size=8", "--train.engine=torch", "--train.zero_stage=0",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_a_docs_page_shows_each_example_as_it_is(example: Path) -> None:
+    shown = [
+        block
+        for page in (REPOSITORY / "docs").glob("*.md")
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    assert example.read_text() in shown, f"no page of docs/ shows {example.name} as it is"
+
+
+def write_folders(folder: Path, studies: int) -> None:
+    """A corpus in the layout that ``folders_reader.py`` reads."""
+    phantom = PhantomCorpus(studies, seed=1, height=72, width=72)
+    for i in range(studies):
+        place = folder / f"study{i:03d}"
+        place.mkdir(parents=True)
+        Image.fromarray(phantom.render(i)).save(place / "film.png")
+        (place / "report.txt").write_text(phantom.study(i).report)
+
+
+@pytest.mark.ray
+def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_evaluates(tmp_path: Path) -> None:
+    write_folders(tmp_path / "corpus", 60)
+    plugins = tmp_path / "plugins"
+    shutil.copytree(EXAMPLES, plugins)
+    trained = Job(
+        tmp_path, f"--data.uri={tmp_path / 'corpus'}", *SHORT,
+        f"--data.format={plugins / 'folders_reader.py'}", f"--model.image_encoder={plugins / 'patchify.py'}",
+        f"--method.name={plugins / 'siglip.py'}", "--run.name=own",
+    )  # fmt: skip
+    said = trained.wait()
+    assert trained.process.returncode == 0, said[-3000:]
+    run = tmp_path / "own"
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    assert not any("centroids_version" in row for row in rows(run))
+    assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == str(plugins / "siglip.py")
+    assert "layers.0.weight" in load_file(run / "export" / "image_encoder" / "model.safetensors")
+    task = plugins / "alignment_task.py"
+    measured = Job(
+        tmp_path, f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]",
+        f"--evaluate.options={{{task}: {{scale: 2.0}}}}", "--evaluate.resamples=100", "--run.name=measured",
+        "--evaluate.cpus_per_worker=0.5", config=None, job="jobs/evaluate.py",
+    )  # fmt: skip
+    said = measured.wait()
+    assert measured.process.returncode == 0, said[-3000:]
+    scores = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["scores"]
+    own = [score for score in scores if score["task"] == str(task)]
+    assert {score["encoder"] for score in own} == {"pretrained", "random"}
+    assert all(score["metric"] == "gap" and score["number"] > 0 for score in own)
+
+
+@pytest.mark.ray
+def test_infonce_runs_without_clustering_actors_and_without_a_decoder(tmp_path: Path) -> None:
+    job = Job(tmp_path, "--method.name=infonce", *SHORT, "--train.stage1_steps=30", "--run.name=infonce")
+    job.wait_for(lambda: bool(job.workers()))
+    job.wait_for(lambda: bool(rows(tmp_path / "infonce")))
+    assert not job.processes("BankActor")
+    assert not job.processes("BankCoordinator")
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    run = tmp_path / "infonce"
+    outcome = result(run)
+    assert (outcome["clustering_started_at"], outcome["centroids_version"]) == (None, None)
+    [*_, last] = checkpoints(run)
+    assert not (last / "clustering.safetensors").exists()
+    names = load_file(last / "weights.safetensors").keys()
+    assert not [name for name in names if name.startswith(("decoder.", "cross_attention.", "patch_projection."))]
+    assert AutoModel.from_pretrained(run / "export" / "image_encoder").config.model_type == "resnet"
+    assert not (run / "export" / "centroids.safetensors").exists()
+    measured = Job(
+        tmp_path, f"--evaluate.run={run}", "--evaluate.tasks=[retrieval, clusters, grounding]", "--run.name=measured",
+        "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5", config=None, job="jobs/evaluate.py",
+    )  # fmt: skip
+    said = measured.wait()
+    assert measured.process.returncode == 0, said[-3000:]
+    found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert {score["task"] for score in found["scores"]} == {"retrieval"}
+    assert "clusters by pretrained: infonce attends to no patches" in found["left_out"]
