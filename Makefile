@@ -1,4 +1,4 @@
-# make pretrain | test | check | accept [ONLY=name] | accept-gpu: each prepares .venv first, from nothing.
+# make pretrain | test | test-quick | check | accept [ONLY=name] | accept-gpu: each prepares .venv first, from nothing.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,18 @@ export TOKENIZERS_PARALLELISM := false
 # where it is set, each of a run's dozen processes compiles torch and transformers anew: 18 s instead of 7
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: pretrain test check accept accept-gpu benchmark
+.PHONY: pretrain test test-quick check accept accept-gpu benchmark
 
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rs
+
+# no Ray, no S3 server, one process
+test-quick: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m "not gpu and not ray and not s3 and not distributed and not cluster" \
+		--ignore=tests/acceptance --ignore=tests/benchmarks
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

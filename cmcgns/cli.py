@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -172,6 +173,9 @@ def read_yaml(path: str, key: str = "--config") -> dict[str, Any]:
 
 def _read_text(path: str, key: str) -> str:
     if not path.startswith("s3://"):
+        recipe = resources.files("cmcgns.recipes") / f"{path}.yaml"
+        if "/" not in path and not Path(path).exists() and recipe.is_file():
+            return recipe.read_text(encoding="utf-8")
         return Path(path).read_text(encoding="utf-8")
     from cmcgns.storage import MissingFileError, read_bytes
 

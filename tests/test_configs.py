@@ -18,6 +18,14 @@ def test_a_shipped_config_loads_and_survives_being_printed(path: Path) -> None:
     assert validate(yaml.safe_load(to_yaml(config)), Config) == config
 
 
+def test_a_config_that_we_ship_is_found_by_its_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = REPOSITORY / "jobs" / "configs" / "phantom-tiny.yaml"
+    assert load_config(["--config", "phantom-tiny"], Config, None) == load_config(["--config", str(path)], Config, None)
+
+
 def test_the_published_settings_are_those_of_the_paper() -> None:
     path = REPOSITORY / "jobs" / "configs" / "published.yaml"
     config = load_config(["--config", str(path)], Config, path)

@@ -1,0 +1,56 @@
+"""CM-CGNS behind the seam for methods trains as before it, bit for bit: the same rows of metrics as the commit before."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import REPOSITORY
+
+BEFORE = "d9f039299e21c026c8b630ca0e9979b4c1f63f92"
+TIMES = ("studies_per_s", "data_wait_s", "pool_wait_s", "step_s")
+RUNS = {
+    # 60 steps of the tiny phantom: both stages, clusters from step 20
+    "tiny": ("--config", "jobs/configs/phantom-tiny.yaml"),
+    # 40 steps of the default, with both stages and clusters in them
+    "default": (
+        "--train.stage1_steps=25", "--train.stage2_steps=15", "--train.warmup_steps=5", "--train.validate_every=20",
+        "--clustering.start_step=5", "--clustering.refresh_every=5", "--clustering.start_cosine=1.0",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", name="before")
+def fixture_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working tree of the commit before the seam."""
+    tree = tmp_path_factory.mktemp("before") / "tree"
+    git = ["git", "-C", str(REPOSITORY)]
+    if subprocess.run([*git, "cat-file", "-e", BEFORE], check=False, capture_output=True).returncode:
+        pytest.skip(f"the commit {BEFORE[:7]} is not in this clone")
+    subprocess.run([*git, "worktree", "add", "--detach", str(tree), BEFORE], check=True, capture_output=True)
+    yield tree
+    subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True, capture_output=True)
+
+
+def rows_of(tree: Path, folder: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Every row of metrics, without times."""
+    command = [sys.executable, "jobs/pretrain.py", *settings, f"--run.storage={folder}", "--run.name=run"]
+    env = os.environ | {"PYTHONPATH": str(tree)}
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_row_equals_that_of_the_commit_before(name: str, before: Path, tmp_path: Path) -> None:
+    theirs = rows_of(before, tmp_path / "before", RUNS[name])
+    ours = rows_of(REPOSITORY, tmp_path / "now", RUNS[name])
+    assert ours == theirs
+    steps = sum(row["split"] == "train" for row in ours)
+    print(f"{name}: {steps} steps and {len(ours) - steps} validations equal, last loss {ours[-1]['loss']!r}")
