@@ -100,7 +100,7 @@ def check_survival(folder: Path, lost: list[int], caplog: pytest.LogCaptureFixtu
     assert (found.objective, found.reseeded) == (undisturbed.objective, undisturbed.reseeded)
     for i in lost:
         assert f"clustering actor {i} of 3 was lost" in caplog.text
-        assert f"clustering actor {i} has its" in caplog.text
+        assert f"clustering actor {i} has read its" in caplog.text
 
 
 @pytest.mark.parametrize("lost", [[1], [0, 2]])
@@ -124,7 +124,7 @@ def test_a_set_that_has_changed_is_refused_when_it_is_read_again(tmp_path: Path)
     with pool_over(parquet_sources(folder, 2)) as pool:
         start_KD = pool.rows.subset(10, 0)
         write_parquet(folder, heavy_tailed(4000), [0, 4000])
-        with pytest.raises(UserError, match="must not change"):
+        with pytest.raises(UserError, match=r"must not change|changed during the fit"):
             kmeans(pool.rows, start_KD, 5, -1.0, after=killing(pool, [1], 1))
 
 
