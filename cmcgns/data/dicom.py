@@ -49,7 +49,7 @@ def decode_here(data: bytes) -> NDArray[np.uint8]:
         return _grey(_read(data))
 
 
-_decode_isolated = IsolatedDecoder(__name__, "decode_here")
+_decode_isolated = IsolatedDecoder(decode_here)
 
 
 def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:

@@ -2,13 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
-from cmcgns.data import isolated_decoder as expendable
+from cmcgns.data import isolated_decoder
 from cmcgns.data.isolated_decoder import IsolatedDecoder
 from cmcgns.errors import BadRow
 
@@ -28,7 +31,7 @@ def moody(data: bytes) -> NDArray[np.uint8]:
 
 @pytest.fixture
 def decode() -> IsolatedDecoder:
-    return IsolatedDecoder(__name__, "moody")
+    return IsolatedDecoder(moody)
 
 
 def test_films_and_reasons_are_returned(decode: IsolatedDecoder) -> None:
@@ -48,17 +51,20 @@ def test_a_crash_costs_one_film(decode: IsolatedDecoder) -> None:
 
 def test_a_decoder_that_hangs_is_killed(decode: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     decode(b"film")
-    monkeypatch.setattr(expendable, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(isolated_decoder, "TIMEOUT_SECONDS", 0.3)
     with pytest.raises(BadRow, match="crashed or hung"):
         decode(b"hang")
     monkeypatch.undo()
     assert decode(b"film").tobytes() == b"film"
 
 
-def test_the_child_exits_with_its_decoder(decode: IsolatedDecoder) -> None:
-    decode(b"film")
-    child = decode._child
-    assert child is not None
-    assert child.stdin is not None
-    child.stdin.close()
-    assert child.wait(10) == 0
+def test_no_child_outlives_a_process_that_has_decoded() -> None:
+    code = (
+        "import os, psutil; from tests.data.test_isolated_decoder import IsolatedDecoder, moody; "
+        "IsolatedDecoder(moody)(b'film'); print(*[c.pid for c in psutil.Process().children(recursive=True)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    children = [int(pid) for pid in done.stdout.split()]
+    assert children
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=10)
+    assert not alive
