@@ -190,6 +190,9 @@ class PoolConfig(Section):
 
 
 class ClusteringConfig(PoolConfig):
+    clusterer: str = "kmeans"
+    """What clusters a bank: `kmeans` (spherical, from farthest points), or a module of your own as `package.module` or
+    `path/to/file.py`, which every node must have (docs/clustering.md)."""
     bank_size: PositiveInt = 65_536
     """Recent sentence features kept over the whole pool."""
     start_step: int = Field(0, ge=0)

@@ -5,12 +5,17 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
+from cmcgns.clustering.online_clustering import RefreshRequest, recluster
+from cmcgns.clustering.rows import RowArray
+from cmcgns.config import ClusteringConfig
 from cmcgns.phantom import PhantomCorpus
 from tests.jobs import REPOSITORY, Job, checkpoints, result, rows
 
@@ -99,3 +104,16 @@ def test_infonce_runs_without_clustering_actors_and_without_a_decoder(tmp_path: 
     found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
     assert {score["task"] for score in found["scores"]} == {"retrieval"}
     assert "clusters by pretrained: infonce attends to no patches" in found["left_out"]
+
+
+def test_a_clusterer_in_a_file_clusters_the_bank() -> None:
+    rows_ND = np.random.default_rng(0).standard_normal((2000, 8)).astype(np.float32)
+    rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    rows = RowArray(rows_ND, np.arange(2000), numpy_assign)
+    config = ClusteringConfig(clusterer=str(EXAMPLES / "minibatch_clusterer.py"))
+    found = recluster(rows, RefreshRequest(1, 10, 0, 2000, 6, None), config)
+    expected = kmeans(rows, farthest_point_seeds(rows, 6), config.iterations, config.tolerance, batch_rows=512)
+    assert found.rows_KD is not None
+    assert np.array_equal(found.rows_KD, expected.centroids_KD)
+    plain = recluster(rows, RefreshRequest(1, 10, 0, 2000, 6, None), ClusteringConfig())
+    assert not np.array_equal(found.rows_KD, plain.rows_KD)

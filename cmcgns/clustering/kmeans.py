@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from cmcgns.config import ClusteringConfig
 from cmcgns.errors import UserError
 from cmcgns.faiss_install import load_faiss
 
@@ -128,6 +129,12 @@ def kmeans(
         fit = _full(rows, fit, tolerance) if batch_rows is None else _mini_batch(rows, fit, batch_rows, seed)
         after(fit)
     return fit
+
+
+def cluster(rows: Rows, start_KD: Array | None, num_clusters: int, config: ClusteringConfig) -> Fit:
+    """The clusterer `kmeans` of a bank: from ``start_KD``, or first from ``num_clusters`` farthest points."""
+    start = farthest_point_seeds(rows, num_clusters) if start_KD is None else start_KD
+    return kmeans(rows, start, config.iterations, config.tolerance)
 
 
 def _full(rows: Rows, fit: Fit, tolerance: float) -> Fit:

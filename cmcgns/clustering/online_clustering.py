@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.clustering.kmeans import Array, Rows, farthest_point_seeds, kmeans, numpy_assign
+from cmcgns.clustering.kmeans import Array, Fit, Rows, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import MIN_BANK, ClusteringConfig
 from cmcgns.distributed import all_reduce
 from cmcgns.errors import UserError
+from cmcgns.plugins import load_plugin
 
 logger = logging.getLogger(__name__)
 CENTROIDS = "centroids."
@@ -331,13 +332,11 @@ def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> 
     before = time.perf_counter()
     if not rows.count():  # every actor with rows was lost
         return RefreshResult(None, "the pool has no rows of this bank left")
+    clusterer = load_plugin("clustering.clusterer", config.clusterer, {"kmeans": "cmcgns.clustering.kmeans"})
     try:
-        start_KD = request.start_KD
-        if start_KD is None:
-            start_KD = farthest_point_seeds(rows, request.num_clusters)
-    except UserError as error:
+        found: Fit = clusterer.cluster(rows, request.start_KD, request.num_clusters, config)
+    except UserError as error:  # too few distinct rows
         return RefreshResult(None, str(error))
-    found = kmeans(rows, start_KD, config.iterations, config.tolerance)
     return RefreshResult(
         found.centroids_KD,
         f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iteration} iterations, "

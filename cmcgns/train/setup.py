@@ -167,6 +167,9 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
         update={
             "data": data.model_copy(update={"uri": uri, "format": absolute_plugin(data.format)}),
             "model": model.model_copy(update=folders),
+            "clustering": config.clustering.model_copy(
+                update={"clusterer": absolute_plugin(config.clustering.clusterer)}
+            ),
             "method": config.method.model_copy(update={"name": absolute_plugin(config.method.name)}),
         }
     )
