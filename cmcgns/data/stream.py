@@ -1,8 +1,8 @@
 """A corpus as a stream of microbatches: Ray Data fetches and decodes, each rank receives whole blocks in a fixed order.
 
-The order is a function of (seed, epoch) and the index (see ``order``), known before anything is read. Each task takes one
-piece of it. What is left after bad rows are dropped is cut into blocks of exactly ``microbatch_size`` studies; block b goes
-to rank b mod world.
+The order is a function of (seed, epoch) and the index (see ``order``), known before anything is read. Each task reads one
+piece of it. After bad rows are dropped, the rest is cut into blocks of exactly ``microbatch_size`` studies; block b goes to
+rank b mod world.
 """
 
 import time
@@ -32,28 +32,28 @@ from cmcgns.errors import BadRow, UserError
 FETCH_THREADS = 8
 """Films of one piece that are fetched from storage at the same time."""
 SCHEDULER_PAUSE_S = 0.02
-HANDED_ON = {True: 512, False: 64}
-"""Studies that are dealt to all ranks together, of a prepared set and of a raw one: each block on its way costs Ray Data some
-15 ms of CPU time, and a film of a raw set takes 15 ms to decode."""
+STUDIES_PER_DEAL = {True: 512, False: 64}
+"""Studies dealt to all ranks at once, of a prepared set and of a raw one. Each block costs Ray Data about 15 ms of CPU time;
+decoding a raw film takes 15 ms."""
 
-HANDS_AHEAD = 8
-"""Least times that what is dealt together has to fit into what may wait for training: Ray Data counts what each rank has in hand
-and in advance twice, and holds back reading, for up to a minute, until there is room for the next hand and what it is made of."""
+DEALS_AHEAD = 8
+"""Least ratio of the read-ahead limit to one deal. Ray Data counts the blocks that ranks hold and prefetch twice; with less room
+it pauses reading, for up to a minute, until the next deal fits."""
 
 DEALING_CPUS = 0.1
-"""CPUs of a task that deals studies to the ranks: it copies memory."""
-MOST_PIECES = 600
-"""Pieces of an epoch of a raw set: each one costs 2 ms before the first is read."""
+"""CPUs of the task that deals studies to the ranks; it only copies memory."""
+MAX_PIECES = 600
+"""Most pieces of an epoch of a raw set; each adds 2 ms to the start of the epoch."""
 GROUPED_ROWS = 128
-"""Studies that a task which reads whole groups hands on at once."""
+"""Studies in one output table of a task that reads whole row groups."""
 BLOCK_BYTES = 8 * 2**20
-"""Size at which what a task has made is handed on: two epochs at once took 450 MiB of object store in blocks of 32 MiB, 220 in
+"""Target size of a task's output blocks. Two epochs at once took 450 MiB of object store with blocks of 32 MiB, 220 MiB with
 these."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One split of a corpus, ready to be streamed to ranks. Small: the split lies in the object store."""
+    """One split of a corpus, ready to be streamed to ranks. Small: the index table is in the object store."""
 
     source: Source
     split_ref: Any
@@ -64,37 +64,37 @@ class Stream:
     coordinator: Any
     """Actor that keeps the list of bad rows."""
     taken_cpus: float = 0.0
-    """CPUs of the cluster that workers and clustering pool hold, which data tasks must leave alone."""
+    """CPUs of the cluster that workers and clustering actors hold and data tasks must not use."""
     most_cpus: float | None = None
-    """Most CPUs for data tasks, where other runs share the cluster; what is taken does not count then."""
+    """Most CPUs for data tasks if other runs share the cluster; ``taken_cpus`` is ignored then."""
     studies_ahead: int = 1024
-    """Decoded studies that may wait in the object store for training."""
+    """Read-ahead limit: decoded studies that may wait in the object store."""
     with_text: bool = False
-    """Rows carry the sentences' words too."""
+    """Rows contain the text of the sentences too."""
 
     def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
-        """One Ray Data iterator for each rank over the epoch from ``position`` on: with several, blocks of ``block_size`` go
-        round them; a lone one gets all, to be cut by ``blocks``."""
+        """One Ray Data iterator per rank over the epoch from ``position`` on. Several ranks receive blocks of ``block_size`` in
+        turn; a single rank receives all rows, which ``blocks`` cuts."""
         with self.context():
             rows = self.rows(epoch, position)
             if ranks == 1:
-                return [rows.iterator()]  # scheduled in this process: one of its own would take 140 MiB
-            # never as many as a reading task's: Ray Data would join the two, and read a piece for each study to deal
+                return [rows.iterator()]  # scheduled in this process: an extra process would take 140 MiB
+            # never equal to the CPUs of a reading task: Ray Data would fuse the two, and read a piece for each study to deal
             cpus = DEALING_CPUS if self.config.cpus_per_task != DEALING_CPUS else DEALING_CPUS / 2
-            in_turn = dealt(rows, ranks, block_size, self.rounds_at_a_time(block_size, ranks), cpus)
+            in_turn = deal_in_turn(rows, ranks, block_size, self.rounds_at_a_time(block_size, ranks), cpus)
             return list(in_turn.streaming_split(ranks))
 
     def rounds_at_a_time(self, block_size: int, ranks: int) -> int:
-        """Microbatches that each rank is handed at once: as many as make ``HANDED_ON`` studies of all ranks together, and
-        leave room for ``HANDS_AHEAD`` times as many."""
-        studies = min(HANDED_ON[self.source.in_groups], self.studies_ahead // HANDS_AHEAD)
+        """Microbatches dealt to each rank at once: ``STUDIES_PER_DEAL`` studies over all ranks, at most
+        ``1 / DEALS_AHEAD`` of the read-ahead limit."""
+        studies = min(STUDIES_PER_DEAL[self.source.in_groups], self.studies_ahead // DEALS_AHEAD)
         return max(studies // (ranks * block_size), 1)
 
     def rows(self, epoch: int, position: int) -> Any:
-        """The epoch's good studies from ``position`` on as a Ray Data set of ``stream_schema``; to be called, and consumed,
-        within ``context()``."""
+        """The epoch's usable studies from ``position`` on as a Ray dataset of ``stream_schema``. Call and consume it within
+        ``context()``."""
         pieces = len(piece_bounds(self, epoch, position)) - 1
-        # with the same CPUs as the tasks that follow, so that Ray Data joins the two: else it first counts through all pieces
+        # the same CPUs as the tasks that follow, so that Ray Data fuses the two; otherwise it first counts all pieces
         cpus = self.config.cpus_per_task
         numbers = ray_private.set_num_cpus(ray.data.range(pieces, override_num_blocks=pieces), cpus)
         return numbers.map_batches(
@@ -102,68 +102,68 @@ class Stream:
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=cpus,
-            # by reference: what stands here is unpickled by every task, and a vocabulary takes as long as a piece
+            # by reference: every task unpickles these arguments, and a vocabulary takes as long as a piece
             fn_kwargs={"stream_ref": ray.put(self), "epoch": epoch, "position": position},
         )
 
     def context(self) -> Any:
-        """Ray Data's settings for this stream, while the block lasts."""
+        """Context manager with Ray Data's settings for this stream."""
         return ordered_context(self.taken_cpus, self.studies_ahead * bytes_per_study(self.config), self.most_cpus)
 
 
-def dealt(rows: Any, ranks: int, block_size: int, rounds: int, cpus: float) -> Any:
-    """``rows`` in blocks of ``rounds`` microbatches of one rank each, in turn."""
-    hand = rounds * block_size
+def deal_in_turn(rows: Any, ranks: int, block_size: int, rounds: int, cpus: float) -> Any:
+    """``rows`` in blocks of ``rounds`` microbatches, each for one rank in turn."""
+    size = rounds * block_size
     dealing = {"ranks": ranks, "block_size": block_size, "rounds": rounds}
     in_turn = rows.map_batches(
         deal,
         batch_format="pyarrow",
-        batch_size=ranks * hand,
+        batch_size=ranks * size,
         zero_copy_batch=True,
         num_cpus=cpus,
         fn_kwargs=dealing,
     )
-    # Ray Data joins the two into one task, which is handed multiples of batch_size, if both ask for the same; no parameter
-    # says how much the second asks for: a whole CPU, which beside another epoch on a small machine is never free
-    return ray_private.set_num_cpus(in_turn.repartition(target_num_rows_per_block=hand, strict=True), cpus)
+    # Ray Data fuses the two into one task, with multiples of batch_size, if both request the same CPUs. The repartition has no
+    # parameter for it and requests a whole CPU, which is never free next to another epoch on a small machine
+    return ray_private.set_num_cpus(in_turn.repartition(target_num_rows_per_block=size, strict=True), cpus)
 
 
-class Interleaved(ray_private.execution_callback()):  # type: ignore[misc]
-    """Fits Ray Data's scheduler to streams that run beside training and beside each other."""
+class ConcurrentStreams(ray_private.execution_callback()):  # type: ignore[misc]
+    """Adapts Ray Data's scheduler to several streams that run during training."""
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Lets the stream count on every CPU that training leaves: Ray Data would give it its part of all, and subtract from
-        that the whole of what training holds. A stream left without a CPU for one of its steps fills the object store."""
+        """Let the stream plan with every CPU that training leaves. Ray Data would give it a share of all CPUs and subtract all
+        that training holds from it. A stream without a CPU for one of its operators fills the object store."""
         ray_private.set_total_resources(executor, data_resources)
 
     def on_execution_step(self, executor: Any) -> None:
-        """Rests: while training holds the stream back the scheduler would turn without a pause, and take a third of a CPU."""
+        """Pause: while training holds the stream back, the scheduler would busy-loop and use a third of a CPU."""
         time.sleep(SCHEDULER_PAUSE_S)
 
 
 def bytes_per_study(config: DataConfig) -> int:
-    """Bytes of one row in the object store: the grey square, and at most what tokens, owners and hashes take."""
+    """Most bytes of one row in the object store: the grey square, tokens, their sentences and hashes."""
     return config.resize**2 + 6 * config.max_tokens + 8 * config.max_sentences
 
 
 def ordered_context(taken_cpus: float, most_bytes: int, most_cpus: float | None) -> Any:
-    """Ray Data's settings for a stream that training consumes at its own pace, at most ``most_bytes`` behind it."""
+    """Ray Data's settings for a stream that training consumes at its own pace, with at most ``most_bytes`` read ahead."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    # by default it reads ahead until half the object store is full: of small films, much of the corpus
+    # by default it reads ahead until half the object store is full, which is much of a corpus of small films
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         cpu=most_cpus, object_store_memory=most_bytes
     )
-    with warnings.catch_warnings():  # its successor knows labels of machines, not shares of one
+    with warnings.catch_warnings():  # label selectors replace it, but they select whole machines
         warnings.simplefilter("ignore", RayDeprecationWarning)
         context.execution_options.exclude_resources = ray.data.ExecutionResources(cpu=taken_cpus)
     context.execution_options.label_selector = data_label(list_nodes())
     context.target_max_block_size = BLOCK_BYTES
-    # else a task that waits for room keeps its CPU: validation would wait for it, and training for validation
+    # otherwise a task that waits for room keeps its CPU, validation waits for it, and training for validation
     ray_private.unlimit_generator_buffer(context)
-    # training may pause for longer than any guard: validation, checkpoints, a slow pool
+    # training may pause for longer than any timeout: validation, checkpoints, slow clustering
     context.execution_no_progress_timeout_s = -1
-    context.custom_execution_callback_classes = [Interleaved]
+    context.custom_execution_callback_classes = [ConcurrentStreams]
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
@@ -174,43 +174,43 @@ def stream_split(
     source: Source, studies: pa.Table, arrangement: Arrangement, tokenizer: ReportTokenizer, config: DataConfig, coordinator: Any,
     **options: Any,
 ) -> Stream:  # fmt: skip
-    """The stream of a split whose table and arrangement are put where every task finds them."""
+    """The stream of a split; its table and arrangement go into the object store."""
     split_ref = ray.put((studies.combine_chunks(), arrangement))
     return Stream(source, split_ref, len(studies), tokenizer, config, coordinator, **options)
 
 
 @lru_cache(maxsize=8)
 def fetched(reference: Any) -> Any:
-    """What ``reference`` refers to, fetched once by each process."""
+    """The object behind ``reference``, fetched once per process."""
     return ray.get(reference)
 
 
 @lru_cache(maxsize=4)
 def epoch_order(split_ref: Any, seed: int, epoch: int, groups_per_window: int) -> EpochOrder:
-    """The order of an epoch, worked out once by each process."""
+    """The order of an epoch, computed once per process."""
     order: EpochOrder = fetched(split_ref)[1].epoch(seed, epoch, groups_per_window)
     return order
 
 
 def piece_studies(source: Source, config: DataConfig, studies: int) -> int:
-    """Studies of one task's piece, about: a window of a prepared set; of a raw one as many windows as leave an epoch of
-    ``studies`` with no more than ``MOST_PIECES``."""
+    """Approximate studies of one task's piece: a window of a prepared set; of a raw set as many windows as give an epoch of
+    ``studies`` at most ``MAX_PIECES``."""
     if source.in_groups:
         return config.groups_per_window * config.group_studies
-    return config.window_size * max(-(-studies // (config.window_size * MOST_PIECES)), 1)
+    return config.window_size * max(-(-studies // (config.window_size * MAX_PIECES)), 1)
 
 
-def most_ahead(source: Source, config: DataConfig, studies: int, global_batch_size: int, decoders: int) -> int:
-    """Decoded studies that may wait for training where nothing else is asked for: enough to keep both sides busy."""
+def default_read_ahead(source: Source, config: DataConfig, studies: int, global_batch_size: int, decoders: int) -> int:
+    """Default read-ahead limit in studies: enough to keep reading and training busy."""
     piece = piece_studies(source, config, studies)
-    return HANDS_AHEAD * global_batch_size + decoders * (
+    return DEALS_AHEAD * global_batch_size + decoders * (
         piece if source.in_groups else max(4 * config.window_size, 2 * piece)
     )
 
 
 def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
-    """Positions at which the tasks' pieces begin, from ``position`` on, and the end; a prepared set's row groups are read
-    whole, a raw one can be read from any place on."""
+    """Positions where the tasks' pieces start, from ``position`` on, and the end. Row groups of a prepared set are read whole; a
+    raw set can be read from any position."""
     config = stream.config
     if not stream.source.in_groups:
         size = piece_studies(stream.source, config, stream.studies)
@@ -220,20 +220,20 @@ def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
 
 
 def read_pieces(numbers: pa.Table, stream_ref: Any, epoch: int, position: int) -> Iterator[pa.Table]:
-    """The good studies of the pieces whose numbers come in, fetched, decoded and tokenised, in order."""
+    """The usable studies of the pieces with these ``numbers``, fetched, decoded and tokenized, in order."""
     stream = fetched(stream_ref)
     bounds = piece_bounds(stream, epoch, position)
     try:
         for number in numbers["id"].to_pylist():
             yield from read_piece(stream, epoch, range(bounds[number], bounds[number + 1]))
     except UserError as error:
-        # no row's fault, and no restart would mend it: storage that is gone, credentials that have expired
+        # not the fault of a study, and a restart would not help: missing storage, expired credentials
         ray.get(stream.coordinator.fail.remote(str(error)))
         raise
 
 
 def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Table]:
-    """The good studies at ``positions`` of the epoch's order, some hundred in each table."""
+    """The usable studies at ``positions`` of the epoch's order, about a hundred per table."""
     config, (table, _) = stream.config, fetched(stream.split_ref)
     order = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window)
     studies = table.take(order.row_S[positions.start : positions.stop]).to_pylist()
@@ -259,7 +259,7 @@ def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Tabl
 
 
 def read_study(study: dict[str, Any], shown: int, reader: Reader, stream: Stream, epoch: int) -> StreamStudy | BadRow:
-    """A study with the film of it that the epoch shows, or why it cannot be used."""
+    """A study with the film that this epoch shows, or the reason why it cannot be used."""
     config, film = stream.config, study["films"][shown]
     try:
         report = reader.read_sentences(study, film["path"])

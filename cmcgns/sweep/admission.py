@@ -55,7 +55,7 @@ def capacity_for(config: Config, nodes: list[dict[str, float]], most: int) -> Ca
         needed = {name: sum(bundle[name] for bundle in bundles) for name in ("CPU", "GPU")}
         available = ", ".join(f"{node['CPU']:g} CPUs and {node['GPU']:g} GPUs" for node in nodes)
         raise UserError(
-            f"not one trial fits: its {config.train.num_workers} workers, {config.clustering.actors} clustering actors and "
+            f"not one trial fits: its {config.train.num_workers} workers, {config.pool_actors} clustering actors and "
             f"data tasks need {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs; the cluster has {available}. Lower "
             "train.num_workers, train.cpus_per_worker, clustering.cpus_per_actor or data.cpus_per_task"
         )

@@ -28,7 +28,7 @@ from cmcgns.cluster.placement import (
 )
 from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config
-from cmcgns.data.stream import most_ahead
+from cmcgns.data.stream import default_read_ahead
 from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
 from cmcgns.run_folder import RunFolder
@@ -95,7 +95,7 @@ def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
     if data.studies_ahead is not None:
         return data.studies_ahead
     decoders = max(int(data_cpus / data.cpus_per_task), 1)
-    return most_ahead(corpus.source, data, len(corpus.train), config.train.global_batch_size, decoders)
+    return default_read_ahead(corpus.source, data, len(corpus.train), config.train.global_batch_size, decoders)
 
 
 def threads_per_worker(config: Config) -> int:

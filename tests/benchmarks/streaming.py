@@ -30,7 +30,7 @@ from cmcgns.data.image import Target
 from cmcgns.data.order import Arrangement, drawn_image
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StreamStudy
-from cmcgns.data.stream import Stream, most_ahead, read_study, stream_split
+from cmcgns.data.stream import Stream, default_read_ahead, read_study, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer, train_tokenizer
 from cmcgns.train.steps import STEPS_AHEAD, EpochPrefetch
 from cmcgns.train.worker import RayBlocks
@@ -83,7 +83,7 @@ class OurEpochs:
 
     def __init__(self, contest: Contest, coordinator: Any = None) -> None:
         coordinator = coordinator or ready_coordinator(contest)
-        ahead = most_ahead(contest.source, contest.config, len(contest.studies), 64, decoders=2)
+        ahead = default_read_ahead(contest.source, contest.config, len(contest.studies), 64, decoders=2)
         self.stream: Stream = stream_split(
             contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, coordinator,
             studies_ahead=ahead,

@@ -9,7 +9,7 @@ import pytest
 from cmcgns.config import DataConfig
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, arranged, study_keys
 from cmcgns.data.readers import open_source
-from cmcgns.data.stream import MOST_PIECES, Stream, piece_bounds
+from cmcgns.data.stream import MAX_PIECES, Stream, piece_bounds
 
 STUDIES, GROUP, WINDOW = 1000, 32, 4
 
@@ -76,7 +76,7 @@ def test_few_studies_and_none() -> None:
         assert order.starts[-1] == studies
 
 
-@pytest.mark.parametrize("studies", [1, 64, 1_000, 64 * MOST_PIECES, 64 * MOST_PIECES + 1, 377_110])
+@pytest.mark.parametrize("studies", [1, 64, 1_000, 64 * MAX_PIECES, 64 * MAX_PIECES + 1, 377_110])
 @pytest.mark.parametrize("position", [0, 37])
 def test_an_epoch_of_a_raw_set_has_few_pieces_that_cover_it(studies: int, position: int) -> None:
     tokenizer = cast("Any", None)  # pieces are cut by number alone
@@ -85,5 +85,5 @@ def test_an_epoch_of_a_raw_set_has_few_pieces_that_cover_it(studies: int, positi
     assert bounds[0] == position
     assert bounds[-1] == stream.studies
     assert (np.diff(bounds) > 0).all()
-    assert len(bounds) - 1 <= MOST_PIECES
+    assert len(bounds) - 1 <= MAX_PIECES
     assert (np.diff(bounds[:-1]) % DataConfig().window_size == 0).all()

@@ -124,8 +124,8 @@ class FileSource:
         return self
 
     def read_image(self, path: str) -> CroppedImage:
-        scan = decode_image(self._read(path, "film"), path, self.target)
-        return without_borders(scan) if self.crop_borders else uncropped(scan)
+        film = decode_image(self._read(path, "film"), path, self.target)
+        return without_borders(film) if self.crop_borders else uncropped(film)
 
     def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
         return parse_report(self.read_report(study))

@@ -50,9 +50,9 @@ class PhantomSource:
         return self
 
     def read_image(self, path: str) -> CroppedImage:
-        study, film = path.split("/")
-        scan = DecodedImage(_renderer(self)(int(study), int(film)), self.height, self.width)
-        return without_borders(scan) if self.crop_borders else uncropped(scan)
+        study, number = path.split("/")
+        film = DecodedImage(_renderer(self)(int(study), int(number)), self.height, self.width)
+        return without_borders(film) if self.crop_borders else uncropped(film)
 
     def read_report(self, study: dict[str, Any]) -> str:
         return str(study["report"])
