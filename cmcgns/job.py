@@ -17,7 +17,7 @@ from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Section
 from cmcgns.errors import UserError, cause
-from cmcgns.run_folder import RunFolder, warn_of_passing_folder
+from cmcgns.run_folder import RunFolder, warn_if_temporary
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 
 STATUS = {"finished": 0, "failed": STATUS_FAILED, "stopped": STATUS_INTERRUPTED}
@@ -99,7 +99,7 @@ def run(job: Job, dry_run: bool = False) -> int:
     with quiet_terminal(), log_on(terminal), ray_session(job.environment(), job.uris(), needed) as cpus:
         print_plan(terminal, job.plan(cpus))
         job.check_cluster(cpus)
-        warn_of_passing_folder(terminal, job.folder)
+        warn_if_temporary(terminal, job.folder)
         if dry_run:
             return 0
         try:

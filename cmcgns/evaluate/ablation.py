@@ -30,7 +30,7 @@ from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.job import Job, write_config
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.terminal import log_on, print_plan
-from cmcgns.train.run import check_cpus, pretrain, taken_cpus, worker_variables
+from cmcgns.train.run import check_cpus, pretrain, reserved_cpus, worker_variables
 from cmcgns.train.setup import FREE_TO_CHANGE, with_absolute_paths
 
 RUNS = "runs"
@@ -165,7 +165,7 @@ class AblationJob(Job):
         return worker_variables(self.first)
 
     def needed(self) -> list[dict[str, float]]:
-        return [*run_bundles(max(self.ablation.variants.values(), key=taken_cpus)), ONE_CPU]
+        return [*run_bundles(max(self.ablation.variants.values(), key=reserved_cpus)), ONE_CPU]
 
     def check_cluster(self, cpus: float) -> None:
         for each in self.ablation.variants.values():
