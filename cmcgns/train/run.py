@@ -43,7 +43,7 @@ def check_cpus(config: Config) -> None:
     if taken > cpus - 1:
         raise UserError(
             f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
-            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
+            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is reserved for data. "
             "Lower train.cpus_per_worker or clustering.cpus_per_actor"
         )
     wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
