@@ -108,7 +108,9 @@ def _model_type(key: str, name: str) -> str:
 def _no_model(key: str, name: str, error: Exception) -> UserError:
     presets = IMAGE_PRESETS if key.endswith("image_encoder") else TEXT_PRESETS
     problem = (
-        "contains no model" if Path(name).is_dir() else "is neither a preset nor a local folder, nor available on the hub"
+        "contains no model"
+        if Path(name).is_dir()
+        else "is neither a preset nor a local folder, nor available on the hub"
     )
     return UserError(f"{key} '{name}' {problem} (presets: {', '.join(presets)}): {str(error).splitlines()[0]}")
 
@@ -152,7 +154,9 @@ def read_layout(backbone: nn.Module) -> Layout:
     if hidden.dim() == 4 and hidden.shape[2] == hidden.shape[3]:
         return Layout(hidden.shape[1], PROBE_SIZE // hidden.shape[2], 0, True)
     tokens = hidden.shape[1]
-    grids = [side for side in range(1, PROBE_SIZE) if PROBE_SIZE % side == 0 and 0 <= tokens - side**2 <= MAX_PREFIX_TOKENS]
+    grids = [
+        side for side in range(1, PROBE_SIZE) if PROBE_SIZE % side == 0 and 0 <= tokens - side**2 <= MAX_PREFIX_TOKENS
+    ]
     if hidden.dim() != 3 or not grids:
         raise UserError(
             f"model.image_encoder: a {type(backbone).__name__} returns {tuple(hidden.shape)}; give a model that returns a square "

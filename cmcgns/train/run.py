@@ -249,7 +249,11 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     if interrupted and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
-    return result | {"interrupted": interrupted, "permanent_failure": account["failure"] is not None, "marks": account["marks"]}
+    return result | {
+        "interrupted": interrupted,
+        "permanent_failure": account["failure"] is not None,
+        "marks": account["marks"],
+    }
 
 
 def worker_variables(config: Config) -> dict[str, str]:

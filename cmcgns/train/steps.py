@@ -88,7 +88,7 @@ class StepReader:
     ) -> None:
         self.source, self.batcher, self.cursor = source, batcher, cursor
         self.accumulation, self.stop = accumulation, stop
-        self._prefetch = EpochPrefetch(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
+        self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
         self._open(cursor)
 
     def _open(self, cursor: Cursor) -> None:

@@ -11,7 +11,7 @@ from cmcgns.errors import UserError
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import AttentionPool
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
-from cmcgns.models.dual_encoder import limited_scale
+from cmcgns.models.dual_encoder import clamped_scale
 from cmcgns.models.presets import IMAGE_PRESETS
 from cmcgns.models.text import TextEncoder, sentence_means
 from tests.small import random_batch, small_config, small_model
@@ -213,14 +213,14 @@ def test_the_scale_starts_at_one_over_the_temperature_and_is_learnt_only_on_requ
     for learn in (True, False):
         config = small_config(objective__temperature=0.05, objective__learn_temperature=learn)
         model = small_model(config)
-        assert float(limited_scale(model.log_scale.detach())) == pytest.approx(20.0, rel=1e-6)
+        assert float(clamped_scale(model.log_scale.detach())) == pytest.approx(20.0, rel=1e-6)
         assert model.log_scale.requires_grad == learn
 
 
 def test_the_scale_stops_at_its_limits_and_gradients_pass() -> None:
     for log_scale, scale in ((-3.0, 1.0), (8.0, 100.0), (1.0, 2.718281828)):
         value = torch.tensor([log_scale], requires_grad=True)
-        limited = limited_scale(value)
+        limited = clamped_scale(value)
         limited.backward()
         assert limited.shape == (1,)
         assert float(limited.detach()) == pytest.approx(scale, rel=1e-6)

@@ -94,22 +94,22 @@ def test_a_wrong_name_is_refused_with_the_presets(tmp_path: Path) -> None:
         build_image_backbone("resnet-5", 64, 0.0)
     with pytest.raises(UserError, match=r"model.text_encoder 'bert-huge' is no preset.*presets: bert-tiny"):
         build_text_backbone("bert-huge", 100, 64, 0.0)
-    with pytest.raises(UserError, match=r"model.image_encoder '.*' holds no model"):
+    with pytest.raises(UserError, match=r"model.image_encoder '.*' contains no model"):
         build_image_backbone(str(tmp_path), 64, 0.0)
 
 
 def test_a_folder_with_a_configuration_and_no_weights_is_refused(tmp_path: Path) -> None:
     build_image_backbone("vit-tiny", 64, 0.0).config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model.image_encoder '.*' holds no model"):
+    with pytest.raises(UserError, match=r"model.image_encoder '.*' contains no model"):
         build_image_backbone(str(tmp_path), 64, 0.0)
 
 
 def test_an_encoder_of_the_other_modality_is_refused(tmp_path: Path) -> None:
     build_image_backbone("vit-tiny", 64, 0.0).save_pretrained(tmp_path / "image")
     build_text_backbone("bert-tiny", 100, 64, 0.0).save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match=r"model.text_encoder .* is a vit; a BERT-like encoder is needed"):
+    with pytest.raises(UserError, match=r"model.text_encoder .* is a vit; give a BERT-like encoder"):
         build_text_backbone(str(tmp_path / "image"), 100, 64, 0.0)
-    with pytest.raises(UserError, match=r"model.image_encoder .* is a bert; a model of images is needed"):
+    with pytest.raises(UserError, match=r"model.image_encoder .* is a bert; give an image model"):
         build_image_backbone(str(tmp_path / "text"), 64, 0.0)
 
 
@@ -117,5 +117,5 @@ def test_a_text_encoder_too_small_for_the_reports_is_refused_with_numbers(tmp_pa
     build_text_backbone("bert-tiny", 100, 64, 0.0).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"data.max_tokens 600 .* at most 512"):
         build_text_backbone(str(tmp_path), 100, 600, 0.0)
-    with pytest.raises(UserError, match=r"101 entries.* knows 100"):
+    with pytest.raises(UserError, match=r"101 entries.* has 100"):
         build_text_backbone(str(tmp_path), 101, 64, 0.0)

@@ -11,7 +11,7 @@ from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch, mask_positions
 from cmcgns.data.record import Block
 from cmcgns.train import steps
-from cmcgns.train.steps import PrefetchTimer, Cursor, StepReader, validation_batches
+from cmcgns.train.steps import Cursor, PrefetchTimer, StepReader, validation_batches
 from tests.ranks import run_on_ranks
 from tests.small import small_config
 from tests.train.memory import MemoryBlocks, order_of, studies_of
