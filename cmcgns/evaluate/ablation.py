@@ -22,7 +22,7 @@ from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.encoders import EncoderSpec, open_run
 from cmcgns.evaluate.figures import bars
-from cmcgns.evaluate.report import cell, gap, tell_rest, without_nan, write_results
+from cmcgns.evaluate.report import cell, gap, print_skipped_and_failed, without_nan, write_results
 from cmcgns.evaluate.run import check_workers, features_folder, measure_all, open_sets
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, over_draws
 from cmcgns.evaluate.tasks import Evaluation

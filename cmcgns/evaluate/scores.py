@@ -165,6 +165,6 @@ def percent(share: float) -> str:
     return f"{100 * share:g}%"
 
 
-def named(scores: Sequence[Score], ending: str) -> list[Score]:
+def with_suffix(scores: Sequence[Score], ending: str) -> list[Score]:
     """``scores`` with ``ending`` after the name of each one's encoder."""
     return [replace(score, encoder=score.encoder + ending) for score in scores]

@@ -16,7 +16,7 @@ from cmcgns.data.readers import FileSource, PhantomSource
 from cmcgns.data.tokenizer import train_tokenizer
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.features import features_uri, make_features, read_features
-from cmcgns.evaluate.films import load_films, make_films, square_boxes, square_masks
+from cmcgns.evaluate.films import load_films, make_films, resize_boxes, resize_masks
 from tests.data.labelled.trees import save, shots, write
 from tests.evaluate.heads import small_spec
 
@@ -106,8 +106,8 @@ def test_masks_and_boxes_lie_on_the_square_where_the_set_says(tmp_path: Path) ->
         film = some.source.reader([]).read_image(row["path"])
         places = some.annotations(row, film)
         assert (found.film_NRR[i] == resize_image(film.grey_HW, SIZE)).all()
-        assert (found.mask_NKRR[i] == square_masks(places.mask_KHW, SIZE)).all()
-        assert (found.boxes[i] == square_boxes(places.box_N4, film.grey_HW.shape, SIZE)).all()
+        assert (found.mask_NKRR[i] == resize_masks(places.mask_KHW, SIZE)).all()
+        assert (found.boxes[i] == resize_boxes(places.box_N4, film.grey_HW.shape, SIZE)).all()
         assert (found.kinds[i] == places.kind_N).all()
     assert found.mask_NKRR.any(axis=(0, 2, 3)).sum() >= 5
     again = found.take([3, 3, 0])

@@ -41,7 +41,7 @@ def by_chance(measure: Callable[[Numbers, Numbers], float], cluster_n: Numbers, 
     return float(np.mean([measure(cluster_n, random.permutation(class_n)) for _ in range(SHUFFLES)]))
 
 
-def own_clusters(rows_nD: Array, clusters: int) -> Numbers:
+def fit_clusters(rows_nD: Array, clusters: int) -> Numbers:
     """The rows' clusters by a k-means of their own."""
     rows = RowArray(rows_nD)
     fit = kmeans(rows, parallel_seeds(rows, clusters, 0), 20, 1e-4)
@@ -51,7 +51,7 @@ def own_clusters(rows_nD: Array, clusters: int) -> Numbers:
 def cluster_scores(pairs: Pairs, encoder: str, images: str, clusters: int, resamples: int, seed: int) -> list[Score]:
     """Purity and normalised mutual information of a k-means over the attended features, with intervals over patients."""
     class_n, kept_n = sentence_classes(list(pairs.text_n))
-    cluster_n, class_n = own_clusters(pairs.attended_nD, clusters)[kept_n], class_n[kept_n]
+    cluster_n, class_n = fit_clusters(pairs.attended_nD, clusters)[kept_n], class_n[kept_n]
     resampling = Resampling.of(list(pairs.group_N[pairs.study_of_n[kept_n]]), resamples, seed)
     pure_R, shared_R = _resampled(cluster_n, class_n, resampling)
     setting, number = f"K {clusters}", len(class_n)

@@ -26,7 +26,7 @@ from cmcgns.evaluate.scores import Resampling, Score, percent
 
 Floats = NDArray[np.float64]
 STRIDE = 4
-MOST, LEAST = 100, 0.01
+MAX_DETECTIONS, MIN_SCORE = 100, 0.01
 """Detections of one film that count, as for COCO, and the score that they have at least."""
 NEAR = 0.5
 """Cells whose heat reaches this learn where the box's sides are."""
@@ -153,16 +153,16 @@ def detections(model: DenseModel, films: Films, kinds: int, size: int) -> list[D
 
 
 def _decoded(map_chh: Tensor, kinds: int, side: int) -> Detections:
-    """The peaks of the heat, at most ``MOST``, each with its box."""
+    """The peaks of the heat, at most ``MAX_DETECTIONS``, each with its box."""
     cells = map_chh.shape[-1]
     sure_Khh = map_chh[:kinds].sigmoid()
     peak_Khh = sure_Khh * (F.max_pool2d(sure_Khh, 3, stride=1, padding=1) == sure_Khh)
-    score_n, index_n = peak_Khh.flatten().topk(min(MOST, peak_Khh.numel()))
+    score_n, index_n = peak_Khh.flatten().topk(min(MAX_DETECTIONS, peak_Khh.numel()))
     kind_n, cell_n = index_n // cells**2, index_n % cells**2
     row_n, column_n = cell_n // cells + 0.5, cell_n % cells + 0.5
     left, up, right, down = F.softplus(map_chh[kinds:]).flatten(1)[:, cell_n]
     box_n4 = torch.stack([column_n - left, row_n - up, column_n + right, row_n + down], dim=1) * side / cells
-    kept_n = score_n >= LEAST
+    kept_n = score_n >= MIN_SCORE
     kept = (kind_n[kept_n], score_n[kept_n].double(), box_n4[kept_n].clamp(0, side).double())
     return Detections(*(part.numpy() for part in kept))
 

@@ -11,7 +11,7 @@ from cmcgns.data.labelled.base import ImageSet
 from cmcgns.errors import UserError
 from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.figures import SAMPLES, Figure, attention
-from cmcgns.evaluate.films import middle, patch_coverage, square_masks
+from cmcgns.evaluate.films import center_crop, patch_coverage, resize_masks
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.evaluate.sentence_truth import sentence_truth
@@ -89,7 +89,7 @@ def patch_truth(pairs: Pairs, images: ImageSet, data: DataConfig, studies: set[i
         path = pairs.path_N[study]
         film = reader.read_image(path)
         places = images.annotations({"path": path, "boxes": None, "masks": None}, film)
-        found[study] = patch_coverage(middle(square_masks(places.mask_KHW, data.resize), data.image_size), grid)
+        found[study] = patch_coverage(center_crop(resize_masks(places.mask_KHW, data.resize), data.image_size), grid)
     return found
 
 

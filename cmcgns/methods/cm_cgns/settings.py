@@ -7,7 +7,7 @@ from pydantic import Field
 
 from cmcgns.config import Bank, MethodSettings, ModelConfig
 
-MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
+MAX_CLUSTERS, MIN_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 
 
 class Settings(MethodSettings):
@@ -50,8 +50,8 @@ class Settings(MethodSettings):
 
     def sweep_space(self, sentences: int) -> dict[str, Any]:
         """Mask ratio, number of clusters (powers of two with at least 4 sentences per cluster) and both temperatures."""
-        most = max(min(MOST_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), LEAST_CLUSTERS)
-        powers = [2**power for power in range(int(math.log2(LEAST_CLUSTERS)), int(math.log2(most)) + 1)]
+        most = max(min(MAX_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), MIN_CLUSTERS)
+        powers = [2**power for power in range(int(math.log2(MIN_CLUSTERS)), int(math.log2(most)) + 1)]
         return {
             "objective.mask_ratio": {"uniform": [0.25, 0.85]},
             "objective.num_clusters": {"choice": powers},
