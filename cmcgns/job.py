@@ -25,7 +25,7 @@ STATUS = {"finished": 0, "failed": STATUS_FAILED, "stopped": STATUS_INTERRUPTED}
 
 
 class Job(ABC):
-    """One run of a job. ``__init__`` checks settings and run folder: it raises ``UserError`` if they are wrong, and writes nothing."""
+    """One run of a job. ``__init__`` checks settings and run folder and raises ``UserError``; it writes nothing."""
 
     script: ClassVar[str]
     """Name of the file in jobs/, for the command that resumes."""
@@ -123,7 +123,7 @@ def write_config(folder: RunFolder, config: Section) -> None:
 def check_capacity(
     section: str, member: str, count: int, cpus_each: float, gpus_each: float, kept: float = 0.0, least: float = 0.0
 ) -> None:
-    """Raise ``UserError`` if ``count`` workers or actors of ``section`` do not fit on the cluster with ``kept`` CPUs left for data.
+    """Raise ``UserError`` if ``count`` workers or actors of ``section`` do not fit on the cluster besides ``kept`` CPUs for data.
 
     ``least``: minimum number of CPUs besides ``kept``, for the job's other tasks.
     """

@@ -1,4 +1,4 @@
-"""Pretrain CM-CGNS or another method: `python jobs/pretrain.py [--config FILE.yaml] [--dry-run] [--section.key=value ...]`; see --help."""
+"""Pretrain a model: `python jobs/pretrain.py [--config FILE.yaml] [--dry-run] [--section.key=value ...]`; see --help."""
 
 import sys
 from pathlib import Path

@@ -43,7 +43,7 @@ class EvaluateConfig(Section):
     options: dict[str, dict[str, Any]] = {}
     """Settings of your own tasks: `{NAME: {key: value}}`, with the name used in `tasks`."""
     sets: dict[str, str] = {}
-    """Downstream sets in addition to the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder
+    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder
     or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind: `{masked:a: ..., masked:b: ...}`."""
     draw_splits: bool = False
     """Ignore the splits in the table of `masked` and draw new ones by group."""
@@ -58,7 +58,7 @@ class EvaluateConfig(Section):
     detection_fractions: tuple[float, ...] = (1.0,)
     """Fractions of the training boxes for detection."""
     encoder: tuple[Literal["frozen", "tuned"], ...] = ("frozen",)
-    """Train only heads on a `frozen` encoder, or train the encoder too (`tuned`), or both. Frozen encoders are classified by linear
+    """Train only heads on a `frozen` encoder, or the encoder too (`tuned`), or both. Frozen encoders are classified by linear
     probes."""
     head_steps: PositiveInt = 300
     """Maximum number of optimizer steps of a head; training stops early once the validation loss no longer falls."""
@@ -67,7 +67,7 @@ class EvaluateConfig(Section):
     head_rate: float = Field(1e-3, gt=0.0)
     """Learning rate of a head; a tuned encoder uses a tenth of it."""
     prompts: str | None = None
-    """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; by default built in."""
+    """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; default: built in."""
     ablation: str | None = None
     """YAML file of an ablation, such as jobs/ablation.yaml: pretrains its variants with its seeds (after `run.resume` only
     unfinished ones) and compares them. `evaluate.run` is then ignored."""
@@ -105,9 +105,7 @@ class EvaluateJobConfig(Section):
         for name in ("fractions", "segmentation_fractions", "detection_fractions"):
             for share in getattr(self.evaluate, name):
                 if not 0.0 < share <= 1.0:
-                    raise ValueError(
-                        f"evaluate.{name} {share} is not a fraction; give numbers above 0, up to 1"
-                    )
+                    raise ValueError(f"evaluate.{name} {share} is not a fraction; give numbers above 0, up to 1")
         if self.run.resume is not None and self.evaluate.ablation is None:
             raise ValueError(
                 "run.resume: an evaluation cannot be resumed; remove run.resume. Stored features are reused"

@@ -170,7 +170,9 @@ class EmbedJob(Job):
         try:
             write_sentences(self.model_run, self.settings, split, self.coordinator, self.folder.file("sentences"))
         except BaseException:
-            storage.delete_folder(self.folder.file("sentences"))  # an incomplete set could be mistaken for a complete one
+            storage.delete_folder(
+                self.folder.file("sentences")
+            )  # an incomplete set could be mistaken for a complete one
             raise
         return {"seconds": round(time.perf_counter() - began, 1)}
 

@@ -23,11 +23,11 @@ from cmcgns.errors import BadRow
 from cmcgns.evaluate.features import (
     PIECE_FILMS,
     PIECES_AHEAD,
-    pieces_of,
-    read_each,
-    read_bad_images,
-    set_digest,
     drop_bad,
+    pieces_of,
+    read_bad_images,
+    read_each,
+    set_digest,
     warn_about_bad_images,
     write_bad_images,
 )

@@ -1,4 +1,4 @@
-"""The driver of `jobs/evaluate.py`: features and pairs once, then each task by itself, then one table."""
+"""The evaluate job: computes features and pairs once, runs each task on them, and writes one table."""
 
 import logging
 from collections import Counter
@@ -25,16 +25,16 @@ from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.base import load_task, task_options
 from cmcgns.evaluate.config import TASKS, EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.encoders import last_run, open_encoders
-from cmcgns.evaluate.report import Results, read_results, report_page, show, print_skipped_and_failed, write_results
+from cmcgns.evaluate.report import Results, print_skipped_and_failed, read_results, report_page, show, write_results
 from cmcgns.evaluate.scores import with_suffix
 from cmcgns.evaluate.tasks import (
-    HEAD_TASKS,
     FILM_HEADS,
+    HEAD_TASKS,
     Evaluation,
     TaskResult,
     start_feature_tasks,
-    start_pair_tasks,
     start_film_head_tasks,
+    start_pair_tasks,
 )
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.job import Job, check_capacity, write_config
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluateJob(Job):
-    """Every task on every set with every encoder, in one table."""
+    """Runs every task on every set with every encoder."""
 
     script = "evaluate"
     resume_key = ""
@@ -62,11 +62,11 @@ class EvaluateJob(Job):
         self.folder = open_folder(config.run, "evaluate", resume_key="")
         for name in settings.tasks:
             if name not in HEAD_TASKS:
-                task_options(load_task(name), name, settings)  # refused before anything is computed
+                task_options(load_task(name), name, settings)  # refuse wrong options before anything is computed
         open_sets(self.evaluation)
 
     def needed(self) -> list[dict[str, float]]:
-        # beside the workers, a task of one CPU and one that reads, as ``check_cluster`` counts them
+        # besides the workers one CPU for a task and one for reading films, as in ``check_cluster``
         own = self.evaluation.settings
         return [*bundles(own.workers, own.cpus_per_worker, own.use_gpu), ONE_CPU, ONE_CPU]
 
@@ -126,11 +126,11 @@ class EvaluateJob(Job):
         }
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Nothing: evaluation.json has been written."""
+        """Does nothing: evaluation.json has been written."""
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
         if result["status"] == "stopped":
-            terminal.print("stopped; the features that were computed are kept for the next evaluation", highlight=False)
+            terminal.print("stopped; the next evaluation reuses the features computed so far", highlight=False)
             return
         if result.get("failure"):
             super().report(terminal, result)
@@ -142,7 +142,7 @@ class EvaluateJob(Job):
 
 
 def add_other_evaluation(evaluation: Evaluation, name: str, results: Results) -> None:
-    """Put the scores of another evaluation beside ours, those of sets whose test images are the same."""
+    """Add the scores of another evaluation, for sets whose test images are the same."""
     ours = evaluation.tests()
     same = {images for images, digest in results.tests.items() if ours.get(images) == digest}
     scores = [score for score in results.scores if score.images in same]
@@ -158,9 +158,9 @@ def add_other_evaluation(evaluation: Evaluation, name: str, results: Results) ->
 
 
 def open_sets(evaluation: Evaluation) -> None:
-    """Open the corpus and every downstream set; one that cannot be is a failure, and the others go on."""
+    """Open the corpus and every downstream set; one that cannot be opened is recorded as a failure."""
     settings, config = evaluation.settings, evaluation.encoders[0].config
-    # as large as any encoder needs them: a JPEG may be decoded at a reduced scale
+    # the largest size that any encoder needs, since a JPEG may be decoded at a reduced scale
     largest = max(max(each.config.data.resize, each.config.data.image_size) for each in evaluation.encoders)
     target = Target(largest, "longer")
 
@@ -172,7 +172,7 @@ def open_sets(evaluation: Evaluation) -> None:
 
     def downstream(name: str, uri: str) -> ImageSet:
         kind, uri = name.split(":")[0], storage.absolute("evaluate.sets", uri)
-        # what is drawn for testing here was not drawn for training there
+        # the run's seed: test images here were not in the run's random training split
         seed, borders = config.data.seed, config.data.crop_borders
         return replace(open_set(kind, uri, seed, target, borders, settings.draw_splits), name=name)
 
@@ -185,28 +185,28 @@ def open_sets(evaluation: Evaluation) -> None:
             evaluation.failures.append(f"{what}: {error}")
             continue
         if images is None:
-            evaluation.skipped.append(f"{what} has no labels: classification and zero-shot are left out")
+            evaluation.skipped.append(f"{what} has no labels: classification and zero-shot are skipped")
         else:
             evaluation.sets.append(images)
 
 
 def check_workers(settings: EvaluateConfig, config: Config) -> None:
-    """Raise where workers, or a task of one CPU, leave no CPU for the films of ``config``."""
+    """Raise ``UserError`` if the workers, or a task of one CPU, leave no CPU for reading films."""
     own = settings
     reading = config.data.cpus_per_task
     check_capacity("evaluate", "worker", own.workers, own.cpus_per_worker, own.use_gpu, kept=reading, least=1.0)
 
 
-def features_folder(settings: EvaluateConfig, otherwise: str) -> str:
-    """Where features are kept: as told, else beside what is in ``otherwise``."""
-    told = settings.features
-    return storage.join(otherwise, "features") if told is None else storage.absolute("evaluate.features", told)
+def features_folder(settings: EvaluateConfig, default_parent: str) -> str:
+    """Folder of stored features: ``evaluate.features``, by default `features/` in ``default_parent``."""
+    given = settings.features
+    return storage.join(default_parent, "features") if given is None else storage.absolute("evaluate.features", given)
 
 
 def measure_all(evaluation: Evaluation, cache: str) -> None:
-    """Every task on every set with every encoder."""
+    """Run every task on every set with every encoder."""
     settings = evaluation.settings
-    logging.getLogger("cmcgns").setLevel(logging.INFO)  # the end of each task is logged
+    logging.getLogger("cmcgns").setLevel(logging.INFO)  # to log the end of each task
     waiting: dict[Any, str] = {}
     tasks = {name: load_task(name) for name in settings.tasks if name not in HEAD_TASKS}
     on_pairs = {name: task for name, task in tasks.items() if task.reads == "pairs"}
@@ -225,13 +225,13 @@ def measure_all(evaluation: Evaluation, cache: str) -> None:
 
 
 def collect(evaluation: Evaluation, what: str, reference: Any) -> None:
-    """Add the scores of one task, or why there are none."""
+    """Add the scores of one task, or its failure."""
     try:
         measured: TaskResult = ray.get(reference)
         evaluation.scores += measured.scores
         evaluation.shown += measured.shown
         evaluation.seconds[what] = measured.seconds
         logger.info("%s: %.0f s", what, measured.seconds)
-    except Exception as error:  # the others go on
+    except Exception as error:  # the other tasks continue
         evaluation.failures.append(f"{what}: {cause(error)}")
         logger.warning("%s could not be measured: %s", what, cause(error))

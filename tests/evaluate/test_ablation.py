@@ -67,7 +67,7 @@ def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
         ({"variants": {"A": {}, "B": {}}}, "seeds: Field required"),
         ({"seeds": ["a"], "variants": {"A": {}, "B": {}}}, "seeds.0: Input should be a valid integer"),
         ({"seeds": [0], "variants": {"A": ["x"], "B": {}}}, "variants.A: Input should be a valid dictionary"),
-        ({"seeds": [0, 0], "variants": {"A": LENGTH, "B": LENGTH}}, "one is there twice"),
+        ({"seeds": [0, 0], "variants": {"A": LENGTH, "B": LENGTH}}, "a seed appears twice"),
         (
             {"seeds": [0], "variants": {"A": LENGTH, "B": LENGTH | {"data.seed": 1}}},
             "data.seed differs between variants",

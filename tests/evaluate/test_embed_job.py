@@ -85,7 +85,7 @@ def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     wrong: list[tuple[list[str], str]] = [
         ([], "embed.run is missing"),
-        (["--embed.run=nowhere"], "nowhere is no run folder"),
+        (["--embed.run=nowhere"], "nowhere is not a run folder"),
         (["--embed.run=young"], "has no export: the run has not finished"),
         (["--embed.run=good", "--embed.uri=empty"], "empty: no known format found"),
         (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),

@@ -90,13 +90,13 @@ def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "holds no finished run that is named for its time"),
-        (["--evaluate.run=gone"], "is no run folder: it holds no config.yaml"),
+        ([], "has no finished run with an automatic name"),
+        (["--evaluate.run=gone"], "is not a run folder: it has no config.yaml"),
         (["--evaluate.run={run}", "--evaluate.tasks=[retreival]"], "evaluate.tasks"),
-        (["--evaluate.run={run}", "--evaluate.fractions=[0.0]"], "evaluate.fractions 0.0 is no share of the labels"),
+        (["--evaluate.run={run}", "--evaluate.fractions=[0.0]"], "evaluate.fractions 0.0 is not a fraction"),
         (["--evaluate.run={run}", "--evaluate.beside=[nobody]"], "evaluate.beside nobody is neither `random`"),
         (["--evaluate.run={run}", "--evaluate.prompts=none.yaml"], "none.yaml"),
-        (["--evaluate.run={run}", "--evaluate.compare=[{run}]"], "holds no evaluation"),
+        (["--evaluate.run={run}", "--evaluate.compare=[{run}]"], "contains no evaluation"),
         (["--evaluate.runs={run}"], "did you mean evaluate.run?"),
     ],
 )

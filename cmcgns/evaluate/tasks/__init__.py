@@ -1,4 +1,4 @@
-"""The tasks of an evaluation as Ray runs them: what is started for which set and encoder, each on one CPU by itself."""
+"""Ray tasks of an evaluation: which task is started for which set and encoder, each on one CPU."""
 
 import hashlib
 import itertools
@@ -31,33 +31,31 @@ FILM_HEADS: dict[str, AnnotationKind] = {
     "detection": "boxes",
     "classification": "labels",
 }
-"""Heads that are trained on films, and what they are taught; classification only where encoders are tuned."""
-
-
+"""Tasks that train a head on films, and the annotations they use; classification only with tuned encoders."""
 HEAD_TASKS = ("segmentation", "detection")
-"""Tasks with nothing but a trained head."""
+"""Tasks that only train a head on films."""
 
 
 @dataclass
 class Evaluation:
-    """What is evaluated, and what has come of it."""
+    """Inputs and results of an evaluation."""
 
     settings: EvaluateConfig
     encoders: list[EncoderSpec]
     sets: list[ImageSet]
     prompts: dict[str, dict[str, dict[str, list[str]]]]
-    """For each kind of set and class the sentences under `present` and `absent`."""
+    """Sentences under `present` and `absent`, by kind of set and class."""
     scores: list[Score] = field(default_factory=list)
     shown: list[Figure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """Tasks that a set or an encoder has nothing for."""
+    """Tasks that were not run for a set or encoder, with the reason."""
     failures: list[str] = field(default_factory=list)
-    """Tasks and sets that could not be evaluated, and why."""
+    """Tasks and sets that failed, with the reason."""
     bad_rows: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By set, the reason of each image that could not be used."""
+    """Reason for each unusable image, by set."""
     seconds: dict[str, float] = field(default_factory=dict)
     pairs_digest: str | None = None
-    """Of the test studies that films and reports were taken from."""
+    """Digest of the corpus's test studies."""
 
     def tests(self) -> dict[str, str]:
         """Digest of the test images of each set, and of the corpus's test studies."""
@@ -66,12 +64,12 @@ class Evaluation:
 
 
 def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any, str]:
-    """References of the scores of tasks on the corpus's films and reports together, with what each one is."""
+    """Start the tasks that read pairs of the corpus. Returns a description of each by its Ray reference."""
     settings, started = evaluation.settings, dict[Any, str]()
     images = next((each for each in evaluation.sets if isinstance(each.source, PhantomSource)), None)
     if images is None:
         unknown = [name for name, task in tasks.items() if task.needs_truth]
-        evaluation.skipped += [f"{name}: what sentences say is known of the phantom alone" for name in unknown]
+        evaluation.skipped += [f"{name}: findings of sentences are known only for the phantom" for name in unknown]
         tasks = {name: task for name, task in tasks.items() if name not in unknown}
     shared = ray.put(images)
     for encoder in evaluation.encoders if tasks else []:
@@ -86,7 +84,7 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
         if not own:
             continue
         pairs = embed.remote(encoder)
-        try:  # one after the other: each needs a CPU besides those of its data
+        try:  # one at a time: each needs a CPU in addition to those for its data
             digest = ray.get(studies_digest.remote(pairs))
         except Exception as error:
             evaluation.failures.append(f"pairs by {encoder.name}: {cause(error)}")
@@ -102,7 +100,7 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
 
 
 def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of the scores of tasks on the films of ``images`` alone."""
+    """Start the tasks that read features of ``images``. Returns a description of each by its Ray reference."""
     settings, started = evaluation.settings, dict[Any, str]()
     if not images.classes:
         evaluation.skipped.append(f"{images.name}: it has no labels for classification")
@@ -136,7 +134,7 @@ def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: 
 
 
 def start_film_head_tasks(evaluation: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of what is measured by heads that say where findings lie."""
+    """Start the tasks that train a head on the films of ``images``. Returns a description of each by its Ray reference."""
     settings, started, data = evaluation.settings, dict[Any, str](), evaluation.encoders[0].config.data
     shares = {
         "segmentation": settings.segmentation_fractions,
@@ -158,7 +156,9 @@ def start_film_head_tasks(evaluation: Evaluation, images: ImageSet, cache: str) 
     evaluation.skipped += [f"{task} of {images.name}: it has no {FILM_HEADS[task]}" for task in absent]
     if not wanted:
         return started
-    needed = pa.concat_tables([images.annotated(images.table, FILM_HEADS[task]).select(["image_id"]) for task in wanted])
+    needed = pa.concat_tables(
+        [images.annotated(images.table, FILM_HEADS[task]).select(["image_id"]) for task in wanted]
+    )
     images = replace(images, table=images.table.filter(pc.is_in(images.table["image_id"], needed["image_id"])))
     shared = ray.put(images)
     for side in dict.fromkeys(encoder.config.data.image_size for encoder in evaluation.encoders):
@@ -180,13 +180,13 @@ def start_film_head_tasks(evaluation: Evaluation, images: ImageSet, cache: str) 
 
 
 def _empty_split(images: ImageSet, what: AnnotationKind) -> str | None:
-    """The first split in which nobody has looked for ``what`` on any image."""
+    """The first split without an image annotated for ``what``; None if there is none."""
     return next((split for split in SPLITS if not len(images.annotated(images.split(split), what))), None)
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one task gives."""
+    """Result of one task."""
 
     scores: list[Score]
     shown: list[Figure]
@@ -195,13 +195,13 @@ class TaskResult:
 
 @ray.remote(num_cpus=1)
 def embed(encoder: EncoderSpec) -> Pairs:
-    """The corpus's test split through an encoder's model."""
+    """Embeddings of the corpus's test split by an encoder's model."""
     return embed_pairs(encoder.load_model(), encoder.run, "test")
 
 
 @ray.remote(num_cpus=0)
 def studies_digest(pairs: Pairs) -> str:
-    """Hash of the studies and films of ``pairs``, which stay where they are."""
+    """Hash of the studies and films of ``pairs``, computed where they are stored."""
     shown = [*pairs.study_N, *pairs.path_N]
     return hashlib.blake2b("\n".join(shown).encode(), digest_size=6).hexdigest()
 
@@ -210,7 +210,7 @@ def studies_digest(pairs: Pairs) -> str:
 def run_pair_task(
     task: Task, name: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
 ) -> TaskResult:
-    """The scores of a task that reads pairs."""
+    """Scores of a task that reads pairs."""
     return measure(task, Inputs(encoder, images, settings, pairs=pairs, options=task_options(task, name, settings)))
 
 
@@ -218,7 +218,7 @@ def run_pair_task(
 def run_feature_task(
     task: Task, name: str, uri: str, encoder: EncoderSpec, images: ImageSet, settings: EvaluateConfig
 ) -> TaskResult:
-    """The scores of a task that reads the features at ``uri``."""
+    """Scores of a task that reads the features at ``uri``."""
     features, options = read_features(uri), task_options(task, name, settings)
     return measure(task, Inputs(encoder, images, settings, features=features, options=options))
 
@@ -233,7 +233,7 @@ def measure(task: Task, inputs: Inputs) -> TaskResult:
 def run_film_head(
     task: str, uri: str, images: ImageSet, encoder: EncoderSpec, share: float, tuned: bool, settings: EvaluateConfig
 ) -> TaskResult:
-    """One of ``FILM_HEADS``, on the films at ``uri``."""
+    """Scores of one of ``FILM_HEADS`` on the films at ``uri``."""
     began, shown = time.perf_counter(), list[Figure]()
     torch.set_num_threads(1)
     side = encoder.config.data.image_size
@@ -249,21 +249,21 @@ def run_film_head(
 def parts_of(
     uri: str, images: ImageSet, side: int, what: AnnotationKind, share: float, seed: int
 ) -> tuple[dict[str, Films], list[str]]:
-    """The films of each split on which somebody has looked for ``what``, of the training split a ``share`` of the groups; and
-    the groups of the test films.
+    """The films of each split that are annotated for ``what`` (in training a ``share`` of the groups), and the groups of
+    the test films.
 
     Raises:
-        UserError: a split without such a film.
+        UserError: a split has no such film.
     """
     usable, parts, groups = pa.array(film_ids(uri), pa.string()), dict[str, Films](), list[str]()
     for split in SPLITS:
         rows = images.annotated(images.split(split), what)
         rows = rows.filter(pc.is_in(rows["image_id"], usable))
         if not len(rows):
-            raise UserError(f"{images.name}: no image of the {split} split has {what} and can be used")
+            raise UserError(f"{images.name}: the {split} split has no usable image with {what}")
         if split == "train":
             rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, seed)))
-        # in the set's order, as they lie in the file
+        # in the set's order, as in the file
         parts[split] = load_films(uri, images, side, rows["image_id"].to_pylist())
         groups = rows["group"].to_pylist()
     return parts, groups

@@ -1,4 +1,4 @@
-"""Detection: centres and sizes on a U-Net decoder's maps (Zhou et al. 2019, "Objects as Points"), measured by COCO's mAP.
+"""Detection: box centres and sides from a U-Net decoder (Zhou et al. 2019, "Objects as Points"), scored by COCO's mAP.
 
 N films, B films of a batch, K box classes, h cells of the map along a side, n detections.
 """
@@ -27,18 +27,18 @@ from cmcgns.evaluate.scores import Resampling, Score, percent
 Floats = NDArray[np.float64]
 STRIDE = 4
 MAX_DETECTIONS, MIN_SCORE = 100, 0.01
-"""Detections of one film that count, as for COCO, and the score that they have at least."""
+"""Maximum number of detections per film, as in COCO, and their minimum score."""
 NEAR = 0.5
-"""Cells whose heat reaches this learn where the box's sides are."""
+"""Cells with at least this heat are trained to predict the sides of the box."""
 RESAMPLES = 100
-"""Of the films, at most: each one is a whole evaluation."""
+"""Maximum number of resamples of the films: each one is a whole evaluation."""
 SIDES_WEIGHT = 2.0
 EMPTY = -3.0
-"""Log-odds of a centre that every cell begins with: almost all are empty."""
+"""Initial log-odds of a centre in each cell: almost all cells are empty."""
 
 
 class Detections(NamedTuple):
-    """What was found on one film, best first."""
+    """Detections on one film, best first."""
 
     kind_n: NDArray[np.int64]
     score_n: Floats
@@ -50,9 +50,9 @@ def detection_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
     settings: EvaluateConfig, shown: list[Figure] | None = None,
 ) -> list[Score]:  # fmt: skip
-    """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, those without boxes included.
+    """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, including those without boxes.
 
-    ``shown`` is given some test films with boxes.
+    Appends some test films with boxes to ``shown``.
     """
     if not any(map(len, parts["test"].boxes)):
         raise UserError(f"{images.name}: no test film has any of {', '.join(images.box_classes)}")
@@ -66,7 +66,7 @@ def detection_scores(
         films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {percent(share)} of labels"
         shown.append(boxes(title, films.film_NRR, films.boxes, [found[i] for i in some], images.box_classes))
     value = mean_average_precision(found, parts["test"], kinds)
-    # boxes alone: they are copied for each resample
+    # only boxes: they are copied for each resample
     no_films, no_masks = np.zeros((len(found), 0, 0), np.uint8), np.zeros((len(found), 0, 0, 0), bool)
     truth = replace(parts["test"], film_NRR=no_films, mask_NKRR=no_masks)
     resampling = Resampling.of(groups, min(settings.resamples, RESAMPLES), settings.seed)
@@ -93,8 +93,8 @@ def detection_scores(
 
 
 def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Heat (B, K, h, h), 1 at the centre of each box and falling off over a sixth of its sides; the distances from each cell's
-    centre to the four sides of its box in cells (B, 4, h, h); and how much each cell's distances count (B, h, h)."""
+    """Heat (B, K, h, h), 1 at the centre of each box, a Gaussian with a sixth of its sides; distances in cells from each cell's
+    centre to the four sides of its box (B, 4, h, h); and the weight of each cell's distances in the loss (B, h, h)."""
     side = films.film_NRR.shape[-1]
     middle_h = np.arange(cells) + 0.5
     heat = np.zeros((len(films), kinds, cells, cells), np.float32)
@@ -105,7 +105,7 @@ def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tenso
     for b in range(len(films)):
         scaled_n4 = films.boxes[b] * cells / side
         area_n = (scaled_n4[:, 2] - scaled_n4[:, 0]) * (scaled_n4[:, 3] - scaled_n4[:, 1])
-        for n in np.argsort(-area_n):  # of boxes that overlap the smaller one has the cell
+        for n in np.argsort(-area_n):  # largest first: in overlapping boxes the smaller one gets the cell
             x0, y0, x1, y1 = scaled_n4[n]
             column, row = (min(int((low + high) / 2), cells - 1) for low, high in ((x0, x1), (y0, y1)))
             spread_x, spread_y = (max((high - low) / 6, 0.4) for low, high in ((x0, x1), (y0, y1)))
@@ -145,7 +145,7 @@ def shared_area(first_B4hh: Tensor, second_B4hh: Tensor) -> Tensor:
 
 
 def detections(model: DenseModel, films: Films, kinds: int, size: int) -> list[Detections]:
-    """What the model finds on each film."""
+    """The model's detections on each film."""
     found, side = [], films.film_NRR.shape[-1]
     for _, map_Bchh in predict_head(model, films, size):
         found += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
