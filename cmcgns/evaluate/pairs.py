@@ -59,10 +59,10 @@ class Pairs:
 @torch.inference_mode()
 def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pairs:
     """Embeddings of ``split`` of the run's corpus by ``model``, with settings and vocabulary of ``run``; on one CPU."""
-    found = open_split(run, EmbedConfig(run=run.uri, split=split))
-    coordinator = start_coordinator(len(found.studies), found.config.data.max_bad_fraction, {})
+    source_split = open_split(run, EmbedConfig(run=run.uri, split=split))
+    coordinator = start_coordinator(len(source_split.studies), source_split.config.data.max_bad_fraction, {})
     stream = stream_split(
-        found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, coordinator,
+        source_split.source, source_split.studies, source_split.arrangement, run.tokenizer, source_split.config.data, coordinator,
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
     batch_of = Batcher(run.config, run.tokenizer.pad_id, torch.device("cpu"))
@@ -72,10 +72,10 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
             batch_size=run.config.train.microbatch_size, batch_format="pyarrow"
         )
         for table in tables:
-            parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), found, FILMS - held))
+            parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), source_split, FILMS - held))
             held += len(parts[-1].film_MHW)
     if not parts:
-        raise UserError(f"{found.config.data.uri}: no study of the {split} split can be used")
+        raise UserError(f"{source_split.config.data.uri}: no study of the {split} split can be used")
     return _joined(parts)
 
 

@@ -154,7 +154,9 @@ def add_other_evaluation(evaluation: Evaluation, name: str, results: Results) ->
     evaluation.scores += with_suffix(scores, f" in {name}")
     other = sorted(results.tests.keys() - same)
     if other or not scores:
-        evaluation.skipped.append(f"{', '.join(other) or 'all'} of {name}: other test images than here, or none here")
+        evaluation.skipped.append(
+            f"{', '.join(other) or 'all'} of {name}: not the same test images as in this evaluation"
+        )
 
 
 def open_sets(evaluation: Evaluation) -> None:

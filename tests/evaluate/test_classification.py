@@ -101,7 +101,7 @@ def test_unusable_images_are_left_out_of_every_split() -> None:
         key: (score.value, score.number) for key, score in expected.items()
     }
     assert found["linear, 100% of labels", "mean AUC"].number == 90
-    with pytest.raises(UserError, match="small: no image of the test split can be used"):
+    with pytest.raises(UserError, match="small: the test split has no usable image"):
         measured(images, Features(whole.image_ids[:200], whole.pooled_NC[:200], None))
 
 

@@ -43,7 +43,7 @@ def test_the_same_test_images_are_compared_in_pairs_and_others_are_told() -> Non
     (gap,) = differences(found.scores, "pretrained")
     assert gap.value == pytest.approx(0.1)
     assert gap.interval == pytest.approx((0.1, 0.1))
-    assert found.skipped == ["nih of earlier: other test images than here, or none here"]
+    assert found.skipped == ["nih of earlier: not the same test images as in this evaluation"]
 
 
 def test_other_resamples_give_no_interval() -> None:
@@ -59,4 +59,4 @@ def test_other_resamples_give_no_interval() -> None:
 def test_an_evaluation_of_nothing_that_is_here_is_told() -> None:
     found = evaluation(images("rsna", 5))
     add_other_evaluation(found, "earlier", Results([], {}, seed=0))
-    assert found.skipped == ["all of earlier: other test images than here, or none here"]
+    assert found.skipped == ["all of earlier: not the same test images as in this evaluation"]

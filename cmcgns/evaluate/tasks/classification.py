@@ -126,7 +126,7 @@ def probe_scores(
         parts[split] = kept, labels_of(kept), found.pooled_NC.astype(np.float64)
     for split, (rows, *_) in parts.items():
         if not len(rows):
-            raise UserError(f"{images.name}: no image of the {split} split can be used")
+            raise UserError(f"{images.name}: the {split} split has no usable image")
     (_, train_NK, train_NC), (_, valid_NK, valid_NC), (_, test_NK, test_NC) = parts.values()
     groups = parts["train"][0]["group"].to_pylist()
     resampling = Resampling.of(parts["test"][0]["group"].to_pylist(), settings.resamples, settings.seed)
@@ -150,13 +150,15 @@ def probe_scores(
     return scores
 
 
-Found = tuple[str, float, Floats | None, str]
+MetricRow = tuple[str, float, Floats | None, str]
 
 
-def auc_scores(score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling) -> list[Found]:
-    """The mean over classes first, then each class. A class without positives, or without negatives, in the test images is left
-    out of the mean, and said."""
-    rows: list[Found] = []
+def auc_scores(
+    score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling
+) -> list[MetricRow]:
+    """The mean over classes, then each class. A class without positives or without negatives in the test images is excluded
+    and named in the note."""
+    rows: list[MetricRow] = []
     left_out = []
     for k, name in enumerate(images.classes):
         known_n = label_NK[np.isfinite(label_NK[:, k]), k] > 0.5
@@ -189,7 +191,7 @@ def class_auc(score_N: Floats, label_N: Floats) -> float:
 
 def accuracy_scores(
     score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling
-) -> list[Found]:
+) -> list[MetricRow]:
     """Fraction of the test images with the correct class."""
     hit_SN = [(scores_NK.argmax(1) == label_NK.argmax(1)).astype(np.float64) for scores_NK in score_SNK]
     value, resampled = over_draws(

@@ -30,12 +30,12 @@ def grounding_scores(
     a patch of tolerance). Contrast to noise is (mean inside - mean outside) / sqrt(sum of both variances), as for MS-CXR
     (Boecking et al. 2022), but signed. Appends some sentences with their attention to ``shown``.
     """
-    said = [
+    stated = [
         (i, truth.finding) for i, truth in enumerate(map(sentence_truth, pairs.text_n)) if truth and not truth.negated
     ]
-    covered_NKP = patch_truth(pairs, images, data, {pairs.study_of_n[i] for i, _ in said})
+    covered_NKP = patch_truth(pairs, images, data, {pairs.study_of_n[i] for i, _ in stated})
     hits, contrasts, chances, groups, kept = [], [], [], [], list[tuple[int, Floats]]()
-    for i, finding in said:
+    for i, finding in stated:
         study = pairs.study_of_n[i]
         covered_P = covered_NKP[study][FINDINGS.index(finding)] if finding in FINDINGS else np.zeros(1)
         if not covered_P.any():

@@ -159,7 +159,7 @@ class ConvolutionalDecoder(nn.Module):
         self.exit = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, joint_BPE: Tensor) -> Tensor:
-        """(B, 1, H, W) from patches beside what they attend to, E = 2D."""
+        """(B, 1, H, W) from patches concatenated with what they attend to, E = 2D."""
         features_BEgg = joint_BPE.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return self.exit(self.stages(self.entry(features_BEgg)))
 
@@ -194,7 +194,7 @@ class TransformerDecoder(nn.Module):
         self.upsample = nn.PixelShuffle(stride)
 
     def forward(self, joint_BPE: Tensor) -> Tensor:
-        """(B, 1, H, W) from patches beside what they attend to, E = 2D."""
+        """(B, 1, H, W) from patches concatenated with what they attend to, E = 2D."""
         hidden_BPC = self.entry(joint_BPE)
         hidden_BPC = self.layers(hidden_BPC + self.position_PC.to(hidden_BPC.dtype))
         pixels_BPp = self.exit(self.norm(hidden_BPC))
