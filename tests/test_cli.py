@@ -1,4 +1,4 @@
-"""The command line: files, overrides, help, and one clear message for what is wrong."""
+"""The command line: files, overrides, help, and one clear message for wrong input."""
 
 import re
 import subprocess

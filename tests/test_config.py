@@ -1,4 +1,4 @@
-"""Settings: what goes together, and what is said when it does not."""
+"""Settings that conflict, and their messages."""
 
 from pathlib import Path
 from typing import Any

@@ -28,7 +28,7 @@ def small_spec(name: str = "resnet-tiny", size: int = 64, resize: int = 72, seed
 
 @dataclass(frozen=True)
 class Kept(EncoderSpec):
-    """An encoder that stays open, so that what a task has done to it can be seen."""
+    """An encoder that stays loaded, so that a test can see what a task has done to it."""
 
     opened: FilmEncoder | None = None
 
@@ -42,7 +42,7 @@ class Kept(EncoderSpec):
 
 
 def rectangles(number: int, side: int = 64, seed: int = 0, empty: int = 0) -> Films:
-    """Grey noise, on each film one rectangle of either kind beside the other; the last ``empty`` films have none."""
+    """Grey noise with one rectangle of each kind per film; the last ``empty`` films have none."""
     random = np.random.default_rng(seed)
     film_NRR = random.integers(90, 130, (number, side, side)).astype(np.uint8)
     mask_N2RR = np.zeros((number, 2, side, side), bool)

@@ -1,4 +1,4 @@
-"""Shares of the labels: drawn by groups, nested, the same for every encoder; classes that cannot be measured are named."""
+"""Fractions of the labels: drawn by groups, nested, the same for every encoder; classes without a score are named."""
 
 import itertools
 from dataclasses import replace

@@ -62,7 +62,7 @@ def measured(pairs: Pairs, clusters: int) -> dict[str, Score]:
 
 
 def test_intervals_lie_around_the_number_of_the_whole_split() -> None:
-    """Rows that are drawn twice look alike: without moving them, resamples would lie above what they are resamples of."""
+    """Duplicate rows bias scores upwards: without the shift, resamples would be above the score of the whole split."""
     pairs = pairs_of(0.4)
     for score in measured(pairs, 20).values():
         assert score.resampled_R is not None

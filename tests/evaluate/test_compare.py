@@ -1,4 +1,4 @@
-"""Evaluations side by side: only what was measured on the same test images, and in pairs only where resamples are the same."""
+"""Comparison of evaluations: only scores on the same test images; paired only if the resamples are the same."""
 
 from types import SimpleNamespace
 from typing import Any

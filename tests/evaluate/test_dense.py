@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_head() -> None:
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_training_goes_back_to_the_best_validation_state(tuned: bool) -> None:
-    """Validation films whose masks are the wrong way round: the more is learnt, the worse, so that the start was best."""
+    """Validation films with inverted masks: training makes the loss worse, so that the initial weights are best."""
     train = rectangles(6, SIDE)
     valid = Films(train.image_ids, train.film_NRR, ~train.mask_NKRR, train.kinds, train.boxes)
     model = built("segmentation", tuned)

@@ -1,4 +1,4 @@
-"""Boxes: targets decode to what they were made of, and a head learns four films by heart."""
+"""Detection: targets decode to the original boxes, and a head can overfit four films."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ from tests.small import small_config
 
 
 def write_run(folder: Path, config: Config) -> CmCgnsModel:
-    """A run folder as the end of pretraining leaves it, of a model that has learnt nothing."""
+    """A finished run folder with an untrained model."""
     tokenizer = make_tokenizer(config, sample_reports(open_corpus(config), 1000))
     torch.manual_seed(1)
     model = load_method(config).build_model(tokenizer.vocabulary_size)

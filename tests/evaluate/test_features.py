@@ -1,4 +1,4 @@
-"""What Ray Data makes of a set's films: features and squares as of films read one by one, each read once."""
+"""Features and films by Ray Data: the same as for films read one by one, and each film is read once."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_an_unreadable_film_is_named_and_what_was_read_is_not_read_again(tmp_pat
     assert (kept.pooled_NC == found.pooled_NC[[8, 0]]).all()
     for film in (tmp_path / "set").glob("*.png"):
         film.unlink()
-    assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, bad)  # told again
+    assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, bad)  # reported again
     # another encoder needs the films, which are gone
     others, gone = make_features(ENCODERS, images, cache, SETTINGS)
     assert others[0] == uris[0]
@@ -139,7 +139,7 @@ def test_sets_with_masks_or_boxes_alone_are_read_and_broken_masks_named(tmp_path
 
 
 def test_features_are_taken_for_their_own_alone() -> None:
-    """Another encoder, set or way to show films has features of its own, even under the same ids."""
+    """Another encoder, set or preprocessing has separate features, even with the same ids."""
     source = PHANTOM.source
     sets = [PHANTOM, *(replace(PHANTOM, source=replace(source, **{key: value})) for key, value in (
         ("height", 64), ("width", 56), ("crop_borders", False)
@@ -156,7 +156,7 @@ def test_features_are_taken_for_their_own_alone() -> None:
 
 
 def test_an_untrained_encoder_is_known_by_all_that_its_weights_are_drawn_after() -> None:
-    """The same seed and image encoder beside a text encoder of another vocabulary: other heads, other features."""
+    """The same seed and image encoder with a text encoder of another vocabulary: other heads, other features."""
     spec = small_spec("resnet-tiny", SIZE, RESIZE)
     tokenizer = train_tokenizer(["the lungs are clear", "the heart is enlarged"], 64, 64, 8)
     other = replace(spec, run=replace(spec.run, vocabulary=tokenizer))

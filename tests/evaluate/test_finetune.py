@@ -1,4 +1,4 @@
-"""Classification by an encoder that is tuned: it learns what its films show, and labels that are unknown teach nothing."""
+"""Classification by a tuned encoder: it learns the classes of its films, and unknown labels have no effect."""
 
 from types import SimpleNamespace
 from typing import Any

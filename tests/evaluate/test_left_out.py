@@ -1,4 +1,4 @@
-"""What a set has no truth for: splits that nobody has looked at, and test films without anything on them."""
+"""Tasks without labels: splits that are not annotated, and test films without findings."""
 
 from types import SimpleNamespace
 from typing import Any

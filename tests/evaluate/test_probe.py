@@ -41,7 +41,7 @@ def test_features_that_know_nothing_are_at_chance() -> None:
 
 
 def test_the_probe_is_the_regression_that_the_validation_split_likes_best() -> None:
-    """Each strength by itself from the start, on features standardised by hand."""
+    """Each strength fitted separately from scratch, on features standardised by hand."""
     features, labels = blobs(2, 1.0, seed=3)
     spread = [(each - features[0].mean(0)) / features[0].std(0) for each in features]
     fits = [LogisticRegression(C=strength, tol=1e-8, max_iter=2000) for strength in STRENGTHS]
@@ -51,7 +51,7 @@ def test_the_probe_is_the_regression_that_the_validation_split_likes_best() -> N
         areas.append(roc_auc_score(labels[1][:, 0], fit.decision_function(spread[1])))
     assert len(set(areas)) > 1
     expected = fits[int(np.argmax(areas))].decision_function(spread[2])
-    # ended sooner, and begun from the strength before
+    # stopped earlier, and initialised from the previous strength
     assert probe(features, labels, exclusive=False)[:, 0] == pytest.approx(expected, abs=0.02 * np.abs(expected).max())
 
 

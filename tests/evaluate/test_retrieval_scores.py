@@ -28,7 +28,7 @@ def measured(pairs: Pairs) -> dict[tuple[str, str], Score]:
 
 
 def coarse(number: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whole numbers, so that many similarities are equal to the bit; reports of which some are the same."""
+    """Integer features, so that many similarities are exactly equal, and some duplicate reports."""
     random = np.random.default_rng(seed)
     image_ND = random.integers(-2, 3, (number, 5))
     report_ND = np.where(random.random((number, 5)) < 0.7, image_ND, random.integers(-2, 3, (number, 5)))
@@ -36,7 +36,7 @@ def coarse(number: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def wrong_before(query: np.ndarray, items: np.ndarray, right: list[bool]) -> int:
-    """Wrong items that come before the first right one where equal ones are ranked the wrong ones first."""
+    """Number of wrong items before the first right one, with wrong items first among ties."""
     ranked = sorted(range(len(items)), key=lambda j: (-int(query @ items[j]), right[j]))
     return next(place for place, j in enumerate(ranked) if right[j])
 

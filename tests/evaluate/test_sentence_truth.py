@@ -1,4 +1,4 @@
-"""The phantom's sentences say of its films what is true of them."""
+"""The phantom's sentences match the findings of its films."""
 
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow

@@ -1,4 +1,4 @@
-"""Boxes and masks on the padded square lie where the film does."""
+"""Boxes and masks are moved to the padded square like the film."""
 
 import numpy as np
 import pytest

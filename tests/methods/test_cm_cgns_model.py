@@ -1,4 +1,4 @@
-"""What the whole model promises: what is hidden stays hidden, padding is nothing, patches are in raster order."""
+"""The whole model: masked patches do not leak, padding has no effect, patches are in raster order."""
 
 from typing import Any
 
@@ -172,7 +172,7 @@ def test_decoders_put_each_patch_where_it_belongs(kind: str) -> None:
     middle += (slice(column * stride + stride // 2 - 2, column * stride + stride // 2 + 2),)
     model.decoder(joint_BPE)[0, 0][middle].sum().backward()
     assert joint_BPE.grad is not None
-    # the pixels in the middle of a cell hang on that cell's patch more than on any other
+    # pixels in the middle of a cell depend most on that cell's patch
     assert int(joint_BPE.grad[0].norm(dim=1).argmax()) == row * grid + column
 
 

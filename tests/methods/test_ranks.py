@@ -79,5 +79,5 @@ def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
 def test_every_parameter_takes_part_in_stage_2(single: dict[str, tuple[float, list[float], dict[str, Tensor]]]) -> None:
     for name, (_, _, gradients) in single.items():
         still = [key for key, gradient in gradients.items() if not gradient.any()]
-        # attention ignores what is added to all keys alike
+        # attention is invariant to a bias that is equal for all keys
         assert all(key.endswith(("key.bias", "k_proj.bias")) for key in still), (name, still)

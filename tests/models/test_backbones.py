@@ -1,4 +1,4 @@
-"""Encoders by preset, folder or name, and what is said where there is none."""
+"""Encoders by preset, folder or name, and the message if there is none."""
 
 from pathlib import Path
 
@@ -90,9 +90,9 @@ def fixture_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_a_wrong_name_is_refused_with_the_presets(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.image_encoder 'resnet-5' is no preset.*presets: resnet-tiny"):
+    with pytest.raises(UserError, match=r"model.image_encoder 'resnet-5' is neither a preset.*presets: resnet-tiny"):
         build_image_backbone("resnet-5", 64, 0.0)
-    with pytest.raises(UserError, match=r"model.text_encoder 'bert-huge' is no preset.*presets: bert-tiny"):
+    with pytest.raises(UserError, match=r"model.text_encoder 'bert-huge' is neither a preset.*presets: bert-tiny"):
         build_text_backbone("bert-huge", 100, 64, 0.0)
     with pytest.raises(UserError, match=r"model.image_encoder '.*' contains no model"):
         build_image_backbone(str(tmp_path), 64, 0.0)

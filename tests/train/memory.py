@@ -65,7 +65,7 @@ class MemoryBlocks:
 
 
 class Quiet:
-    """A display that nobody looks at."""
+    """A display that shows nothing."""
 
     def update(self, row: dict[str, Any]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""One run that does much at once: it streams its corpus out of a bucket, and trains on encoders out of local folders."""
+"""One run that streams its corpus from a bucket and trains encoders from local folders."""
 
 import os
 from pathlib import Path

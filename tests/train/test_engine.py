@@ -1,4 +1,4 @@
-"""Both engines: every ZeRO stage trains alike, on any number of ranks, and hands its whole state to any other."""
+"""Both engines: every ZeRO stage gives the same training on any number of ranks, and can load the state of any other."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 
 def config_of(ranks: int = 1, accumulation: int = 1, **train: object) -> Config:
-    """One global batch of 6 studies, cut as asked."""
+    """One global batch of 6 studies, split into microbatches."""
     size = GLOBAL_BATCH // ranks // accumulation
     return small_config(num_workers=ranks, microbatch_size=size, global_batch_size=GLOBAL_BATCH, **train)
 
@@ -127,7 +127,7 @@ def on_two_ranks(folder: str) -> dict[str, tuple[float, State]]:
         engine = engine_of(config)
         loss = run_step(engine, config, seed=0)
         found[name] = loss, gradients(engine)
-        if name == "torch":  # which averages in its step
+        if name == "torch":  # the torch engine averages in step()
             weights = {key: value.clone() for key, value in engine.weights().items()}
             engine.step(1e-4)
             found[name] = loss, {key: value - weights[key] for key, value in engine.weights().items()}
@@ -271,7 +271,9 @@ def test_frozen_parts_stay_out_of_the_optimizer() -> None:
     train(engine, config, range(2))
     after = engine.weights()
     for name, value in before.items():
-        if not name.endswith(("key.bias", "k_proj.bias")):  # attention ignores what is added to all keys alike
+        if not name.endswith(
+            ("key.bias", "k_proj.bias")
+        ):  # attention is invariant to a bias that is equal for all keys
             assert torch.equal(value, after[name]) == name.startswith(RECONSTRUCTION_PARTS), name
     assert not any(name.removeprefix("exp_avg.").startswith(RECONSTRUCTION_PARTS) for name in engine.optimizer_state())
 

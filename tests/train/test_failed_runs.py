@@ -1,4 +1,4 @@
-"""A run that cannot go on ends by itself, with status 1 and one message, and nothing already done is lost."""
+"""A run that cannot continue ends with status 1 and one message, and loses nothing that was saved."""
 
 from pathlib import Path
 

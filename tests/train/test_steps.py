@@ -1,4 +1,4 @@
-"""Which studies each step sees: the same on any number of ranks, and after a restart in the middle."""
+"""Studies of each step: the same on any number of ranks, and after a restart in the middle."""
 
 from typing import Any
 
@@ -161,12 +161,12 @@ def test_validation_crops_the_middle() -> None:
 def test_the_next_epoch_begins_so_long_before_it_is_needed(
     speed: int, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 s at the speed of this epoch, its slow start and what lay ready at it left out, and not fewer studies than asked for."""
+    """8 s at the speed of this epoch, without its slow start and its first buffered studies, and at least ``least`` studies."""
     clock = [0.0]
     monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
     timer, position = PrefetchTimer(100_000, least=640), 0
     clock[0] += 30  # until the first block
-    for _ in range(5):  # what lay ready
+    for _ in range(5):  # already buffered
         position += 100
         assert not timer.is_due(position)
         clock[0] += 0.01

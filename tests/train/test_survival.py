@@ -1,4 +1,4 @@
-"""A run that loses workers and is stopped ends as if nothing had happened; the acceptance test takes it one by one."""
+"""A run that loses workers and is stopped ends like an undisturbed one; the acceptance test checks each case separately."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
