@@ -149,7 +149,7 @@ def stream_features(
         films = ray.data.from_arrow(pieces).map_batches(
             read, batch_format="pyarrow", batch_size=None, num_cpus=encoders[0].config.data.cpus_per_task
         )
-        found = films.map_batches(
+        embedded = films.map_batches(
             EmbedFilms,
             batch_format="pyarrow",
             batch_size=settings.batch_size,
@@ -158,7 +158,7 @@ def stream_features(
             num_cpus=settings.cpus_per_worker,
             num_gpus=1 if settings.use_gpu else 0,
         )
-        yield from found.iter_batches(batch_size=None, batch_format="pyarrow")
+        yield from embedded.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def read_films(rows: pa.Table, source_ref: Any, resize: int) -> pa.Table:

@@ -89,12 +89,12 @@ def attention(title: str, film_NHW: Array, weight_NP: Array, truth_NP: Array, te
 def nearest(title: str, film_NHW: Array, reports: Sequence[Sequence[str]], own: Sequence[str]) -> Figure:
     """Films, each with its own report and its nearest reports."""
     canvas = Canvas(figsize=(11, 1.9 * len(film_NHW)), layout="constrained")
-    for row, (film_HW, found, report) in enumerate(zip(film_NHW, reports, own, strict=True)):
+    for row, (film_HW, retrieved, report) in enumerate(zip(film_NHW, reports, own, strict=True)):
         picture = canvas.add_subplot(len(film_NHW), 2, 2 * row + 1)
         picture.imshow(film_HW, cmap="gray")
         words = canvas.add_subplot(len(film_NHW), 2, 2 * row + 2)
         lines = [f"own: {textwrap.shorten(report, 150)}"]
-        lines += [f"{place}. {textwrap.shorten(text, 150)}" for place, text in enumerate(found, 1)]
+        lines += [f"{place}. {textwrap.shorten(text, 150)}" for place, text in enumerate(retrieved, 1)]
         words.text(0, 1, "\n".join(textwrap.fill(line, 78) for line in lines), fontsize=7, va="top")
         picture.axis("off")
         words.axis("off")
@@ -142,6 +142,6 @@ def _draw(axis: Any, box: Sequence[float] | Array, colour: str, words: str = "")
 
 
 def _png(canvas: Canvas) -> bytes:
-    found = io.BytesIO()
-    canvas.savefig(found, format="png", dpi=110)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

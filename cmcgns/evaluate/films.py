@@ -134,10 +134,10 @@ def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -
 def _write_films(writer: pq.ParquetWriter, pieces: list[pa.Table], read: Any, cpus_per_task: float) -> dict[str, str]:
     """Write the films of all ``pieces``. Returns the reason by id for unusable ones."""
     bad = dict[str, str]()
-    found = ray.data.from_arrow(pieces).map_batches(
+    films = ray.data.from_arrow(pieces).map_batches(
         read, batch_format="pyarrow", batch_size=None, num_cpus=cpus_per_task
     )
-    for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for part in films.iter_batches(batch_size=None, batch_format="pyarrow"):
         writer.write_table(drop_bad(part, bad).cast(SCHEMA))
     return bad
 

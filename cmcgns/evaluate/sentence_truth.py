@@ -57,9 +57,9 @@ def sentence_truth(sentence: str) -> SentenceTruth | None:
     if denied:
         return SentenceTruth("+".join(denied), "", True)
     for name, pattern in _patterns():
-        found = pattern.fullmatch(sentence)
-        if found is not None:
-            return SentenceTruth(name.finding, name.laterality or _side(found["where"] or ""), False)
+        match = pattern.fullmatch(sentence)
+        if match is not None:
+            return SentenceTruth(name.finding, name.laterality or _side(match["where"] or ""), False)
     return None
 
 
@@ -73,13 +73,13 @@ def _denied(sentence: str) -> list[str]:
     """Findings that a sentence negates; empty if it says more, or negates something else."""
     if "no" not in sentence.split() and "without" not in sentence.split():
         return []
-    found, rest = set(), f" {sentence} "
+    negated, rest = set(), f" {sentence} "
     terms = [(" ".join(normalised_words(term)), name) for name, listed in phrases.ABSENT.items() for term in listed]
     for term, name in sorted(terms, key=lambda pair: -len(pair[0])):
         if f" {term} " in rest:
-            found.add(name)
+            negated.add(name)
             rest = rest.replace(f" {term} ", "  ")
-    return sorted(found) if set(rest.split()) <= _FRAME else []
+    return sorted(negated) if set(rest.split()) <= _FRAME else []
 
 
 @lru_cache

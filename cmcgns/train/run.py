@@ -38,8 +38,8 @@ from cmcgns.train.setup import Corpus, Pretraining, latest_checkpoint, setup_pre
 
 def check_cpus(config: Config) -> None:
     """Raise ``UserError`` with the numbers if workers and clustering need more GPUs than there are, or leave no CPU for data."""
-    train, clustering, there = config.train, config.clustering, ray.cluster_resources()
-    taken, cpus, gpus = reserved_cpus(config), there.get("CPU", 0.0), there.get("GPU", 0.0)
+    train, clustering, resources = config.train, config.clustering, ray.cluster_resources()
+    taken, cpus, gpus = reserved_cpus(config), resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     if taken > cpus - 1:
         raise UserError(
             f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "

@@ -218,8 +218,8 @@ def check_corpus(folder: RunFolder, config: Config, corpus_digest: str, resume_k
 def latest_checkpoint(folder: RunFolder) -> str | None:
     """URI of the newest complete checkpoint in the folder."""
     names = [name for name in storage.list_folders(folder.uri) if name.startswith("checkpoint_")]
-    found = [uri for name in sorted(names) if storage.exists(f"{(uri := folder.file(name))}/progress.json")]
-    return found[-1] if found else None
+    complete = [uri for name in sorted(names) if storage.exists(f"{(uri := folder.file(name))}/progress.json")]
+    return complete[-1] if complete else None
 
 
 @dataclass(frozen=True)

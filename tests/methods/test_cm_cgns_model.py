@@ -136,7 +136,7 @@ class MeanColour(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Any:
         mean_B1gg = nn.functional.avg_pool2d(pixel_values[:, :1], 32)
-        hidden = mean_B1gg * torch.arange(1.0, 9.0).view(1, 8, 1, 1)
+        hidden = mean_B1gg * torch.arange(1.0, 9.0, device=pixel_values.device).view(1, 8, 1, 1)
         return type("Found", (), {"last_hidden_state": hidden})
 
 

@@ -121,9 +121,9 @@ def probe_scores(
     parts = {}
     for split in ("train", "valid", "test"):
         rows = images.split(split)
-        places, found = features.of(rows["image_id"].to_pylist())
+        places, kept_features = features.of(rows["image_id"].to_pylist())
         kept = rows.take(places)
-        parts[split] = kept, labels_of(kept), found.pooled_NC.astype(np.float64)
+        parts[split] = kept, labels_of(kept), kept_features.pooled_NC.astype(np.float64)
     for split, (rows, *_) in parts.items():
         if not len(rows):
             raise UserError(f"{images.name}: the {split} split has no usable image")
@@ -238,8 +238,8 @@ def finetune_scores(
     torch.manual_seed(settings.seed)
     model = Classifier(loaded, nn.Linear(loaded.dim, len(images.classes)))
     steps = fit_head(model, loss, parts["train"], parts["valid"], settings, settings.seed)
-    found = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
-    score_NK = np.concatenate(found).astype(np.float64)
+    logits = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
+    score_NK = np.concatenate(logits).astype(np.float64)
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     measured = accuracy_scores if images.exclusive else auc_scores
     return [

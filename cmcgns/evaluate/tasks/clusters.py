@@ -81,7 +81,7 @@ def _resampled(cluster_n: Numbers, class_n: Numbers, resampling: Resampling) -> 
             shared.append(mutual_information(table_KG / table_KG.sum()))
     whole = purity(cluster_n, class_n), float(normalized_mutual_info_score(class_n, cluster_n))
     pure_R, shared_R = (
-        np.array(found) - np.mean(found) + value for found, value in zip((pure, shared), whole, strict=True)
+        np.array(resampled) - np.mean(resampled) + value for resampled, value in zip((pure, shared), whole, strict=True)
     )
     return pure_R, shared_R
 

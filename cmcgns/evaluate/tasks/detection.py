@@ -60,22 +60,22 @@ def detection_scores(
     model = build_dense(encoder.load(), side, STRIDE, kinds + 4, tuned, settings.seed)
     torch.nn.init.constant_(model.head.bias[:kinds], EMPTY)
     steps = fit_head(model, centre_loss, parts["train"], parts["valid"], settings, settings.seed)
-    found = detections(model, parts["test"], kinds, settings.head_batch)
+    predicted = detections(model, parts["test"], kinds, settings.head_batch)
     if shown is not None:
         some = [i for i, box_n4 in enumerate(parts["test"].boxes) if len(box_n4)][:SAMPLES]
         films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {percent(share)} of labels"
-        shown.append(boxes(title, films.film_NRR, films.boxes, [found[i] for i in some], images.box_classes))
-    value = mean_average_precision(found, parts["test"], kinds)
+        shown.append(boxes(title, films.film_NRR, films.boxes, [predicted[i] for i in some], images.box_classes))
+    value = mean_average_precision(predicted, parts["test"], kinds)
     # only boxes: they are copied for each resample
-    no_films, no_masks = np.zeros((len(found), 0, 0), np.uint8), np.zeros((len(found), 0, 0, 0), bool)
+    no_films, no_masks = np.zeros((len(predicted), 0, 0), np.uint8), np.zeros((len(predicted), 0, 0, 0), bool)
     truth = replace(parts["test"], film_NRR=no_films, mask_NKRR=no_masks)
     resampling = Resampling.of(groups, min(settings.resamples, RESAMPLES), settings.seed)
     resampled = []
     for _, weight_rN in resampling.chunks():
         for weight_N in weight_rN:
-            drawn = np.repeat(np.arange(len(found)), weight_N.astype(int))
-            resampled.append(mean_average_precision([found[i] for i in drawn], truth.take(drawn.tolist()), kinds))
-    setting, number = f"{'tuned' if tuned else 'frozen'}, {percent(share)} of labels", len(found)
+            drawn = np.repeat(np.arange(len(predicted)), weight_N.astype(int))
+            resampled.append(mean_average_precision([predicted[i] for i in drawn], truth.take(drawn.tolist()), kinds))
+    setting, number = f"{'tuned' if tuned else 'frozen'}, {percent(share)} of labels", len(predicted)
     return [
         Score(
             "detection",
@@ -146,10 +146,10 @@ def shared_area(first_B4hh: Tensor, second_B4hh: Tensor) -> Tensor:
 
 def detections(model: DenseModel, films: Films, kinds: int, size: int) -> list[Detections]:
     """The model's detections on each film."""
-    found, side = [], films.film_NRR.shape[-1]
+    predicted, side = [], films.film_NRR.shape[-1]
     for _, map_Bchh in predict_head(model, films, size):
-        found += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
-    return found
+        predicted += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
+    return predicted
 
 
 def _decoded(map_chh: Tensor, kinds: int, side: int) -> Detections:
@@ -167,7 +167,7 @@ def _decoded(map_chh: Tensor, kinds: int, side: int) -> Detections:
     return Detections(*(part.numpy() for part in kept))
 
 
-def mean_average_precision(found: Sequence[Detections], films: Films, kinds: int) -> tuple[float, float]:
+def mean_average_precision(predicted: Sequence[Detections], films: Films, kinds: int) -> tuple[float, float]:
     """COCO's mAP over IoU 0.50:0.95 and AP at 0.50, over all films, by faster-coco-eval; NaN without any box."""
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -185,7 +185,7 @@ def mean_average_precision(found: Sequence[Detections], films: Films, kinds: int
         return float("nan"), float("nan")
     answers = [
         _coco(i, kind, box) | {"score": float(score)}
-        for i, each in enumerate(found)
+        for i, each in enumerate(predicted)
         for kind, score, box in zip(each.kind_n, each.score_n, each.box_n4, strict=True)
     ]
     if not answers:

@@ -83,13 +83,13 @@ def _looks(pairs: Pairs, kept: list[tuple[int, Floats]], title: str) -> Figure:
 def patch_truth(pairs: Pairs, images: ImageSet, data: DataConfig, studies: set[int]) -> dict[int, Floats]:
     """Fraction of each patch that each finding covers on the embedded film, (K, P), by study."""
     grid = int(pairs.weight_nP.shape[1] ** 0.5)
-    reader, found = images.source.reader([]), {}
+    reader, covered = images.source.reader([]), {}
     for study in studies:
         path = pairs.path_N[study]
         film = reader.read_image(path)
         places = images.annotations({"path": path, "boxes": None, "masks": None}, film)
-        found[study] = patch_coverage(center_crop(resize_masks(places.mask_KHW, data.resize), data.image_size), grid)
-    return found
+        covered[study] = patch_coverage(center_crop(resize_masks(places.mask_KHW, data.resize), data.image_size), grid)
+    return covered
 
 
 def contrast_to_noise(weight_P: Floats, covered_P: Floats) -> float:

@@ -41,17 +41,17 @@ def read_prompts(settings: EvaluateConfig) -> dict[str, Prompts]:
     else:
         data = storage.read_bytes(storage.absolute("evaluate.prompts", settings.prompts))
     try:
-        found = yaml.safe_load(data)
+        prompts = yaml.safe_load(data)
     except yaml.YAMLError as error:
         raise UserError(f"evaluate.prompts {settings.prompts} is not YAML: {str(error).splitlines()[0]}") from None
-    for of_set in (found if isinstance(found, dict) else {None: None}).values():
+    for of_set in (prompts if isinstance(prompts, dict) else {None: None}).values():
         for name, sides in (of_set if isinstance(of_set, dict) else {"?": None}).items():
             if not _are_prompts(sides):
                 raise UserError(
                     f"evaluate.prompts {settings.prompts}: {name} needs sentences under `present`, optionally `absent`; write "
                     "{set: {class: {present: [...], absent: [...]}}}"
                 )
-    return dict(found)
+    return dict(prompts)
 
 
 def _are_prompts(sides: Any) -> bool:
@@ -93,10 +93,12 @@ def zeroshot_scores(
     curves to ``shown``.
     """
     rows = images.split("test")
-    places, found = features.of(rows["image_id"].to_pylist())
-    if found.shared_ND is None:
+    places, test_features = features.of(rows["image_id"].to_pylist())
+    if test_features.shared_ND is None:
         raise UserError(f"{encoder} reads no reports")
-    score_NK = np.stack([_class_score(model, run, found.shared_ND, prompts[name]) for name in images.classes], axis=1)
+    score_NK = np.stack(
+        [_class_score(model, run, test_features.shared_ND, prompts[name]) for name in images.classes], axis=1
+    )
     label_NK, groups = labels_of(rows.take(places)), rows.take(places)["group"].to_pylist()
     if shown is not None:
         shown.append(curves(f"{encoder}: prompts on {images.name}", score_NK, label_NK, images.classes))
