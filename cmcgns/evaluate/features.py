@@ -52,10 +52,10 @@ class Features:
     def of(self, image_ids: Sequence[str]) -> "tuple[NDArray[np.int64], Features]":
         """Indices of those ``image_ids`` that have features, and their features in that order."""
         row_of = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        places = np.array([i for i, image_id in enumerate(image_ids) if image_id in row_of], np.int64)
-        rows = np.array([row_of[image_ids[place]] for place in places], np.int64)
+        indices = np.array([i for i, image_id in enumerate(image_ids) if image_id in row_of], np.int64)
+        rows = np.array([row_of[image_ids[index]] for index in indices], np.int64)
         shared = None if self.shared_ND is None else self.shared_ND[rows]
-        return places, Features([image_ids[place] for place in places], self.pooled_NC[rows], shared)
+        return indices, Features([image_ids[index] for index in indices], self.pooled_NC[rows], shared)
 
 
 def features_uri(folder: str, encoder: EncoderSpec, images: ImageSet) -> str:
@@ -122,20 +122,20 @@ def _make(
         writers: list[pq.ParquetWriter] = []
         for part in stream_features(encoders, images, resize, settings):
             good = drop_bad(part, bad)
-            for place in range(len(encoders)):
-                own = _columns_of(good, place)
-                if len(writers) <= place:
-                    writers.append(stack.enter_context(pq.ParquetWriter(scratch[place], own.schema)))
-                writers[place].write_table(own)
+            for index in range(len(encoders)):
+                own = _columns_of(good, index)
+                if len(writers) <= index:
+                    writers.append(stack.enter_context(pq.ParquetWriter(scratch[index], own.schema)))
+                writers[index].write_table(own)
         for writer, local, uri in zip(writers, scratch, uris, strict=True):
             writer.close()
             write_bad_images(uri, bad)
             storage.put_file(local, uri)
 
 
-def _columns_of(table: pa.Table, place: int) -> pa.Table:
-    """image_id, and the columns of the encoder with index ``place``."""
-    named = {f"{name}{place}": name for name in ("pooled", "shared") if f"{name}{place}" in table.column_names}
+def _columns_of(table: pa.Table, index: int) -> pa.Table:
+    """image_id, and the columns of the encoder with index ``index``."""
+    named = {f"{name}{index}": name for name in ("pooled", "shared") if f"{name}{index}" in table.column_names}
     return table.select(["image_id", *named]).rename_columns(["image_id", *named.values()])
 
 
@@ -215,11 +215,11 @@ class EmbedFilms:
     def __call__(self, rows: pa.Table) -> pa.Table:
         kept = rows["reason"].is_null().to_numpy()
         columns: dict[str, Any] = {"image_id": rows["image_id"], "reason": rows["reason"]}
-        for place, (encoder, (resize, size)) in enumerate(zip(self.encoders, self.sizes, strict=True)):
+        for index, (encoder, (resize, size)) in enumerate(zip(self.encoders, self.sizes, strict=True)):
             pooled, shared = encoder(self._films(rows, resize, size))
-            columns[f"pooled{place}"] = _column(pooled, kept)
+            columns[f"pooled{index}"] = _column(pooled, kept)
             if shared is not None:
-                columns[f"shared{place}"] = _column(shared, kept)
+                columns[f"shared{index}"] = _column(shared, kept)
         return pa.table(columns)
 
     def _films(self, rows: pa.Table, resize: int, size: int) -> torch.Tensor:

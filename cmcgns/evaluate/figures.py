@@ -78,8 +78,8 @@ def attention(title: str, film_NHW: Array, weight_NP: Array, truth_NP: Array, te
     grid, side = int(weight_NP.shape[1] ** 0.5), film_NHW.shape[-1]
     for axis, weight_P, truth_P, text in zip(axes, weight_NP, truth_NP, texts, strict=False):
         axis.imshow(weight_P.reshape(grid, grid), extent=(0, side, side, 0), cmap="magma", alpha=0.45)
-        for place in np.flatnonzero(truth_P > 0):
-            row, column = divmod(int(place), grid)
+        for patch in np.flatnonzero(truth_P > 0):
+            row, column = divmod(int(patch), grid)
             cell = side / grid
             _draw(axis, (column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), TRUTH)
         axis.set_title(textwrap.fill(text, 34), fontsize=7)
@@ -94,7 +94,7 @@ def nearest(title: str, film_NHW: Array, reports: Sequence[Sequence[str]], own: 
         picture.imshow(film_HW, cmap="gray")
         words = canvas.add_subplot(len(film_NHW), 2, 2 * row + 2)
         lines = [f"own: {textwrap.shorten(report, 150)}"]
-        lines += [f"{place}. {textwrap.shorten(text, 150)}" for place, text in enumerate(retrieved, 1)]
+        lines += [f"{rank}. {textwrap.shorten(text, 150)}" for rank, text in enumerate(retrieved, 1)]
         words.text(0, 1, "\n".join(textwrap.fill(line, 78) for line in lines), fontsize=7, va="top")
         picture.axis("off")
         words.axis("off")

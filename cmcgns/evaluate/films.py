@@ -103,12 +103,12 @@ class Films:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def take(self, places: Sequence[int]) -> "Films":
-        """The films with the indices ``places``."""
-        pick = lambda parts: [parts[i] for i in places]
-        index = np.asarray(places, np.int64)
+    def take(self, indices: Sequence[int]) -> "Films":
+        """The films with these indices."""
+        pick = lambda parts: [parts[i] for i in indices]
+        rows = np.asarray(indices, np.int64)
         return Films(
-            pick(self.image_ids), self.film_NRR[index], self.mask_NKRR[index], pick(self.kinds), pick(self.boxes)
+            pick(self.image_ids), self.film_NRR[rows], self.mask_NKRR[rows], pick(self.kinds), pick(self.boxes)
         )
 
 
@@ -151,18 +151,18 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
     def read(row: dict[str, Any]) -> dict[str, Any]:
         try:
             film = reader.read_image(row["path"])
-            places = images.annotations(row, film)  # masks are separate files
+            annotations = images.annotations(row, film)  # masks are separate files
         except BadRow as reason:
             return {"image_id": row["image_id"], "reason": str(reason)}
-        box_N4 = resize_boxes(places.box_N4, film.grey_HW.shape, side)
+        box_N4 = resize_boxes(annotations.box_N4, film.grey_HW.shape, side)
         boxes = [
             dict(zip(("kind", "x0", "y0", "x1", "y1"), (int(kind), *map(float, box)), strict=True))
-            for kind, box in zip(places.kind_N, box_N4, strict=True)
+            for kind, box in zip(annotations.kind_N, box_N4, strict=True)
         ]
         return {
             "image_id": row["image_id"],
             "film": resize_image(film.grey_HW, side).tobytes(),
-            "masks": np.packbits(resize_masks(places.mask_KHW, side)).tobytes(),
+            "masks": np.packbits(resize_masks(annotations.mask_KHW, side)).tobytes(),
             "boxes": boxes,
         }
 

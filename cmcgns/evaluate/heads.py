@@ -32,16 +32,16 @@ class DenseHead(nn.Module):
 
     def __init__(self, channels: Sequence[int], sizes: Sequence[int], side: int, stride: int, outputs: int) -> None:
         super().__init__()
-        self.joined = {size: place for place, size in enumerate(sizes)}
+        self.skips = {size: index for index, size in enumerate(sizes)}
         self.target = side // stride
         self.first = _block(channels[-1], WIDTH)
         size, width, self.steps, blocks = sizes[-1], WIDTH, list[int](), []
         while size < self.target:
             size = min(size * 2, self.target)
-            joining = channels[self.joined[size]] if size in self.joined else 0
+            skip_channels = channels[self.skips[size]] if size in self.skips else 0
             before, width = width, WIDTH if size * FINE_STRIDE <= side else WIDTH // 2
             self.steps.append(size)
-            blocks.append(_block(before + joining, width))
+            blocks.append(_block(before + skip_channels, width))
         self.blocks, self.last = nn.ModuleList(blocks), nn.Conv2d(width, outputs, 1)
         nn.init.zeros_(self.bias)
 
@@ -56,8 +56,8 @@ class DenseHead(nn.Module):
         hidden = self.first(levels[-1])
         for size, block in zip(self.steps, self.blocks, strict=True):
             hidden = F.interpolate(hidden, size=(size, size), mode="bilinear", align_corners=False)
-            if size in self.joined:
-                hidden = torch.cat([hidden, levels[self.joined[size]]], dim=1)
+            if size in self.skips:
+                hidden = torch.cat([hidden, levels[self.skips[size]]], dim=1)
             hidden = block(hidden)
         return self.last(hidden)
 
@@ -142,7 +142,7 @@ def fit_head(model: HeadedModel, loss: Loss, train: Films, valid: Films, setting
     if model.tuned:
         groups.append({"params": list(model.encoder.parameters()), "lr": settings.head_rate * TUNED_RATE})
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    watched = valid.take(range(min(len(valid), MAX_VALIDATION_FILMS)))
+    validation_films = valid.take(range(min(len(valid), MAX_VALIDATION_FILMS)))
     every = max(settings.head_steps // CHECKS, 1)
     best, best_state, since, step = float("inf"), _state(model), 0, 0
     for step, part in enumerate(_batches(train, settings.head_batch, settings.head_steps, seed), 1):
@@ -151,7 +151,7 @@ def fit_head(model: HeadedModel, loss: Loss, train: Films, valid: Films, setting
         loss(model(torch.from_numpy(part.film_NRR)), part).backward()
         optimizer.step()
         if step % every == 0:
-            current = mean_loss(model, loss, watched, settings.head_batch)
+            current = mean_loss(model, loss, validation_films, settings.head_batch)
             since = 0 if current < best else since + 1
             if current < best:
                 best, best_state = current, _state(model)

@@ -125,4 +125,4 @@ def test_maps_have_their_size_whatever_the_encoder(name: str, side: int, stride:
     model = build_dense(small_spec(name, side, side).load(), side, stride, 3, tuned=False, seed=0)
     maps = model(torch.zeros(2, side, side, dtype=torch.uint8))
     assert maps.shape == (2, 3, side // stride, side // stride)
-    assert len(model.head.joined) == (1 if name == "vit-tiny" else 4)
+    assert len(model.head.skips) == (1 if name == "vit-tiny" else 4)

@@ -121,8 +121,8 @@ def probe_scores(
     parts = {}
     for split in ("train", "valid", "test"):
         rows = images.split(split)
-        places, kept_features = features.of(rows["image_id"].to_pylist())
-        kept = rows.take(places)
+        indices, kept_features = features.of(rows["image_id"].to_pylist())
+        kept = rows.take(indices)
         parts[split] = kept, labels_of(kept), kept_features.pooled_NC.astype(np.float64)
     for split, (rows, *_) in parts.items():
         if not len(rows):

@@ -83,12 +83,12 @@ def detection_scores(
             setting,
             metric,
             encoder.name,
-            value[place],
+            value[index],
             number,
-            np.array([row[place] for row in resampled]),
+            np.array([row[index] for row in resampled]),
             f"{steps} steps",
         )
-        for place, metric in enumerate(("mAP", "AP at 0.50"))
+        for index, metric in enumerate(("mAP", "AP at 0.50"))
     ]
 
 
@@ -114,10 +114,10 @@ def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tenso
             kind = films.kinds[b][n]
             heat[b, kind] = np.maximum(heat[b, kind], bump_hh)
             near_hh = bump_hh >= NEAR
-            for place, distance in enumerate(
+            for index, distance in enumerate(
                 (middle_h - x0, middle_h[:, None] - y0, x1 - middle_h, y1 - middle_h[:, None])
             ):
-                sides[b, place] = np.where(near_hh, np.broadcast_to(distance, near_hh.shape), sides[b, place])
+                sides[b, index] = np.where(near_hh, np.broadcast_to(distance, near_hh.shape), sides[b, index])
             weight[b] = np.where(near_hh, bump_hh, weight[b])
     return torch.from_numpy(heat), torch.from_numpy(sides).clamp_min(0.05), torch.from_numpy(weight)
 

@@ -75,9 +75,9 @@ def _looks(pairs: Pairs, kept: list[tuple[int, Floats]], title: str) -> Figure:
     """Figure of some sentences, one per film, with their attention."""
     first = {pairs.study_of_n[i]: (i, covered_P) for i, covered_P in reversed(kept)}
     some = [first[study] for study in sorted(first) if study < len(pairs.film_MHW)][:SAMPLES]
-    places = [i for i, _ in some]
-    films, truth = pairs.film_MHW[pairs.study_of_n[places]], np.array([covered_P for _, covered_P in some])
-    return attention(title, films, pairs.weight_nP[places], truth, list(pairs.text_n[places]))
+    indices = [i for i, _ in some]
+    films, truth = pairs.film_MHW[pairs.study_of_n[indices]], np.array([covered_P for _, covered_P in some])
+    return attention(title, films, pairs.weight_nP[indices], truth, list(pairs.text_n[indices]))
 
 
 def patch_truth(pairs: Pairs, images: ImageSet, data: DataConfig, studies: set[int]) -> dict[int, Floats]:
@@ -87,8 +87,10 @@ def patch_truth(pairs: Pairs, images: ImageSet, data: DataConfig, studies: set[i
     for study in studies:
         path = pairs.path_N[study]
         film = reader.read_image(path)
-        places = images.annotations({"path": path, "boxes": None, "masks": None}, film)
-        covered[study] = patch_coverage(center_crop(resize_masks(places.mask_KHW, data.resize), data.image_size), grid)
+        annotations = images.annotations({"path": path, "boxes": None, "masks": None}, film)
+        covered[study] = patch_coverage(
+            center_crop(resize_masks(annotations.mask_KHW, data.resize), data.image_size), grid
+        )
     return covered
 
 

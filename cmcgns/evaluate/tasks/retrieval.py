@@ -66,7 +66,7 @@ def nearest_reports(pairs: Pairs, title: str) -> Figure:
     texts = [" ".join(f"{text}." for text in pairs.text_n[pairs.study_of_n == i]) for i in range(len(pairs.study_N))]
     films = pairs.film_MHW[:SAMPLES]
     similarity_MN = pairs.image_ND[: len(films)] @ pairs.report_ND.T
-    retrieved = [[texts[place] for place in row[:SHOWN_REPORTS]] for row in np.argsort(-similarity_MN, axis=1)]
+    retrieved = [[texts[index] for index in row[:SHOWN_REPORTS]] for row in np.argsort(-similarity_MN, axis=1)]
     return nearest(title, films, retrieved, texts[: len(films)])
 
 

@@ -93,19 +93,19 @@ def zeroshot_scores(
     curves to ``shown``.
     """
     rows = images.split("test")
-    places, test_features = features.of(rows["image_id"].to_pylist())
+    indices, test_features = features.of(rows["image_id"].to_pylist())
     if test_features.shared_ND is None:
         raise UserError(f"{encoder} reads no reports")
     score_NK = np.stack(
         [_class_score(model, run, test_features.shared_ND, prompts[name]) for name in images.classes], axis=1
     )
-    label_NK, groups = labels_of(rows.take(places)), rows.take(places)["group"].to_pylist()
+    label_NK, groups = labels_of(rows.take(indices)), rows.take(indices)["group"].to_pylist()
     if shown is not None:
         shown.append(curves(f"{encoder}: prompts on {images.name}", score_NK, label_NK, images.classes))
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     table = (accuracy_scores if images.exclusive else auc_scores)([score_NK], images, label_NK, resampling)
     return [
-        Score("zeroshot", images.name, "no labels", metric, encoder, value, len(places), resampled, note)
+        Score("zeroshot", images.name, "no labels", metric, encoder, value, len(indices), resampled, note)
         for metric, value, resampled, note in table
     ]
 
