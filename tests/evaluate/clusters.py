@@ -24,10 +24,10 @@ BATCH = 32
 
 
 class Agreement(NamedTuple):
-    """How well clusters and classes go together."""
+    """Agreement of clusters and classes."""
 
     mutual_information: float
-    """Adjusted for chance: 0 for clusters that know nothing of the classes, 1 for the classes themselves."""
+    """Adjusted for chance: 0 for random clusters, 1 for the classes themselves."""
     purity: float
     """Fraction of the sentences that belong to the most common class of their cluster."""
     purity_by_chance: float

@@ -105,7 +105,7 @@ def test_each_variant_is_compared_with_the_one_before_it() -> None:
     found = increments(scores, ["A", "B", "C"])
     assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "B")]
     assert [each.value for each in found] == pytest.approx([0.3, -0.1])
-    assert found[0].interval == pytest.approx((0.3, 0.3))  # in pairs: the same resamples
+    assert found[0].interval == pytest.approx((0.3, 0.3))  # paired: the same resamples
 
 
 @pytest.mark.ray

@@ -37,7 +37,7 @@ def labelled(label_NK: np.ndarray, exclusive: bool = False) -> ImageSet:
 
 
 def seen(images: ImageSet, label_NK: np.ndarray, noise: float) -> Features:
-    """Features that show the labels through noise."""
+    """Features that contain the labels plus noise."""
     shown = np.nan_to_num(label_NK, nan=0.5) + noise * np.random.default_rng(5).normal(size=label_NK.shape)
     return Features(images.table["image_id"].to_pylist(), shown.astype(np.float32), None)
 

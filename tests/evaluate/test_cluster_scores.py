@@ -39,7 +39,7 @@ def test_purity_is_that_of_a_loop_over_clusters() -> None:
 
 
 def pairs_of(noise: float) -> Pairs:
-    """The phantom's sentences, each with a feature that shows its class through noise."""
+    """The phantom's sentences, each with a feature of its class plus noise."""
     corpus, random = PhantomCorpus(STUDIES, seed=3), np.random.default_rng(0)
     sentences = [parse_report(corpus.study(i).report).sentences for i in range(STUDIES)]
     text_n = [text for each in sentences for text in each]

@@ -1,4 +1,4 @@
-"""`jobs/embed.py` as a user runs it: the sentences of a corpus through an exported model."""
+"""`jobs/embed.py` as a user runs it: embeds the sentences of a corpus with an exported model."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path
         read = read_study(study, shown, reader, stream, VALIDATION_EPOCH)
         assert isinstance(read, StreamStudy)
         table = stream_table([0], [read], config.data.resize)
-        sentences = parse_report(study["report"]).sentences[: len(read.sentence_hashes)]  # those that fit whole
+        sentences = parse_report(study["report"]).sentences[: len(read.sentence_hashes)]  # those that fit completely
         with torch.no_grad():
             outputs = model(batcher(to_block(table, config.data.resize), (len(sentences),), training=False))
         for number, text in enumerate(sentences):

@@ -27,7 +27,7 @@ ENCODERS = [small_spec(name, SIZE, RESIZE) for name in ("resnet-tiny", "vit-tiny
 
 
 def masked(folder: Path, number: int = 12) -> ImageSet:
-    """Films with masks as files, the third of whose films is broken, and the fourth of whose masks."""
+    """Films with mask files; the third film and the fourth mask are broken."""
     lines = ["image,device_mask"]
     for i, shot in enumerate(shots()[:number]):
         save(shot.grey_HW, folder / f"{i}.png")
@@ -41,7 +41,7 @@ def masked(folder: Path, number: int = 12) -> ImageSet:
 
 
 def boxed(folder: Path, number: int = 5) -> ImageSet:
-    """Films with boxes and nothing else, as object detection sets have them."""
+    """Films with boxes only, like in object detection sets."""
     rows = []
     for i, shot in enumerate(shots()[:number]):
         save(shot.grey_HW, folder / f"{i}.png")
@@ -69,7 +69,7 @@ def test_features_are_those_of_films_read_one_by_one(tmp_path: Path) -> None:
             assert np.abs(found.pooled_NC[row] - pooled_1C[0].numpy()).max() < 1e-4
             assert np.abs(found.shared_ND[row] - shared_1D[0].numpy()).max() < 1e-4
             assert np.linalg.norm(found.shared_ND[row]) == pytest.approx(1, abs=1e-5)
-        assert found.pooled_NC.std(0).max() > 1e-3  # films do differ
+        assert found.pooled_NC.std(0).max() > 1e-3  # films differ
 
 
 @pytest.mark.ray
@@ -86,7 +86,7 @@ def test_an_unreadable_film_is_named_and_what_was_read_is_not_read_again(tmp_pat
     for film in (tmp_path / "set").glob("*.png"):
         film.unlink()
     assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, bad)  # reported again
-    # another encoder needs the films, which are gone
+    # another encoder needs the films, which have been deleted
     others, gone = make_features(ENCODERS, images, cache, SETTINGS)
     assert others[0] == uris[0]
     assert gone == {f"{i}.png": "film file is missing" for i in range(12)}

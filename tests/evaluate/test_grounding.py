@@ -99,7 +99,7 @@ def test_sentences_that_look_at_their_finding_hit_and_those_that_look_elsewhere_
     assert right["pointing game"].number == said.sum()
     assert right["pointing game"].value == 1.0
     assert right["pointing game"].interval == (1.0, 1.0)
-    # an effusion may touch every patch of so coarse a grid
+    # on a grid this coarse an effusion may touch every patch
     everywhere = (covered_nP[said] > 0).all(1).mean()
     assert wrong["pointing game"].value == pytest.approx(everywhere)
     assert right["contrast to noise"].value == pytest.approx(-wrong["contrast to noise"].value)

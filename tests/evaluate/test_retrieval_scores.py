@@ -56,7 +56,7 @@ def test_features_that_are_all_alike_find_nothing() -> None:
     alike = np.tile([0.6, 0.8], (30, 1))
     for score in measured(pairs_of(alike, alike, np.arange(30))).values():
         assert (score.value, score.interval) == (0.0, (0.0, 0.0))
-    # a report that half of the studies share is still behind the wrong half
+    # with identical features, a report that half of the studies share still ranks behind the other half
     assert {score.value for score in measured(pairs_of(alike, alike, np.arange(30) % 2)).values()} == {0.0}
 
 

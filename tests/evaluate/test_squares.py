@@ -25,7 +25,7 @@ def test_a_box_lies_around_what_is_bright_on_the_square(shape: tuple[int, int], 
     grey_HW, box = bright(shape)
     ys, xs = np.nonzero(resize_image(grey_HW, side) > 120)
     (moved,) = resize_boxes(np.array([box]), shape, side)
-    # a pixel belongs to the rectangle if half of it does: edges are found to half a pixel
+    # a pixel is set if half of it is in the rectangle, so edges are accurate to half a pixel
     assert moved == pytest.approx([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], abs=0.51)
     assert resize_boxes(np.zeros((0, 4)), shape, side).shape == (0, 4)
 

@@ -29,7 +29,7 @@ def model_and_batch(kind: str) -> tuple[CmCgnsModel, ImageReportBatch]:
 
 
 class PerturbedEncoder(nn.Module):
-    """An image encoder whose patch features are changed where ``where_BP`` says so."""
+    """An image encoder whose patch features are changed where ``where_BP`` is True."""
 
     def __init__(self, encoder: ImageEncoder, where_BP: Tensor) -> None:
         super().__init__()

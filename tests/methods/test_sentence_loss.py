@@ -1,4 +1,4 @@
-"""The sentence loss against a loop that writes every row and every hard-negative column out."""
+"""The sentence loss against a loop over every row and every hard-negative column."""
 
 import math
 
@@ -20,7 +20,7 @@ def objective(false_negatives: str, **more: float) -> Settings:
             "false_negatives": false_negatives,
             "sentence_temperature": TEMPERATURE,
             "hard_negative_logit": OWN_LOGIT,
-            "margin_weight": 0.7,  # so that the margin weighs something here
+            "margin_weight": 0.7,  # large enough that the margin loss matters here
             **more,
         }
     )
@@ -39,7 +39,7 @@ def random_sentences(
 
 
 def slow_loss(z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor, config: Settings) -> tuple[Tensor, int, float]:
-    """Loss, rows restored and negatives per sentence, row by row as method.md has it."""
+    """Loss, rows restored and negatives per sentence, computed row by row."""
     number = len(z1)
     order = [(z1[i] @ centroids.T).argsort(descending=True).tolist() for i in range(number)]
     nearest, second = [row[0] for row in order], [row[1] for row in order]

@@ -56,7 +56,7 @@ def test_grid_stride_and_width_are_read_off_the_model(kind: str, tmp_path: Path)
     image_B1HW = torch.rand(2, 1, side, side)
     features_BPC, pooled_BC = encoder(image_B1HW)
     assert (features_BPC.shape, pooled_BC.shape) == ((2, 49, dim), (2, dim))
-    # patches stand in raster order: a bright corner changes the last one most
+    # patches are in raster order: a bright corner changes the last one most
     image_B1HW[:, :, -stride:, -stride:] = 8.0
     moved_BP = (encoder(image_B1HW)[0] - features_BPC).norm(dim=-1)
     assert moved_BP.argmax(1).tolist() == [48, 48]

@@ -26,7 +26,7 @@ def config_of(ranks: int, accumulation: int = 1) -> Config:
 
 
 class RecordingBatcher(Batcher):
-    """Remembers the studies of every block that became a batch."""
+    """Records the studies of every block that becomes a batch."""
 
     seen: list[list[int]]
 
@@ -53,7 +53,7 @@ def read(ranks: int, accumulation: int, steps: int, place: tuple[int, int] = (0,
 
 
 def expected_sets(epoch: int) -> list[set[int]]:
-    """The global batches of an epoch: its order without bad studies, cut, the incomplete end left out."""
+    """The global batches of an epoch: its order without bad studies, split, without the incomplete last one."""
     good = [int(study) for study in order_of(0, epoch, STUDIES) if study not in BAD]
     return [set(good[start : start + GLOBAL_BATCH]) for start in range(0, len(good) - GLOBAL_BATCH + 1, GLOBAL_BATCH)]
 

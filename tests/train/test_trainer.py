@@ -63,7 +63,7 @@ def start(
     config: Config, folder: Path, checkpoint: int | None = None, source: Path | None = None,
     batcher: type[Batcher] = Batcher, stop: Callable[[], bool] = lambda: False,
 ) -> Run:  # fmt: skip
-    """A trainer with fresh parts, from the beginning or from ``checkpoint`` of the run in ``source``."""
+    """A trainer with new parts, from the start or from ``checkpoint`` of the run in ``source``."""
     folder.mkdir(exist_ok=True)
     if source is not None:
         shutil.copy(source / "metrics.jsonl", folder / "metrics.jsonl")
@@ -126,7 +126,7 @@ def test_clustering_starts_once_and_its_versions_follow_the_refreshes(finished: 
     assert finished.trainer.parts.banks.first.centroids.started_at == 16
     restored = [row["rows_restored"] for row in finished.rows()]
     assert not any(restored[:16])
-    assert any(restored[16:])  # young sentences share a cluster: their false negatives had to stay
+    assert any(restored[16:])  # early sentences share a cluster, so their false negatives stay in
 
 
 def test_losses_add_up(finished: Run) -> None:
@@ -289,7 +289,7 @@ def test_a_steady_step_reads_nothing_back_from_the_device(finished: Run, tmp_pat
         trainer.train_step(30, data)
     assert reads.found == []
     with HostReads(counts) as reads:
-        assert float(torch.ones(3).sum()) == 3.0  # the counter does count
+        assert float(torch.ones(3).sum()) == 3.0  # check that the counter works
     assert reads.found == ["aten::_local_scalar_dense"]
 
 
