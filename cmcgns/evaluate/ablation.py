@@ -81,7 +81,7 @@ def read_ablation(path: str) -> Ablation:
         first = error.errors()[0]
         raise UserError(
             f"evaluate.ablation {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; write base, seeds and variants as "
-            "jobs/ablation.yaml does"
+            "in jobs/ablation.yaml"
         ) from None
     folder = path.rpartition("/")[0] or "."
     base = read_yaml(storage.join(folder, content.base), "evaluate.ablation base") if content.base else {}

@@ -75,7 +75,7 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
             parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), source_split, FILMS - held))
             held += len(parts[-1].film_MHW)
     if not parts:
-        raise UserError(f"{source_split.config.data.uri}: no study of the {split} split can be used")
+        raise UserError(f"{source_split.config.data.uri}: the {split} split has no usable study")
     return _joined(parts)
 
 

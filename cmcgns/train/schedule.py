@@ -45,7 +45,7 @@ def build_schedule(config: TrainConfig, studies: int) -> Schedule:
     per_epoch = studies // config.global_batch_size
     if per_epoch == 0:
         raise UserError(
-            f"train.global_batch_size {config.global_batch_size} is larger than the corpus's {studies} training studies"
+            f"train.global_batch_size {config.global_batch_size} is larger than the corpus's {studies} training studies; lower it"
         )
     steps = {
         name: given if given is not None else round(epochs * per_epoch)

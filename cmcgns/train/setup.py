@@ -135,7 +135,7 @@ def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:
     if config.train.global_batch_size > len(corpus.train):
         raise UserError(
             f"train.global_batch_size {config.train.global_batch_size} is larger than the corpus's "
-            f"{len(corpus.train)} training studies"
+            f"{len(corpus.train)} training studies; lower it"
         )
 
 

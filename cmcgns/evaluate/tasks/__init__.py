@@ -74,7 +74,7 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
     shared = ray.put(images)
     for encoder in evaluation.encoders if tasks else []:
         if not encoder.has_reports:
-            evaluation.skipped.append(f"{', '.join(tasks)} by {encoder.name}: it reads no reports")
+            evaluation.skipped.append(f"{', '.join(tasks)} by {encoder.name}: it has no text encoder")
             continue
         own = tasks
         if not encoder.run.method.has_attention:
@@ -126,7 +126,7 @@ def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: 
     for encoder, uri in zip(evaluation.encoders, uris, strict=True):
         for name, task in wanted.items():
             if task.needs_reports and not encoder.has_reports:
-                evaluation.skipped.append(f"{name} of {images.name} by {encoder.name}: it reads no reports")
+                evaluation.skipped.append(f"{name} of {images.name} by {encoder.name}: it has no text encoder")
                 continue
             reference = run_feature_task.remote(task, name, uri, encoder, shared, settings)
             started[reference] = f"{name} of {images.name} by {encoder.name}"

@@ -95,7 +95,7 @@ def zeroshot_scores(
     rows = images.split("test")
     indices, test_features = features.of(rows["image_id"].to_pylist())
     if test_features.shared_ND is None:
-        raise UserError(f"{encoder} reads no reports")
+        raise UserError(f"{encoder} has no text encoder, so it cannot read prompts")
     score_NK = np.stack(
         [_class_score(model, run, test_features.shared_ND, prompts[name]) for name in images.classes], axis=1
     )
