@@ -15,15 +15,15 @@ from cmcgns.config import METHODS, MethodConfig, RunConfig, Section, method_sett
 from cmcgns.errors import UserError
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
-WORDS = (
+STRING_KEYS = (
     "run.name", "run.resume", "run.storage", "method.name", "data.uri", "clustering.start_from", "embed.run", "embed.uri",
     "evaluate.run", "prepare.out", "prepare.pseudonymise_key_file", "sweep.resume",
 )  # fmt: skip
-"""Keys whose values stay words, also those like 2024-01-01 or 007."""
+"""Keys whose values are always strings, even if they look like 2024-01-01 or 007."""
 RESUME_KEYS = ("run.resume", "sweep.resume")
-"""Keys that name a run to go on with; each begins from the settings of that run."""
+"""Keys that name a run to resume; the job then starts from that run's settings."""
 FLAGS = ("--print-config", "--dry-run")
-"""Words without a value."""
+"""Arguments without a value."""
 Settings = TypeVar("Settings", bound=Section)
 """The settings of one job: a section whose fields are sections."""
 
@@ -35,9 +35,9 @@ def run_job(
     argv: Sequence[str] | None = None,
     plan: Callable[[Settings], int] | None = None,
 ) -> int:
-    """Exit status of ``main`` under the settings that ``argv`` asks for; wrong input gives 2 and one message.
+    """Exit status of ``main`` with the settings from ``argv``; on wrong input prints one message and returns 2.
 
-    With ``--dry-run`` ``plan`` is called instead, where the job has one.
+    With ``--dry-run`` it calls ``plan`` instead, if the job has one.
     """
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
@@ -55,27 +55,27 @@ def run_job(
         if "--dry-run" not in flags:
             return main(config)
         if plan is None:
-            raise UserError("--dry-run: this job makes no plan beforehand; jobs/pretrain.py does")
+            raise UserError("--dry-run is not available for this job, only for jobs/pretrain.py; remove it")
         return plan(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return STATUS_WRONG_INPUT
     except KeyboardInterrupt:
-        print("interrupted before the work began", file=sys.stderr)
+        print("interrupted before the job started", file=sys.stderr)
         return STATUS_INTERRUPTED
 
 
 def load_config(arguments: Sequence[str], kind: type[Settings], default_config: Path | None) -> Settings:
-    """Settings from the YAML file named by ``--config`` (else ``default_config``) with the command line on top.
+    """Settings from the YAML file in ``--config`` (default ``default_config``), overridden by the command line.
 
-    ``--run.resume=NAME`` or ``--sweep.resume=NAME`` without ``--config`` begins from the settings that the run was started with.
+    ``--run.resume=NAME`` or ``--sweep.resume=NAME`` without ``--config`` uses the settings that the run was started with.
     """
     path, overrides = None, {}
     words = iter(arguments)
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
-            raise UserError(f"'{word}' is no setting; write --section.key=value (see --help)")
+            raise UserError(f"'{word}' is not a setting; write --section.key=value (see --help)")
         if not equals:
             following = next(words, None)
             if following is None:
@@ -95,26 +95,26 @@ def load_config(arguments: Sequence[str], kind: type[Settings], default_config: 
 
 
 def resolve(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Settings]) -> Settings:
-    """Checked settings: those of a file, with ``section.key`` overrides on top."""
-    settings = _for_method(settings, overrides, kind)
+    """Validated settings: those of a file, overridden by ``section.key`` values."""
+    settings = _with_method(settings, overrides, kind)
     method = _method_of(settings)
     for key, value in overrides.items():
         section, dot, name = key.partition(".")
-        _known(section, kind)
+        _check_key(section, kind)
         if not dot:
-            raise UserError(f"--{key} names a whole section; write --{key}.<key>=value (see --help)")
-        _known(name, _section_type(kind, section, method), section, method)
+            raise UserError(f"--{key} is a whole section; write --{key}.<key>=value (see --help)")
+        _check_key(name, _section_type(kind, section, method), section, method)
         if not isinstance(settings.setdefault(section, {}), dict):
-            break  # refused by name below
+            break  # validate() refuses the section
         settings[section][name] = value
-        twin = _twin(name)
-        if twin and f"{section}.{twin}" not in overrides:
-            settings[section].pop(twin, None)
+        other = _other_unit(name)
+        if other and f"{section}.{other}" not in overrides:
+            settings[section].pop(other, None)
     return validate(settings, kind)
 
 
-def _for_method(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:
-    """``settings`` with the command line's method; of the file's `objective` it keeps the keys that both methods have."""
+def _with_method(settings: dict[str, Any], overrides: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """``settings`` with the method from the command line; keeps only the `objective` keys of the file that it also has."""
     chosen = overrides.get("method.name")
     if chosen is None or "method" not in kind.model_fields or chosen == _method_of(settings):
         return settings
@@ -128,21 +128,25 @@ def _for_method(settings: dict[str, Any], overrides: dict[str, Any], kind: type[
 
 
 def _method_of(settings: dict[str, Any]) -> str:
-    """The method that ``settings`` name, unchecked."""
+    """The method name in ``settings``, not validated."""
     section = settings.get("method")
     name = section.get("name") if isinstance(section, dict) else None
     return name if isinstance(name, str) else MethodConfig().name
 
 
 def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
-    """``settings`` as a ``kind``, or one ``UserError`` that names the first wrong key and its value."""
+    """``settings`` as a ``kind``.
+
+    Raises:
+        UserError: names the first wrong key and its value.
+    """
     method = _method_of(settings)
     for section, values in settings.items():
-        _known(section, kind)
+        _check_key(section, kind)
         if not isinstance(values, dict):
-            raise UserError(f"section '{section}' must hold keys, not {values!r}")
+            raise UserError(f"section '{section}' must contain keys, not {values!r}; see --print-config for the layout")
         for name in values:
-            _known(name, _section_type(kind, section, method), section, method)
+            _check_key(name, _section_type(kind, section, method), section, method)
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -159,15 +163,15 @@ def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
 
 
 def read_yaml(path: str, key: str = "--config") -> dict[str, Any]:
-    """The settings in a YAML file, local or on S3, which ``key`` names, unchecked."""
+    """The settings in a YAML file, local or on S3, not validated; ``key`` is the setting that names the file."""
     try:
         settings = yaml.safe_load(_read_text(path, key))
     except OSError as error:
-        raise UserError(f"{key} {path}: {error.strerror}; the ones we ship lie in jobs/configs/") from None
+        raise UserError(f"{key} {path}: {error.strerror}; check the path. Our configs are in jobs/configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{key} {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings or {}, dict):
-        raise UserError(f"{key} {path} holds no sections; see --print-config for the layout")
+        raise UserError(f"{key} {path} has no sections; see --print-config for the layout")
     return settings or {}
 
 
@@ -182,34 +186,34 @@ def _read_text(path: str, key: str) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except MissingFileError:
-        raise UserError(f"{key} {path}: there is no such file") from None
+        raise UserError(f"{key} {path}: no such file; check the path") from None
 
 
 def read_run(storage: str, name: str, key: str) -> dict[str, Any]:
-    """The settings that a run under ``storage``, which the setting ``key`` names, was started with, unchecked."""
+    """The settings that run ``name`` under ``storage`` was started with, not validated; ``key`` is the setting that names it."""
     from cmcgns.storage import MissingFileError, join, read_bytes
 
     try:
         settings: dict[str, Any] = yaml.safe_load(read_bytes(join(storage, f"{name}/config.yaml")))
     except MissingFileError:
-        raise UserError(f"{key} {name}: there is no run of that name in {storage}; look at run.storage") from None
+        raise UserError(f"{key} {name}: there is no run of that name in {storage}; check run.storage") from None
     return settings
 
 
 def to_yaml(config: Section) -> str:
-    """The resolved settings as YAML, enough to run them again."""
+    """The resolved settings as YAML; they can be passed to --config."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
 
 
 def help_text(
     kind: type[Section], default_config: Path | None, flags: str = "", method: str = MethodConfig().name
 ) -> str:
-    """Every key with type, default and meaning, after a line of use with ``flags`` of the job's own."""
+    """Text of --help: usage with the job's ``flags``, then each key with type, default and description."""
     lines = [
         f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
-        f"Without --config the settings of {default_config.name} apply; defaults below are those of an empty file."
+        f"Without --config, the job uses {default_config.name}; the defaults below apply to keys that a file leaves out."
         if default_config
-        else "Without --config the defaults below apply.",
+        else "Without --config, the job uses the defaults below.",
     ]
     for section in kind.model_fields:
         lines.append("")
@@ -234,7 +238,7 @@ def _type_name(info: FieldInfo) -> str:
 
 
 def _range(info: FieldInfo) -> str:
-    """The numbers that a key takes, in words; '' where its type does not bound them."""
+    """The range of a key's values, in words; '' if its type has no bounds."""
     words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     bounds = [
         f"{word} {getattr(bound, sign):g}"
@@ -246,7 +250,7 @@ def _range(info: FieldInfo) -> str:
 
 
 def _section_type(kind: type[Section], section: str, method: str) -> type[Section]:
-    """The model of one section; that of `objective` is the method's."""
+    """The model of one section; for `objective` the method's ``Settings``."""
     if section == "objective":
         return method_settings(method)
     annotation = kind.model_fields[section].annotation
@@ -255,8 +259,8 @@ def _section_type(kind: type[Section], section: str, method: str) -> type[Sectio
     return annotation
 
 
-def _known(key: str, section: type[Section], prefix: str = "", method: str = "") -> None:
-    """Refuse a key that ``section`` does not have, with the likeliest one, or the method that has it."""
+def _check_key(key: str, section: type[Section], prefix: str = "", method: str = "") -> None:
+    """Raise ``UserError`` for a key that ``section`` does not have, with the closest key or the method that has it."""
     if key in section.model_fields:
         return
     dotted = f"{prefix}.{key}" if prefix else key
@@ -264,20 +268,20 @@ def _known(key: str, section: type[Section], prefix: str = "", method: str = "")
         (name for name in METHODS if prefix == "objective" and key in method_settings(name).model_fields), None
     )
     if owner is not None:
-        raise UserError(f"{dotted} is a setting of the method {owner}, and method.name is {method}; leave it out")
+        raise UserError(f"{dotted} is a setting of method {owner}, but method.name is {method}; remove it")
     near = difflib.get_close_matches(key, section.model_fields, n=1)
     hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else "--help lists every key"
     raise UserError(f"there is no setting '{dotted}'; {hint}")
 
 
 def _parse_value(key: str, text: str) -> Any:
-    if key in WORDS:
+    if key in STRING_KEYS:
         return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    # YAML 1.1 reads 1e-4 as a word
+    # YAML 1.1 parses 1e-4 as a string
     if isinstance(value, str):
         try:
             return float(value)
@@ -286,8 +290,8 @@ def _parse_value(key: str, text: str) -> Any:
     return value
 
 
-def _twin(name: str) -> str | None:
-    """The other way to give the same length: the command line's choice replaces the file's."""
+def _other_unit(name: str) -> str | None:
+    """The key that gives the same length in the other unit: the command line's replaces the file's."""
     for ours, theirs in (("_steps", "_epochs"), ("_epochs", "_steps")):
         if name.endswith(ours) and name.split("_")[0] in ("stage1", "stage2", "warmup"):
             return name.removesuffix(ours) + theirs

@@ -1,4 +1,4 @@
-"""Typed settings of every job: one model per part, each key with its unit, refused when they cannot work together.
+"""Typed settings of the jobs: one model per section, each key with its unit, and checks across sections.
 
 Sizes are in studies (one image-report pair) and named for their owner; lengths in pixels, tokens or steps.
 """
@@ -22,9 +22,9 @@ from cmcgns.errors import UserError
 from cmcgns.plugins import load_plugin
 
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
-"""Layouts of a corpus that we read."""
+"""Supported layouts of a corpus."""
 MIN_BANK = 1024
-"""Sentence features that must have been seen before clustering may start, however few the clusters."""
+"""Minimum number of sentence features in the bank before clustering may start, even with few clusters."""
 
 
 class Section(BaseModel):
@@ -33,23 +33,23 @@ class Section(BaseModel):
 
 class CorpusConfig(Section):
     uri: str = "phantom"
-    """Where the corpus lies: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
+    """Location of the corpus: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
     format: str = "auto"
-    """Layout of the corpus: `auto` (looks at the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, parquet (what
-    jobs/prepare.py makes of the others), or a reader of your own as `package.module` or `path/to/file.py` (docs/data.md)."""
+    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, parquet (the
+    output of jobs/prepare.py), or your own reader as `package.module` or `path/to/file.py` (docs/data.md)."""
     views: tuple[str, ...] = ("PA", "AP")
-    """Views to keep; 'AP Supine' and 'AP Erect' count as AP. Unknown views of own pairs are kept."""
+    """Views to keep; 'AP Supine' and 'AP Erect' count as AP. In pairs-csv, films without a view are kept."""
     crop_borders: bool = True
-    """Cut black borders away before a film is resized. Prepared films have lost them already."""
+    """Crop black borders before a film is resized. Prepared films are already cropped."""
     group_studies: PositiveInt = 256
-    """Studies of one group, that is of a prepared set's row group; each epoch permutes the groups. A prepared set brings
-    its own."""
+    """Studies per group (a row group of a prepared set); each epoch permutes the groups. Ignored for a prepared set, which has
+    its own groups."""
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
-    """Share of the studies that may be unusable before the run stops (when training: of training and validation)."""
+    """Largest share of studies that may be unusable before the run stops (for training: of training and validation studies)."""
     seed: int = 0
-    """Decides the order of the studies, which film of a study is shown, crops, masks and drawn splits."""
+    """Seed of the order of the studies, the choice of a study's film, crops, masks and random splits."""
     phantom_studies: PositiveInt = 4000
-    """Studies of the generated corpus, all splits together."""
+    """Studies of the generated corpus, over all splits."""
     phantom_size: PositiveInt = 256
     """Side in pixels at which phantom films are rendered."""
 
@@ -65,55 +65,56 @@ class DataConfig(CorpusConfig):
     image_size: PositiveInt = 224
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256
-    """Side in pixels of the padded square that films are stored at; training crops image_size out of it."""
+    """Side in pixels of the padded square to which films are resized; training takes crops of image_size from it."""
     max_tokens: int = Field(256, ge=8)
-    """Longest report in tokens, [CLS] and [SEP] included; sentences that do not fit whole are dropped."""
+    """Maximum length of a report in tokens, including [CLS] and [SEP]; sentences that do not fit completely are dropped."""
     max_sentences: PositiveInt = 32
-    """Most sentences kept of a report."""
+    """Maximum number of sentences kept per report."""
     groups_per_window: PositiveInt = 2
-    """Groups whose studies are then shuffled among each other; a task that reads a prepared set holds so many."""
+    """Groups per window; studies are shuffled within a window. A task that reads a prepared set holds one window in memory."""
     window_size: PositiveInt = 64
-    """Studies of a raw set that a Ray Data task fetches and decodes at a time; of a prepared set it takes a whole window."""
+    """Studies that one Ray Data task fetches and decodes from a raw set. From a prepared set a task reads a whole window."""
     cpus_per_task: float = Field(0.5, gt=0.0)
     """CPUs that Ray reserves for one fetch-and-decode task."""
     studies_ahead: PositiveInt | None = None
-    """Decoded studies that may wait for training, a bound on memory; by default 8 optimizer steps, and 4 tasks' studies for
-    each decoding task that finds a CPU, of a prepared set a window for each."""
+    """Decoded studies that may wait for training; limits memory. By default 8 optimizer steps, plus 4 tasks' studies (prepared
+    set: one window) for each decoding task that gets a CPU."""
     validation_studies: PositiveInt | None = None
-    """Validate on that many studies of the validation split, the first by index; by default on all."""
+    """Validate on the first studies of the validation split, this many; by default on all."""
 
 
 class ModelConfig(Section):
     image_encoder: str = "resnet-50"
     """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50, vit-tiny, vit-small, vit-base), the local folder or
     Hugging Face name of any image model (microsoft/resnet-50, facebook/dinov2-base, microsoft/rad-dino; with timm installed
-    timm/densenet121.tv_in1k), or a module of your own as `package.module` or `path/to/file.py`.
-    Batch normalisation uses each rank's own microbatch; `train.sync_batchnorm` shares it on GPUs."""
+    timm/densenet121.tv_in1k), or your own module as `package.module` or `path/to/file.py`.
+    Batch normalisation uses each rank's microbatch; on GPUs `train.sync_batchnorm` shares the statistics."""
     text_encoder: str = "bert-base"
     """A preset trained from scratch (bert-tiny, bert-mini, bert-base), a local folder, or a Hugging Face name
     (emilyalsentzer/Bio_ClinicalBERT)."""
     tokenizer: str = "auto"
-    """`auto`: a WordPiece vocabulary trained on the corpus for presets, else the text encoder's own. Or a folder or name."""
+    """`auto`: for presets a WordPiece vocabulary trained on the corpus, otherwise the text encoder's tokenizer. Or a folder or
+    Hugging Face name."""
     vocabulary_size: int = Field(8192, ge=64)
     """Entries of a vocabulary trained on the corpus."""
     vocabulary_reports: PositiveInt = 20_000
-    """Training reports read to train that vocabulary."""
+    """Training reports from which that vocabulary is trained."""
     embed_dim: int = Field(768, ge=8, multiple_of=8)
-    """Dimension D of the space that films, patches, reports and sentences share."""
+    """Dimension D of the shared embedding space of films, patches, reports and sentences."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)
     """Dropout of the preset encoders."""
     fixed_batch_statistics: bool = False
-    """Keep batch normalisation on its running statistics while training (for pretrained ResNets and small microbatches)."""
+    """Use the running statistics of batch normalisation also while training (for pretrained ResNets and small microbatches)."""
 
 
 class MethodConfig(Section):
     name: str = "cm-cgns"
-    """What is learnt: `cm-cgns`, `infonce`, or a method of your own as `package.module` or `path/to/file.py` (docs/methods.md).
-    The keys of `objective` are those of the method."""
+    """Pretraining method: `cm-cgns`, `infonce`, or your own as `package.module` or `path/to/file.py` (docs/methods.md).
+    It defines the keys of `objective`."""
 
 
 class Bank(NamedTuple):
-    """Features that a method wants clustered while it trains."""
+    """Features that are clustered during training."""
 
     name: str
     num_clusters: int
@@ -121,40 +122,40 @@ class Bank(NamedTuple):
     dim: int
     """Dimension D."""
     setting: str
-    """The setting that K comes from, for messages."""
+    """Name of the setting that gives K, for messages."""
     start_statistic: str
     """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
     per_sentence: bool = True
-    """A row for each sentence; else one for each study."""
+    """One row per sentence; otherwise one per study."""
 
 
 class MethodSettings(Section):
     """The section `objective` of one method. Its module exports a subclass as `Settings` (see ``cmcgns.methods.base``)."""
 
     stages: ClassVar[int] = 1
-    """Stages that the method trains in, 1 or 2."""
+    """Number of training stages, 1 or 2."""
 
     def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
-        """What the method wants clustered; without banks no clustering actor starts."""
+        """The banks that the method clusters; without banks no clustering actor starts."""
         return ()
 
     def complaints(self) -> Iterable[str]:
-        """What cannot work together, one sentence each, with the fix."""
+        """Settings that conflict, one sentence each, with the fix."""
         return ()
 
     def sweep_space(self, sentences: int) -> dict[str, Any]:
-        """The space that a sweep draws from by default, as a user writes it, for a corpus with ``sentences``."""
+        """Default search space of a sweep, in the form of `sweep.space`, for a corpus with ``sentences`` training sentences."""
         return {"objective.temperature": {"log_uniform": [0.02, 0.5]}} if hasattr(self, "temperature") else {}
 
 
 METHODS = {"cm-cgns": "cmcgns.methods.cm_cgns", "infonce": "cmcgns.methods.infonce"}
-"""Modules of our own methods, by name."""
+"""Modules of the built-in methods, by name."""
 
 
 def method_module(name: str) -> ModuleType:
-    """The module of a method; it has ``Settings`` and ``METHOD``."""
+    """The module of a method, with ``Settings`` and ``METHOD``."""
     module = load_plugin("method.name", name, METHODS)
-    settings = getattr(module, "Settings", None)  # not METHOD: it may load torch, which settings do without
+    settings = getattr(module, "Settings", None)  # not METHOD: reading it may import torch
     if not (isinstance(settings, type) and issubclass(settings, MethodSettings)):
         raise UserError(
             f"method.name {name} defines no method: it needs `Settings`, a MethodSettings, and `METHOD` (docs/methods.md)"
@@ -163,29 +164,29 @@ def method_module(name: str) -> ModuleType:
 
 
 def method_settings(name: str) -> type[MethodSettings]:
-    """The settings class of a method, which ``objective`` holds."""
-    found: type[MethodSettings] = method_module(name).Settings
-    return found
+    """The settings class of a method, the type of section ``objective``."""
+    settings: type[MethodSettings] = method_module(name).Settings
+    return settings
 
 
 class PoolConfig(Section):
-    """Where k-means runs; the same for a pool in training and one that stands alone."""
+    """Actors on which k-means runs, in pretraining and in jobs/kmeans.py."""
 
     actors: PositiveInt = 2
     """Ray actors that hold the rows and run the FAISS passes."""
     cpus_per_actor: float = Field(1.0, ge=0.0)
-    """CPUs that Ray reserves for one actor; FAISS uses as many threads."""
+    """CPUs that Ray reserves for one actor; FAISS uses the same number of threads."""
     gpus_per_actor: float = Field(0.0, ge=0.0)
-    """GPUs, or a share of one, that Ray reserves for one actor (with `device: gpu`)."""
+    """GPUs, or a fraction of one, that Ray reserves for one actor (with `device: gpu`)."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """Where FAISS runs; gpu needs the extra `gpu`."""
+    """Device of FAISS; gpu needs the extra `gpu`."""
 
     def complaints(self) -> Iterable[str]:
-        """What cannot work together."""
+        """Settings that conflict."""
         if (self.device == "gpu") != (self.gpus_per_actor > 0):
             yield (
-                f"clustering.device {self.device} does not go with clustering.gpus_per_actor "
-                f"{self.gpus_per_actor}; gpu needs a share above 0, cpu needs 0"
+                f"clustering.device {self.device} conflicts with clustering.gpus_per_actor "
+                f"{self.gpus_per_actor}; gpu needs a value above 0, cpu needs 0"
             )
 
 
@@ -194,19 +195,19 @@ class ClusteringConfig(PoolConfig):
     """What clusters a bank: `kmeans` (spherical, from farthest points), or a module of your own as `package.module` or
     `path/to/file.py`, which every node must have (docs/clustering.md)."""
     bank_size: PositiveInt = 65_536
-    """Recent sentence features kept over the whole pool."""
+    """Number of recent sentence features kept in the pool, over all actors."""
     start_step: int = Field(0, ge=0)
     """First step at which clustering may start."""
     start_cosine: float = 0.4
     """Clustering starts once the mean cosine between all sentences and all attended features is at most this."""
     refresh_every: PositiveInt = 100
-    """Steps between global re-clusterings; new centroids are adopted one interval after they are asked for."""
+    """Steps between global re-clusterings; new centroids are adopted one interval after they are requested."""
     iterations: PositiveInt = 20
-    """Most k-means iterations of one re-clustering."""
+    """Maximum number of k-means iterations per re-clustering."""
     tolerance: float = Field(1e-4, ge=0.0)
-    """Relative change of the objective under which k-means stops."""
+    """k-means stops if the relative change of its objective is below this."""
     momentum: float = Field(0.001, ge=0.0, le=1.0)
-    """Share of its members' mean that a centroid takes up each step."""
+    """Weight of its members' mean in the update of a centroid at each step."""
 
 
 class TrainConfig(Section):
@@ -215,20 +216,20 @@ class TrainConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """CPUs that Ray reserves for one worker."""
     placement: Literal["pack", "spread"] = "pack"
-    """Workers on as few nodes as have room for them, or on as many as there are (for CPUs, or memory that one node lacks)."""
+    """`pack` workers on as few nodes as possible, or `spread` them over all nodes (to use their CPUs or memory)."""
     threads_per_worker: PositiveInt | None = None
     """Torch threads of one worker; by default the machine's cores divided by its workers."""
     use_gpu: bool = False
     """One GPU per worker."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """DeepSpeed ZeRO, or plain torch with the same losses (ZeRO stage 0 only)."""
+    """DeepSpeed ZeRO, or plain torch with the same losses (only zero_stage 0)."""
     zero_stage: int = Field(1, ge=0, le=3)
     """What DeepSpeed partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     overlap_comm: bool | None = None
-    """Reduce gradients while the backward pass still runs (GPUs; costs two more buckets of memory). By default with ZeRO-3
-    alone, as DeepSpeed does."""
+    """Reduce gradients during the backward pass (GPUs; needs memory for two more buckets). By default only with ZeRO-3,
+    like DeepSpeed."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of encoders and heads; losses are always fp32. fp16 needs a GPU."""
+    """Precision of encoders and heads; losses are always fp32. fp16 needs a GPU."""
     microbatch_size: PositiveInt = 16
     """Studies of one forward on one rank."""
     global_batch_size: PositiveInt = 128
@@ -236,46 +237,46 @@ class TrainConfig(Section):
     stage1_steps: PositiveInt | None = None
     """Optimizer steps of stage 1 (alignment)."""
     stage1_epochs: float | None = Field(None, gt=0.0)
-    """The same in epochs; exactly one of the two."""
+    """Length of stage 1 in epochs; give exactly one of the two."""
     stage2_steps: int | None = Field(None, ge=0)
-    """Optimizer steps of stage 2 (alignment and reconstruction); 0 leaves it out."""
+    """Optimizer steps of stage 2 (alignment and reconstruction); 0 skips it."""
     stage2_epochs: float | None = Field(None, ge=0.0)
-    """The same in epochs; exactly one of the two."""
+    """Length of stage 2 in epochs; give exactly one of the two."""
     warmup_steps: int | None = Field(None, ge=0)
     """Linear warm-up at the start of each stage, in steps."""
     warmup_epochs: float | None = Field(None, ge=0.0)
-    """The same in epochs; exactly one of the two."""
+    """Warm-up in epochs; give exactly one of the two."""
     optimizer: Literal["adam", "adamw"] = "adamw"
-    """Adam with decay in the gradient (published) or decoupled. Norms and biases are never decayed."""
+    """Adam with weight decay in the gradient (published), or AdamW. Norms and biases have no weight decay."""
     learning_rate: float = Field(1e-4, gt=0.0)
-    """Peak learning rate; it falls to 0 by a half cosine over each stage."""
+    """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
     warmup_learning_rate: float = Field(1e-7, ge=0.0)
     """Learning rate at the first step of the warm-up."""
     weight_decay: float = Field(1e-6, ge=0.0)
     """Weight decay of matrices and convolutions."""
     gradient_clip: float = Field(1.0, ge=0.0)
-    """Largest norm of the whole gradient; 0 switches clipping off."""
+    """Maximum norm of the whole gradient; 0 disables clipping."""
     activation_checkpointing: bool = False
-    """Recompute encoder activations in the backward pass instead of keeping them."""
+    """Recompute encoder activations in the backward pass instead of storing them."""
     sync_batchnorm: bool = False
     """Share batch-normalisation statistics over ranks (GPUs only). Without it each rank normalises with its own
     microbatch, so that results depend on microbatch_size."""
     log_every: PositiveInt = 10
-    """Steps between rows reaching metrics.jsonl; values wait on the device until then."""
+    """Steps between writes to metrics.jsonl, which has a row for every step; values stay on the device until then."""
     validate_every: PositiveInt | None = None
-    """Steps between validations; each stage ends with one in any case."""
+    """Steps between validations; each stage always ends with one."""
     checkpoint_every: PositiveInt = 500
-    """Steps between checkpoints; each stage ends with one in any case."""
+    """Steps between checkpoints; each stage always ends with one."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     max_failures: int = Field(3, ge=-1)
-    """Times that lost workers are replaced before the run fails; -1 without end."""
+    """How often lost workers are replaced before the run fails; -1 for no limit."""
     seed: int = 0
-    """Decides initial weights and dropout."""
+    """Seed of initial weights and dropout."""
 
     @property
     def accumulation(self) -> int:
-        """Microbatches that each rank adds up into one optimizer step."""
+        """Microbatches that each rank accumulates per optimizer step."""
         return self.global_batch_size // (self.microbatch_size * self.num_workers)
 
 
@@ -283,18 +284,18 @@ class RunConfig(Section):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>."""
     storage: str = "runs"
-    """Where run folders lie: a local folder or `s3://bucket/prefix`."""
+    """Location of run folders: a local folder or `s3://bucket/prefix`."""
     resume: str | None = None
-    """Name of a run under `storage` to go on with from its last checkpoint."""
+    """Name of a run under `storage` to resume from its last checkpoint."""
 
     def complaints(self) -> Iterable[str]:
-        """What cannot work together."""
+        """Settings that conflict."""
         if self.resume and self.name and self.resume != self.name:
-            yield f"run.resume {self.resume} goes on under its own name; leave run.name {self.name} out"
+            yield f"run.resume {self.resume} keeps the name of that run; remove run.name {self.name}"
 
 
 class RunSections(Section):
-    """The sections of a pretraining run, each by itself."""
+    """The sections of a pretraining run, each validated separately."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -308,13 +309,13 @@ class RunSections(Section):
     @classmethod
     def settings_of_the_method(cls, given: Any, info: ValidationInfo) -> MethodSettings:
         if "method" not in info.data:
-            return MethodSettings()  # method.name has been refused already
+            return MethodSettings()  # method.name has already been refused
         settings = method_settings(info.data["method"].name)
         return settings.model_validate(given if isinstance(given, dict) else given.model_dump())
 
     @property
     def banks(self) -> tuple[Bank, ...]:
-        """What the method wants clustered."""
+        """The banks that the method clusters."""
         return self.objective.banks(self.model)
 
     @property
@@ -343,13 +344,16 @@ class Config(RunSections):
                 f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
             )
         if data.image_size > data.resize:
-            yield f"data.image_size {data.image_size} is larger than data.resize {data.resize}; crops come out of it"
+            yield (
+                f"data.image_size {data.image_size} is larger than data.resize {data.resize}; lower data.image_size or raise "
+                "data.resize"
+            )
         least_ahead = max(8 * block, 2 * train.global_batch_size, 2 * data.window_size)
         if data.studies_ahead is not None and data.studies_ahead < least_ahead:
             yield (
-                f"data.studies_ahead {data.studies_ahead} starves training: 8 microbatches of each worker, two global batches "
-                f"and two windows are the least (8 x {block}, 2 x {train.global_batch_size}, 2 x {data.window_size}), that is "
-                f"{least_ahead}"
+                f"data.studies_ahead {data.studies_ahead} starves training; give at least {least_ahead}, the largest of 8 "
+                f"microbatches of each worker (8 x {block}), 2 global batches (2 x {train.global_batch_size}) and 2 windows "
+                f"(2 x {data.window_size})"
             )
         for bank in self.banks:
             clusters, rows = bank.num_clusters, max(4 * bank.num_clusters, MIN_BANK)
@@ -364,9 +368,11 @@ class Config(RunSections):
         if train.sync_batchnorm and not train.use_gpu:
             yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
         if train.overlap_comm and not train.zero_stage:
-            yield "train.overlap_comm is ZeRO's: set train.zero_stage to 1, 2 or 3, or leave it out"
+            yield "train.overlap_comm needs ZeRO: set train.zero_stage to 1, 2 or 3, or remove train.overlap_comm"
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
-            yield "train.engine torch partitions nothing and has no fp16 loss scaling: set train.zero_stage=0, fp32 or bf16"
+            yield (
+                "train.engine torch supports neither ZeRO nor fp16: set train.zero_stage=0 and train.precision to fp32 or bf16"
+            )
         yield from self.objective.complaints()
         yield from clustering.complaints()
         yield from self.run.complaints()

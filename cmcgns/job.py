@@ -1,7 +1,7 @@
-"""One way to run any job: plan, capacity, session, run, result, report, exit status. A job is what is particular to it.
+"""Runs any job; a subclass of ``Job`` adds what is specific to it.
 
-The order: ``setup`` refuses wrong settings before Ray starts; then Ray is joined, the plan is printed and held against the
-cluster; ``run`` does the work; ``result.json`` and the last lines say how it ended, also after Ctrl-C and failures.
+Order: ``__init__`` refuses wrong settings before Ray starts; then the job connects to Ray, prints the plan and checks the
+cluster; ``run`` does the work; ``result.json`` and the last lines report the outcome, also after Ctrl-C and failures.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Section
 from cmcgns.errors import UserError, cause
-from cmcgns.run_folder import RunFolder, warn_of_passing_folder
+from cmcgns.run_folder import RunFolder, warn_if_temporary
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 
 STATUS = {"finished": 0, "failed": STATUS_FAILED, "stopped": STATUS_INTERRUPTED}
@@ -25,15 +25,15 @@ STATUS = {"finished": 0, "failed": STATUS_FAILED, "stopped": STATUS_INTERRUPTED}
 
 
 class Job(ABC):
-    """One run of a job. ``__init__`` checks the settings and opens the folder; it raises ``UserError`` and writes nothing."""
+    """One run of a job. ``__init__`` checks settings and run folder and raises ``UserError``; it writes nothing."""
 
     script: ClassVar[str]
     """Name of the file in jobs/, for the command that resumes."""
     resume_key: ClassVar[str] = "run.resume"
-    """The setting that resumes a run; '' where a job starts anew each time."""
+    """The setting that resumes a run; '' if the job cannot be resumed."""
     resumes_from: ClassVar[str] = "the last checkpoint"
     packages: ClassVar[tuple[str, ...]] = ("cmcgns", "ray", "torch", "transformers", "pyarrow", "numpy")
-    """Packages whose versions are written down."""
+    """Packages whose versions are recorded in result.json."""
     folder: RunFolder
 
     def environment(self) -> dict[str, str]:
@@ -41,26 +41,26 @@ class Job(ABC):
         return {}
 
     def uris(self) -> Sequence[str] | None:
-        """What every node must reach; None where the nodes of a cluster are not checked."""
+        """URIs that every node must reach; None if the nodes are not checked."""
         return None
 
     def needed(self) -> list[dict[str, float]]:
-        """Bundles of resources that a growing cluster is waited for."""
+        """Resource bundles that the job waits for on a cluster with an autoscaler."""
         return [ONE_CPU]
 
     @abstractmethod
     def plan(self, cpus: float) -> dict[str, str]:
-        """What will run, where, and on how much, on a cluster of so many CPUs."""
+        """What will run, where, and with which resources, on a cluster with ``cpus`` CPUs."""
 
     def check_cluster(self, cpus: float) -> None:  # noqa: B027
-        """Raise ``UserError``, with numbers, where the cluster can never carry the plan."""
+        """Raise ``UserError`` with the numbers if the cluster is too small for the plan."""
 
     @abstractmethod
     def run(self, terminal: Console) -> dict[str, Any]:
-        """Do the work. Returns the content of result.json; a ``status`` in it says how it ended (default finished)."""
+        """Do the work. Returns the content of result.json; its ``status`` defaults to finished."""
 
     def reason(self, error: Exception) -> str:
-        """What to say of an error that ended ``run``."""
+        """Message for an error that ended ``run``."""
         return cause(error)
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -70,10 +70,10 @@ class Job(ABC):
 
     @abstractmethod
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
-        """The last lines of a finished run: what came out and where it is."""
+        """The last lines of a finished run: results and where they are stored."""
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
-        """Print how the run ended, and the command that resumes one that did not finish."""
+        """Print how the run ended, and if it did not finish the command that resumes it."""
         if result["status"] == "finished":
             print_plan(terminal, self.summary(result))
             return
@@ -93,13 +93,13 @@ class Job(ABC):
 def run(job: Job, dry_run: bool = False) -> int:
     """Exit status of ``job``: 0 finished, 1 failed, 130 stopped by the user with everything saved.
 
-    A ``dry_run`` ends with the plan, or with what is missing for it; it writes nothing, and asks an autoscaler for nothing.
+    A ``dry_run`` prints the plan and checks the cluster; it writes nothing and requests nothing from an autoscaler.
     """
     terminal, needed = console(), [] if dry_run else job.needed()
     with quiet_terminal(), log_on(terminal), ray_session(job.environment(), job.uris(), needed) as cpus:
         print_plan(terminal, job.plan(cpus))
         job.check_cluster(cpus)
-        warn_of_passing_folder(terminal, job.folder)
+        warn_if_temporary(terminal, job.folder)
         if dry_run:
             return 0
         try:
@@ -108,7 +108,7 @@ def run(job: Job, dry_run: bool = False) -> int:
             result = {"status": "stopped"}
         except UserError:
             raise
-        except Exception as error:  # whatever a task's or an actor's error is wrapped in
+        except Exception as error:  # Ray wraps errors of tasks and actors in several types
             result = {"status": "failed", "failure": job.reason(error)}
         job.write_result(result)
         job.report(terminal, result)
@@ -116,23 +116,23 @@ def run(job: Job, dry_run: bool = False) -> int:
 
 
 def write_config(folder: RunFolder, config: Section) -> None:
-    """config.yaml: the resolved settings, enough to run it again."""
+    """Write config.yaml: the resolved settings, which can be passed to --config."""
     storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
 
 
 def check_capacity(
     section: str, member: str, count: int, cpus_each: float, gpus_each: float, kept: float = 0.0, least: float = 0.0
 ) -> None:
-    """Raise if ``count`` workers or actors of one ``section`` can never fit the cluster, with ``kept`` CPUs left for data.
+    """Raise ``UserError`` if ``count`` workers or actors of ``section`` do not fit on the cluster besides ``kept`` CPUs for data.
 
-    ``least``: CPUs that some other task of the job needs at the same place in time.
+    ``least``: minimum number of CPUs besides ``kept``, for the job's other tasks.
     """
-    there = ray.cluster_resources()
-    cpus, gpus = float(there.get("CPU", 0)), float(there.get("GPU", 0))
+    resources = ray.cluster_resources()
+    cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
     wanted = max(count * cpus_each, least)
     name = f"{section}.{member}s"
     if wanted + kept > cpus:
-        data = f" and {kept:g} are kept for data" if kept else ""
+        data = f" and {kept:g} are reserved for data" if kept else ""
         raise UserError(
             f"{name} {count} of {cpus_each:g} CPUs need {wanted:g}; the cluster has {cpus:g}{data}. Lower {name} or "
             f"{section}.cpus_per_{member}"

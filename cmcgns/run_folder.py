@@ -1,4 +1,4 @@
-"""The folder of a run: a name that is new or resumed, under a local folder or in a bucket."""
+"""Run folders, new or resumed, on local disk or in a bucket."""
 
 import json
 import time
@@ -18,21 +18,21 @@ from cmcgns.errors import UserError, with_prefix
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of one run goes."""
+    """The folder to which one run writes everything."""
 
     storage: str
-    """Absolute folder or ``s3://`` URI that holds run folders."""
+    """Absolute folder or ``s3://`` URI that contains run folders."""
     name: str
     resumed: bool
 
     @property
     def uri(self) -> str:
-        """The run's own folder."""
+        """URI of the folder."""
         return storage.join(self.storage, self.name)
 
     @property
-    def is_passing(self) -> bool:
-        """True in the copy of the working directory that Ray makes for a submitted job, and deletes when it likes."""
+    def is_temporary(self) -> bool:
+        """True inside Ray's copy of the working directory of a submitted job, which Ray may delete at any time."""
         return "working_dir_files" in Path(self.uri).parts
 
     def file(self, name: str) -> str:
@@ -45,66 +45,72 @@ class RunFolder:
 
 
 def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
-    """The folder of ``run``, see ``find_folder``; one that is to be resumed and has finished is refused."""
+    """The folder of ``run``, see ``find_folder``; resuming a finished run raises ``UserError``."""
     folder = find_folder(run, job, resume_key)
     if folder.resumed and has_finished(folder):
-        raise UserError(f"run.resume {folder.name}: that run has finished; its result is in {folder.uri}")
+        raise UserError(
+            f"run.resume {folder.name}: that run has finished; its result is in {folder.uri}. Start a new run"
+        )
     return folder
 
 
 def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
-    """The folder of ``run``, by default named for the ``job`` and the time; a name that is taken, or one that is to be
-    resumed and is not there, is refused. ``resume_key`` is the setting that asks to resume, '' where a job cannot."""
-    # absolute here: workers start in another folder
+    """The folder of ``run``; its default name is the ``job`` and the time. ``resume_key`` is the setting that resumes, or ''
+    if the job cannot be resumed.
+
+    Raises:
+        UserError: the name is taken, or the run to resume does not exist.
+    """
+    # absolute: workers run in another folder
     root = run.storage if storage.is_s3(run.storage) else str(Path(run.storage).expanduser().resolve())
     name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(root.rstrip("/"), name, resumed=run.resume is not None)
     try:
-        there = storage.exists(folder.file("config.yaml"))
-        if storage.is_s3(root) and not there:
-            # a missing bucket is no error to those who ask for one file in it
+        exists = storage.exists(folder.file("config.yaml"))
+        if storage.is_s3(root) and not exists:
+            # raises for a missing bucket; storage.exists just returns False
             with suppress(storage.MissingFileError):
                 storage.list_folders(root)
     except UserError as error:
         raise UserError(f"run.storage {with_prefix(run.storage, str(error))}") from None
-    if folder.resumed and not there:
-        raise UserError(f"{resume_key} {name}: there is no run of that name in {root}; look at run.storage")
-    if not folder.resumed and there:
+    if folder.resumed and not exists:
+        raise UserError(f"{resume_key} {name}: there is no run of that name in {root}; check run.storage")
+    if not folder.resumed and exists:
         raise UserError(name_taken(folder, resume_key))
     return folder
 
 
 def name_taken(folder: RunFolder, resume_key: str = "run.resume") -> str:
-    """What to say of a new run whose name is taken."""
+    """Error message for a new run whose name is taken."""
     name = folder.name
-    hint = f", or go on with --{resume_key}={name}" if resume_key else ""
+    hint = f", or resume that run with --{resume_key}={name}" if resume_key else ""
     return f"run.name {name} is taken in {folder.storage}; choose another{hint}"
 
 
 def has_finished(folder: RunFolder) -> bool:
-    """Whether its last word is there, and says so."""
+    """True if result.json says that the run has finished."""
     uri = folder.file("result.json")
     return storage.exists(uri) and json.loads(storage.read_bytes(uri)).get("status") == "finished"
 
 
 def refuse_changes(config: Section, folder: RunFolder, free_to_change: Mapping[str, Collection[str]]) -> None:
-    """Refuse to resume under settings other than the run began with, but for those named."""
+    """Raise ``UserError`` if a setting differs from the one the run started with and is not in ``free_to_change``."""
     before, now = yaml.safe_load(storage.read_bytes(folder.file("config.yaml"))), config.model_dump(mode="json")
     for section, values in now.items():
         for key, value in values.items():
-            was = before.get(section, {}).get(key, value)  # a run of an earlier version lacks what is new
+            was = before.get(section, {}).get(key, value)  # a run of an earlier version lacks new settings
             if key not in free_to_change.get(section, ()) and was != value:
                 raise UserError(
                     f"{section}.{key} was {was!r} in run {folder.name} and cannot become {value!r} when it is resumed; "
-                    "leave it out, or start a new run"
+                    "remove it, or start a new run"
                 )
 
 
-def warn_of_passing_folder(terminal: Console, folder: RunFolder) -> None:
-    """Say so where the run would be deleted with Ray's copy of the working directory."""
-    if folder.is_passing:
+def warn_if_temporary(terminal: Console, folder: RunFolder) -> None:
+    """Warn if the run folder would be deleted with Ray's copy of the working directory."""
+    if folder.is_temporary:
         terminal.print(
-            f"[yellow]run.storage {folder.storage} lies in Ray's copy of the working directory, which goes with the "
+            f"[yellow]run.storage {folder.storage} is inside Ray's copy of the working directory, which is deleted with the "
             "cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
             highlight=False,
         )

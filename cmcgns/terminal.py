@@ -1,4 +1,4 @@
-"""The driver's terminal: tables of facts, and nothing of what Ray prints there that no user can act on."""
+"""The driver's terminal: tables, log lines, and a filter for Ray messages that a user cannot act on."""
 
 import logging
 import sys
@@ -12,18 +12,18 @@ from rich.table import Table
 STYLE = (
     "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right}"
 )
-"""Of report.html."""
+"""CSS of report.html."""
 NOISE = ("PYTHON worker processes have been started",)
-"""Ray counts every actor and data task; a run has many of both on purpose."""
+"""Ray's warning about the number of actors and data tasks; a run starts many of both on purpose."""
 
 
 def console() -> Console:
-    """The driver's terminal; wide enough for one line of progress where the output is a file."""
+    """Console of the driver; 200 columns wide if the output is a file, enough for a line of progress."""
     return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
 
 
 def print_plan(console: Console, facts: dict[str, str]) -> None:
-    """A table of what is about to run, where, and on how much."""
+    """Print ``facts`` as a table of two columns."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         table.add_row(f"[bold]{key}[/bold]", value)
@@ -32,7 +32,7 @@ def print_plan(console: Console, facts: dict[str, str]) -> None:
 
 @contextmanager
 def log_on(console: Console) -> Iterator[None]:
-    """What this package logs, on ``console``: warnings in yellow."""
+    """Show this package's log on ``console``, warnings in yellow."""
     handler, logger = _ConsoleHandler(console), logging.getLogger("cmcgns")
     logger.addHandler(handler)
     try:
@@ -52,7 +52,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _Filtered:
-    """A stream that drops whole writes that hold ``NOISE``."""
+    """A stream that drops writes containing ``NOISE``."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -60,7 +60,7 @@ class _Filtered:
 
     def write(self, text: str) -> int:
         noise = any(words in text for words in NOISE)
-        # print() writes its line end apart
+        # print() writes the line end separately
         if not noise and not (self._after_noise and not text.strip()):
             self._stream.write(text)
         self._after_noise = noise
@@ -72,7 +72,7 @@ class _Filtered:
 
 @contextmanager
 def quiet_terminal() -> Iterator[None]:
-    """Standard output and error without ``NOISE``."""
+    """Filter ``NOISE`` from standard output and error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Filtered(before[0]), _Filtered(before[1])
     try:

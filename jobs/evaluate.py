@@ -8,7 +8,7 @@ from cmcgns.evaluate.config import EvaluateJobConfig
 
 def main(config: EvaluateJobConfig) -> int:
     """Exit status of an evaluation."""
-    # heavy: --help and --print-config need none of it
+    # imported here: slow, and --help and --print-config do not need it
     from cmcgns.job import run
 
     if config.evaluate.ablation is not None:

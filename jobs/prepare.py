@@ -1,4 +1,4 @@
-"""Make shards of a raw corpus: `python jobs/prepare.py --data.uri=RAW --prepare.out=URI ...`; see --help."""
+"""Convert a raw corpus to shards: `python jobs/prepare.py --data.uri=RAW --prepare.out=URI ...`; see --help."""
 
 import sys
 
@@ -7,7 +7,7 @@ from cmcgns.data.prepare.config import PrepareJobConfig
 
 
 def main(config: PrepareJobConfig) -> int:
-    """Exit status of a preparation, or of the check of a prepared set."""
+    """Exit status of a prepare, or of the check of a prepared set."""
     if config.prepare.check:
         from cmcgns.data.prepare.check import check_set
 

@@ -1,4 +1,4 @@
-"""Pretrain CM-CGNS: `python jobs/pretrain.py [--config FILE.yaml] [--dry-run] [--section.key=value ...]`; see --help."""
+"""Pretrain a model: `python jobs/pretrain.py [--config FILE.yaml] [--dry-run] [--section.key=value ...]`; see --help."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ def main(config: Config) -> int:
 
 
 def plan(config: Config) -> int:
-    """Exit status of a look at what a run would do, and where: 0 where it could begin."""
+    """Exit status of a dry run: 0 if the run could start."""
     from cmcgns.job import run
     from cmcgns.train.run import PretrainJob
 

@@ -87,7 +87,7 @@ def check_submission(head: RayHead, storage: Path, *arguments: str) -> None:
     variables = {"AWS_ACCESS_KEY_ID": "anything", "TOKENIZERS_PARALLELISM": "false"}
     done = submit(head, *arguments, f"--run.storage={storage}", "--run.name=submitted", variables=variables)
     check_succeeded(head, done)
-    assert "goes with the cluster" not in done.output
+    assert "is deleted with the cluster" not in done.output
     assert '"status": "finished"' in (storage / "submitted" / "result.json").read_text()
     files = travelled(head)
     assert Path("jobs/pretrain.py") in files

@@ -1,4 +1,4 @@
-"""An ablation: variants of one pretraining, each with several seeds, side by side with intervals over studies and seeds."""
+"""Ablations: pretrain variants with several seeds each, and compare them with intervals over studies and seeds."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.encoders import EncoderSpec, open_run
 from cmcgns.evaluate.figures import bars
-from cmcgns.evaluate.report import cell, gap, tell_rest, without_nan, write_results
+from cmcgns.evaluate.report import cell, gap, print_skipped_and_failed, without_nan, write_results
 from cmcgns.evaluate.run import check_workers, features_folder, measure_all, open_sets
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, over_draws
 from cmcgns.evaluate.tasks import Evaluation
@@ -30,28 +30,28 @@ from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.job import Job, write_config
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.terminal import log_on, print_plan
-from cmcgns.train.run import check_cpus, pretrain, taken_cpus, worker_variables
+from cmcgns.train.run import check_cpus, pretrain, reserved_cpus, worker_variables
 from cmcgns.train.setup import FREE_TO_CHANGE, with_absolute_paths
 
 RUNS = "runs"
 CORPUS = ("uri", "format", "views", "seed", "phantom_studies", "phantom_size")
-"""Settings of `data` that decide which studies are tested, and what their films show."""
+"""Settings of `data` that determine the test studies and their films."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is compared: settings by variant, in the order in which each one adds to the one before it."""
+    """Settings by variant, in order; each variant is compared with the one before it."""
 
     variants: dict[str, Config]
     seeds: tuple[int, ...]
 
     def config(self, folder: RunFolder, variant: str, seed: int) -> Config:
-        """The settings of one run, resumed where it has begun."""
+        """The settings of one run; resumes it if it has started."""
         config, name = self.variants[variant], run_name(variant, seed)
         runs = storage.join(folder.uri, RUNS)
-        there = storage.exists(storage.join(runs, f"{name}/config.yaml"))
-        own = {"train.seed": seed, "run.storage": runs, f"run.{'resume' if there else 'name'}": name}
-        return resolve(config.model_dump(mode="json"), own, Config)
+        started = storage.exists(storage.join(runs, f"{name}/config.yaml"))
+        overrides = {"train.seed": seed, "run.storage": runs, f"run.{'resume' if started else 'name'}": name}
+        return resolve(config.model_dump(mode="json"), overrides, Config)
 
 
 def run_name(variant: str, seed: int) -> str:
@@ -59,67 +59,67 @@ def run_name(variant: str, seed: int) -> str:
     return f"{re.sub(r'[^a-z0-9]+', '-', variant.lower()).strip('-')}-{seed}"
 
 
-class Written(Section):
-    """The file of an ablation."""
+class AblationFile(Section):
+    """Content of an ablation's YAML file."""
 
     base: str | None = None
-    """Config of all variants, beside the file."""
+    """Config of all variants; path relative to this file."""
     seeds: tuple[int, ...] = Field(min_length=1)
     variants: dict[str, dict[str, Any] | None] = Field(min_length=2)
-    """Settings of each variant beside the base's."""
+    """Settings of each variant that differ from the base."""
 
 
 def read_ablation(path: str) -> Ablation:
-    """The ablation that a YAML file describes, see ``Written``.
+    """The ablation in a YAML file, see ``AblationFile``.
 
     Raises:
-        UserError: a file that is laid out otherwise, or a setting that is refused; the variant is named.
+        UserError: the file has another layout, or a setting of a variant is refused; names the variant.
     """
     try:
-        written = Written.model_validate(read_yaml(path, "evaluate.ablation"))
+        content = AblationFile.model_validate(read_yaml(path, "evaluate.ablation"))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
             f"evaluate.ablation {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; write base, seeds and variants as "
-            "jobs/ablation.yaml does"
+            "in jobs/ablation.yaml"
         ) from None
-    beside = path.rpartition("/")[0] or "."
-    base = read_yaml(storage.join(beside, written.base), "evaluate.ablation base") if written.base else {}
+    folder = path.rpartition("/")[0] or "."
+    base = read_yaml(storage.join(folder, content.base), "evaluate.ablation base") if content.base else {}
     configs = {}
-    for name, settings in written.variants.items():
+    for name, settings in content.variants.items():
         try:
             configs[name] = resolve(copy.deepcopy(base), dict(settings or {}), Config)
         except UserError as error:
             raise UserError(f"evaluate.ablation {path}: variant {name}: {error}") from None
-    complaint = _complaint(configs, written.seeds)
+    complaint = _complaint(configs, content.seeds)
     if complaint:
         raise UserError(f"evaluate.ablation {path}: {complaint}")
-    return Ablation(configs, written.seeds)
+    return Ablation(configs, content.seeds)
 
 
 def _complaint(configs: dict[str, Config], seeds: tuple[int, ...]) -> str | None:
     """Why the variants cannot be compared."""
     if len(set(seeds)) < len(seeds):
-        return f"seeds {', '.join(map(str, seeds))}: one is there twice"
-    odd = [key for key in CORPUS if len({str(getattr(config.data, key)) for config in configs.values()}) > 1]
-    if odd:
-        return f"data.{odd[0]} differs between variants; all need the same test studies"
+        return f"seeds {', '.join(map(str, seeds))}: a seed appears twice; remove it"
+    different = [key for key in CORPUS if len({str(getattr(config.data, key)) for config in configs.values()}) > 1]
+    if different:
+        return f"data.{different[0]} differs between variants; all need the same test studies"
     if len({run_name(name, seeds[0]) for name in configs}) < len(configs):
-        return "two variants would have the same folder; their names need other letters"
+        return "two variants would have the same folder; give them names that differ in letters or digits"
     return None
 
 
 def over_seeds(scores: Sequence[Score], variants: dict[str, list[str]]) -> list[Score]:
-    """A score for each variant and number: the mean over the runs (``variants`` names each one's encoders), its resamples over
-    test studies and over seeds."""
-    found = []
+    """Scores of each variant: means over its runs, resampled over test studies and seeds. ``variants`` gives the encoder names of
+    each variant."""
+    means = []
     for key in dict.fromkeys(score.key for score in scores):
         for variant, encoders in variants.items():
             own = [score for score in scores if score.key == key and score.encoder in encoders]
             if own and all(score.resampled_R is not None for score in own):
                 value, resampled = over_draws([score.value for score in own], [_resamples(score) for score in own])
-                found.append(replace(own[0], encoder=variant, value=value, resampled_R=resampled, note=_spread(own)))
-    return found
+                means.append(replace(own[0], encoder=variant, value=value, resampled_R=resampled, note=_spread(own)))
+    return means
 
 
 def _resamples(score: Score) -> Any:
@@ -133,7 +133,7 @@ def _spread(own: Sequence[Score]) -> str:
 
 
 def increments(scores: Sequence[Score], variants: Sequence[str]) -> list[Difference]:
-    """Each variant against the one before it, number by number."""
+    """Difference of each variant to the one before it, for each score."""
     by_name = {(score.encoder, score.key): score for score in scores}
     return [
         Difference(by_name[after, key], by_name[before, key])
@@ -144,17 +144,17 @@ def increments(scores: Sequence[Score], variants: Sequence[str]) -> list[Differe
 
 
 TASKS = ("retrieval", "classification", "clusters")
-"""What variants are compared by, of the tasks that are asked for: none takes long."""
+"""Tasks that compare variants; all of them are fast."""
 
 
 class AblationJob(Job):
-    """Variants times seeds pretrained, then evaluated side by side."""
+    """Pretrains all variants with all seeds, then evaluates and compares them."""
 
     script = "evaluate"
     resumes_from = "the last finished run"
 
     def __init__(self, config: EvaluateJobConfig) -> None:
-        self.config, self.settings = config, with_tasks(config.evaluate)
+        self.config, self.settings = config, keep_ablation_tasks(config.evaluate)
         assert self.settings.ablation is not None
         self.ablation, self.prompts = read_ablation(self.settings.ablation), read_prompts(self.settings)
         self.folder = find_folder(config.run, "ablation")
@@ -165,7 +165,7 @@ class AblationJob(Job):
         return worker_variables(self.first)
 
     def needed(self) -> list[dict[str, float]]:
-        return [*run_bundles(max(self.ablation.variants.values(), key=taken_cpus)), ONE_CPU]
+        return [*run_bundles(max(self.ablation.variants.values(), key=reserved_cpus)), ONE_CPU]
 
     def check_cluster(self, cpus: float) -> None:
         for each in self.ablation.variants.values():
@@ -185,16 +185,16 @@ class AblationJob(Job):
         write_config(folder, self.config)
         failures = pretrain_all(terminal, ablation, folder)
         variants = finished_runs(ablation, folder)
-        found = Evaluation(self.settings, encoders_of(variants, folder), [], self.prompts, failures=failures)
-        if found.encoders:
-            open_sets(found)
-            with log_on(terminal):  # pretraining has sent the log to its own coordinator
-                measure_all(found, features_folder(self.settings, folder.uri))
-        write_comparison(terminal, folder, found, variants)
-        return {"status": "failed" if found.failures else "finished"}
+        evaluation = Evaluation(self.settings, encoders_of(variants, folder), [], self.prompts, failures=failures)
+        if evaluation.encoders:
+            open_sets(evaluation)
+            with log_on(terminal):  # pretraining has redirected the log to its coordinator
+                measure_all(evaluation, features_folder(self.settings, folder.uri))
+        write_comparison(terminal, folder, evaluation, variants)
+        return {"status": "failed" if evaluation.failures else "finished"}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Nothing: ablation.json has been written."""
+        """Does nothing: ablation.json has been written."""
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
         if result["status"] == "stopped" or result.get("failure"):
@@ -207,7 +207,7 @@ class AblationJob(Job):
 
 
 def refuse_other_runs(ablation: Ablation, folder: RunFolder) -> None:
-    """Refuse to go on beside runs that were made with other settings than the file has now."""
+    """Raise ``UserError`` if a run in the folder has other settings than the ablation file has now."""
     for variant in ablation.variants:
         for seed in ablation.seeds:
             run = RunFolder(storage.join(folder.uri, RUNS), run_name(variant, seed), resumed=True)
@@ -222,34 +222,34 @@ def encoders_of(variants: dict[str, list[str]], folder: RunFolder) -> list[Encod
     return [EncoderSpec(name, open_run("evaluate.ablation", storage.join(runs, name)), "run") for name in names]
 
 
-def with_tasks(settings: EvaluateConfig) -> EvaluateConfig:
-    """``settings`` without the tasks that an ablation does not compare by.
+def keep_ablation_tasks(settings: EvaluateConfig) -> EvaluateConfig:
+    """``settings`` with only those tasks that an ablation uses.
 
     Raises:
-        UserError: none is left.
+        UserError: no task remains.
     """
     tasks = tuple(task for task in settings.tasks if task in TASKS)
     if not tasks:
-        raise UserError(f"evaluate.tasks {', '.join(settings.tasks)}: an ablation is compared by {', '.join(TASKS)}")
+        raise UserError(f"evaluate.tasks {', '.join(settings.tasks)}: an ablation needs one of {', '.join(TASKS)}")
     return settings.model_copy(update={"tasks": tasks})
 
 
 def pretrain_all(terminal: Console, ablation: Ablation, folder: RunFolder) -> list[str]:
-    """Pretrain every variant with every seed, those that have finished not again; why some failed.
+    """Pretrain every variant with every seed, except finished runs. Returns a line for each failure.
 
     Raises:
-        KeyboardInterrupt: the user has stopped one; it has saved what it has.
+        KeyboardInterrupt: the user has stopped a run, which has saved a checkpoint.
     """
-    failures, every = [], [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
-    for place, (variant, seed) in enumerate(every, 1):
+    failures, pairs = [], [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
+    for number, (variant, seed) in enumerate(pairs, 1):
         name = run_name(variant, seed)
         if has_finished(RunFolder(storage.join(folder.uri, RUNS), name, resumed=True)):
             continue
-        terminal.print(f"[bold]run {place} of {len(every)}: {variant}, seed {seed}[/bold]", highlight=False)
+        terminal.print(f"[bold]run {number} of {len(pairs)}: {variant}, seed {seed}[/bold]", highlight=False)
         reason = f"see {folder.uri}/{RUNS}/{name}/result.json"
         try:
             status = pretrain(ablation.config(folder, variant, seed))
-        except UserError as error:  # what the corpus cannot carry
+        except UserError as error:  # for example, the corpus is too small
             status, reason = STATUS_FAILED, str(error)
         if status == STATUS_INTERRUPTED:
             raise KeyboardInterrupt
@@ -269,12 +269,20 @@ def finished_runs(ablation: Ablation, folder: RunFolder) -> dict[str, list[str]]
     }
 
 
-def write_comparison(terminal: Console, folder: RunFolder, found: Evaluation, variants: dict[str, list[str]]) -> None:
-    """Write all scores and show their table."""
-    scores = over_seeds(found.scores, variants)
+def write_comparison(
+    terminal: Console, folder: RunFolder, evaluation: Evaluation, variants: dict[str, list[str]]
+) -> None:
+    """Write all scores and print their table."""
+    scores = over_seeds(evaluation.scores, variants)
     gains = increments(scores, list(variants))
-    told = {"left_out": found.left_out, "failures": found.failures}
-    write_results(folder, found.scores, {"sets": {}, "tests": found.tests(), "seed": found.settings.seed} | told)
+    facts = {
+        "sets": {},
+        "tests": evaluation.tests(),
+        "seed": evaluation.settings.seed,
+        "left_out": evaluation.skipped,
+        "failures": evaluation.failures,
+    }
+    write_results(folder, evaluation.scores, facts)
     folder.write_json("ablation.json", as_json(scores, gains))
     storage.write_bytes(
         folder.file("ablation.csv"), pd.DataFrame([score.row() for score in scores]).to_csv(index=False).encode()
@@ -283,11 +291,11 @@ def write_comparison(terminal: Console, folder: RunFolder, found: Evaluation, va
     if means:
         storage.write_bytes(folder.file("ablation.png"), bars(means))
     show(terminal, means, gains)
-    tell_rest(terminal, found.left_out, found.failures)
+    print_skipped_and_failed(terminal, evaluation.skipped, evaluation.failures)
 
 
 def as_json(scores: Sequence[Score], gains: Sequence[Difference]) -> dict[str, Any]:
-    """What ablation.json holds."""
+    """Content of ablation.json."""
     rows = [score.row() for score in scores]
     steps = [
         {"key": each.first.key, "variant": each.first.encoder, "before": each.second.encoder, "gain": each.value,
@@ -298,10 +306,10 @@ def as_json(scores: Sequence[Score], gains: Sequence[Difference]) -> dict[str, A
 
 
 def show(terminal: Console, scores: Sequence[Score], gains: Sequence[Difference]) -> None:
-    """A row for each number and variant, with what it adds to the variant before it; a star where the interval leaves out 0."""
+    """Print a row per score and variant, with the gain over the variant before it; a star if its interval excludes 0."""
     gained = {(each.first.encoder, each.first.key): each for each in gains}
     table = Table(box=None, pad_edge=False)
-    for name in ("task", "setting", "metric", "variant", "mean over seeds", "more than the variant before"):
+    for name in ("task", "setting", "metric", "variant", "mean over seeds", "gain over previous variant"):
         table.add_column(name)
     for score in scores:
         own = gained.get((score.encoder, score.key))

@@ -1,7 +1,7 @@
-"""What an evaluation task is: a module whose ``TASK`` turns what encoders make of the test data into scores.
+"""Interface of an evaluation task: a module whose ``TASK`` computes scores from an encoder's outputs on the test data.
 
-Tasks of ours are in ``cmcgns.evaluate.tasks``; `evaluate.tasks` also takes `package.module` and `path/to/file.py`
-(docs/evaluation.md adds one). Heads that are trained on films (segmentation, detection, tuning) are started by ``tasks`` itself.
+Built-in tasks are in ``cmcgns.evaluate.tasks``; `evaluate.tasks` also accepts `package.module` and `path/to/file.py` (see
+docs/evaluation.md). Heads trained on films (segmentation, detection, fine-tuning) do not use it; ``tasks`` starts them.
 """
 
 from abc import ABC, abstractmethod
@@ -21,12 +21,12 @@ from cmcgns.evaluate.scores import Score
 from cmcgns.plugins import load_plugin
 
 CORPUS = "corpus"
-"""Name of the run's own corpus where it is not a set of labelled images."""
+"""Name of the run's own corpus if it has no labelled set."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a task is given."""
+    """Inputs of a task: one encoder on one set."""
 
     encoder: EncoderSpec
     images: ImageSet | None
@@ -39,7 +39,7 @@ class Inputs:
     options: Section | None = None
     """The task's own ``Settings``."""
     shown: list[Figure] = field(default_factory=list)
-    """Figures for report.html; a task adds its own."""
+    """Figures for report.html; a task appends its own."""
 
     @property
     def set_name(self) -> str:
@@ -48,21 +48,21 @@ class Inputs:
 
 
 class Task(ABC):
-    """One task; an instance holds nothing."""
+    """An evaluation task; instances have no state."""
 
     Settings: ClassVar[type[Section]] = Section
-    """Settings of its own, given as `evaluate.options={NAME: {key: value}}`."""
+    """The task's settings, given as `evaluate.options={NAME: {key: value}}`."""
     reads: ClassVar[Literal["pairs", "features"]]
-    """``pairs``: the corpus's test films and reports through the model; ``features``: each labelled set's films alone."""
+    """``pairs``: embeddings of the corpus's test films and reports; ``features``: features of each labelled set's films."""
     needs_reports: ClassVar[bool] = False
-    """Of features: also the text encoder, so a folder with an image encoder alone is left out."""
+    """With ``features``: needs a text encoder too, so encoders without one are skipped."""
     needs_attention: ClassVar[bool] = False
-    """Asks where sentences attend; encoders of methods without attention are left out."""
+    """Needs sentence attention, so encoders of methods without it are skipped."""
     needs_truth: ClassVar[bool] = False
-    """Of pairs: needs what sentences say, which is known of the phantom alone."""
+    """With ``pairs``: needs the findings that each sentence states, which are known only for the phantom."""
 
     def missing(self, images: ImageSet, inputs: Mapping[str, Any]) -> str | None:
-        """Why ``images`` cannot be measured; None where they can. ``inputs``: the prompts by kind of set."""
+        """Why the task cannot run on ``images``; None if it can. ``inputs``: the prompts by kind of set."""
         return None
 
     @abstractmethod
@@ -71,16 +71,16 @@ class Task(ABC):
 
 
 def load_task(name: str) -> Task:
-    """The task that `evaluate.tasks` names."""
+    """The task ``name`` of `evaluate.tasks`."""
     known: dict[str, str] = {each: f"cmcgns.evaluate.tasks.{each}" for each in TASKS}
-    found = getattr(load_plugin("evaluate.tasks", name, known), "TASK", None)
-    if not isinstance(found, Task):
+    task = getattr(load_plugin("evaluate.tasks", name, known), "TASK", None)
+    if not isinstance(task, Task):
         raise UserError(f"evaluate.tasks {name} defines no TASK, an instance of a Task (docs/evaluation.md)")
-    return found
+    return task
 
 
 def task_options(task: Task, name: str, settings: EvaluateConfig) -> Section:
-    """The task's own settings."""
+    """The task's validated settings."""
     try:
         return task.Settings.model_validate(settings.options.get(name, {}))
     except ValueError as error:

@@ -14,17 +14,17 @@ class EmbedConfig(Section):
     split: Literal["train", "valid", "test"] = "test"
     """Studies whose sentences are embedded."""
     uri: str | None = None
-    """Another corpus than the run's own, in any layout that `data.uri` of a run takes."""
+    """Corpus to embed instead of the run's own, in any layout that `data.uri` of a run supports."""
     studies: PositiveInt | None = None
-    """Embed that many studies of the split, the first by index; by default all."""
+    """Embed the first studies of the split, this many; by default all."""
     batch_size: PositiveInt = 32
     """Studies of one forward."""
     workers: PositiveInt = 1
-    """Ray actors that hold the model."""
+    """Ray actors that run the model."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
-    """CPUs that Ray reserves for one of them; torch uses as many threads."""
+    """CPUs that Ray reserves for one worker; torch uses the same number of threads."""
     use_gpu: bool = False
-    """One GPU for each of them."""
+    """One GPU per worker."""
 
 
 TaskName = Literal["retrieval", "zeroshot", "classification", "segmentation", "detection", "clusters", "grounding"]
@@ -33,60 +33,60 @@ TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 class EvaluateConfig(Section):
     run: str = ""
-    """Folder of a finished pretraining run, or the `export` in it, local or `s3://`: what is evaluated. By default the last
-    one under run.storage that was not given a name."""
+    """Folder of the finished pretraining run to evaluate, or the `export` in it, local or `s3://`. By default the last finished
+    run under run.storage with an automatic name."""
     beside: tuple[str, ...] = ("random",)
-    """Encoders for the same table: `random` (the run's model before training), folders of other runs, Hugging Face folders."""
+    """Encoders to compare with: `random` (the run's model before training), folders of other runs, Hugging Face folders."""
     tasks: tuple[str, ...] = TASKS
-    """What is measured, of retrieval, zeroshot, classification, segmentation, detection, clusters, grounding, and tasks of your
-    own as `package.module` or `path/to/file.py`. A task that a set has no truth for is left out, and reported."""
+    """Tasks to run: retrieval, zeroshot, classification, segmentation, detection, clusters, grounding, and your own as
+    `package.module` or `path/to/file.py`. A task for which a set has no labels is skipped and reported."""
     options: dict[str, dict[str, Any]] = {}
-    """Settings of your own tasks: `{NAME: {key: value}}`, by the name under `tasks`."""
+    """Settings of your own tasks: `{NAME: {key: value}}`, with the name used in `tasks`."""
     sets: dict[str, str] = {}
-    """Downstream sets beside the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder or
-    `s3://` URI, such as `{rsna: /data/rsna}`. Of one kind several have names of their own: `{masked:a: ..., masked:b: ...}`."""
+    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder
+    or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind: `{masked:a: ..., masked:b: ...}`."""
     draw_splits: bool = False
-    """Draw the splits of `masked` anew by group, whatever its table says."""
+    """Ignore the splits in the table of `masked` and draw new ones by group."""
     corpus: bool = True
     """Evaluate on the run's own corpus too."""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Shares of the training labels that classifiers are given."""
+    """Fractions of the training labels for classification."""
     draws: int = Field(5, ge=1, le=1000)
-    """Times that labels are drawn for each share under 1, for linear probes; other heads see one draw."""
+    """Random label subsets for each fraction below 1, for linear probes; other heads use one."""
     segmentation_fractions: tuple[float, ...] = (0.1,)
-    """Shares of the training masks that segmentation is given."""
+    """Fractions of the training masks for segmentation."""
     detection_fractions: tuple[float, ...] = (1.0,)
-    """Shares of the training boxes that detection is given."""
+    """Fractions of the training boxes for detection."""
     encoder: tuple[Literal["frozen", "tuned"], ...] = ("frozen",)
-    """Whether encoders stay as they are under heads, or are trained too; both may be asked for. Frozen ones are classified by
-    linear probes."""
+    """Train only heads on a `frozen` encoder, or the encoder too (`tuned`), or both. Frozen encoders are classified by linear
+    probes."""
     head_steps: PositiveInt = 300
-    """Most optimizer steps of a head; it ends sooner where the validation loss no longer falls."""
+    """Maximum number of optimizer steps of a head; training stops early once the validation loss no longer falls."""
     head_batch: PositiveInt = 16
-    """Films of one such step."""
+    """Films per step of a head."""
     head_rate: float = Field(1e-3, gt=0.0)
-    """Its learning rate; a tuned encoder has a tenth of it."""
+    """Learning rate of a head; a tuned encoder uses a tenth of it."""
     prompts: str | None = None
-    """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; by default ours."""
+    """YAML file of prompts for zero-shot classification: `{set: {class: {present: [...], absent: [...]}}}`; default: built in."""
     ablation: str | None = None
-    """YAML file of an ablation, such as jobs/ablation.yaml: its variants are pretrained with its seeds, those that have
-    finished not again after `run.resume`, and evaluated side by side. `evaluate.run` does not count then."""
+    """YAML file of an ablation, such as jobs/ablation.yaml: pretrains its variants with its seeds (after `run.resume` only
+    unfinished ones) and compares them. `evaluate.run` is then ignored."""
     compare: tuple[str, ...] = ()
-    """Folders of other evaluations to show beside this one, where the test images are the same; differences are in pairs."""
+    """Folders of other evaluations to include in the table if their test images are the same; differences are paired."""
     resamples: int = Field(1000, ge=100)
-    """Bootstrap resamples of the test images behind each 95 % interval."""
+    """Bootstrap resamples of the test images for each 95 % interval."""
     seed: int = 0
-    """Decides label draws, resamples, and the weights of `random` (drawn splits go by the run's data.seed)."""
+    """Seed of label subsets, resamples and the weights of `random` (random splits use the run's data.seed)."""
     batch_size: PositiveInt = 32
     """Films of one forward."""
     workers: PositiveInt = 1
-    """Ray actors that hold the encoders."""
+    """Ray actors that run the encoders."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
-    """CPUs that Ray reserves for one of them; torch uses as many threads."""
+    """CPUs that Ray reserves for one worker; torch uses the same number of threads."""
     use_gpu: bool = False
-    """One GPU for each of them."""
+    """One GPU per worker."""
     features: str | None = None
-    """Folder where features of frozen encoders are kept for the next evaluation; by default `features/` in run.storage."""
+    """Folder where features of frozen encoders are stored and reused; by default `features/` in run.storage."""
 
 
 class EvaluateJobConfig(Section):
@@ -101,16 +101,14 @@ class EvaluateJobConfig(Section):
             if task not in TASKS and "." not in task:
                 near = difflib.get_close_matches(task, TASKS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
-                raise ValueError(f"evaluate.tasks {task}: there is no such task; {hint}known are {', '.join(TASKS)}")
+                raise ValueError(f"evaluate.tasks {task}: no such task; {hint}Known tasks: {', '.join(TASKS)}")
         for name in ("fractions", "segmentation_fractions", "detection_fractions"):
             for share in getattr(self.evaluate, name):
                 if not 0.0 < share <= 1.0:
-                    raise ValueError(
-                        f"evaluate.{name} {share} is no share of the labels; give numbers above 0, up to 1"
-                    )
+                    raise ValueError(f"evaluate.{name} {share} is not a fraction; give numbers above 0, up to 1")
         if self.run.resume is not None and self.evaluate.ablation is None:
             raise ValueError(
-                "run.resume: an evaluation starts anew, and takes up the features that it has; leave it out"
+                "run.resume: an evaluation cannot be resumed; remove run.resume. Stored features are reused"
             )
         for complaint in self.run.complaints():
             raise ValueError(complaint)
@@ -128,7 +126,7 @@ class EmbedJobConfig(Section):
         if not self.embed.run:
             raise ValueError("embed.run is missing; name the folder of a finished pretraining run, such as runs/NAME")
         if self.run.resume is not None:
-            raise ValueError("run.resume: embedding starts anew each time; give a new run.name instead")
+            raise ValueError("run.resume: an embedding cannot be resumed; give a new run.name instead")
         for complaint in self.run.complaints():
             raise ValueError(complaint)
         return self

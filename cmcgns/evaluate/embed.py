@@ -1,4 +1,4 @@
-"""Sentences as a trained model sees them: what it finds on the film where a sentence looks (z2), and the words' own vector.
+"""The embed job: for each sentence its attended image features (z2) and its text embedding, as Parquet.
 
 n sentences of a block of studies, S sentences of one study (padded), D embedding.
 """
@@ -41,21 +41,21 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class SentenceVectors(NamedTuple):
-    """All sentences of a block, study by study; rows of length 1."""
+    """Vectors of all sentences of a block, study by study; rows of length 1."""
 
     study_n: npt.NDArray[np.int64]
-    """Place of each sentence's study in the block."""
+    """Index of each sentence's study in the block."""
     number_n: npt.NDArray[np.int64]
-    """Place of the sentence in its report."""
+    """Index of the sentence in its report."""
     attended_nD: FloatArray
-    """What the sentence attends to on its study's film: the features that pretraining clusters. For a method without attention
-    the sentence embedding."""
+    """Features that the sentence attends to on its study's film, as clustered in pretraining; without attention the sentence
+    embedding."""
     sentence_nD: FloatArray
-    """The mean of the sentence's tokens."""
+    """Sentence embedding: the mean of the sentence's tokens."""
 
 
 class SentenceEmbedder:
-    """A model that turns blocks of studies into ``SentenceVectors``; films are cropped at the middle, nothing is drawn."""
+    """Computes ``SentenceVectors`` of blocks of studies; films are center-cropped, without random augmentation."""
 
     def __init__(self, model: DualEncoder, tokenizer: ReportTokenizer, config: Config, device: torch.device) -> None:
         self.model = model.to(device).eval()
@@ -66,20 +66,20 @@ class SentenceEmbedder:
         counts_B = block.sentence_counts
         batch = self.batcher(block, (int(counts_B.sum()),), training=False)
         outputs = self.model(batch)
-        looks = self.method.attention(self.model, outputs)
+        attention = self.method.attention(self.model, outputs)
         rows = lambda values_BSD: unit(values_BSD.flatten(0, 1)[batch.sentence_row_n].float()).cpu().numpy()
         return SentenceVectors(
             np.repeat(np.arange(len(block)), counts_B),
             np.concatenate([np.arange(count) for count in counts_B]),
-            rows(outputs.sentences_BSD if looks is None else looks.attended_BSD),
+            rows(outputs.sentences_BSD if attention is None else attention.attended_BSD),
             rows(outputs.sentences_BSD),
         )
 
 
 def sentence_table(vectors: SentenceVectors, study_ids: list[str], texts: pa.Array) -> pa.Table:
-    """Columns id (``study/number``), study_id, text, vector (attended features) and sentence_vector, one row a sentence;
-    ``study_ids`` are those of the block, ``texts`` its sentences' words."""
-    ids = [study_ids[place] for place in vectors.study_n]
+    """Columns id (``study/number``), study_id, text, vector (attended features) and sentence_vector, one row per sentence;
+    ``study_ids`` and ``texts`` are the block's studies and sentences."""
+    ids = [study_ids[index] for index in vectors.study_n]
     dim = vectors.attended_nD.shape[1]
     column = lambda rows_nD: pa.FixedSizeListArray.from_arrays(pa.array(rows_nD.ravel()), dim)
     return pa.table(
@@ -100,7 +100,7 @@ ROWS_PER_FILE = 50_000
 
 @dataclass(frozen=True)
 class Split:
-    """The studies to embed, and the settings that they are read with."""
+    """The studies to embed, and the settings with which they are read."""
 
     config: Config
     source: Source
@@ -109,7 +109,7 @@ class Split:
 
 
 class EmbedRows:
-    """A Ray Data actor that holds the model: studies in, sentences out."""
+    """A Ray Data actor with the model: takes studies, returns sentences."""
 
     def __init__(self, uri: str, study_ids: Any, settings: EmbedConfig) -> None:
         torch.set_num_threads(max(int(settings.cpus_per_worker), 1))
@@ -126,7 +126,7 @@ class EmbedRows:
 
 
 class EmbedJob(Job):
-    """All sentences of a split through a trained model, as Parquet."""
+    """Embeds all sentences of a split with a trained model."""
 
     script = "embed"
     resume_key = ""
@@ -170,7 +170,9 @@ class EmbedJob(Job):
         try:
             write_sentences(self.model_run, self.settings, split, self.coordinator, self.folder.file("sentences"))
         except BaseException:
-            storage.delete_folder(self.folder.file("sentences"))  # a part might be taken for the whole
+            storage.delete_folder(
+                self.folder.file("sentences")
+            )  # an incomplete set could be mistaken for a complete one
             raise
         return {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -191,7 +193,7 @@ class EmbedJob(Job):
 
 
 def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
-    """The studies that ``settings`` asks for, out of the run's corpus or the one that it names."""
+    """The studies of ``settings``, from the run's corpus or from ``embed.uri``."""
     data, key = run.config.data, "embed.run"
     if settings.uri is not None:
         key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
@@ -200,7 +202,7 @@ def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
     studies = index.split(settings.split)
     if not len(studies):
         raise UserError(
-            f"embed.split {settings.split}: {data.uri} has no study in it; its index has {len(index.table)}"
+            f"embed.split {settings.split}: {data.uri} has no study in it, {len(index.table)} in all splits; give another split"
         )
     studies, arrangement = source.arrange(studies, config.data.group_studies)
     return Split(
@@ -209,7 +211,7 @@ def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
 
 
 def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, coordinator: Any, uri: str) -> None:
-    """Parquet files of all sentences under ``uri``; which file comes first says nothing."""
+    """Write all sentences as Parquet files under ``uri``; the order of the files has no meaning."""
     stream = stream_split(
         split.source,
         split.studies,

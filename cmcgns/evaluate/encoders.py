@@ -1,4 +1,4 @@
-"""A finished pretraining run, opened again: its settings, its vocabulary, its model with the weights that came out."""
+"""Encoders to evaluate: finished pretraining runs, untrained models and Hugging Face folders."""
 
 import hashlib
 import json
@@ -26,34 +26,34 @@ from cmcgns.plugins import is_plugin
 
 @dataclass(frozen=True)
 class PretrainedRun:
-    """What a run folder says, but for the weights."""
+    """A finished run without its weights: settings and vocabulary."""
 
     uri: str
     config: Config
     vocabulary: ReportTokenizer | None
-    """None where its export has lost it."""
+    """None if the export has no tokenizer folder."""
 
     @property
     def tokenizer(self) -> ReportTokenizer:
-        """What its reports are read with.
+        """The tokenizer for reports.
 
         Raises:
-            UserError: an export without tokenizer.
+            UserError: the export has no tokenizer.
         """
         if self.vocabulary is None:
             raise UserError(
-                f"{self.export} has no tokenizer folder, so reports cannot be read; tasks on films alone need none"
+                f"{self.export} has no tokenizer folder, so reports cannot be read; run only tasks that need no reports"
             )
         return self.vocabulary
 
     @property
     def vocabulary_size(self) -> int:
-        """Entries of the vocabulary; the least that a model takes where there is none."""
+        """Entries of the vocabulary; without one, the minimum that a model accepts."""
         return self.vocabulary.vocabulary_size if self.vocabulary else len(SPECIAL_TOKENS)
 
     @property
     def method(self) -> Method[Any]:
-        """The method that it was trained with."""
+        """The method with which it was trained."""
         return load_method(self.config)
 
     @property
@@ -72,22 +72,23 @@ class PretrainedRun:
                 encoders["image_encoder"] = str(local / "image_encoder")
             built = self.config.model_copy(update={"model": self.config.model.model_copy(update=encoders)})
             model = load_method(built).build_model(self.vocabulary_size)
-            left = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
+            keys = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
             if own_backbone:
                 model.image_encoder.backbone.load_state_dict(load_file(local / "image_encoder" / "model.safetensors"))
-        missing = [name for name in left.missing_keys if ".backbone." not in name]
-        if missing or left.unexpected_keys:
+        missing = [name for name in keys.missing_keys if ".backbone." not in name]
+        if missing or keys.unexpected_keys:
             raise UserError(
-                f"{self.export} does not fit the run's config.yaml: {', '.join([*missing, *left.unexpected_keys][:3])}"
+                f"{self.export} does not fit the run's config.yaml: missing or unexpected "
+                f"{', '.join([*missing, *keys.unexpected_keys][:3])}; use the export and config.yaml of the same run"
             )
         return model.eval()
 
 
 def last_run(storage_uri: str) -> str:
-    """URI of the last finished one of the runs under ``storage_uri`` that are named for their time.
+    """URI of the last finished run under ``storage_uri`` with an automatic name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
     root = storage.absolute("run.storage", storage_uri)
     try:
@@ -98,19 +99,23 @@ def last_run(storage_uri: str) -> str:
         if storage.exists(storage.join(root, f"{name}/export/heads.safetensors")):
             return storage.join(root, name)
     raise UserError(
-        f"evaluate.run is missing, and {root} holds no finished run that is named for its time; name the folder of a finished "
+        f"evaluate.run is missing, and {root} has no finished run with an automatic name; give the folder of a finished "
         "pretraining run, such as runs/NAME"
     )
 
 
 def open_run(key: str, uri: str) -> PretrainedRun:
-    """The run in the folder ``uri``, which the setting ``key`` names; one without an export is refused."""
+    """The run in the folder ``uri``, the value of setting ``key``.
+
+    Raises:
+        UserError: the folder contains no run, or the run has no export.
+    """
     uri = storage.absolute(key, uri)
     if not storage.exists(storage.join(uri, "config.yaml")):
-        raise UserError(f"{key} {uri} is no run folder: it holds no config.yaml; name <run.storage>/<run.name>")
+        raise UserError(f"{key} {uri} is not a run folder: it has no config.yaml; give <run.storage>/<run.name>")
     if not storage.exists(storage.join(uri, "export/heads.safetensors")):
         raise UserError(
-            f"{key} {uri} has no export: the run has not finished; go on with --run.resume={Path(uri).name}"
+            f"{key} {uri} has no export: the run has not finished; resume it with --run.resume={Path(uri).name}"
         )
     settings: dict[str, Any] = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
     config = validate(settings, Config)
@@ -128,17 +133,17 @@ def _vocabulary(uri: str, config: Config) -> ReportTokenizer | None:
 RANDOM = "random"
 PRETRAINED = "pretrained"
 CLUSTERS = 128
-"""Clusters for a method that has attention but clusters nothing itself."""
+"""Number of clusters for a method that has attention but no bank."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder, unopened; small enough to travel into Ray tasks."""
+    """Specification of an encoder, without weights; small enough to send to Ray tasks."""
 
     name: str
-    """As tables show it."""
+    """Name in tables."""
     run: PretrainedRun
-    """The run whose settings it is evaluated with; its own where it has one."""
+    """The run whose settings are used: its own run, or for ``folder`` the evaluated one."""
     kind: str
     """``run``, ``random`` (the run's model before training) or ``folder`` (a Hugging Face folder)."""
     folder: str = ""
@@ -146,33 +151,33 @@ class EncoderSpec:
 
     @property
     def config(self) -> Config:
-        """Settings of the films and the model."""
+        """Settings of data and model."""
         return self.run.config
 
     @property
     def num_clusters(self) -> int:
-        """Clusters K of its sentences: as many as pretraining used."""
+        """Number of sentence clusters K, as in pretraining."""
         return self.config.banks[0].num_clusters if self.config.banks else CLUSTERS
 
     @property
     def origin(self) -> str:
-        """Where its weights are from."""
+        """Source of the weights."""
         return "untrained" if self.kind == RANDOM else self.folder or self.run.export
 
     @property
     def has_reports(self) -> bool:
-        """Whether it reads reports too."""
+        """True if it has a text encoder."""
         return self.kind != "folder"
 
     def load_model(self) -> DualEncoder:
-        """The whole model of a run, or the same before training, on the CPU, in evaluation mode."""
+        """The whole model of a run, trained or untrained, on the CPU, in evaluation mode."""
         if self.kind == "run":
             return self.run.load_model()
         torch.manual_seed(self.seed)
         return self.run.method.build_model(self.run.vocabulary_size).eval()
 
     def load(self) -> "FilmEncoder":
-        """What sees films, on the CPU, in evaluation mode."""
+        """The film encoder, on the CPU, in evaluation mode."""
         if self.kind != "folder":
             model = self.load_model()
             return FilmEncoder(model.image_encoder, model.image_projection).eval()
@@ -181,28 +186,28 @@ class EncoderSpec:
         return FilmEncoder(encoder, None, mean_of_patches=True, statistics=read_statistics(self.folder)).eval()
 
     def digest(self) -> str:
-        """Hash of the weights and of how films are shown, by which features are known to be its own."""
-        found = hashlib.blake2b(digest_size=8)
+        """Hash of the weights and the preprocessing of films; identifies stored features."""
+        digest = hashlib.blake2b(digest_size=8)
         data = self.config.data
-        found.update(json.dumps([self.kind, data.resize, data.image_size]).encode())
+        digest.update(json.dumps([self.kind, data.resize, data.image_size]).encode())
         if self.kind == RANDOM:
-            # the text encoder's weights are drawn before the heads': its size decides what these are
+            # the text encoder's weights are drawn before those of the heads, so its size affects the heads
             drawn = [self.seed, torch.__version__, self.run.vocabulary_size, data.max_tokens]
-            found.update(f"{drawn} {self.config.model.model_dump_json()}".encode())
+            digest.update(f"{drawn} {self.config.model.model_dump_json()}".encode())
         else:
-            home = self.run.export if self.kind == "run" else self.folder
-            for name in storage.list_files(home):
-                # a folder's JSON says how it takes films
+            folder = self.run.export if self.kind == "run" else self.folder
+            for name in storage.list_files(folder):
+                # JSON files too: they contain the preprocessing
                 if name.endswith((".safetensors", ".bin", ".json")) and not name.startswith(("text_", "tokenizer")):
-                    found.update(storage.read_bytes(storage.join(home, name)))
-        return found.hexdigest()
+                    digest.update(storage.read_bytes(storage.join(folder, name)))
+        return digest.hexdigest()
 
 
 class FilmEncoder(nn.Module):
-    """An image encoder, and the way into the space of the reports where there is one.
+    """An image encoder, with a projection to the space of the reports if there is one.
 
-    ``statistics``: mean and standard deviation of each channel, of pixels in [0, 1], that the encoder was trained with; without,
-    it takes films in [-1, 1], as ours do.
+    ``statistics``: mean and standard deviation of each channel, for pixels in [0, 1], with which the encoder was trained; without
+    them its input is in [-1, 1], like ours.
     """
 
     def __init__(
@@ -218,7 +223,7 @@ class FilmEncoder(nn.Module):
         self.mean_3, self.spread_3 = (nn.Buffer(torch.tensor(values), persistent=False) for values in (mean, spread))
         self.mean_of_patches = mean_of_patches and encoder.is_convolutional
         if self.mean_of_patches:
-            self.encoder.pool = nn.Identity()  # a pool of its own would be an untrained one
+            self.encoder.pool = nn.Identity()  # an attention pool would be untrained
 
     @property
     def dim(self) -> int:
@@ -226,7 +231,7 @@ class FilmEncoder(nn.Module):
         return self.encoder.dim
 
     def forward(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``pooled_BC``, and ``image_BD`` of length 1 where reports can be compared with it."""
+        """``pooled_BC``, and with a projection ``image_BD`` of length 1, to compare with reports."""
         features_BPC, pooled_BC = self.encoder(self._pixels(image_B1HW))
         if self.mean_of_patches:
             pooled_BC = features_BPC.mean(1)
@@ -243,52 +248,52 @@ class FilmEncoder(nn.Module):
         return [features_BPC.mT.unflatten(2, (grid, grid)).contiguous()]
 
     def _pixels(self, image_B1HW: Tensor) -> Tensor:
-        """Films in [-1, 1] as the encoder takes them, (B, 3, H, W)."""
+        """Films in [-1, 1] normalised for the encoder, (B, 3, H, W)."""
         return ((image_B1HW + 1) / 2 - self.mean_3[:, None, None]) / self.spread_3[:, None, None]
 
 
 def read_statistics(folder: str) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of each channel in the preprocessor_config.json of a Hugging Face folder, if it says them."""
+    """Mean and standard deviation of each channel from the preprocessor_config.json of a Hugging Face folder, None without."""
     path = Path(folder) / "preprocessor_config.json"
-    written = json.loads(path.read_text()) if path.exists() else {}
-    if not written.get("do_normalize", True) or "image_mean" not in written:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if not content.get("do_normalize", True) or "image_mean" not in content:
         return None
-    return [float(value) for value in written["image_mean"]], [float(value) for value in written["image_std"]]
+    return [float(value) for value in content["image_mean"]], [float(value) for value in content["image_std"]]
 
 
 def open_encoders(run_uri: str, beside: list[str], seed: int) -> list[EncoderSpec]:
-    """The run's encoder first, then each one ``beside``: `random`, run folders, Hugging Face folders.
+    """The run's encoder, then those of ``beside``: `random`, run folders, Hugging Face folders.
 
     Raises:
-        UserError: a folder that holds neither a finished run nor a model.
+        UserError: a folder contains neither a finished run nor a model.
     """
-    run = open_run("evaluate.run", of_export(run_uri))
+    run = open_run("evaluate.run", without_export(run_uri))
     specs = [EncoderSpec(PRETRAINED, run, "run")]
     for other in beside:
         if other == RANDOM:
-            specs.append(EncoderSpec(_unused(RANDOM, specs), run, RANDOM, seed=seed))
-        elif storage.exists(storage.join(of_export(other), "export/heads.safetensors")):
-            theirs = open_run("evaluate.beside", of_export(other))
-            specs.append(EncoderSpec(_unused(Path(theirs.uri).name, specs), theirs, "run"))
+            specs.append(EncoderSpec(_unique_name(RANDOM, specs), run, RANDOM, seed=seed))
+        elif storage.exists(storage.join(without_export(other), "export/heads.safetensors")):
+            other_run = open_run("evaluate.beside", without_export(other))
+            specs.append(EncoderSpec(_unique_name(Path(other_run.uri).name, specs), other_run, "run"))
         elif Path(other).is_dir() and (Path(other) / "config.json").exists():
-            with torch.device("meta"):  # what it lacks is told before anything begins
+            with torch.device("meta"):  # raises now if the model cannot be used
                 build_image_backbone(other, run.config.data.image_size, 0.0)
-            specs.append(EncoderSpec(_unused(Path(other).name, specs), run, "folder", str(Path(other).resolve())))
+            specs.append(EncoderSpec(_unique_name(Path(other).name, specs), run, "folder", str(Path(other).resolve())))
         else:
             raise UserError(
                 f"evaluate.beside {other} is neither `random`, nor the folder of a finished run, nor a local Hugging Face "
-                "folder with a config.json"
+                "folder with a config.json; give one of these"
             )
     return specs
 
 
-def of_export(uri: str) -> str:
-    """The run folder of an export that lies in one; else ``uri`` itself."""
+def without_export(uri: str) -> str:
+    """``uri`` without a trailing `/export`: the run folder."""
     return uri.rstrip("/").removesuffix("/export")
 
 
-def _unused(name: str, specs: list[EncoderSpec]) -> str:
-    taken, number, found = {spec.name for spec in specs}, 2, name
-    while found in taken:
-        found, number = f"{name} ({number})", number + 1
-    return found
+def _unique_name(name: str, specs: list[EncoderSpec]) -> str:
+    taken, number, unique = {spec.name for spec in specs}, 2, name
+    while unique in taken:
+        unique, number = f"{name} ({number})", number + 1
+    return unique

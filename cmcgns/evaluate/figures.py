@@ -1,4 +1,4 @@
-"""What report.html shows beside its table: curves, masks and boxes on films, where sentences look, the nearest reports.
+"""Figures of report.html: curves, masks and boxes on films, sentence attention, nearest reports.
 
 N images, K classes, R pixels of a square, P patches.
 """
@@ -18,21 +18,21 @@ from cmcgns.evaluate.scores import Score
 
 Array = NDArray[Any]
 SAMPLES = 6
-"""Films of one figure."""
+"""Films per figure."""
 TRUTH, ANSWER = "#2ca02c", "#d62728"
-LEAST_SCORE, MOST_BOXES = 0.2, 5
-"""Detections that are drawn: at least so sure, and at most so many of a film."""
+MIN_SCORE, MAX_BOXES = 0.2, 5
+"""Detections that are drawn: minimum score, and maximum number per film."""
 
 
 class Figure(NamedTuple):
-    """A picture and the line above it."""
+    """A picture with its title."""
 
     title: str
     png: bytes
 
 
 def curves(title: str, score_NK: Array, label_NK: Array, classes: Sequence[str]) -> Figure:
-    """ROC and precision-recall curves of each class that has both sides among the images."""
+    """ROC and precision-recall curves of each class that has positives and negatives."""
     canvas = Canvas(figsize=(10, 4.2), layout="constrained")
     roc, recall = canvas.subplots(1, 2)
     for k, name in enumerate(classes):
@@ -51,35 +51,35 @@ def curves(title: str, score_NK: Array, label_NK: Array, classes: Sequence[str])
 
 
 def masks(title: str, film_NRR: Array, truth_NRR: Array, answer_NRR: Array) -> Figure:
-    """Outlines of what is there (green) and of what was answered (red), any class."""
+    """Outlines of true masks (green) and predicted masks (red), over all classes."""
     canvas, axes = _films(film_NRR)
     for axis, truth_RR, answer_RR in zip(axes, truth_NRR, answer_NRR, strict=False):
         for mask_RR, colour in ((truth_RR, TRUTH), (answer_RR, ANSWER)):
             if mask_RR.any():
                 axis.contour(mask_RR, levels=[0.5], colors=[colour], linewidths=1)
-    return Figure(f"{title}: green what is there, red the answer", _png(canvas))
+    return Figure(f"{title}: green true, red predicted", _png(canvas))
 
 
 def boxes(title: str, film_NRR: Array, truths: Sequence[Array], answers: Sequence[Any], names: Sequence[str]) -> Figure:
-    """Boxes that are there (green) and the surest ones that were found (red, with class and score)."""
+    """True boxes (green) and the predicted boxes with the highest scores (red, with class and score)."""
     canvas, axes = _films(film_NRR)
     for axis, truth_n4, answer in zip(axes, truths, answers, strict=False):
         for box in truth_n4:
             _draw(axis, box, TRUTH)
-        sure = np.flatnonzero(answer.score_n >= LEAST_SCORE)[:MOST_BOXES]
+        sure = np.flatnonzero(answer.score_n >= MIN_SCORE)[:MAX_BOXES]
         for n in sure:
             _draw(axis, answer.box_n4[n], ANSWER, f"{names[answer.kind_n[n]]} {answer.score_n[n]:.2f}")
-    return Figure(f"{title}: green what is there, red what was found", _png(canvas))
+    return Figure(f"{title}: green true, red predicted", _png(canvas))
 
 
 def attention(title: str, film_NHW: Array, weight_NP: Array, truth_NP: Array, texts: Sequence[str]) -> Figure:
-    """Where each sentence looks (the brighter the more), with the patches that its finding touches outlined."""
+    """Attention of each sentence (brighter is higher), with outlines of the patches that its finding touches."""
     canvas, axes = _films(film_NHW)
     grid, side = int(weight_NP.shape[1] ** 0.5), film_NHW.shape[-1]
     for axis, weight_P, truth_P, text in zip(axes, weight_NP, truth_NP, texts, strict=False):
         axis.imshow(weight_P.reshape(grid, grid), extent=(0, side, side, 0), cmap="magma", alpha=0.45)
-        for place in np.flatnonzero(truth_P > 0):
-            row, column = divmod(int(place), grid)
+        for patch in np.flatnonzero(truth_P > 0):
+            row, column = divmod(int(patch), grid)
             cell = side / grid
             _draw(axis, (column * cell, row * cell, (column + 1) * cell, (row + 1) * cell), TRUTH)
         axis.set_title(textwrap.fill(text, 34), fontsize=7)
@@ -87,14 +87,14 @@ def attention(title: str, film_NHW: Array, weight_NP: Array, truth_NP: Array, te
 
 
 def nearest(title: str, film_NHW: Array, reports: Sequence[Sequence[str]], own: Sequence[str]) -> Figure:
-    """Films, each with its own report and the reports that lie nearest to it."""
+    """Films, each with its own report and its nearest reports."""
     canvas = Canvas(figsize=(11, 1.9 * len(film_NHW)), layout="constrained")
-    for row, (film_HW, found, report) in enumerate(zip(film_NHW, reports, own, strict=True)):
+    for row, (film_HW, retrieved, report) in enumerate(zip(film_NHW, reports, own, strict=True)):
         picture = canvas.add_subplot(len(film_NHW), 2, 2 * row + 1)
         picture.imshow(film_HW, cmap="gray")
         words = canvas.add_subplot(len(film_NHW), 2, 2 * row + 2)
         lines = [f"own: {textwrap.shorten(report, 150)}"]
-        lines += [f"{place}. {textwrap.shorten(text, 150)}" for place, text in enumerate(found, 1)]
+        lines += [f"{rank}. {textwrap.shorten(text, 150)}" for rank, text in enumerate(retrieved, 1)]
         words.text(0, 1, "\n".join(textwrap.fill(line, 78) for line in lines), fontsize=7, va="top")
         picture.axis("off")
         words.axis("off")
@@ -102,7 +102,7 @@ def nearest(title: str, film_NHW: Array, reports: Sequence[Sequence[str]], own: 
 
 
 def bars(scores: Sequence[Score]) -> bytes:
-    """A panel for each number, a point with its interval for each encoder, as a PNG."""
+    """A panel per score with a point and interval per encoder, as a PNG."""
     keys = list(dict.fromkeys(score.key for score in scores))
     columns = min(len(keys), 4)
     rows = -(-len(keys) // columns)
@@ -142,6 +142,6 @@ def _draw(axis: Any, box: Sequence[float] | Array, colour: str, words: str = "")
 
 
 def _png(canvas: Canvas) -> bytes:
-    found = io.BytesIO()
-    canvas.savefig(found, format="png", dpi=110)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

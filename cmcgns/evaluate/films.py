@@ -1,4 +1,4 @@
-"""Boxes and masks of a film on the padded square that an encoder sees, moved as ``resize_image`` moves the film itself.
+"""Films with boxes and masks on the padded square that an encoder sees, resized like the film in ``resize_image``.
 
 N boxes, K masks, R pixels of the square.
 """
@@ -23,13 +23,13 @@ from cmcgns.errors import BadRow
 from cmcgns.evaluate.features import (
     PIECE_FILMS,
     PIECES_AHEAD,
+    drop_bad,
     pieces_of,
+    read_bad_images,
     read_each,
-    read_refused,
     set_digest,
-    usable,
-    warn_of_bad,
-    write_refused,
+    warn_about_bad_images,
+    write_bad_images,
 )
 
 Floats = NDArray[np.float64]
@@ -38,25 +38,25 @@ Pixel = TypeVar("Pixel", np.bool_, np.uint8)
 
 
 def _placed(height: int, width: int, side: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the film on its square."""
+    """Top, left, height and width of the film on its padded square."""
     scale = side / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     return (side - new_height) // 2, (side - new_width) // 2, new_height, new_width
 
 
-def square_boxes(box_N4: Floats, size: tuple[int, ...], side: int) -> Floats:
-    """Boxes (x0, y0, x1, y1) of a film of ``size`` (height, width) on its square of ``side`` pixels."""
+def resize_boxes(box_N4: Floats, size: tuple[int, ...], side: int) -> Floats:
+    """Boxes (x0, y0, x1, y1) of a film of ``size`` (height, width) in pixels of its padded square of ``side`` pixels."""
     height, width = size
     top, left, new_height, new_width = _placed(height, width, side)
     scale = np.array([new_width / width, new_height / height] * 2)
     return np.asarray(box_N4, np.float64) * scale + np.array([left, top] * 2)
 
 
-def square_masks(mask_KHW: Masks, side: int) -> Masks:
-    """Masks (K, side, side): set where at least half of what a pixel covers is."""
+def resize_masks(mask_KHW: Masks, side: int) -> Masks:
+    """Masks (K, side, side); a pixel is set if at least half of its area is."""
     _, height, width = mask_KHW.shape
     top, left, new_height, new_width = _placed(height, width, side)
-    filter_ = cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR  # as resize_image has it
+    filter_ = cv2.INTER_AREA if side < max(height, width) else cv2.INTER_LINEAR  # as in resize_image
     square_KRR = np.zeros((len(mask_KHW), side, side), bool)
     for k, mask_HW in enumerate(mask_KHW):
         scaled = cv2.resize(mask_HW.astype(np.float32), (new_width, new_height), interpolation=filter_)
@@ -64,8 +64,8 @@ def square_masks(mask_KHW: Masks, side: int) -> Masks:
     return square_KRR
 
 
-def middle(values_KRR: NDArray[Pixel], size: int) -> NDArray[Pixel]:
-    """The middle ``size`` pixels of squares, as validation crops films."""
+def center_crop(values_KRR: NDArray[Pixel], size: int) -> NDArray[Pixel]:
+    """Center crop of ``size`` pixels, as in validation."""
     start = (values_KRR.shape[-1] - size) // 2
     return values_KRR[..., start : start + size, start : start + size]
 
@@ -81,41 +81,41 @@ SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string()),
         pa.field("film", pa.binary()),
-        pa.field("masks", pa.binary()),  # one bit a pixel, class after class
+        pa.field("masks", pa.binary()),  # one bit per pixel, class after class
         pa.field("boxes", pa.list_(BOX_TYPE)),
-        pa.field("reason", pa.string()),  # why it cannot be used; null where it can
+        pa.field("reason", pa.string()),  # why it cannot be used; null if it can
     ]
 )
 
 
 @dataclass(frozen=True)
 class Films:
-    """The films of some images, whole: nothing is cropped away."""
+    """Films of some images as padded squares, without cropping."""
 
     image_ids: list[str]
     film_NRR: NDArray[np.uint8]
     mask_NKRR: NDArray[np.bool_]
     kinds: list[NDArray[np.int32]]
-    """Classes of each film's boxes."""
+    """Class of each box, per film."""
     boxes: list[NDArray[np.float64]]
-    """(x0, y0, x1, y1) of each one, in pixels of the square."""
+    """(x0, y0, x1, y1) of each box, per film, in pixels of the square."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def take(self, places: Sequence[int]) -> "Films":
-        """The films at ``places``."""
-        pick = lambda parts: [parts[i] for i in places]
-        index = np.asarray(places, np.int64)
+    def take(self, indices: Sequence[int]) -> "Films":
+        """The films with these indices."""
+        pick = lambda parts: [parts[i] for i in indices]
+        rows = np.asarray(indices, np.int64)
         return Films(
-            pick(self.image_ids), self.film_NRR[index], self.mask_NKRR[index], pick(self.kinds), pick(self.boxes)
+            pick(self.image_ids), self.film_NRR[rows], self.mask_NKRR[rows], pick(self.kinds), pick(self.boxes)
         )
 
 
 def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -> tuple[str, dict[str, str]]:
-    """URI of the films of ``images`` as squares of ``side`` pixels, made now unless they lie in ``folder`` already; and the
-    reason by id of each one that could not be used when they were made."""
-    where = images.table.select(["boxes", "masks"]).to_pylist()  # labels may be corrected while films stay
+    """URI of the films of ``images`` as squares of ``side`` pixels, created unless already stored in ``folder``; and for each
+    unusable film its id and the reason."""
+    where = images.table.select(["boxes", "masks"]).to_pylist()  # labels may be corrected for the same films
     of_set = set_digest(images, images.box_classes, images.mask_classes, where)
     uri = storage.join(folder, f"{images.name}-{of_set}-films-{side}.parquet")
     if not storage.exists(uri):
@@ -124,26 +124,26 @@ def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -
         context = ordered_context(0.0, PIECES_AHEAD * PIECE_FILMS * 2 * side**2, None)
         with context, storage.scratch_file(uri) as local:
             with pq.ParquetWriter(local, SCHEMA) as writer:
-                write_refused(uri, _write_films(writer, pieces, read, cpus_per_task))
+                write_bad_images(uri, _write_films(writer, pieces, read, cpus_per_task))
             storage.put_file(local, uri)
-    bad = read_refused(uri)
-    warn_of_bad(images, bad, folder)
+    bad = read_bad_images(uri)
+    warn_about_bad_images(images, bad, folder)
     return uri, bad
 
 
 def _write_films(writer: pq.ParquetWriter, pieces: list[pa.Table], read: Any, cpus_per_task: float) -> dict[str, str]:
-    """Read the films of all ``pieces``; why some cannot be used."""
+    """Write the films of all ``pieces``. Returns the reason by id for unusable ones."""
     bad = dict[str, str]()
-    found = ray.data.from_arrow(pieces).map_batches(
+    films = ray.data.from_arrow(pieces).map_batches(
         read, batch_format="pyarrow", batch_size=None, num_cpus=cpus_per_task
     )
-    for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
-        writer.write_table(usable(part, bad).cast(SCHEMA))
+    for part in films.iter_batches(batch_size=None, batch_format="pyarrow"):
+        writer.write_table(drop_bad(part, bad).cast(SCHEMA))
     return bad
 
 
 def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
-    """``SCHEMA`` of some rows of a set's table."""
+    """Table in ``SCHEMA`` for some rows of a set's table."""
     images: ImageSet = fetched(images_ref)
     listed = rows.to_pylist()
     reader = images.source.reader([row["path"] for row in listed])
@@ -151,18 +151,18 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
     def read(row: dict[str, Any]) -> dict[str, Any]:
         try:
             film = reader.read_image(row["path"])
-            places = images.annotations(row, film)  # masks are files of their own
+            annotations = images.annotations(row, film)  # masks are separate files
         except BadRow as reason:
             return {"image_id": row["image_id"], "reason": str(reason)}
-        box_N4 = square_boxes(places.box_N4, film.grey_HW.shape, side)
+        box_N4 = resize_boxes(annotations.box_N4, film.grey_HW.shape, side)
         boxes = [
             dict(zip(("kind", "x0", "y0", "x1", "y1"), (int(kind), *map(float, box)), strict=True))
-            for kind, box in zip(places.kind_N, box_N4, strict=True)
+            for kind, box in zip(annotations.kind_N, box_N4, strict=True)
         ]
         return {
             "image_id": row["image_id"],
             "film": resize_image(film.grey_HW, side).tobytes(),
-            "masks": np.packbits(square_masks(places.mask_KHW, side)).tobytes(),
+            "masks": np.packbits(resize_masks(annotations.mask_KHW, side)).tobytes(),
             "boxes": boxes,
         }
 
@@ -170,13 +170,13 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
 
 
 def film_ids(uri: str) -> list[str]:
-    """Ids of the films that lie at ``uri``."""
+    """Ids of the films stored at ``uri``."""
     ids: list[str] = storage.read_parquet(uri, lambda file: file.read(["image_id"]))["image_id"].to_pylist()
     return ids
 
 
 def load_films(uri: str, images: ImageSet, side: int, image_ids: Sequence[str] | None = None) -> Films:
-    """The films that lie at ``uri``, or those of ``image_ids`` among them, in memory."""
+    """The films stored at ``uri``, or only those of ``image_ids``, in memory."""
     wanted, kinds = None if image_ids is None else pa.array(image_ids, pa.string()), len(images.mask_classes)
 
     def read(file: pq.ParquetFile) -> pa.Table:

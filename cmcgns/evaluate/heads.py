@@ -1,4 +1,4 @@
-"""A U-Net decoder on an image encoder, frozen or tuned: for segmentation and detection.
+"""U-Net decoder on a frozen or tuned image encoder, for segmentation and detection.
 
 B films, C channels, K classes, R pixels of the square.
 """
@@ -19,35 +19,35 @@ from cmcgns.evaluate.encoders import FilmEncoder
 from cmcgns.evaluate.films import Films
 
 WIDTH, FINE_STRIDE = 64, 8
-"""Channels of the decoder; half as many where its maps are finer than an eighth of the film."""
+"""Channels of the decoder; half as many where the stride is below 8."""
 
 
 class DenseHead(nn.Module):
-    """Maps of ``outputs`` channels at one ``stride``-th of the film's size, from an encoder's levels.
+    """Maps of ``outputs`` channels at 1/``stride`` of the film's size, from an encoder's levels.
 
-    From the coarsest level up, each twice as fine as the one before; a level of that size joins where the encoder has one
-    (Ronneberger et al. 2015). A ViT has a single level: then nothing joins. The film itself never does: what the head knows
-    it knows by the encoder.
+    Starts at the coarsest level and doubles the resolution in each step, with a skip connection if the encoder has a level of
+    that size (Ronneberger et al. 2015). A ViT has only one level, so no skip connections. The film is never an input: the
+    head sees only the encoder's features.
     """
 
     def __init__(self, channels: Sequence[int], sizes: Sequence[int], side: int, stride: int, outputs: int) -> None:
         super().__init__()
-        self.joined = {size: place for place, size in enumerate(sizes)}
+        self.skips = {size: index for index, size in enumerate(sizes)}
         self.target = side // stride
         self.first = _block(channels[-1], WIDTH)
         size, width, self.steps, blocks = sizes[-1], WIDTH, list[int](), []
         while size < self.target:
             size = min(size * 2, self.target)
-            joining = channels[self.joined[size]] if size in self.joined else 0
+            skip_channels = channels[self.skips[size]] if size in self.skips else 0
             before, width = width, WIDTH if size * FINE_STRIDE <= side else WIDTH // 2
             self.steps.append(size)
-            blocks.append(_block(before + joining, width))
+            blocks.append(_block(before + skip_channels, width))
         self.blocks, self.last = nn.ModuleList(blocks), nn.Conv2d(width, outputs, 1)
         nn.init.zeros_(self.bias)
 
     @property
     def bias(self) -> Tensor:
-        """Of the last layer: what the head says where it sees nothing."""
+        """Bias of the last layer."""
         assert self.last.bias is not None
         return self.last.bias
 
@@ -56,14 +56,14 @@ class DenseHead(nn.Module):
         hidden = self.first(levels[-1])
         for size, block in zip(self.steps, self.blocks, strict=True):
             hidden = F.interpolate(hidden, size=(size, size), mode="bilinear", align_corners=False)
-            if size in self.joined:
-                hidden = torch.cat([hidden, levels[self.joined[size]]], dim=1)
+            if size in self.skips:
+                hidden = torch.cat([hidden, levels[self.skips[size]]], dim=1)
             hidden = block(hidden)
         return self.last(hidden)
 
 
 def _block(channels_in: int, channels_out: int) -> nn.Sequential:
-    """Convolution, group normalisation (whatever the batch size), ReLU; twice."""
+    """Convolution, group normalisation (independent of the batch size), ReLU; twice."""
     layers: list[nn.Module] = []
     for channels in (channels_in, channels_out):
         layers += [nn.Conv2d(channels, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.ReLU()]
@@ -72,51 +72,51 @@ def _block(channels_in: int, channels_out: int) -> nn.Sequential:
 
 @dataclass
 class DenseModel:
-    """An encoder and a head on it."""
+    """An encoder with a head."""
 
     encoder: FilmEncoder
     head: DenseHead
     tuned: bool
 
     def train(self, mode: bool) -> None:
-        """Into training or evaluation mode; a frozen encoder stays in evaluation mode, batch statistics included."""
+        """Set training or evaluation mode; a frozen encoder, with its batch statistics, stays in evaluation mode."""
         self.head.train(mode)
         self.encoder.train(mode and self.tuned)
 
     def __call__(self, film_BRR: Tensor) -> Tensor:
         image_B1HW = normalise(film_BRR.unsqueeze(1))
         with torch.set_grad_enabled(self.tuned and torch.is_grad_enabled()):
-            levels = finest_first(self.encoder, image_B1HW)
+            levels = feature_pyramid(self.encoder, image_B1HW)
         return self.head(levels)
 
 
-def finest_first(encoder: FilmEncoder, image_B1HW: Tensor) -> list[Tensor]:
-    """The encoder's levels, one of each size: of two of the same size the later one."""
+def feature_pyramid(encoder: FilmEncoder, image_B1HW: Tensor) -> list[Tensor]:
+    """The encoder's levels, finest first; of two levels of the same size the later one."""
     by_size = {level.shape[-1]: level for level in encoder.levels(image_B1HW)}
     return [by_size[size] for size in sorted(by_size, reverse=True)]
 
 
 def build_dense(encoder: FilmEncoder, side: int, stride: int, outputs: int, tuned: bool, seed: int) -> DenseModel:
-    """A head of fresh weights on ``encoder``."""
+    """``encoder`` with a new head."""
     with torch.no_grad():
-        levels = finest_first(encoder.eval(), torch.zeros(1, 1, side, side))
+        levels = feature_pyramid(encoder.eval(), torch.zeros(1, 1, side, side))
     torch.manual_seed(seed)
     head = DenseHead([level.shape[1] for level in levels], [level.shape[-1] for level in levels], side, stride, outputs)
     return DenseModel(encoder, head, tuned)
 
 
 TUNED_RATE = 0.1
-"""Learning rate of a tuned encoder, as a share of its head's."""
+"""Learning rate of a tuned encoder relative to its head's."""
 CHECKS = 10
-"""Validations of one training."""
-MOST_WATCHED = 1000
-"""Films of the validation split that each validation looks at, the first ones."""
+"""Number of validations while a head is trained."""
+MAX_VALIDATION_FILMS = 1000
+"""Each validation uses at most this many films, the first of the split."""
 PATIENCE = 3
-"""Validations without a better loss after which training ends."""
+"""Training stops after this many validations without a better loss."""
 
 
-class Headed(Protocol):
-    """An encoder and a head on it, to be trained."""
+class HeadedModel(Protocol):
+    """An encoder with a head, to be trained."""
 
     @property
     def encoder(self) -> FilmEncoder: ...
@@ -133,16 +133,16 @@ class Headed(Protocol):
 
 
 Loss = Callable[[Tensor, Films], Tensor]
-"""Of what the head says and the films that it is about."""
+"""Loss of the head's output for some films."""
 
 
-def fit_head(model: Headed, loss: Loss, train: Films, valid: Films, settings: EvaluateConfig, seed: int) -> int:
-    """Train until the validation loss no longer falls, and go back to its best; the steps that were taken."""
+def fit_head(model: HeadedModel, loss: Loss, train: Films, valid: Films, settings: EvaluateConfig, seed: int) -> int:
+    """Train until the validation loss no longer falls, and restore the best weights. Returns the number of steps."""
     groups = [{"params": list(model.head.parameters()), "lr": settings.head_rate}]
     if model.tuned:
         groups.append({"params": list(model.encoder.parameters()), "lr": settings.head_rate * TUNED_RATE})
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    watched = valid.take(range(min(len(valid), MOST_WATCHED)))
+    validation_films = valid.take(range(min(len(valid), MAX_VALIDATION_FILMS)))
     every = max(settings.head_steps // CHECKS, 1)
     best, best_state, since, step = float("inf"), _state(model), 0, 0
     for step, part in enumerate(_batches(train, settings.head_batch, settings.head_steps, seed), 1):
@@ -151,10 +151,10 @@ def fit_head(model: Headed, loss: Loss, train: Films, valid: Films, settings: Ev
         loss(model(torch.from_numpy(part.film_NRR)), part).backward()
         optimizer.step()
         if step % every == 0:
-            found = mean_loss(model, loss, watched, settings.head_batch)
-            since = 0 if found < best else since + 1
-            if found < best:
-                best, best_state = found, _state(model)
+            current = mean_loss(model, loss, validation_films, settings.head_batch)
+            since = 0 if current < best else since + 1
+            if current < best:
+                best, best_state = current, _state(model)
             if since == PATIENCE:
                 break
     model.head.load_state_dict(best_state[0])
@@ -163,13 +163,13 @@ def fit_head(model: Headed, loss: Loss, train: Films, valid: Films, settings: Ev
     return step
 
 
-def _state(model: Headed) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _state(model: HeadedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     encoder = copy.deepcopy(model.encoder.state_dict()) if model.tuned else {}
     return copy.deepcopy(model.head.state_dict()), encoder
 
 
 def _batches(films: Films, size: int, steps: int, seed: int) -> Iterator[Films]:
-    """``steps`` batches: epoch after epoch, each shuffled by the seed."""
+    """``steps`` batches over epochs, each shuffled with ``seed``."""
     random, order = np.random.default_rng(seed), np.zeros(0, np.int64)
     for _ in range(steps):
         while len(order) < min(size, len(films)):
@@ -179,7 +179,7 @@ def _batches(films: Films, size: int, steps: int, seed: int) -> Iterator[Films]:
 
 
 @torch.no_grad()
-def mean_loss(model: Headed, loss: Loss, films: Films, size: int) -> float:
+def mean_loss(model: HeadedModel, loss: Loss, films: Films, size: int) -> float:
     """Mean of ``loss`` over all films."""
     model.train(False)
     parts = [films.take(range(start, min(start + size, len(films)))) for start in range(0, len(films), size)]
@@ -188,8 +188,8 @@ def mean_loss(model: Headed, loss: Loss, films: Films, size: int) -> float:
 
 
 @torch.no_grad()
-def predict_head(model: Headed, films: Films, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """What the head says of all films, part by part."""
+def predict_head(model: HeadedModel, films: Films, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The head's output for all films, batch by batch."""
     model.train(False)
     for start in range(0, len(films), size):
         part = slice(start, min(start + size, len(films)))

@@ -1,4 +1,4 @@
-"""The test split of a run's corpus through a model: films beside reports, sentences beside the films that they speak of.
+"""Embeddings of a split of a run's corpus: films with their reports, and sentences with their attention on the film.
 
 N studies, n sentences of all of them, P patches, D embedding.
 """
@@ -20,7 +20,7 @@ from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
 from cmcgns.evaluate.encoders import PretrainedRun
-from cmcgns.evaluate.films import middle
+from cmcgns.evaluate.films import center_crop
 from cmcgns.methods.base import Method, SentenceAttention
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder
@@ -32,37 +32,37 @@ SplitName = Literal["train", "valid", "test"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a model makes of a split, in its order; studies that could not be used are not there."""
+    """A model's embeddings of a split, in its order, without unusable studies."""
 
     study_N: NDArray[Any]
     """Id of each study."""
     group_N: NDArray[Any]
-    """What resamples keep together."""
+    """Group (patient) of each study; resamples draw whole groups."""
     path_N: NDArray[Any]
-    """The film that was shown."""
+    """Path of the film that was embedded."""
     image_ND: Floats
     report_ND: Floats
     """Both of length 1."""
     report_hash_N: NDArray[np.int64]
     text_n: NDArray[Any]
-    """Words of each sentence."""
+    """Text of each sentence."""
     study_of_n: NDArray[np.int64]
-    """Place of each sentence's study in the rows above."""
+    """Index of each sentence's study in the rows above."""
     attended_nD: Floats
-    """What each sentence attends to on its film, of length 1; (n, 0) for a method without attention."""
+    """Features that each sentence attends to on its film, of length 1; (n, 0) for a method without attention."""
     weight_nP: Floats
-    """How strongly it attends to each patch; (n, 0) likewise."""
+    """Attention weight of each patch; (n, 0) for a method without attention."""
     film_MHW: NDArray[np.uint8]
-    """The first ``FILMS`` studies' films as the model saw them."""
+    """Films of the first ``FILMS`` studies, as seen by the model."""
 
 
 @torch.inference_mode()
 def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pairs:
-    """``split`` of the run's corpus through ``model``, with the settings and the vocabulary of ``run``; on one CPU."""
-    found = open_split(run, EmbedConfig(run=run.uri, split=split))
-    coordinator = start_coordinator(len(found.studies), found.config.data.max_bad_fraction, {})
+    """Embeddings of ``split`` of the run's corpus by ``model``, with settings and vocabulary of ``run``; on one CPU."""
+    source_split = open_split(run, EmbedConfig(run=run.uri, split=split))
+    coordinator = start_coordinator(len(source_split.studies), source_split.config.data.max_bad_fraction, {})
     stream = stream_split(
-        found.source, found.studies, found.arrangement, run.tokenizer, found.config.data, coordinator,
+        source_split.source, source_split.studies, source_split.arrangement, run.tokenizer, source_split.config.data, coordinator,
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
     batch_of = Batcher(run.config, run.tokenizer.pad_id, torch.device("cpu"))
@@ -72,21 +72,21 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
             batch_size=run.config.train.microbatch_size, batch_format="pyarrow"
         )
         for table in tables:
-            parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), found, FILMS - held))
+            parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), source_split, FILMS - held))
             held += len(parts[-1].film_MHW)
     if not parts:
-        raise UserError(f"{found.config.data.uri}: no study of the {split} split can be used")
+        raise UserError(f"{source_split.config.data.uri}: the {split} split has no usable study")
     return _joined(parts)
 
 
 def _block_pairs(
     model: DualEncoder, method: Method[Any], batch_of: Batcher, table: pa.Table, split: Split, films: int
 ) -> Pairs:
-    """One block, with its first ``films`` films."""
+    """Embeddings of one block, with its first ``films`` films."""
     block = to_block(table, split.config.data.resize)
     batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
     outputs = model(batch)
-    looks = method.attention(model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
+    attention = method.attention(model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
     real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().numpy()
     studies = split.studies.take(block.positions)
     data = split.config.data
@@ -103,14 +103,14 @@ def _block_pairs(
         report_hash_N=block.report_hashes.copy(),
         text_n=np.array(table["sentences"].chunk(0).flatten().to_pylist(), object),
         study_of_n=np.repeat(np.arange(len(block)), block.sentence_counts),
-        attended_nD=unit(torch.from_numpy(real(looks.attended_BSD))).numpy(),
-        weight_nP=real(looks.weight_BSP),
-        film_MHW=middle(block.images_BRR[:films], data.image_size).copy(),
+        attended_nD=unit(torch.from_numpy(real(attention.attended_BSD))).numpy(),
+        weight_nP=real(attention.weight_BSP),
+        film_MHW=center_crop(block.images_BRR[:films], data.image_size).copy(),
     )
 
 
 def _joined(parts: list[Pairs]) -> Pairs:
-    """All parts as one, sentences pointing to their studies' new places."""
+    """All parts concatenated; ``study_of_n`` is shifted to the new rows."""
     starts = np.cumsum([0, *(len(part.study_N) for part in parts[:-1])])
     moved = [replace(part, study_of_n=part.study_of_n + start) for part, start in zip(parts, starts, strict=True)]
     return Pairs(

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: evaluation.json, evaluation.csv, scores.parquet, and a table in the terminal."""
+"""Results of an evaluation: evaluation.json, evaluation.csv, scores.parquet, report.html and the table in the terminal."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ from cmcgns.terminal import STYLE
 
 
 def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, Any]) -> None:
-    """All numbers with their intervals; scores.parquet holds their resamples too, for comparisons in pairs."""
+    """Write all scores with their intervals; scores.parquet also has their resamples, for paired comparisons."""
     rows = [score.row() for score in scores]
     against = [
         {
@@ -48,35 +48,35 @@ def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, A
 
 
 def without_nan(value: dict[str, Any]) -> dict[str, Any]:
-    """``value`` with null for NaN, which is no JSON."""
-    found: dict[str, Any] = json.loads(pd.Series([value]).to_json(orient="values"))[0]
-    return found
+    """``value`` with NaN replaced by null, since JSON has no NaN."""
+    converted: dict[str, Any] = json.loads(pd.Series([value]).to_json(orient="values"))[0]
+    return converted
 
 
-def tell_rest(terminal: Console, left_out: Sequence[str], failures: Sequence[str]) -> None:
-    """Print what was left out and what failed."""
-    for line in left_out:
-        terminal.print(f"left out: {line}", highlight=False, markup=False)
+def print_skipped_and_failed(terminal: Console, skipped: Sequence[str], failures: Sequence[str]) -> None:
+    """Print skipped and failed tasks with the reasons."""
+    for line in skipped:
+        terminal.print(f"skipped: {line}", highlight=False, markup=False)
     for line in failures:
         terminal.print(f"failed: {line}", style="red", highlight=False, markup=False)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Another evaluation, read back."""
+    """Results of an earlier evaluation."""
 
     scores: list[Score]
     tests: dict[str, str]
     """Digest of each set's test images, and of the corpus's test studies."""
     seed: int
-    """Of its resamples."""
+    """Seed of its resamples."""
 
 
 def read_results(key: str, uri: str) -> Results:
-    """The evaluation in the folder ``uri``, which the setting ``key`` names.
+    """The evaluation in the folder ``uri``, the value of setting ``key``.
 
     Raises:
-        UserError: it holds none.
+        UserError: the folder contains no evaluation.
     """
     uri = storage.absolute(key, uri)
     try:
@@ -84,7 +84,7 @@ def read_results(key: str, uri: str) -> Results:
         rows = storage.read_parquet(storage.join(uri, "scores.parquet"), lambda file: file.read()).to_pylist()
     except storage.MissingFileError:
         raise UserError(
-            f"{key} {uri} holds no evaluation; name <run.storage>/<run.name> of one that has ended"
+            f"{key} {uri} contains no evaluation; give <run.storage>/<run.name> of a finished one"
         ) from None
     names = ("task", "images", "setting", "metric", "encoder", "value", "number", "note")
     scores = [
@@ -98,8 +98,8 @@ def read_results(key: str, uri: str) -> Results:
 
 
 def show(terminal: Console, scores: Sequence[Score], first: str) -> None:
-    """A row for each number but those of single classes, a column for each encoder, and how far the ``first`` is before each
-    other one; a star where the interval of that leaves out 0."""
+    """Print a row per score (without those of single classes), a column per encoder, and the lead of ``first`` over each other
+    encoder; a star if its interval excludes 0."""
     scores = [score for score in scores if OF_A_CLASS not in score.metric]
     encoders = list(dict.fromkeys([first, *(score.encoder for score in scores)]))
     ahead = {(each.first.key, each.second.encoder): each for each in differences(scores, first)}
@@ -114,7 +114,7 @@ def show(terminal: Console, scores: Sequence[Score], first: str) -> None:
 
 
 def report_page(name: str, scores: Sequence[Score], shown: Sequence[Figure], facts: dict[str, Any]) -> str:
-    """report.html: the sets, the table of all numbers, the figures, what was left out."""
+    """report.html: sets, skipped and failed tasks, table of all scores, figures."""
     html = {"index": False, "na_rep": "", "float_format": "{:.4g}".format, "border": 0}
     pictures = [
         f"<h3>{escape(figure.title)}</h3><img src='data:image/png;base64,{base64.b64encode(figure.png).decode()}' "
@@ -128,13 +128,13 @@ def report_page(name: str, scores: Sequence[Score], shown: Sequence[Figure], fac
             for split, part in each["splits"].items()
         ]
     )
-    told = [f"<li>{escape(line)}</li>" for line in [*facts["failures"], *facts["left_out"]]]
+    notes = [f"<li>{escape(line)}</li>" for line in [*facts["failures"], *facts["left_out"]]]
     return "\n".join(
         [
             f"<!doctype html><meta charset='utf-8'><title>{escape(name)}</title><style>{STYLE}</style>",
             f"<h1>{escape(name)}</h1>",
             sets.to_html(**html),
-            f"<ul>{''.join(told)}</ul>",
+            f"<ul>{''.join(notes)}</ul>",
             "<h2>Scores</h2>",
             pd.DataFrame([score.row() for score in scores]).to_html(**html),
             "<h2>Pictures</h2>",
@@ -144,7 +144,7 @@ def report_page(name: str, scores: Sequence[Score], shown: Sequence[Figure], fac
 
 
 def cell(score: Score | None) -> str:
-    """A number with its interval."""
+    """A score with its interval, as text."""
     if score is None:
         return ""
     low, high = score.interval or (None, None)
@@ -152,7 +152,7 @@ def cell(score: Score | None) -> str:
 
 
 def gap(difference: Difference | None) -> str:
-    """A difference with its interval, and a star where that leaves out 0."""
+    """A difference with its interval, as text, and a star if that excludes 0."""
     if difference is None:
         return ""
     interval = difference.interval

@@ -1,4 +1,4 @@
-"""The driver of `jobs/evaluate.py`: features and pairs once, then each task by itself, then one table."""
+"""The evaluate job: computes features and pairs once, runs each task on them, and writes one table."""
 
 import logging
 from collections import Counter
@@ -25,16 +25,16 @@ from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.base import load_task, task_options
 from cmcgns.evaluate.config import TASKS, EvaluateConfig, EvaluateJobConfig
 from cmcgns.evaluate.encoders import last_run, open_encoders
-from cmcgns.evaluate.report import Results, read_results, report_page, show, tell_rest, write_results
-from cmcgns.evaluate.scores import named
+from cmcgns.evaluate.report import Results, print_skipped_and_failed, read_results, report_page, show, write_results
+from cmcgns.evaluate.scores import with_suffix
 from cmcgns.evaluate.tasks import (
-    HEADS_ALONE,
-    ON_PLACES,
+    FILM_HEADS,
+    HEAD_TASKS,
     Evaluation,
-    Measured,
+    TaskResult,
     start_feature_tasks,
+    start_film_head_tasks,
     start_pair_tasks,
-    start_place_tasks,
 )
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.job import Job, check_capacity, write_config
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class EvaluateJob(Job):
-    """Every task on every set with every encoder, in one table."""
+    """Runs every task on every set with every encoder."""
 
     script = "evaluate"
     resume_key = ""
@@ -57,111 +57,113 @@ class EvaluateJob(Job):
         run = settings.run or last_run(config.run.storage)
         self.config = config.model_copy(update={"evaluate": settings.model_copy(update={"run": run})})
         encoders = open_encoders(run, list(settings.beside), settings.seed)
-        self.found = Evaluation(settings, encoders, [], read_prompts(settings))
+        self.evaluation = Evaluation(settings, encoders, [], read_prompts(settings))
         self.others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
         self.folder = open_folder(config.run, "evaluate", resume_key="")
         for name in settings.tasks:
-            if name not in HEADS_ALONE:
-                task_options(load_task(name), name, settings)  # refused before anything is computed
-        open_sets(self.found)
+            if name not in HEAD_TASKS:
+                task_options(load_task(name), name, settings)  # refuse wrong options before anything is computed
+        open_sets(self.evaluation)
 
     def needed(self) -> list[dict[str, float]]:
-        # beside the workers, a task of one CPU and one that reads, as ``check_cluster`` counts them
-        own = self.found.settings
+        # besides the workers one CPU for a task and one for reading films, as in ``check_cluster``
+        own = self.evaluation.settings
         return [*bundles(own.workers, own.cpus_per_worker, own.use_gpu), ONE_CPU, ONE_CPU]
 
     def check_cluster(self, cpus: float) -> None:
-        check_workers(self.found.settings, self.found.encoders[0].config)
+        check_workers(self.evaluation.settings, self.evaluation.encoders[0].config)
 
     def plan(self, cpus: float) -> dict[str, str]:
-        found = self.found
+        evaluation = self.evaluation
         facts = {
             "evaluation": self.folder.uri,
-            "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in found.encoders),
-            "tasks": ", ".join(found.settings.tasks),
+            "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in evaluation.encoders),
+            "tasks": ", ".join(evaluation.settings.tasks),
         }
-        for images in found.sets:
+        for images in evaluation.sets:
             counts = ", ".join(f"{len(images.split(name))} {name} ({images.digest(name)})" for name in SPLITS)
             facts[images.name] = f"{counts}; {images.rule}"
         return facts | {"cluster": f"{cpus:g} CPUs"}
 
     def run(self, terminal: Console) -> dict[str, Any]:
-        found = self.found
+        evaluation = self.evaluation
         write_config(self.folder, self.config)
-        measure_all(found, features_folder(found.settings, self.folder.storage))
+        measure_all(evaluation, features_folder(evaluation.settings, self.folder.storage))
         names = Counter(Path(uri).name for uri in self.others)
         for uri, results in self.others.items():
-            beside(found, Path(uri).name if names[Path(uri).name] == 1 else uri, results)
-        order = [*TASKS, *found.settings.tasks]
-        found.scores.sort(key=lambda score: (order.index(score.task), score.images))
+            add_other_evaluation(evaluation, Path(uri).name if names[Path(uri).name] == 1 else uri, results)
+        order = [*TASKS, *evaluation.settings.tasks]
+        evaluation.scores.sort(key=lambda score: (order.index(score.task), score.images))
         facts = self._facts()
-        write_results(self.folder, found.scores, facts)
-        figures = sorted(found.shown, key=lambda figure: figure.title)
-        page = report_page(self.folder.name, found.scores, figures, facts)
+        write_results(self.folder, evaluation.scores, facts)
+        figures = sorted(evaluation.shown, key=lambda figure: figure.title)
+        page = report_page(self.folder.name, evaluation.scores, figures, facts)
         storage.write_bytes(self.folder.file("report.html"), page.encode())
-        show(terminal, found.scores, found.encoders[0].name)
-        return {"status": "failed" if found.failures else "finished"}
+        show(terminal, evaluation.scores, evaluation.encoders[0].name)
+        return {"status": "failed" if evaluation.failures else "finished"}
 
     def _facts(self) -> dict[str, Any]:
-        found = self.found
+        evaluation = self.evaluation
         sets = {
             images.name: {
                 "uri": images.source.uri,
                 "rule": images.rule,
                 "filtered": images.filtered,
                 "splits": {name: {"images": len(images.split(name)), "digest": images.digest(name)} for name in SPLITS},
-                "bad_rows": found.bad_rows.get(images.name, {}),
+                "bad_rows": evaluation.bad_rows.get(images.name, {}),
             }
-            for images in found.sets
+            for images in evaluation.sets
         }
         return {
-            "encoders": {encoder.name: encoder.origin for encoder in found.encoders},
+            "encoders": {encoder.name: encoder.origin for encoder in evaluation.encoders},
             "sets": sets,
-            "left_out": found.left_out,
-            "failures": found.failures,
-            "seconds": found.seconds,
-            "seed": found.settings.seed,
-            "tests": found.tests(),
+            "left_out": evaluation.skipped,
+            "failures": evaluation.failures,
+            "seconds": evaluation.seconds,
+            "seed": evaluation.settings.seed,
+            "tests": evaluation.tests(),
             "versions": {name: metadata.version(name) for name in self.packages},
         }
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Nothing: evaluation.json has been written."""
+        """Does nothing: evaluation.json has been written."""
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
         if result["status"] == "stopped":
-            terminal.print("stopped; the features that were computed are kept for the next evaluation", highlight=False)
+            terminal.print("stopped; the next evaluation reuses the features computed so far", highlight=False)
             return
         if result.get("failure"):
             super().report(terminal, result)
-        tell_rest(terminal, self.found.left_out, self.found.failures)
+        print_skipped_and_failed(terminal, self.evaluation.skipped, self.evaluation.failures)
         print_plan(terminal, self.summary(result))
 
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
         return {"results": f"{self.folder.file('evaluation.json')}, evaluation.csv and report.html next to it"}
 
 
-def beside(found: Evaluation, name: str, results: Results) -> None:
-    """Put the scores of another evaluation beside ours, those of sets whose test images are the same."""
-    ours = found.tests()
+def add_other_evaluation(evaluation: Evaluation, name: str, results: Results) -> None:
+    """Add the scores of another evaluation, for sets whose test images are the same."""
+    ours = evaluation.tests()
     same = {images for images, digest in results.tests.items() if ours.get(images) == digest}
     scores = [score for score in results.scores if score.images in same]
-    if results.seed != found.settings.seed:
+    if results.seed != evaluation.settings.seed:
         scores = [replace(score, resampled_R=None) for score in scores]
-        found.left_out.append(
-            f"intervals of {name}: it was resampled with seed {results.seed}, not {found.settings.seed}"
+        evaluation.skipped.append(
+            f"intervals of {name}: it was resampled with seed {results.seed}, not {evaluation.settings.seed}"
         )
-    found.scores += named(scores, f" in {name}")
+    evaluation.scores += with_suffix(scores, f" in {name}")
     other = sorted(results.tests.keys() - same)
     if other or not scores:
-        found.left_out.append(f"{', '.join(other) or 'all'} of {name}: other test images than here, or none here")
+        evaluation.skipped.append(
+            f"{', '.join(other) or 'all'} of {name}: not the same test images as in this evaluation"
+        )
 
 
-def open_sets(found: Evaluation) -> None:
-    """Open the corpus and every downstream set; one that cannot be is a failure, and the others go on."""
-    settings, config = found.settings, found.encoders[0].config
-    # as large as any encoder needs them: a JPEG may be decoded at a reduced scale
-    largest = max(max(each.config.data.resize, each.config.data.image_size) for each in found.encoders)
+def open_sets(evaluation: Evaluation) -> None:
+    """Open the corpus and every downstream set; one that cannot be opened is recorded as a failure."""
+    settings, config = evaluation.settings, evaluation.encoders[0].config
+    # the largest size that any encoder needs, since a JPEG may be decoded at a reduced scale
+    largest = max(max(each.config.data.resize, each.config.data.image_size) for each in evaluation.encoders)
     target = Target(largest, "longer")
 
     def corpus() -> ImageSet | None:
@@ -172,7 +174,7 @@ def open_sets(found: Evaluation) -> None:
 
     def downstream(name: str, uri: str) -> ImageSet:
         kind, uri = name.split(":")[0], storage.absolute("evaluate.sets", uri)
-        # what is drawn for testing here was not drawn for training there
+        # the run's seed: test images here were not in the run's random training split
         seed, borders = config.data.seed, config.data.crop_borders
         return replace(open_set(kind, uri, seed, target, borders, settings.draw_splits), name=name)
 
@@ -182,56 +184,56 @@ def open_sets(found: Evaluation) -> None:
         try:
             images = opener()
         except UserError as error:
-            found.failures.append(f"{what}: {error}")
+            evaluation.failures.append(f"{what}: {error}")
             continue
         if images is None:
-            found.left_out.append(f"{what} has no labels: classification and zero-shot are left out")
+            evaluation.skipped.append(f"{what} has no labels: classification and zero-shot are skipped")
         else:
-            found.sets.append(images)
+            evaluation.sets.append(images)
 
 
 def check_workers(settings: EvaluateConfig, config: Config) -> None:
-    """Raise where workers, or a task of one CPU, leave no CPU for the films of ``config``."""
+    """Raise ``UserError`` if the workers, or a task of one CPU, leave no CPU for reading films."""
     own = settings
     reading = config.data.cpus_per_task
     check_capacity("evaluate", "worker", own.workers, own.cpus_per_worker, own.use_gpu, kept=reading, least=1.0)
 
 
-def features_folder(settings: EvaluateConfig, otherwise: str) -> str:
-    """Where features are kept: as told, else beside what is in ``otherwise``."""
-    told = settings.features
-    return storage.join(otherwise, "features") if told is None else storage.absolute("evaluate.features", told)
+def features_folder(settings: EvaluateConfig, default_parent: str) -> str:
+    """Folder of stored features: ``evaluate.features``, by default `features/` in ``default_parent``."""
+    given = settings.features
+    return storage.join(default_parent, "features") if given is None else storage.absolute("evaluate.features", given)
 
 
-def measure_all(found: Evaluation, cache: str) -> None:
-    """Every task on every set with every encoder."""
-    settings = found.settings
-    logging.getLogger("cmcgns").setLevel(logging.INFO)  # the end of each task is logged
+def measure_all(evaluation: Evaluation, cache: str) -> None:
+    """Run every task on every set with every encoder."""
+    settings = evaluation.settings
+    logging.getLogger("cmcgns").setLevel(logging.INFO)  # to log the end of each task
     waiting: dict[Any, str] = {}
-    tasks = {name: load_task(name) for name in settings.tasks if name not in HEADS_ALONE}
+    tasks = {name: load_task(name) for name in settings.tasks if name not in HEAD_TASKS}
     on_pairs = {name: task for name, task in tasks.items() if task.reads == "pairs"}
     on_features = {name: task for name, task in tasks.items() if task.reads == "features"}
     if settings.corpus and on_pairs:
-        waiting |= start_pair_tasks(found, on_pairs)
+        waiting |= start_pair_tasks(evaluation, on_pairs)
     if on_features:
-        for images in found.sets:
-            waiting |= start_feature_tasks(found, on_features, images, cache)
-    if set(ON_PLACES) & set(settings.tasks):
-        for images in found.sets:
-            waiting |= start_place_tasks(found, images, cache)
+        for images in evaluation.sets:
+            waiting |= start_feature_tasks(evaluation, on_features, images, cache)
+    if set(FILM_HEADS) & set(settings.tasks):
+        for images in evaluation.sets:
+            waiting |= start_film_head_tasks(evaluation, images, cache)
     while waiting:
         (done, *_), _ = ray.wait(list(waiting))
-        collect(found, waiting.pop(done), done)
+        collect(evaluation, waiting.pop(done), done)
 
 
-def collect(found: Evaluation, what: str, reference: Any) -> None:
-    """Add the scores of one task, or why there are none."""
+def collect(evaluation: Evaluation, what: str, reference: Any) -> None:
+    """Add the scores of one task, or its failure."""
     try:
-        measured: Measured = ray.get(reference)
-        found.scores += measured.scores
-        found.shown += measured.shown
-        found.seconds[what] = measured.seconds
+        measured: TaskResult = ray.get(reference)
+        evaluation.scores += measured.scores
+        evaluation.shown += measured.shown
+        evaluation.seconds[what] = measured.seconds
         logger.info("%s: %.0f s", what, measured.seconds)
-    except Exception as error:  # the others go on
-        found.failures.append(f"{what}: {cause(error)}")
+    except Exception as error:  # the other tasks continue
+        evaluation.failures.append(f"{what}: {cause(error)}")
         logger.warning("%s could not be measured: %s", what, cause(error))

@@ -1,4 +1,4 @@
-"""A number with its interval: what each task gives, and the resampling by which encoders are compared in pairs.
+"""Scores with intervals, and the resampling that makes encoders comparable in pairs.
 
 N test images or queries, R resamples, S label draws.
 """
@@ -12,41 +12,41 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 OF_A_CLASS = ": "
-"""Between a metric and the one class that it is of; without, it is the mean over classes."""
+"""Separates a metric from its class; metrics without it are means over classes."""
 CHUNK_BYTES = 256 * 2**20
-"""Of weights that are held at once."""
+"""Memory for resampling weights at a time."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one encoder. Scores of the same ``key`` were resampled alike, so that they compare in pairs."""
+    """One score of one encoder. Scores with the same ``key`` use the same resamples, for paired comparison."""
 
     task: str
     images: str
     """Name of the set."""
     setting: str
-    """What else was fixed, such as the share of the labels."""
+    """Other conditions, such as the fraction of the labels."""
     metric: str
     encoder: str
     value: float
     number: int
-    """Test images, studies or sentences behind it."""
+    """Number of test images, studies or sentences."""
     resampled_R: Floats | None = field(default=None, repr=False, compare=False)
-    """The same number over each resample of the test groups (and of the label draws); None where it was not resampled."""
+    """The score on each resample of the test groups (and label draws); None if it was not resampled."""
     note: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What it says of an encoder."""
+        """Identifies the score, without the encoder."""
         return self.task, self.images, self.setting, self.metric
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Its 95 % interval by percentiles."""
+        """The 95 % percentile interval."""
         return None if self.resampled_R is None else percentiles(self.resampled_R)
 
     def row(self) -> dict[str, Any]:
-        """What is written down of it."""
+        """The score as a row of result files."""
         low, high = self.interval or (None, None)
         names = ("task", "images", "setting", "metric", "encoder", "value")
         return {name: getattr(self, name) for name in names} | {
@@ -59,7 +59,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one encoder is before another, in pairs over the same resamples."""
+    """Difference between two encoders, paired over the same resamples."""
 
     first: Score
     second: Score
@@ -71,21 +71,21 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Its 95 % interval; None where the two were not resampled alike."""
+        """The 95 % interval; None if the two do not have the same resamples."""
         a, b = self.first.resampled_R, self.second.resampled_R
         alike = a is not None and b is not None and len(a) == len(b) and self.first.number == self.second.number
         return percentiles(a - b) if alike and a is not None and b is not None else None
 
 
 def differences(scores: Sequence[Score], encoder: str) -> list[Difference]:
-    """``encoder`` against each other one that has the same number."""
+    """Difference of ``encoder`` to each other encoder, for each score that both have."""
     own = {score.key: score for score in scores if score.encoder == encoder}
     others = [score for score in scores if score.encoder != encoder and score.key in own]
     return [Difference(own[score.key], score) for score in others]
 
 
 def percentiles(values_R: Floats) -> tuple[float, float] | None:
-    """2.5 and 97.5 % of what is not NaN; None where nothing is."""
+    """The 2.5 and 97.5 % percentiles, ignoring NaN; None if all are NaN."""
     if not np.isfinite(values_R).any():
         return None
     low, high = np.nanpercentile(values_R, [2.5, 97.5])
@@ -94,7 +94,7 @@ def percentiles(values_R: Floats) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Resampling:
-    """The bootstrap of a test split: whole groups are drawn with replacement, the same for every encoder and metric."""
+    """Bootstrap of a test split: draws whole groups with replacement, the same for every encoder and metric."""
 
     group_N: NDArray[np.int64]
     """Number of each image's group."""
@@ -103,12 +103,12 @@ class Resampling:
 
     @classmethod
     def of(cls, groups: Sequence[str], resamples: int, seed: int = 0) -> "Resampling":
-        """Over images of the ``groups``; of a single group there is nothing to draw, and no resample."""
+        """Resampling of images with these ``groups``; no resamples if there is only one group."""
         resamples = resamples if len(set(groups)) > 1 else 0
         return cls(np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)[1], resamples, seed)
 
     def chunks(self) -> Iterator[tuple[slice, Floats]]:
-        """Parts of the R x N table of how often each image was drawn."""
+        """The R x N table of how often each image was drawn, in chunks of rows."""
         groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
         random = np.random.default_rng([self.seed, groups])
         size = max(int(CHUNK_BYTES / 8 / max(len(self.group_N), 1)), 1)
@@ -118,7 +118,7 @@ class Resampling:
             yield rows, drawn_rG[:, self.group_N].astype(np.float64)
 
     def mean(self, value_N: Floats) -> Floats:
-        """Weighted mean of ``value_N`` in each resample; NaN values take no part."""
+        """Mean of ``value_N`` in each resample, ignoring NaN."""
         known_N, found_R = np.isfinite(value_N), np.empty(self.resamples)
         for rows, weight_rN in self.chunks():
             weight_rn = weight_rN[:, known_N]
@@ -127,7 +127,7 @@ class Resampling:
         return found_R
 
     def auc(self, score_N: Floats, label_N: Floats) -> Floats:
-        """Area under the ROC curve in each resample, over the images whose label is known."""
+        """Area under the ROC curve in each resample, over images with a known label."""
         known_N, found_R = np.isfinite(label_N), np.empty(self.resamples)
         for rows, weight_rN in self.chunks():
             found_R[rows] = weighted_auc(score_N[known_N], label_N[known_N] > 0.5, weight_rN[:, known_N])
@@ -135,9 +135,8 @@ class Resampling:
 
 
 def weighted_auc(score_N: Floats, positive_N: NDArray[np.bool_], weight_RN: Floats) -> Floats:
-    """Area under the ROC curve for each row of weights: the chance that a positive scores above a negative, ties half.
-
-    NaN where a row has only positives or only negatives.
+    """Area under the ROC curve for each row of weights: the probability that a positive scores higher than a negative; ties
+    count half. NaN if a row has only positives or only negatives.
     """
     _, level_N = np.unique(score_N, return_inverse=True)
     order_N = np.argsort(level_N, kind="stable")
@@ -153,7 +152,7 @@ def weighted_auc(score_N: Floats, positive_N: NDArray[np.bool_], weight_RN: Floa
 
 
 def over_draws(values_S: Sequence[float], resampled_SR: Sequence[Floats], seed: int = 0) -> tuple[float, Floats]:
-    """Mean over label draws, and its resamples, for which the draws are drawn again as well."""
+    """Mean over label draws, and its resamples, which resample the draws as well."""
     table_SR = np.stack(resampled_SR)
     draws, resamples = table_SR.shape
     picked_SR = np.random.default_rng([seed, draws, resamples]).integers(0, draws, (draws, resamples))
@@ -161,10 +160,10 @@ def over_draws(values_S: Sequence[float], resampled_SR: Sequence[Floats], seed: 
 
 
 def percent(share: float) -> str:
-    """A share of the labels, in words that tell any two shares apart."""
+    """A fraction of the labels as text, without rounding."""
     return f"{100 * share:g}%"
 
 
-def named(scores: Sequence[Score], ending: str) -> list[Score]:
-    """``scores`` with ``ending`` after the name of each one's encoder."""
+def with_suffix(scores: Sequence[Score], ending: str) -> list[Score]:
+    """``scores`` with ``ending`` appended to the encoder names."""
     return [replace(score, encoder=score.encoder + ending) for score in scores]

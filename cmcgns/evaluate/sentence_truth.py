@@ -1,4 +1,4 @@
-"""What a sentence of a phantom report says, read back from its words: which finding, on which side, there or not."""
+"""Finding, side and negation of a sentence in a phantom report, parsed from its text."""
 
 import re
 from functools import lru_cache
@@ -12,7 +12,7 @@ from cmcgns.phantom.report_text import LUNG
 _HEART_NORMAL = (*phrases.HEART_NORMAL, "The heart size is normal.", "The cardiomediastinal silhouette is normal.")
 _CLEAR = (*phrases.CLEAR, *phrases.OTHERWISE_CLEAR, "The lungs are clear without focal consolidation.")
 _ADVICE = ("Chest CT is recommended.", "Further evaluation with CT is suggested.")
-"""Said of a nodule without naming it."""
+"""Sentences about a nodule that do not name it."""
 _FRAME = frozenset(
     [
         "there",
@@ -34,21 +34,21 @@ _FRAME = frozenset(
         "without",
     ]
 )
-"""Words of a denial beside the things denied."""
+"""Words in a negation other than the negated findings."""
 
 
 class SentenceTruth(NamedTuple):
-    """One class of sentences."""
+    """A class of sentences."""
 
     finding: str
-    """A name of ``FINDINGS``, or several, sorted and joined by `+`, where one sentence denies them all."""
+    """A name in ``FINDINGS``; if a sentence negates several, all of them, sorted and joined by `+`."""
     laterality: str
-    """``right``, ``left``, ``bilateral``, or nothing where the sentence names no side."""
+    """``right``, ``left``, ``bilateral``, or empty if the sentence names no side."""
     negated: bool
 
 
 def sentence_truth(sentence: str) -> SentenceTruth | None:
-    """What ``sentence`` (words as ``parse_report`` leaves them) says of a finding; None where it speaks of none."""
+    """Class of ``sentence`` (normalised by ``parse_report``); None if it names no finding."""
     if sentence in _plain(_CLEAR):
         return SentenceTruth("+".join(sorted(LUNG)), "", True)
     if sentence in _plain(_HEART_NORMAL):
@@ -57,29 +57,29 @@ def sentence_truth(sentence: str) -> SentenceTruth | None:
     if denied:
         return SentenceTruth("+".join(denied), "", True)
     for name, pattern in _patterns():
-        found = pattern.fullmatch(sentence)
-        if found is not None:
-            return SentenceTruth(name.finding, name.laterality or _side(found["where"] or ""), False)
+        match = pattern.fullmatch(sentence)
+        if match is not None:
+            return SentenceTruth(name.finding, name.laterality or _side(match["where"] or ""), False)
     return None
 
 
 def _side(where: str) -> str:
-    """The side in the words that fill a template's slot for side or place."""
+    """The side named in the text of a template's slot for side or place."""
     words = set(where.split())
     return "bilateral" if words & {"both", "bilateral"} else next(iter(words & {"right", "left"}), "")
 
 
 def _denied(sentence: str) -> list[str]:
-    """Findings that a sentence denies; empty where it says more, or denies something else."""
+    """Findings that a sentence negates; empty if it says more, or negates something else."""
     if "no" not in sentence.split() and "without" not in sentence.split():
         return []
-    found, rest = set(), f" {sentence} "
+    negated, rest = set(), f" {sentence} "
     terms = [(" ".join(normalised_words(term)), name) for name, listed in phrases.ABSENT.items() for term in listed]
     for term, name in sorted(terms, key=lambda pair: -len(pair[0])):
         if f" {term} " in rest:
-            found.add(name)
+            negated.add(name)
             rest = rest.replace(f" {term} ", "  ")
-    return sorted(found) if set(rest.split()) <= _FRAME else []
+    return sorted(negated) if set(rest.split()) <= _FRAME else []
 
 
 @lru_cache
@@ -89,7 +89,7 @@ def _plain(sentences: tuple[str, ...]) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _patterns() -> list[tuple[SentenceTruth, re.Pattern[str]]]:
-    """One pattern for each wording of a finding that is there; laterality is empty where a slot holds it."""
+    """A pattern for each wording of a present finding; laterality is empty if a slot contains it."""
     return [
         (_said(name), _pattern(part))
         for table in (phrases.SENTENCES, phrases.SUMMARIES)
@@ -101,7 +101,7 @@ def _patterns() -> list[tuple[SentenceTruth, re.Pattern[str]]]:
 
 
 def _said(name: str) -> SentenceTruth:
-    """What the wordings under a name of ``phrases.SENTENCES`` say: "effusion bilateral", "PICC"."""
+    """Class of the wordings under a name of ``phrases.SENTENCES``, such as "effusion bilateral" or "PICC"."""
     finding, *more = name.split()
     return SentenceTruth(
         finding if finding in FINDINGS else "device", "bilateral" if more == ["bilateral"] else "", False
@@ -109,7 +109,7 @@ def _said(name: str) -> SentenceTruth:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Matches the words of ``template``, slots filled; group ``where`` is what fills the slot for side or place."""
+    """Pattern that matches ``template`` with filled slots; group ``where`` is the text in the slot for side or place."""
     marked = re.sub(r"\{(side|place)\}", " wherever ", template, flags=re.IGNORECASE)
     text = " ".join(normalised_words(re.sub(r"\{\w+\}", " whatever ", marked)))
     text = re.sub(r"\ba\b", "an?", text.replace("the wherever", "(?:the )?wherever"))

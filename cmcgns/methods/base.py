@@ -1,9 +1,9 @@
-"""What a method is: everything that tells one way of learning from films and reports from another.
+"""Interface of a pretraining method.
 
 A method's module exports ``Settings`` (the section `objective`) and ``METHOD`` (a subclass of ``Method``). Trainer, engine,
-validation, checkpoint, sweep, evaluation and export ask the method and know none by name. docs/methods.md adds one.
+validation, checkpoint, sweep, evaluation and export only use this interface. docs/methods.md shows how to add a method.
 
-B studies on this rank, S sentences (padded), P patches, n rows to be clustered, K centroids, D embedding.
+B studies on this rank, S sentences (padded), P patches, n rows to cluster, K centroids, D embedding.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from cmcgns.models.dual_encoder import DualEncoder
 
 
 class Outputs(Protocol):
-    """What a method's model returns: a NamedTuple (ZeRO-3's hooks walk into nothing fancier) with at least these."""
+    """What a method's model returns: a NamedTuple (ZeRO-3's hooks handle no other class) with at least these fields."""
 
     @property
     def image_BD(self) -> Tensor:
@@ -36,39 +36,39 @@ class Outputs(Protocol):
 
 
 class Losses(NamedTuple):
-    """What the trainer needs of one microbatch; the mean over ranks of every number is its global value."""
+    """Losses and statistics of one microbatch; the mean over ranks of each number is its global value."""
 
     total: Tensor
-    """To be differentiated."""
+    """The loss for the backward pass."""
     terms: Tensor
-    """``Method.terms`` of the stage in order, detached float32; the first is the total."""
+    """Values of ``Method.terms`` in order, detached float32; the first is the total."""
     statistics: Tensor
-    """``Method.statistics`` in order, detached float32."""
+    """Values of ``Method.statistics`` in order, detached float32."""
     bank_rows: Mapping[str, Tensor] = {}
-    """For each bank the normalised rows (n, D) of this microbatch, detached."""
+    """Normalised rows (n, D) of this microbatch by bank, detached."""
 
 
 class SentenceAttention(NamedTuple):
-    """Where each sentence attends on its study's film."""
+    """Attention of each sentence over its study's film."""
 
     attended_BSD: Tensor
-    """What it reads there; not normalised."""
+    """Attended features; not normalised."""
     weight_BSP: Tensor
-    """How strongly it attends to each patch."""
+    """Attention weight of each patch."""
 
 
 SettingsT = TypeVar("SettingsT", bound=MethodSettings)
 
 
 class Method(ABC, Generic[SettingsT]):
-    """One way of learning; it holds settings and no tensors: everything learnable is in ``build_model``'s module."""
+    """A pretraining method. It has settings but no tensors: everything learnable is in the module of ``build_model``."""
 
     statistics: ClassVar[tuple[str, ...]] = ("temperature",)
-    """Names of the numbers reported beside the loss terms."""
+    """Names of the numbers reported in addition to the loss terms."""
     collapse_statistics: ClassVar[tuple[str, ...]] = ()
     """Statistics that are about 1 for spread-out features and 0 for collapsed ones."""
     ranked_by: ClassVar[tuple[str, ...]] = ("mean_recall", "-loss")
-    """What makes one validation better than another, the weightiest first; larger is better, or smaller after a minus."""
+    """Metrics that rank validations, most important first. Larger is better; with a minus in front, smaller is better."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -76,15 +76,15 @@ class Method(ABC, Generic[SettingsT]):
 
     @property
     def banks(self) -> tuple[Bank, ...]:
-        """Features that are clustered while training."""
+        """Features that are clustered during training."""
         return self.config.banks
 
     @abstractmethod
     def build_model(self, vocabulary_size: int) -> DualEncoder:
-        """The whole model with weights drawn from torch's current generator; called with (batch, stage)."""
+        """The whole model, with weights drawn from torch's current generator; its forward takes (batch, stage)."""
 
     def frozen(self, stage: int) -> tuple[str, ...]:
-        """Prefixes of the names of parameters that ``stage`` does not train."""
+        """Name prefixes of the parameters that ``stage`` does not train."""
         return ()
 
     @abstractmethod
@@ -95,19 +95,19 @@ class Method(ABC, Generic[SettingsT]):
     def losses(
         self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
     ) -> Losses:
-        """Losses of one microbatch under the centroids (K, D) of each bank, None before clustering has started. Collective."""
+        """Losses of one microbatch. ``centroids``: (K, D) by bank, None before clustering has started. Collective."""
 
     def picture(self, outputs: Any, batch: ImageReportBatch) -> Tensor | None:
-        """A picture (1, H, W) in [0, 1] for TensorBoard out of a validation batch."""
+        """A picture (1, H, W) in [0, 1] of a validation batch, for TensorBoard."""
         return None
 
     @property
     def has_attention(self) -> bool:
-        """Whether ``attention`` returns something."""
+        """True if the method overrides ``attention``."""
         return type(self).attention is not Method.attention
 
     def attention(self, model: DualEncoder, outputs: Any) -> SentenceAttention | None:
-        """Where sentences attend, for grounding, clusters and embeddings; None for a method without attention."""
+        """Sentence attention, for grounding, clusters and embeddings; None for a method without attention."""
         return None
 
 
@@ -120,12 +120,12 @@ def load_method(config: Config) -> Method[Any]:
 
 
 def column(*values: Tensor) -> Tensor:
-    """Detached float32 scalars as one tensor."""
+    """The scalars as one detached float32 tensor."""
     return torch.stack([value.detach().float() for value in values])
 
 
 def in_full_precision(outputs: Any) -> Any:
-    """``outputs``, a NamedTuple, with halves as float32: losses are never computed in bf16 or fp16."""
+    """``outputs``, a NamedTuple, with bf16 and fp16 tensors converted to float32, in which all losses are computed."""
     half = (torch.bfloat16, torch.float16)
     wide = {
         name: part.float() if isinstance(part, Tensor) and part.dtype in half else part

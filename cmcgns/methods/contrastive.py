@@ -1,4 +1,4 @@
-"""InfoNCE between films and reports over all ranks, and the mask that several methods share.
+"""InfoNCE between films and reports over all ranks, and the mask of equal texts.
 
 B studies on this rank, G studies on all ranks, D embedding; n and N the same for sentences.
 """
@@ -14,7 +14,7 @@ from cmcgns.distributed import all_gather, all_gather_with_grad
 def contrastive_loss(image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of this rank's studies against the studies of every rank.
 
-    Studies whose reports have the same text are neither each other's negatives nor each other's positives.
+    Studies whose reports have the same text are neither negatives nor positives of each other.
     """
     image_GD, report_GD = all_gather_with_grad(torch.cat([image_BD, report_BD], dim=1)).chunk(2, dim=1)
     offset = distributed.rank() * image_BD.shape[0]  # the global rank: labels are columns of all ranks
@@ -26,8 +26,8 @@ def contrastive_loss(image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor,
 
 
 def same_text_mask(own_hash_n: Tensor, hash_N: Tensor, offset: int) -> Tensor:
-    """True where another sentence has the same words; never for a sentence itself, which stands at ``offset`` + row."""
+    """True for other sentences with the same text; False for the sentence itself, which is column ``offset`` + row."""
     same_nN = own_hash_n.unsqueeze(1) == hash_N
-    # narrow, not a scatter: the own columns are one block
+    # narrow instead of scatter: this rank's columns are contiguous
     same_nN.narrow(1, offset, own_hash_n.shape[0]).fill_diagonal_(False)
     return same_nN

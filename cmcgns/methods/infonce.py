@@ -1,4 +1,4 @@
-"""Image-report InfoNCE: films against reports over all ranks, and nothing else (van den Oord et al. 2018; ConVIRT, CLIP)."""
+"""Image-report InfoNCE over all ranks, without further losses (van den Oord et al. 2018; ConVIRT, CLIP)."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from cmcgns.models.dual_encoder import DualEncoder, build_encoders
 
 class Settings(MethodSettings):
     temperature: float = Field(0.1, ge=0.01, le=1.0)
-    """Temperature of the loss, or its start when learnt."""
+    """Temperature of the loss; the initial value if it is learned."""
     learn_temperature: bool = True
-    """Learn the temperature; a sweep over `temperature` sets false."""
+    """Learn the temperature; a sweep over `temperature` sets it to false."""
 
 
 class InfoNCEOutputs(NamedTuple):

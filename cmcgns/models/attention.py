@@ -1,6 +1,6 @@
-"""Attention between the two modalities, and the pooling that turns parts into a whole.
+"""Attention between the two modalities, and attention pooling.
 
-B studies, P patches, S sentences (padded), L parts, D embedding, H heads.
+B studies, P patches, S sentences (padded), L parts (patches or sentences), D embedding, H heads.
 """
 
 import math
@@ -11,15 +11,16 @@ from torch.nn import functional as F
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows of length 1, computed in float32 at least and returned in the type they came in."""
+    """Rows normalised to length 1, computed in at least float32 and returned in the input's dtype."""
     wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
     return F.normalize(wide, dim=-1).to(rows.dtype)
 
 
 def linear(dim_in: int, dim_out: int) -> nn.Linear:
-    """A linear map that keeps the size of its input and starts without bias.
+    """A linear layer whose initial weights preserve the scale of the input, with zero bias.
 
-    torch's own start puts biases several times the signal of unit rows: all studies would begin at one point.
+    torch's default initialisation gives biases several times larger than the signal of unit rows: all studies would start
+    with almost the same embedding.
     """
     layer = nn.Linear(dim_in, dim_out)
     nn.init.normal_(layer.weight, std=dim_in**-0.5)
@@ -28,7 +29,7 @@ def linear(dim_in: int, dim_out: int) -> nn.Linear:
 
 
 def sigmoid_attention(query_BLD: Tensor, key_BMD: Tensor, value_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
-    """sigmoid(q k^T / sqrt(D)) v; masked keys take no part."""
+    """sigmoid(q k^T / sqrt(D)) v; masked keys are ignored."""
     weight_BLM = attention_weights(query_BLD, key_BMD)
     if mask_BM is not None:
         weight_BLM = weight_BLM * mask_BM.unsqueeze(1)
@@ -41,7 +42,7 @@ def attention_weights(query_BLD: Tensor, key_BMD: Tensor) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention from the mean of the parts to the mean and the parts."""
+    """Multi-head attention; the query is the mean of the parts, the keys are the mean and the parts."""
 
     def __init__(self, dim: int, heads: int = 8, positions: int | None = None) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class AttentionPool(nn.Module):
         self.position_LD = None if positions is None else nn.Parameter(torch.randn(positions + 1, dim) / math.sqrt(dim))
 
     def forward(self, parts_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-        """(B, D): one vector for each study."""
+        """One vector per study, (B, D)."""
         tokens_BLD = torch.cat([masked_mean(parts_BLD, mask_BL).unsqueeze(1), parts_BLD], dim=1)
         if self.position_LD is not None:
             tokens_BLD = tokens_BLD + self.position_LD.to(tokens_BLD.dtype)
@@ -68,7 +69,7 @@ class AttentionPool(nn.Module):
 
 
 def masked_mean(parts_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Mean over the real parts, (B, D)."""
+    """Mean over the unmasked parts, (B, D)."""
     if mask_BL is None:
         return parts_BLD.mean(dim=1)
     weight_B1L = mask_BL.to(parts_BLD.dtype).unsqueeze(1)

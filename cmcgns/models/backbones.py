@@ -1,7 +1,7 @@
-"""From a setting to an encoder: a preset with fresh weights, or any model that transformers can load.
+"""Builds encoders from settings: a preset with new weights, or any model that transformers can load.
 
-An image backbone is any module that takes ``pixel_values`` and returns ``last_hidden_state``; grid, stride and width are read
-off its output. B studies, P patches, L tokens, C channels of the backbone.
+An image backbone is any module that takes ``pixel_values`` and returns ``last_hidden_state``; grid, stride and width follow
+from the shape of its output. B studies, P patches, L tokens, C channels of the backbone.
 """
 
 import inspect
@@ -28,13 +28,13 @@ from cmcgns.models.presets import IMAGE_PRESETS, TEXT_PRESETS
 from cmcgns.plugins import is_plugin, load_plugin
 
 PROBE_SIZE = 448
-"""Pixels at which a backbone is traced: a multiple of the strides 4, 7, 8, 14, 16, 28, 32 and 56."""
-MOST_PREFIX = 8
-"""Most tokens before the patches that are believed."""
+"""Image side in pixels for the shape probe: a multiple of the strides 4, 7, 8, 14, 16, 28, 32 and 56."""
+MAX_PREFIX_TOKENS = 8
+"""Maximum number of tokens before the patches."""
 
 
 def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrainedModel:
-    """A preset with fresh weights, the encoder of a local folder or hub name with its weights, or a plugin's."""
+    """A preset with new weights, a pretrained encoder from a local folder or the hub, or a plugin's module."""
     if name in IMAGE_PRESETS:
         if name.startswith("resnet"):
             return AutoModel.from_config(ResNetConfig(**IMAGE_PRESETS[name]))
@@ -45,17 +45,17 @@ def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrain
         build = getattr(load_plugin("model.image_encoder", name, {}), "build", None)
         if build is None:
             raise UserError(f"model.image_encoder {name} defines no build(image_size, dropout) (docs/methods.md)")
-        found: PreTrainedModel = build(image_size, dropout)
-        return found
+        backbone: PreTrainedModel = build(image_size, dropout)
+        return backbone
     kind = _model_type("model.image_encoder", name)
     model = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(name)), None)
     if model is not None and model.main_input_name != "pixel_values":
-        raise UserError(f"model.image_encoder '{name}' is a {kind}; a model of images is needed")
+        raise UserError(f"model.image_encoder '{name}' is a {kind}; give an image model")
     return _pretrained("model.image_encoder", name)
 
 
 def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropout: float) -> PreTrainedModel:
-    """A BERT preset with fresh weights and ``vocabulary_size`` entries, or the one in a folder or of that name."""
+    """A BERT preset with new weights and ``vocabulary_size`` entries, or a pretrained encoder from a folder or the hub."""
     if name in TEXT_PRESETS:
         config = BertConfig(
             vocab_size=vocabulary_size,
@@ -67,14 +67,14 @@ def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropou
         return AutoModel.from_config(config, add_pooling_layer=False)
     kind = _model_type("model.text_encoder", name)
     if "bert" not in kind:
-        raise UserError(f"model.text_encoder '{name}' is a {kind}; a BERT-like encoder is needed")
+        raise UserError(f"model.text_encoder '{name}' is a {kind}; give a BERT-like encoder")
     backbone = _pretrained("model.text_encoder", name)
     longest, entries = backbone.config.max_position_embeddings, backbone.config.vocab_size
     if max_tokens > longest:
         raise UserError(f"data.max_tokens {max_tokens} is too long for model.text_encoder '{name}': at most {longest}")
     if vocabulary_size > entries:
         raise UserError(
-            f"the tokenizer has {vocabulary_size} entries and model.text_encoder '{name}' knows {entries}; "
+            f"the tokenizer has {vocabulary_size} entries, but model.text_encoder '{name}' has {entries}; "
             "set model.tokenizer=auto"
         )
     return backbone
@@ -84,8 +84,8 @@ def _pretrained(key: str, name: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
         kind = MODEL_MAPPING.get(type(config), None)
-        options = {"add_pooling_layer": False} if kind and takes(kind.__init__, "add_pooling_layer") else {}
-        # the driver asks for shapes alone, and transformers loads no weights there
+        options = {"add_pooling_layer": False} if kind and has_parameter(kind.__init__, "add_pooling_layer") else {}
+        # the driver only needs shapes, and transformers cannot load weights on the meta device
         if torch.get_default_device().type == "meta":
             return AutoModel.from_config(config, **options)
         return AutoModel.from_pretrained(name, dtype=torch.float32, **options)
@@ -94,7 +94,11 @@ def _pretrained(key: str, name: str) -> PreTrainedModel:
 
 
 def _model_type(key: str, name: str) -> str:
-    """The architecture behind a name, or a ``UserError`` that says what would do."""
+    """The architecture behind a name.
+
+    Raises:
+        UserError: there is no such model; names the presets.
+    """
     try:
         return str(AutoConfig.from_pretrained(name).model_type)
     except (OSError, ValueError) as error:
@@ -103,17 +107,21 @@ def _model_type(key: str, name: str) -> str:
 
 def _no_model(key: str, name: str, error: Exception) -> UserError:
     presets = IMAGE_PRESETS if key.endswith("image_encoder") else TEXT_PRESETS
-    where = "holds no model" if Path(name).is_dir() else "is no preset, no local folder and not to be had from the hub"
-    return UserError(f"{key} '{name}' {where} (presets: {', '.join(presets)}): {str(error).splitlines()[0]}")
+    problem = (
+        "contains no model"
+        if Path(name).is_dir()
+        else "is neither a preset nor a local folder, nor available on the hub"
+    )
+    return UserError(f"{key} '{name}' {problem} (presets: {', '.join(presets)}): {str(error).splitlines()[0]}")
 
 
 class Layout(NamedTuple):
-    """What a backbone makes of an image, read off its output and not off its name."""
+    """Layout of a backbone's output, from its shape."""
 
     dim: int
     """Channels C of a patch."""
     stride: int
-    """Pixels along a patch."""
+    """Side of a patch in pixels."""
     prefix: int
     """Tokens before the patches: CLS, DeiT's distillation token, DINOv2's registers."""
     is_convolutional: bool
@@ -123,14 +131,14 @@ class Layout(NamedTuple):
 def read_layout(backbone: nn.Module) -> Layout:
     """The layout of any model that takes ``pixel_values`` and returns ``last_hidden_state``.
 
-    It is traced on the meta device, without memory or arithmetic, at ``PROBE_SIZE`` pixels.
+    Runs the model on the meta device, without memory or computation, at ``PROBE_SIZE`` pixels.
 
     Raises:
-        UserError: a model that takes or returns something else.
+        UserError: the model takes or returns something else.
     """
     state = {name: part.to("meta") for name, part in (*backbone.named_parameters(), *backbone.named_buffers())}
     pixels_13HW = torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device="meta", dtype=next(backbone.parameters()).dtype)
-    options = {"interpolate_pos_encoding": True} if takes(backbone.forward, "interpolate_pos_encoding") else {}
+    options = {"interpolate_pos_encoding": True} if has_parameter(backbone.forward, "interpolate_pos_encoding") else {}
     mode = backbone.training
     backbone.eval()  # neither dropout nor running statistics
     try:
@@ -146,22 +154,24 @@ def read_layout(backbone: nn.Module) -> Layout:
     if hidden.dim() == 4 and hidden.shape[2] == hidden.shape[3]:
         return Layout(hidden.shape[1], PROBE_SIZE // hidden.shape[2], 0, True)
     tokens = hidden.shape[1]
-    grids = [side for side in range(1, PROBE_SIZE) if PROBE_SIZE % side == 0 and 0 <= tokens - side**2 <= MOST_PREFIX]
+    grids = [
+        side for side in range(1, PROBE_SIZE) if PROBE_SIZE % side == 0 and 0 <= tokens - side**2 <= MAX_PREFIX_TOKENS
+    ]
     if hidden.dim() != 3 or not grids:
         raise UserError(
-            f"model.image_encoder: a {type(backbone).__name__} returns {tuple(hidden.shape)}; neither a square feature map nor "
-            "a square grid of tokens"
+            f"model.image_encoder: a {type(backbone).__name__} returns {tuple(hidden.shape)}; give a model that returns a square "
+            "feature map or a square grid of tokens"
         )
     return Layout(hidden.shape[2], PROBE_SIZE // grids[-1], tokens - grids[-1] ** 2, False)
 
 
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether ``function`` has a parameter called ``name``."""
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """True if ``function`` has a parameter called ``name``."""
     return name in inspect.signature(function).parameters
 
 
 class ImageEncoder(nn.Module):
-    """A backbone that gives patches in raster order and a global feature: its CLS token, or an attention pool if it has none."""
+    """A backbone that returns patches in raster order and a global feature: its CLS token, or attention pooling without one."""
 
     def __init__(self, backbone: PreTrainedModel, image_size: int, fixed_batch_statistics: bool = False) -> None:
         super().__init__()
@@ -182,19 +192,19 @@ class ImageEncoder(nn.Module):
             image_size,
             [image_size, image_size],
         )
-        interpolates = takes(backbone.forward, "interpolate_pos_encoding")
+        interpolates = has_parameter(backbone.forward, "interpolate_pos_encoding")
         self.forward_options = {"interpolate_pos_encoding": True} if resized and interpolates else {}
 
     @property
     def patches(self) -> int:
-        """Patches P of one film."""
+        """Number of patches P of one film."""
         return self.grid * self.grid
 
     def forward(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
-        """``features_BPC`` and ``pooled_BC``; grey becomes three equal channels."""
+        """``features_BPC`` and ``pooled_BC``; the grey channel is repeated three times."""
         pixels_B3HW = image_B1HW.to(next(self.parameters()).dtype).expand(-1, 3, -1, -1)
         hidden = self.backbone(pixel_values=pixels_B3HW, **self.forward_options).last_hidden_state
-        # permute, never view: a patch is all channels of one position
+        # transpose, not view: a patch is all channels of one position
         features_BPC = hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
         return features_BPC, hidden[:, 0] if self.pool is None else self.pool(features_BPC)
 

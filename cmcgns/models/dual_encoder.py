@@ -1,4 +1,4 @@
-"""Two encoders and the space that films and reports share: what every method's model has.
+"""Image and text encoder with a shared embedding space, the base of every method's model.
 
 B studies, P patches, S sentences (padded), C channels of the image backbone, D embedding.
 """
@@ -19,7 +19,7 @@ MIN_SCALE, MAX_SCALE = 1.0, 100.0
 
 
 class DualEncoder(nn.Module):
-    """Image encoder, text encoder, projection of the film and temperature. A method's model adds its own parts."""
+    """Image encoder, text encoder, image projection and temperature. A method's model adds its own parts."""
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)), requires_grad=learn_temperature)
 
     def add_parts(self, dim: int) -> None:
-        """Make the parts behind the encoders; a method that overrides this makes ``image_projection`` too."""
+        """Create the modules after the encoders; an override must create ``image_projection`` too."""
         self.image_projection = linear(self.image_encoder.dim, dim)
 
     def embed_images(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
-        """``features_BPC`` of the patches and the normalised ``image_BD``."""
+        """Patch features ``features_BPC`` and the normalised ``image_BD``."""
         features_BPC, pooled_BC = self.image_encoder(image_B1HW)
         return features_BPC, unit(self.image_projection(pooled_BC))
 
@@ -58,12 +58,12 @@ class DualEncoder(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """Inverse temperature within [1, 100], float32 at least, shape (1,)."""
-        return limited_scale(self.log_scale)
+        """Inverse temperature within [1, 100], at least float32, shape (1,)."""
+        return clamped_scale(self.log_scale)
 
 
 class _PassThroughClamp(torch.autograd.Function):
-    """Clamp whose gradient ignores the limits, so that a scale at its limit can still come back."""
+    """Clamp whose gradient ignores the limits, so that a scale at a limit can still change."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ class _PassThroughClamp(torch.autograd.Function):
         return grad
 
 
-def limited_scale(log_scale: Tensor) -> Tensor:
-    """exp(log_scale) within [1, 100], float32 at least, shape (1,)."""
+def clamped_scale(log_scale: Tensor) -> Tensor:
+    """exp(log_scale) clamped to [1, 100], at least float32, shape (1,)."""
     wide = log_scale if log_scale.dtype == torch.float64 else log_scale.float()
     return _PassThroughClamp.apply(wide.exp())
 

@@ -1,4 +1,4 @@
-"""Shapes of the encoders that are trained from scratch; without torch, so that prepare and its tasks do not load it."""
+"""Sizes of the encoders that are trained from scratch. Does not import torch, so that prepare does not load it."""
 
 from typing import Any
 

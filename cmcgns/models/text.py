@@ -1,4 +1,4 @@
-"""Reports to sentence embeddings and one report embedding, from any BERT-like encoder that transformers knows.
+"""Sentence embeddings and a report embedding from any BERT-like encoder of transformers.
 
 B studies, T tokens, S sentences (padded), C channels of the backbone, D embedding.
 """
@@ -11,7 +11,7 @@ from cmcgns.models.attention import AttentionPool, linear, unit
 
 
 class TextEncoder(nn.Module):
-    """Token states projected to D and normalised; a sentence is the mean of its tokens, a report pools its sentences."""
+    """Projects token states to D and normalises them; a sentence is the mean of its tokens, a report pools its sentences."""
 
     def __init__(self, backbone: PreTrainedModel, dim: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``sentences_BSD`` (zero where padded) and normalised ``report_BD``.
 
-        With ``by_length_B`` reports of like length go through the backbone together, without the padding of the longest.
+        With ``by_length_B`` reports of similar length go through the backbone together, which saves padding.
         """
         if by_length_B is None:
             sentences_BSD = self._sentences(token_BT, token_mask_BT, sentence_of_token_BT, sentence_mask_BS.shape[1])
@@ -57,9 +57,9 @@ class TextEncoder(nn.Module):
         return sentence_means(token_BTD, sentence_of_token_BT, size_S)
 
     def _attention_mask(self, token_mask_BT: Tensor) -> Tensor:
-        """The mask in the shape that BERT's attention uses it in.
+        """The mask in the shape of BERT's attention.
 
-        Of a plain (B, T) mask transformers asks on the host whether anything is padded: that stalls each microbatch.
+        For a (B, T) mask transformers checks on the host whether there is padding, which stalls each microbatch.
         """
         config = self.backbone.config
         if (config.model_type, config._attn_implementation) != ("bert", "sdpa"):

@@ -14,7 +14,7 @@ from cmcgns.data.stream import DEALING_CPUS
 from cmcgns.errors import UserError
 from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import DONE, Ledger
-from cmcgns.train.run import Share, taken_cpus
+from cmcgns.train.run import CpuShare, reserved_cpus
 
 TRIAL_CPUS = 0.01
 """CPUs of Tune's own process for a trial, which only waits."""
@@ -25,7 +25,7 @@ class Capacity:
     """Number of trials that fit on the cluster at the same time, and the CPUs of each."""
 
     trials: int
-    share: Share
+    share: CpuShare
 
 
 def node_resources() -> list[dict[str, float]]:
@@ -59,7 +59,7 @@ def capacity_for(config: Config, nodes: list[dict[str, float]], most: int) -> Ca
             f"data tasks need {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs; the cluster has {available}. Lower "
             "train.num_workers, train.cpus_per_worker, clustering.cpus_per_actor or data.cpus_per_task"
         )
-    return Capacity(trials, Share(cpus, cpus / trials - taken_cpus(config) - TRIAL_CPUS, beside_others=True))
+    return Capacity(trials, CpuShare(cpus, cpus / trials - reserved_cpus(config) - TRIAL_CPUS, shared_cluster=True))
 
 
 def _fit_on_nodes(bundles: list[dict[str, float]], free: list[dict[str, float]]) -> bool:
@@ -92,7 +92,7 @@ class Admission:
         self.refusal: str | None = None
         """Why no trial is admitted, if not one fits."""
 
-    def enter(self, number: int) -> Share | None:
+    def enter(self, number: int) -> CpuShare | None:
         """CPUs of trial ``number``; None if it has to wait. Releases its earlier admission."""
         self.leave(number)
         if len(self._admitted) >= self._trials():

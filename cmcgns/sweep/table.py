@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cmcgns.sweep.admission import Admission, Capacity
 from cmcgns.sweep.ledger import Ledger, Trial
-from cmcgns.train.run import Share
+from cmcgns.train.run import CpuShare
 
 POLL_S = 1.0
 COLOURS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "waiting": "dim"}
@@ -42,7 +42,7 @@ class SweepMonitor(Admission):
         """Record a placement group of trial ``number``: Ray Train's cleaner may never remove that of a killed run."""
         self.groups.setdefault(number, []).append(group)
 
-    def enter(self, number: int) -> Share | None:
+    def enter(self, number: int) -> CpuShare | None:
         """See ``Admission.enter``. Removes what the trial's last attempt left, and logs once why no trial is admitted."""
         self._free(number)
         before = self.refusal

@@ -21,7 +21,7 @@ from cmcgns.config import Config, measure
 from cmcgns.errors import UserError, last_line
 from cmcgns.sweep.admission import RECHECK_S
 from cmcgns.sweep.search import LOST_TOO_OFTEN, apply_drawn
-from cmcgns.train.run import Share
+from cmcgns.train.run import CpuShare
 from cmcgns.train.setup import PreparedCorpus, Pretraining, setup_pretraining
 
 POLL_S = 0.2
@@ -125,7 +125,7 @@ class TrialRunner:
                 return {"step": result["steps"], self.task.metric: measure(self.task.metric, result["metrics"])}
             if not self._evicted.is_set() and result["status"] == "failed":
                 losses += 1
-                if result["hopeless"] or 0 <= run.config.train.max_failures < losses:
+                if result["permanent_failure"] or 0 <= run.config.train.max_failures < losses:
                     return {"failure": result["failure"] or "failed", "step": result["steps"] or 0}
                 self._warn(f"resumes from its last checkpoint once there is capacity, after: {result['failure']}")
         return {"failure": "stopped"}
@@ -157,11 +157,11 @@ class TrialRunner:
             self.costs["ending"] = time.time() - result["marks"]["trained"]
         return result
 
-    def _wait_for_admission(self) -> Share | None:
+    def _wait_for_admission(self) -> CpuShare | None:
         """CPUs of this trial, once it is admitted; None if it is stopped before."""
         self._evicted.clear()
         while True:
-            share: Share | None = ray.get(self.task.monitor.enter.remote(self.spec["number"]))
+            share: CpuShare | None = ray.get(self.task.monitor.enter.remote(self.spec["number"]))
             if share is not None or self._stopped.wait(RECHECK_S):
                 return share
 

@@ -1,4 +1,4 @@
-"""The banks of a method: what is clustered online while it trains; empty for a method without clustering."""
+"""Online clustering of each bank of a method; empty for a method without clustering."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ from cmcgns.train.engine import State
 
 
 class Banks:
-    """One ``OnlineClustering`` for each bank, in the method's order.
+    """One ``OnlineClustering`` per bank, in the method's order.
 
-    A single bank keeps plain names in checkpoints and metrics; of several, the second and later carry their bank's name.
+    In checkpoints and metrics the first bank's names have no prefix; those of later banks start with the bank's name.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class Banks:
 
     @property
     def first(self) -> OnlineClustering | None:
-        """The first bank's clustering, by which a run is described."""
+        """Clustering of the first bank, which the summary of a run reports."""
         return next(iter(self.clusterings.values()), None)
 
     @property
     def centroids(self) -> Mapping[str, Tensor | None]:
-        """Centroids in force by bank; None before clustering has started."""
+        """Current centroids by bank; None before clustering has started."""
         return {bank.name: each.centroids.current for bank, each in self.clusterings.items()}
 
     @property
@@ -41,37 +41,37 @@ class Banks:
         return sum(each.waited_s for each in self.clusterings.values())
 
     def facts(self) -> dict[str, Any]:
-        """Centroid versions, as rows of metrics show them."""
+        """Centroid versions, for a row of metrics."""
         versions = {bank: each.centroids.version for bank, each in self.clusterings.items()}
         return {f"{self._prefix(bank)}centroids_version": version for bank, version in versions.items()}
 
     def observe(self, losses: Losses) -> None:
-        """Remember one microbatch's rows for the centroids' move at the end of the step."""
+        """Keep one microbatch's rows for the centroid update at the end of the step."""
         for bank, each in self.clusterings.items():
             each.centroids.observe(losses.bank_rows[bank.name])
 
     def advance(
         self, step: int, warmed_up: bool, losses: Sequence[Losses], microbatches: Sequence[ImageReportBatch]
     ) -> None:
-        """Push the step's rows and refresh centroids where due. Collective."""
+        """Push the step's rows, and refresh the centroids if due. Collective."""
         for bank, each in self.clusterings.items():
             ranks = zip(*(batch.rank_sentences for batch in microbatches), strict=True)
             counts = [sum(column) if bank.per_sentence else sum(b.studies for b in microbatches) for column in ranks]
             each.push(step, [loss.bank_rows[bank.name] for loss in losses], counts)
-            place = self.statistics.index(bank.start_statistic)
-            each.refresh(step, warmed_up, torch.stack([loss.statistics[place] for loss in losses]).mean())
+            index = self.statistics.index(bank.start_statistic)
+            each.refresh(step, warmed_up, torch.stack([loss.statistics[index] for loss in losses]).mean())
 
     def empty(self, step: int) -> None:
-        """Forget all rows (stage change, replaced workers); centroids stay in force. Collective."""
+        """Drop all rows (new stage, replaced workers) and keep the centroids. Collective."""
         for each in self.clusterings.values():
             each.empty_bank(step)
 
     def centroids_state(self) -> State:
-        """Centroids, versions and starts alone."""
+        """Centroids, versions and start steps, without rows."""
         return self._joined({bank: each.centroids.state_dict() for bank, each in self.clusterings.items()})
 
     def load_centroids(self, state: State) -> None:
-        """Continue from ``centroids_state``."""
+        """Restore what ``centroids_state`` returned."""
         for bank, each in self.clusterings.items():
             each.centroids.load_state_dict(self._part(bank, state))
 
@@ -80,7 +80,7 @@ class Banks:
         return self._joined({bank: each.state_dict(step) for bank, each in self.clusterings.items()})
 
     def load_state_dict(self, state: State, step: int) -> None:
-        """Continue from ``state_dict``. Collective."""
+        """Restore what ``state_dict`` returned. Collective."""
         for bank, each in self.clusterings.items():
             each.load_state_dict(self._part(bank, state), step)
 

@@ -1,4 +1,4 @@
-"""Builds DeepSpeed's communication op once, so that no training run has to: `python -m cmcgns.train.build_ops`."""
+"""Compile DeepSpeed's communication op once, before any training run: `python -m cmcgns.train.build_ops`."""
 
 import torch
 
@@ -6,7 +6,7 @@ from cmcgns.train.engine import import_deepspeed
 
 
 def main() -> None:
-    """Compile with g++ and ninja into the folder that every run looks in."""
+    """Compile with g++ and ninja into the folder where every run looks for it."""
     import_deepspeed(torch.device("cpu"))
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

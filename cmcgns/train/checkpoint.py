@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and the export that plain transformers can load. Safetensors and JSON, no pickles."""
+"""Checkpoints, and the export that plain transformers can load. Safetensors and JSON, no pickles."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -17,25 +17,25 @@ CHECKPOINT_FORMAT = 1
 
 @dataclass
 class Progress:
-    """Where a run stands; everything that is not a tensor."""
+    """Progress of a run: everything in a checkpoint that is not a tensor."""
 
     step: int = 0
     """Optimizer steps done, over both stages."""
     stage: int = 1
     epoch: int = 0
     position: int = 0
-    """Studies of ``epoch``'s order that have been used, bad ones included."""
+    """Studies used in ``epoch``'s order, bad ones included."""
     studies_seen: int = 0
     ranks: int = 1
     best: dict[str, float] = field(default_factory=dict)
-    """Step and metrics of stage 1's best validation."""
+    """Step and metrics of the best validation in stage 1."""
     collapsed_steps: int = 0
     """Consecutive steps with collapsed features."""
     format: int = CHECKPOINT_FORMAT
 
 
 def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -> None:
-    """Write one rank's share: rank 0 the whole state in ``parts``, every rank its random state."""
+    """Write this rank's files: every rank its random state, rank 0 also the whole state in ``parts``."""
     save_file(random_state(), folder / f"random_{distributed.rank()}.safetensors")
     if distributed.rank() == 0:
         for name, tensors in parts.items():
@@ -44,24 +44,24 @@ def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -
 
 
 def load_progress(folder: Path) -> Progress:
-    """Where the checkpoint in ``folder`` stands."""
+    """Progress stored in the checkpoint ``folder``."""
     return Progress(**json.loads((folder / "progress.json").read_text()))
 
 
 def load_part(folder: Path, name: str) -> State:
-    """One of the parts of ``save_checkpoint``, on the CPU; empty where the checkpoint has none."""
+    """One of the parts of ``save_checkpoint``, on the CPU; empty if the checkpoint does not have it."""
     path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}
 
 
 def random_state() -> State:
-    """This rank's generators, which drive dropout."""
+    """State of this rank's random generators, which dropout uses."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def restore_random_state(folder: Path, progress: Progress, seed: int) -> bool:
-    """Put this rank's generators back; with another number of ranks seed them anew and return False."""
+    """Restore this rank's random generators. If the number of ranks has changed, seed them again and return False."""
     state = load_part(folder, f"random_{distributed.rank()}")
     if progress.ranks != distributed.world_size() or not state:
         seed_everything(seed + progress.step)
@@ -73,7 +73,7 @@ def restore_random_state(folder: Path, progress: Progress, seed: int) -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch for dropout, each rank differently."""
+    """Seed torch for dropout, differently on each rank."""
     torch.manual_seed(seed * 100_003 + distributed.rank())
 
 
@@ -86,15 +86,15 @@ def heads(weights: State) -> dict[str, Tensor]:
 def export_model(
     folder: Path, model: Any, weights: State, tokenizer: Any, preprocess: dict[str, Any], centroids: State
 ) -> None:
-    """Write encoders and tokenizer as Hugging Face folders, and beside them what only this package reads.
+    """Write encoders and tokenizer as Hugging Face folders, plus the files that only this package reads.
 
-    ``model`` is a fresh, whole model of the run's settings; it receives ``weights``.
+    ``model`` is a new, whole model with the run's settings; ``weights`` are loaded into it.
     """
     model.load_state_dict(weights)
     backbone = model.image_encoder.backbone
     if hasattr(backbone, "save_pretrained"):
         backbone.save_pretrained(folder / "image_encoder")
-    else:  # a module of the user's own; only this package can load it
+    else:  # a user's module; only this package can load it
         (folder / "image_encoder").mkdir()
         own = {key: value.contiguous() for key, value in backbone.state_dict().items()}
         save_file(own, folder / "image_encoder" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""One line of progress on the driver's terminal, and the lines that workers and actors have written."""
+"""Progress line on the driver's terminal, and log lines of workers and actors."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 class Display:
-    """Follows the coordinator until closed: a bar on a terminal, plain lines elsewhere."""
+    """Polls the coordinator until closed: a progress bar on a terminal, plain lines otherwise."""
 
     def __init__(self, coordinator: Any, schedule: Schedule, console: Console) -> None:
         self.coordinator, self.schedule, self.console = coordinator, schedule, console
@@ -43,7 +43,7 @@ class Display:
         self._thread.start()
 
     def close(self) -> None:
-        """Show what has not been shown yet, and stop."""
+        """Show the last news and stop."""
         self._done.set()
         self._thread.join(timeout=10)
 
@@ -81,14 +81,14 @@ class Display:
 
 @contextlib.contextmanager
 def stop_on_interrupt(coordinator: Any) -> Iterator[None]:
-    """The first SIGINT asks for a checkpoint and the end; the next one is a KeyboardInterrupt."""
+    """The first SIGINT requests a checkpoint and a clean stop; the second raises KeyboardInterrupt."""
 
-    def ask(signum: int, frame: Any) -> None:
+    def request_stop(signum: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, before)
-        coordinator.log.remote(logging.WARNING, "stopping after this step; Ctrl-C again gives up at once")
+        coordinator.log.remote(logging.WARNING, "stopping after this step; press Ctrl-C again to stop at once")
         coordinator.request_stop.remote()
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, request_stop)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""The only door to DeepSpeed, and its plain-torch twin: forward, backward, one optimizer step, whole state.
+"""Training engines, DeepSpeed and plain torch: forward, backward, optimizer step, whole state.
 
-Both take and give the whole state by parameter name, so a checkpoint fits any number of ranks, any ZeRO stage and
-either engine. Parameters stay float32; bf16 and fp16 are autocast.
+Both save and load the whole state by parameter name, so a checkpoint works with any number of ranks, any ZeRO stage and
+either engine. Parameters stay float32; bf16 and fp16 use autocast. Only this file imports DeepSpeed.
 """
 
 import logging
@@ -22,18 +22,18 @@ from cmcgns.data.batch import ImageReportBatch
 from cmcgns.train import deepspeed_private
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's two running averages, by the name that torch and DeepSpeed share."""
+"""Names of Adam's two running averages, the same in torch and DeepSpeed."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OVERLAPPING_BUCKET = 10_000_000
-"""Gradients that are reduced at a time while the backward pass runs. DeepSpeed's 500 million would hold all of these models, and
-be reduced after it."""
+"""Gradient elements per bucket when reduction overlaps the backward pass. DeepSpeed's default of 500 million holds a whole model
+of ours, so that nothing would overlap."""
 
 State = dict[str, Tensor]
-"""Tensors by name on the CPU: weights by their own name, averages as MOMENT.NAME, and ``optimizer_steps``."""
+"""Tensors on the CPU by name: weights by parameter name, averages as MOMENT.NAME, and ``optimizer_steps``."""
 
 
 class Engine(Protocol):
-    """One model and its optimizer through one stage."""
+    """A model and its optimizer for one stage."""
 
     module: nn.Module
 
@@ -41,23 +41,23 @@ class Engine(Protocol):
         """Forward of one microbatch. Collective under ZeRO-3."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of one microbatch; ``last`` marks the step's last one."""
+        """Accumulate the gradients of one microbatch; ``last`` is true for the last one of the step."""
 
     def step(self, learning_rate: float) -> None:
-        """Clip the mean gradient over microbatches and ranks, and apply it. Collective."""
+        """Clip the mean gradient over microbatches and ranks, and update the weights. Collective."""
 
     def weights(self) -> State:
-        """Whole float32 weights and buffers. Collective; only rank 0 need keep them."""
+        """Whole float32 weights and buffers. Collective; only rank 0 needs to keep them."""
 
     def optimizer_state(self) -> State:
-        """Whole optimizer state. Collective; only rank 0 need keep it."""
+        """Whole optimizer state. Collective; only rank 0 needs to keep it."""
 
     def load_optimizer_state(self, state: State) -> None:
-        """Go on from a whole optimizer state, which every rank holds. Collective."""
+        """Load a whole optimizer state, which every rank passes in. Collective."""
 
 
 def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, frozen: tuple[str, ...] = ()) -> Engine:
-    """A fresh engine around ``model``; parameters whose name starts with one of ``frozen`` are not trained."""
+    """A new engine for ``model``; parameters whose name starts with one of ``frozen`` are not trained."""
     for name, parameter in model.named_parameters():
         if name.startswith(frozen or ("\0",)):
             parameter.requires_grad_(False)
@@ -69,7 +69,7 @@ def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, fr
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW; matrices and convolutions with weight decay, norms, biases and scalars without."""
+    """Adam or AdamW with weight decay on matrices and convolutions, and without on norms, biases and scalars."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -99,7 +99,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.backward(loss)
         if not last:
-            self.engine.step()  # counts the microbatch; applies nothing
+            self.engine.step()  # only counts the microbatch
 
     def step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -107,10 +107,9 @@ class DeepSpeedEngine:
         self.engine.step()
 
     def weights(self) -> State:
-        kept = (
-            self.module.state_dict()
-        )  # names only: buffers like position ids are not kept, and ZeRO-3's weights are empty
-        whole = {name: to_cpu(buffer) for name, buffer in self.module.named_buffers() if name in kept}
+        # for its keys: non-persistent buffers such as position ids are skipped. ZeRO-3's values are empty
+        saved = self.module.state_dict()
+        whole = {name: to_cpu(buffer) for name, buffer in self.module.named_buffers() if name in saved}
         for name, parameter in self.module.named_parameters():
             with self._gathered(parameter):
                 whole[name] = to_cpu(parameter)
@@ -141,9 +140,9 @@ class DeepSpeedEngine:
         self.engine.global_steps, self.engine.skipped_steps = int(steps), 0
 
     def _link_averages(self) -> None:
-        """Make each parameter's share of the flat averages known to DeepSpeed, also before the first step.
+        """Link each parameter to its part of DeepSpeed's flat averages, also before the first step.
 
-        ZeRO-1/2 of DeepSpeed 0.19 links them after the first parameter group has stepped: the second group never is.
+        DeepSpeed 0.19 with ZeRO-1/2 links them after the first parameter group's step, and never links the second group.
         """
         if not self.zero_stage:
             return
@@ -169,7 +168,7 @@ class DeepSpeedEngine:
         if self.zero_stage < 3:
             safe_set_full_optimizer_state(parameter, whole, moment)
             return
-        # DeepSpeed's own way to set a whole average fails where ranks do not divide the parameter
+        # DeepSpeed's function for a whole average fails if the parameter's size is not a multiple of the ranks
         share = deepspeed_private.shard_size(parameter)
         flat = nn.functional.pad(whole.flatten(), (0, share * distributed.world_size() - whole.numel()))
         safe_set_local_optimizer_state(parameter, flat.narrow(0, share * distributed.rank(), share), moment)
@@ -186,17 +185,17 @@ class DeepSpeedEngine:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told which device it is to use before it looks for itself, and quiet.
+    """The deepspeed package, imported for ``device`` and without its log.
 
-    What it compiles goes into this Python's own folder, once for all runs, with the ninja that lies there.
+    Its ops are compiled once for all runs into this Python's folder, with the ninja installed there.
     """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    own_programs = str(Path(sys.executable).parent)
-    if own_programs not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = own_programs + os.pathsep + os.environ["PATH"]
+    bin_folder = str(Path(sys.executable).parent)
+    if bin_folder not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = bin_folder + os.pathsep + os.environ["PATH"]
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # its own logger announces each import and every setting
+    # it logs each import and every setting
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
@@ -205,7 +204,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for ``config``."""
+    """DeepSpeed's configuration dict for ``config``."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.overlap_comm is not None:
         zero["overlap_comm"] = config.overlap_comm
@@ -226,7 +225,7 @@ def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]
 
 
 class TorchEngine:
-    """Plain torch: autocast, and one all-reduce of the whole gradient each step."""
+    """Plain torch: autocast, and one all-reduce of the whole gradient per step."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, accumulation: int, device: torch.device) -> None:
         self.module = model
@@ -274,7 +273,7 @@ class TorchEngine:
 
 
 def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, nn.Parameter]], state: State) -> None:
-    """Put averages and step count back into a torch optimizer."""
+    """Load averages and step count into a torch optimizer."""
     for name, parameter in trained:
         if f"{MOMENTS[0]}.{name}" in state:
             averages = {moment: state[f"{moment}.{name}"].to(parameter.device).clone() for moment in MOMENTS}
@@ -282,7 +281,7 @@ def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, 
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over ranks, in one collective."""
+    """Replace each tensor by its mean over ranks, in one all-reduce."""
     if distributed.world_size() == 1 or not tensors:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -293,11 +292,11 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Make running statistics equal on all ranks: their mean, before anything reads them. Collective."""
+    """Average running statistics over ranks; call it before anything reads them. Collective."""
     average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, float32 where it was a half."""
+    """A copy on the CPU; bf16 and fp16 become float32."""
     copied = tensor.detach().to("cpu", copy=True)
     return copied.float() if copied.dtype in AUTOCAST.values() else copied

@@ -1,6 +1,6 @@
-"""What the driver of a pretraining run does with torch at hand: it counts the model, tells the workers, and runs them.
+"""Driver code of a pretraining run that needs torch: count parameters, build the workers' assignment, run the workers.
 
-Apart from ``run``, since torch and transformers take seconds to load: what is wrong with the settings is told before.
+Separate from ``run`` because torch and transformers take seconds to load, and settings errors are reported before that.
 """
 
 import threading
@@ -19,28 +19,28 @@ from cmcgns.data.stream import Stream, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.methods.base import load_method
 from cmcgns.run_folder import RunFolder
-from cmcgns.train.run import Share, studies_ahead, threads_per_worker
+from cmcgns.train.run import CpuShare, studies_ahead, threads_per_worker
 from cmcgns.train.setup import Pretraining
 from cmcgns.train.worker import Assignment, work
 
 GROUP_TIMEOUT_S = 1800
-"""Longest time that ranks wait for one another: an export or a slow bucket on rank 0."""
+"""How long ranks wait for each other at most, for example for rank 0's export or a slow bucket."""
 
 
 def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
-    """Learnable numbers of the model; building it without memory also proves that the settings fit together."""
+    """Number of parameters of the model. Building it on the meta device also checks that the settings fit together."""
     with torch.device("meta"):
         model = load_method(config).build_model(tokenizer.vocabulary_size)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cpus: Share) -> Assignment:
-    """What every worker is told."""
+def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cpus: CpuShare) -> Assignment:
+    """The assignment that every worker receives."""
     config, corpus = run.config, run.corpus
 
     def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
-        # beside others a bound of its own, not what is left of all: that is less than nothing once a node is lost
-        cpu = {"most_cpus": cpus.data} if cpus.beside_others else {"taken_cpus": cpus.all - cpus.data}
+        # on a shared cluster a fixed limit: total minus reserved CPUs can be negative after a node is lost
+        cpu = {"most_cpus": cpus.data} if cpus.shared_cluster else {"taken_cpus": cpus.all - cpus.data}
         limits = cpu | {"studies_ahead": studies_ahead(config, corpus, cpus.data)}
         return stream_split(corpus.source, studies, arrangement, run.tokenizer, config.data, coordinator, **limits)
 
@@ -52,18 +52,18 @@ def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cp
 
 
 def fit(
-    config: Config, folder: RunFolder, assignment: Assignment, beside_others: bool
+    config: Config, folder: RunFolder, assignment: Assignment, shared_cluster: bool
 ) -> tuple[str | None, Exception | None]:
-    """Run the workers to their end; URI of the last checkpoint, and the error of a failed run.
+    """Run the workers until they finish. Returns the URI of the last checkpoint, and the error if the run failed.
 
-    A loss is mended ``train.max_failures`` times; ``beside_others`` never, see ``Share``.
+    Lost workers are replaced ``train.max_failures`` times; never on a shared cluster, see ``CpuShare``.
     """
     failures = FailureConfig(max_failures=config.train.max_failures)
-    if beside_others:
+    if shared_cluster:
         failures = FailureConfig(max_failures=0, max_preemption_failures=0)
     filesystem, path = storage.filesystem(folder.storage)
     trainer = TorchTrainer(
-        # by closure, not as train_loop_config: that is unpickled by the controller too, which would load all of the model's code
+        # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
         lambda: work(assignment),
         scaling_config=ScalingConfig(
             num_workers=config.train.num_workers,
@@ -88,12 +88,12 @@ def fit(
         except Exception as error:
             outcome.append(error)
 
-    # in a thread of its own: in the main one Ray Train would answer Ctrl-C by aborting, without a checkpoint
+    # in a separate thread: in the main thread Ray Train aborts on Ctrl-C without a checkpoint
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.5)
-    found = outcome[0]
-    if isinstance(found, Exception):
-        return None, found
-    return (found.checkpoint.path if found.checkpoint else None), found.error
+    result = outcome[0]
+    if isinstance(result, Exception):
+        return None, result
+    return (result.checkpoint.path if result.checkpoint else None), result.error

@@ -1,6 +1,6 @@
-"""What a run writes down: one row a step in metrics.jsonl, TensorBoard scalars and pictures, recall.
+"""Metrics of a run: one row per step in metrics.jsonl, and TensorBoard scalars and pictures.
 
-Values stay on the device until they are written; N studies, D embedding.
+Values stay on the device until they are written.
 """
 
 import json
@@ -18,7 +18,7 @@ from cmcgns.methods.base import Losses, Method
 
 
 class StepMetrics:
-    """Collects each step's values on the device and turns them into rows when they are due."""
+    """Collects each step's values on the device, and converts them to rows when they are due."""
 
     def __init__(self, method: Method[Any]) -> None:
         self._method = method
@@ -26,13 +26,13 @@ class StepMetrics:
         self._facts: list[dict[str, Any]] = []
 
     def record(self, facts: dict[str, Any], microbatches: list[Losses]) -> None:
-        """Keep one step: what the host knows of it, and the mean of its microbatches."""
+        """Store one step: ``facts`` from the host, and the mean over its microbatches."""
         columns = [torch.cat([losses.terms, losses.statistics]) for losses in microbatches]
         self._values.append(torch.stack(columns).mean(0))
         self._facts.append(facts)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All steps since the last call as rows with global values. Collective; the one place that waits."""
+        """All steps since the last call as rows with global values. Collective; the only place that waits for the device."""
         if not self._values:
             return []
         values = (distributed.all_reduce(torch.stack(self._values)) / distributed.world_size()).tolist()
@@ -45,10 +45,10 @@ class StepMetrics:
 
 
 class RunLog:
-    """metrics.jsonl and tensorboard/ of a run folder (rank 0). On object storage both are sent at checkpoints."""
+    """metrics.jsonl and tensorboard/ of a run folder (rank 0). On object storage both are uploaded at checkpoints."""
 
     def __init__(self, folder: str, scratch: Path, step: int) -> None:
-        """Go on after ``step``: rows beyond it go."""
+        """Continue after ``step``: later rows are deleted."""
         self.folder, self.remote = folder, storage.is_s3(folder)
         self.local = scratch if self.remote else Path(folder)
         self.path = self.local / "metrics.jsonl"
@@ -63,7 +63,7 @@ class RunLog:
         storage.write_bytes(str(self.path), "".join(f"{line}\n" for line in rows).encode())
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows, and draw their numbers in TensorBoard."""
+        """Append rows, and add their numbers to TensorBoard."""
         for row in rows:
             self._file.write(json.dumps(row) + "\n")
             for key, value in row.items():
@@ -72,7 +72,7 @@ class RunLog:
         self._file.flush()
 
     def picture(self, name: str, image_CHW: Tensor, step: int) -> None:
-        """Add a picture in [0, 1] to TensorBoard, and write it beside it as PNG."""
+        """Add a picture in [0, 1] to TensorBoard, and write it as PNG to the run folder."""
         from PIL import Image
 
         self.tensorboard.add_image(name, image_CHW, step)
@@ -80,21 +80,21 @@ class RunLog:
         Image.fromarray(pixels_HW).save(self.local / f"{name}.png")
 
     def sync(self) -> None:
-        """Send everything to object storage; nothing to do for a local folder."""
+        """Upload everything to object storage; a local folder needs no upload."""
         self._file.flush()
         self.tensorboard.flush()
         if self.remote:
             storage.upload_folder(self.local, self.folder)
 
     def close(self) -> None:
-        """Send what is left and close."""
+        """Upload the rest and close."""
         self.sync()
         self._file.close()
         self.tensorboard.close()
 
 
 def _step_of(line: str) -> float:
-    """The step of a row; of one that was never written to its end, beyond all others."""
+    """The step of a row; infinity for a truncated row."""
     try:
         return float(json.loads(line)["step"])
     except ValueError:
@@ -114,7 +114,7 @@ class Stopwatch:
 
 
 class TimedIterator:
-    """The items of an iterator, and how long it has been waited for."""
+    """Iterates over ``items`` and measures the seconds spent waiting for them."""
 
     def __init__(self, items: Iterator[Any]) -> None:
         self._items = items

@@ -1,4 +1,4 @@
-"""The plan of a run: what goes where, on how much, and whether the cluster can carry it."""
+"""The pretraining job: resource checks, the plan, the run and its result."""
 
 import os
 import sys
@@ -37,13 +37,13 @@ from cmcgns.train.setup import Corpus, Pretraining, latest_checkpoint, setup_pre
 
 
 def check_cpus(config: Config) -> None:
-    """Refuse what would leave Ray Data without a CPU, with the numbers."""
-    train, clustering, there = config.train, config.clustering, ray.cluster_resources()
-    taken, cpus, gpus = taken_cpus(config), there.get("CPU", 0.0), there.get("GPU", 0.0)
+    """Raise ``UserError`` with the numbers if workers and clustering need more GPUs than there are, or leave no CPU for data."""
+    train, clustering, resources = config.train, config.clustering, ray.cluster_resources()
+    taken, cpus, gpus = reserved_cpus(config), resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     if taken > cpus - 1:
         raise UserError(
             f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
-            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is kept for data. "
+            f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is reserved for data. "
             "Lower train.cpus_per_worker or clustering.cpus_per_actor"
         )
     wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
@@ -52,7 +52,7 @@ def check_cpus(config: Config) -> None:
 
 
 def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
-    """Refuse nodes labelled for data that the clustering pool fills: data tasks go nowhere else."""
+    """Raise ``UserError`` if the clustering pool fills the nodes labelled for data: data tasks run only there."""
     labelled = data_nodes(nodes)
     if labelled and whole_cluster(config, nodes).data < 1:
         clustering = config.clustering
@@ -63,34 +63,34 @@ def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
         )
 
 
-def taken_cpus(config: Config) -> float:
-    """CPUs that workers and pool hold for the whole run."""
+def reserved_cpus(config: Config) -> float:
+    """CPUs that workers and clustering pool reserve for the whole run."""
     train, clustering = config.train, config.clustering
     return train.num_workers * train.cpus_per_worker + config.pool_actors * clustering.cpus_per_actor
 
 
 @dataclass(frozen=True)
-class Share:
-    """CPUs of the nodes where data tasks may go, and those of them that a run's data tasks may count on."""
+class CpuShare:
+    """CPUs of the nodes where data tasks may run, and how many of them this run's data tasks can use."""
 
     all: float
     data: float
-    beside_others: bool = False
-    """Other runs share the cluster: what is not this run's is not left for its data, and after a loss it gives up all that it
-    holds instead of waiting for more. Whoever runs it starts it again."""
+    shared_cluster: bool = False
+    """Other runs share the cluster: data tasks are limited to ``data`` CPUs, and after losing a worker the run releases
+    everything instead of waiting for a replacement. The caller starts it again."""
 
 
-def whole_cluster(config: Config, nodes: Sequence[Node]) -> Share:
-    """The share of a run that has a cluster of ``nodes`` to itself."""
+def whole_cluster(config: Config, nodes: Sequence[Node]) -> CpuShare:
+    """The share of a run that has the cluster ``nodes`` to itself."""
     labelled = data_nodes(nodes)
     cpus = sum(node.cpus for node in labelled or nodes)
     # an estimate: workers without GPUs may be packed onto nodes labelled for data
-    taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else taken_cpus(config)
-    return Share(cpus, cpus - taken)
+    taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else reserved_cpus(config)
+    return CpuShare(cpus, cpus - taken)
 
 
 def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
-    """Decoded studies that may wait for training: ``data.studies_ahead``, or enough to keep both sides busy."""
+    """Decoded studies that may wait for training: ``data.studies_ahead``, or enough to keep decoders and training busy."""
     data = config.data
     if data.studies_ahead is not None:
         return data.studies_ahead
@@ -115,7 +115,7 @@ class PretrainJob(Job):
     def __init__(self, config: Config, dry_run: bool = False) -> None:
         self.setup, self.dry_run = setup_pretraining(config), dry_run
         self.config, self.folder = self.setup.config, self.setup.folder
-        # only now: torch takes seconds to load, and wrong settings have been refused before
+        # imported here: torch takes seconds to load, and wrong settings are refused before that
         from cmcgns.train.launch import count_parameters
 
         self.parameters = count_parameters(self.config, self.setup.tokenizer)
@@ -134,14 +134,14 @@ class PretrainJob(Job):
         share, placed = whole_cluster(self.config, nodes), describe_placement(self.config, nodes)
         cluster = f"{placed}; {share.data:g} CPUs left for data"
         if self._would_grow(nodes):
-            cluster = f"{placed}; {describe_request(self.needed())}; its autoscaler is asked for the rest"
+            cluster = f"{placed}; {describe_request(self.needed())}; the autoscaler will be asked for the rest"
         return self._describe(share) | {"cluster": cluster}
 
     def _would_grow(self, nodes: Sequence[Node]) -> bool:
-        """A dry run on a cluster whose autoscaler would be asked for what is missing."""
+        """True for a dry run on a cluster whose autoscaler can add what is missing."""
         return self.dry_run and can_scale_up(nodes)
 
-    def _describe(self, share: Share) -> dict[str, str]:
+    def _describe(self, share: CpuShare) -> dict[str, str]:
         setup, config, corpus, schedule = self.setup, self.config, self.setup.corpus, self.setup.schedule
         train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
         excluded = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
@@ -186,7 +186,7 @@ class PretrainJob(Job):
         return train(self.setup, whole_cluster(self.config, list_nodes()), follow)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Nothing: ``train``, which sweeps call too, has written it."""
+        """Does nothing: ``train`` has written it, since sweeps call ``train`` too."""
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
         if result["status"] != "failed" and self.config.banks and result["clustering_started_at"] is None:
@@ -196,9 +196,9 @@ class PretrainJob(Job):
                 highlight=False,
             )
         super().report(terminal, result)
-        if result["gave_up"]:
-            # Ray Train's thread still waits in Ray, which answers a shutdown under it by ending the process with
-            # status 1. Ray's processes end with their driver.
+        if result["interrupted"]:
+            # Ray Train's thread is still waiting in Ray; a shutdown now would end the process with status 1.
+            # Ray's processes end when their driver ends.
             sys.stdout.flush()
             os._exit(STATUS[result["status"]])
 
@@ -207,8 +207,8 @@ class PretrainJob(Job):
         return {
             "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
             f"{result['centroids_version'] or 0} centroid versions",
-            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film "
-            f"of {scores['studies']} unseen studies (chance {scores['chance_recall_at_1']:.2%})",
+            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film, "
+            f"on {scores['studies']} validation studies (chance {scores['chance_recall_at_1']:.2%})",
             "export": str(result["export"]),
             "checkpoint": str(result["checkpoint"]),
             "metrics": self.folder.file("metrics.jsonl"),
@@ -221,11 +221,11 @@ def pretrain(config: Config) -> int:
     return run(PretrainJob(config))
 
 
-def train(setup: Pretraining, cpus: Share, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
-    """What result.json says of the run, once it has come to its end; ``follow`` is given the coordinator while it lasts.
+def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
+    """The content of result.json at the end of the run; ``follow`` is entered with the coordinator for the length of the run.
 
-    In addition ``gave_up`` after a second Ctrl-C, ``hopeless`` where another attempt would end as this one, and the ``marks``
-    of the coordinator.
+    Also contains ``interrupted`` (after a second Ctrl-C), ``permanent_failure`` (a retry would fail too) and the coordinator's
+    ``marks``.
     """
     from cmcgns.clustering.bank_pool import start_pool
     from cmcgns.train.launch import assign, fit
@@ -236,24 +236,28 @@ def train(setup: Pretraining, cpus: Share, follow: Callable[[Any], AbstractConte
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
     pools = {bank.name: start_pool(config.clustering, config.train.num_workers) for bank in config.banks}
-    gave_up = False
+    interrupted = False
     try:
         with follow(coordinator):
-            checkpoint, error = fit(config, folder, assign(setup, pools, coordinator, cpus), cpus.beside_others)
-    except KeyboardInterrupt:  # the second one
-        checkpoint, error, gave_up = None, None, True
+            checkpoint, error = fit(config, folder, assign(setup, pools, coordinator, cpus), cpus.shared_cluster)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        checkpoint, error, interrupted = None, None, True
     finally:
         for pool in pools.values():
             pool.stop()
     account = ray.get(coordinator.account.remote())
-    if gave_up and account["outcome"] is None:
+    if interrupted and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
-    return result | {"gave_up": gave_up, "hopeless": account["failure"] is not None, "marks": account["marks"]}
+    return result | {
+        "interrupted": interrupted,
+        "permanent_failure": account["failure"] is not None,
+        "marks": account["marks"],
+    }
 
 
 def worker_variables(config: Config) -> dict[str, str]:
-    """Environment variables of every process of the run, beside those of every job."""
+    """Environment variables of every process of the run, in addition to those of every job."""
     own = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{NODE_START_S:.0f}" if os.environ.get("RAY_ADDRESS") else "600",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -261,14 +265,14 @@ def worker_variables(config: Config) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     if not os.environ.get("RAY_ADDRESS"):
-        own["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away with a notice
+        own["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # this machine is not preemptible
     return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}
 
 
 def conclude(
     folder: RunFolder, account: dict[str, Any], checkpoint: str | None, error: Exception | None
 ) -> dict[str, Any]:
-    """What went into result.json; writes bad_rows.jsonl too."""
+    """Write result.json and bad_rows.jsonl; the content of result.json."""
     outcome = account["outcome"] or {}
     failure = account["failure"] or (last_line(error) if error else None)
     status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"

@@ -1,4 +1,4 @@
-"""Lengths of the stages in steps, and the learning rate at each of them."""
+"""Steps of each stage, and the learning rate at each step."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from cmcgns.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of both stages, resolved from steps or epochs."""
+    """Steps of both stages, computed from the steps or epochs in the settings."""
 
     stage1: int
     stage2: int
@@ -21,15 +21,15 @@ class Schedule:
         return self.stage1 + self.stage2
 
     def stage(self, step: int) -> int:
-        """The stage that ``step`` (from 1) belongs to."""
+        """The stage of ``step`` (counted from 1)."""
         return 1 if step <= self.stage1 else 2
 
     def warmed_up(self, step: int) -> bool:
-        """True once ``step`` lies behind its stage's warm-up."""
+        """True if ``step`` is after its stage's warm-up."""
         return self._within(step)[0] > self.warmup
 
     def learning_rate(self, step: int, peak: float, start: float) -> float:
-        """Linear warm-up from ``start`` to ``peak``, then a half cosine to 0, over the stage that ``step`` is in."""
+        """Linear warm-up from ``start`` to ``peak``, then a half cosine to 0, over the stage of ``step``."""
         done, length = self._within(step)
         if done <= self.warmup:
             return start + (peak - start) * (done - 1) / max(self.warmup, 1)
@@ -41,11 +41,11 @@ class Schedule:
 
 
 def build_schedule(config: TrainConfig, studies: int) -> Schedule:
-    """The schedule of a corpus with ``studies`` training studies; an epoch is that many whole global batches."""
+    """The schedule for a corpus with ``studies`` training studies; an epoch is the whole global batches in it."""
     per_epoch = studies // config.global_batch_size
     if per_epoch == 0:
         raise UserError(
-            f"train.global_batch_size {config.global_batch_size} is larger than the corpus's {studies} training studies"
+            f"train.global_batch_size {config.global_batch_size} is larger than the corpus's {studies} training studies; lower it"
         )
     steps = {
         name: given if given is not None else round(epochs * per_epoch)
@@ -58,8 +58,14 @@ def build_schedule(config: TrainConfig, studies: int) -> Schedule:
     for name in ("stage1", "stage2"):
         epochs = getattr(config, f"{name}_epochs")
         if epochs and not steps[name]:
-            raise UserError(f"train.{name}_epochs {epochs} of {per_epoch} steps each is less than one step")
+            raise UserError(
+                f"train.{name}_epochs {epochs} of {per_epoch} steps each is less than one step; raise it, or give "
+                f"train.{name}_steps"
+            )
     shortest = min(length for length in (steps["stage1"], steps["stage2"]) if length)
     if steps["warmup"] >= shortest:
-        raise UserError(f"a warm-up of {steps['warmup']} steps does not fit into a stage of {shortest} steps")
+        raise UserError(
+            f"a warm-up of {steps['warmup']} steps does not fit into a stage of {shortest} steps; lower train.warmup_steps or "
+            "train.warmup_epochs"
+        )
     return Schedule(**steps)

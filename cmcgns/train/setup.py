@@ -1,4 +1,4 @@
-"""A pretraining run before it starts: corpus, vocabulary, schedule and run folder, validated together."""
+"""Setup of a pretraining run: corpus, vocabulary, schedule and run folder, validated together."""
 
 import hashlib
 import itertools
@@ -34,7 +34,7 @@ FETCH_THREADS = 16
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus, indexed."""
+    """An indexed corpus with its training and validation split."""
 
     source: Source
     index: StudyIndex
@@ -45,23 +45,23 @@ class Corpus:
 
     @property
     def studies(self) -> int:
-        """Training and validation studies, those included that could not be used at first sight."""
+        """Training and validation studies, including those that the reader rejected while indexing."""
         return len(self.train) + len(self.valid) + len(self.index.bad_rows)
 
     @property
     def bad_rows(self) -> dict[str, str]:
-        """Reason by study that could not be used at first sight."""
+        """Reason for each study that the reader rejected while indexing."""
         return {row["source"]: row["reason"] for row in self.index.bad_rows}
 
     @property
     def digest(self) -> str:
-        """Hash of the studies and their order, by which a resumed run knows its corpus."""
+        """Hash of the studies and their order; a resumed run compares it."""
         text = "\n".join(itertools.chain(self.train["study_id"].to_pylist(), self.valid["study_id"].to_pylist()))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def open_corpus(config: Config) -> Corpus:
-    """The corpus of ``config.data``, with the splits that training reads."""
+    """The corpus of ``config.data`` with its training and validation split."""
     data = config.data
     source, index = open_index("data.uri", data, Target(data.resize, "longer"))
     train, train_arrangement = source.arrange(index.split("train"), data.group_studies)
@@ -70,51 +70,52 @@ def open_corpus(config: Config) -> Corpus:
     corpus = Corpus(source, index, train, train_arrangement, valid.slice(0, most), valid_arrangement.first(most))
     complaint = too_many_bad(len(corpus.bad_rows), corpus.studies, data.max_bad_fraction, corpus.bad_rows.values())
     if complaint is not None:
-        raise UserError(f"data.uri {data.uri}: {complaint}. Mend them, or raise data.max_bad_fraction")
+        raise UserError(f"data.uri {data.uri}: {complaint}. Fix them, or raise data.max_bad_fraction")
     if not len(corpus.train) or not len(corpus.valid):
         raise UserError(
             f"data.uri {data.uri} has {len(corpus.train)} training and {len(corpus.valid)} validation studies after "
-            f"filtering views {', '.join(data.views)} ({sum(index.filtered.values())} films left out); both are needed"
+            f"filtering views {', '.join(data.views)} ({sum(index.filtered.values())} films excluded); both splits are needed. "
+            "Check data.views and the splits of the corpus"
         )
     return corpus
 
 
 @dataclass(frozen=True)
 class ReportSample:
-    """Training reports that were read before the run."""
+    """Training reports that are read before the run."""
 
     reports: list[ParsedReport]
     of: int
-    """Training studies in all."""
+    """Number of training studies in the corpus."""
 
     @property
     def sentences(self) -> int:
-        """Training sentences, scaled up where only a part was read."""
-        held = sum(len(report.sentences) for report in self.reports)
-        return held * self.of // max(min(len(self.reports), self.of), 1)
+        """Training sentences; an estimate if only part of the reports was read."""
+        sampled = sum(len(report.sentences) for report in self.reports)
+        return sampled * self.of // max(min(len(self.reports), self.of), 1)
 
 
 def sample_reports(corpus: Corpus, most: int) -> ReportSample:
-    """The first ``most`` training reports that can be used."""
+    """The usable reports among the first ``most`` training studies."""
     reports: list[ParsedReport] = []
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         for batch in corpus.train.slice(0, most).to_batches(max_chunksize=1024):
             studies = batch.to_pylist()
             reader = corpus.source.reader([study["films"][0]["path"] for study in studies], films=False)
-            found = threads.map(partial(_parsed, reader), studies)
-            reports += [report for report in found if report is not None]
+            parsed = threads.map(partial(_parse, reader), studies)
+            reports += [report for report in parsed if report is not None]
     return ReportSample(reports, len(corpus.train))
 
 
-def _parsed(reader: Reader, study: dict[str, Any]) -> ParsedReport | None:
+def _parse(reader: Reader, study: dict[str, Any]) -> ParsedReport | None:
     try:
         return reader.read_sentences(study, study["films"][0]["path"])
     except BadRow:
-        return None  # recorded when training meets it
+        return None  # recorded when training reads it
 
 
 def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
-    """The tokenizer of ``config.model``; trained on ``sample`` where the text encoder is a preset."""
+    """The tokenizer of ``config.model``; trained on ``sample`` if the text encoder is a preset."""
     model, limits = config.model, (config.data.max_tokens, config.data.max_sentences)
     if model.tokenizer != "auto" or model.text_encoder not in TEXT_PRESETS:
         return load_tokenizer(model.tokenizer, model.text_encoder, *limits)
@@ -123,18 +124,18 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
 
 
 def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:
-    """Refuse settings that this corpus cannot carry, with the numbers."""
+    """Raise ``UserError`` with the numbers if the corpus is too small for the settings."""
     for bank in config.banks:
         clusters, rows = bank.num_clusters, sentences if bank.per_sentence else len(corpus.train)
         if 4 * clusters > rows:
             raise UserError(
                 f"{bank.setting} {clusters} needs at least 4 x {clusters} = {4 * clusters} training "
-                f"{'sentences' if bank.per_sentence else 'studies'}; the corpus has {rows}, enough for {rows // 4}"
+                f"{'sentences' if bank.per_sentence else 'studies'}; the corpus has {rows}, enough for {rows // 4} clusters"
             )
     if config.train.global_batch_size > len(corpus.train):
         raise UserError(
             f"train.global_batch_size {config.train.global_batch_size} is larger than the corpus's "
-            f"{len(corpus.train)} training studies"
+            f"{len(corpus.train)} training studies; lower it"
         )
 
 
@@ -149,11 +150,11 @@ FREE_TO_CHANGE = {
     },
     "run": {"name", "storage", "resume"},
 }  # fmt: skip
-"""Settings that a resumed run may be given anew; all others decide what is learnt."""
+"""Settings that may change when a run is resumed; all others affect what is learned."""
 
 
 def with_absolute_paths(config: AnyConfig) -> AnyConfig:
-    """``config`` with local folders made absolute: workers and data tasks start in other folders than the driver."""
+    """``config`` with absolute local paths: workers and data tasks run in other folders than the driver."""
     data, model = config.data, config.model
     uri = data.uri
     if not (storage.is_s3(uri) or "://" in uri or uri.split(":")[0] == "phantom"):
@@ -176,67 +177,67 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
 
 
 def write_tokenizer(folder: RunFolder, tokenizer: ReportTokenizer) -> None:
-    """Keep the vocabulary, which a resumed run must share."""
+    """Store the vocabulary; a resumed run must use the same."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(Path(scratch))
         storage.upload_folder(Path(scratch), folder.file("tokenizer"))
 
 
 def read_tokenizer(folder: RunFolder, config: Config) -> ReportTokenizer:
-    """The vocabulary that the run began with."""
+    """The vocabulary that the run started with."""
     with tempfile.TemporaryDirectory() as scratch:
         storage.download_folder(folder.file("tokenizer"), Path(scratch))
         return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
 
 
 def write_start(folder: RunFolder, config: Config, corpus_digest: str, tokenizer: ReportTokenizer) -> None:
-    """Write down what a new run starts with; check that a resumed one still has its corpus."""
+    """Write config, vocabulary and corpus digest of a new run; check the corpus of a resumed one."""
     if not folder.resumed:
-        if storage.exists(folder.file("config.yaml")):  # another run of that name began while this one looked around
+        if storage.exists(folder.file("config.yaml")):  # another run of that name started during this one's setup
             raise UserError(name_taken(folder))
         write_tokenizer(folder, tokenizer)
         write_corpus(folder, corpus_digest)
-        # last: where it lies, everything lies that a resumed run needs
+        # last: if config.yaml exists, everything that a resumed run needs exists
         storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
         return
     check_corpus(folder, config, corpus_digest)
 
 
 def write_corpus(folder: RunFolder, corpus_digest: str) -> None:
-    """Keep what ``check_corpus`` needs."""
+    """Store the digest that ``check_corpus`` compares."""
     folder.write_json("corpus.json", {"digest": corpus_digest})
 
 
 def check_corpus(folder: RunFolder, config: Config, corpus_digest: str, resume_key: str = "run.resume") -> None:
-    """Refuse to go on with another corpus than the run, or the sweep, began with."""
+    """Raise ``UserError`` if the corpus is not the one that the run or sweep started with."""
     before = json.loads(storage.read_bytes(folder.file("corpus.json")))["digest"]
     if before != corpus_digest:
         raise UserError(
-            f"{resume_key} {folder.name}: data.uri {config.data.uri} no longer holds the studies that it began with "
-            f"({corpus_digest} instead of {before})"
+            f"{resume_key} {folder.name}: data.uri {config.data.uri} no longer has the studies that the run started with "
+            f"(digest {corpus_digest} instead of {before}); restore them, or start a new run"
         )
 
 
 def latest_checkpoint(folder: RunFolder) -> str | None:
     """URI of the newest complete checkpoint in the folder."""
     names = [name for name in storage.list_folders(folder.uri) if name.startswith("checkpoint_")]
-    found = [uri for name in sorted(names) if storage.exists(f"{(uri := folder.file(name))}/progress.json")]
-    return found[-1] if found else None
+    complete = [uri for name in sorted(names) if storage.exists(f"{(uri := folder.file(name))}/progress.json")]
+    return complete[-1] if complete else None
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """What is made of a corpus before training, the same for all runs that share their settings of data and model."""
+    """A corpus with its vocabulary; runs with the same data and model settings can share it."""
 
     corpus: Corpus
     sentences: int
-    """Training sentences, about."""
+    """Approximate number of training sentences."""
     tokenizer: ReportTokenizer
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A run that may begin."""
+    """A validated run, ready to start."""
 
     config: Config
     folder: RunFolder
@@ -245,20 +246,20 @@ class Pretraining:
 
     @property
     def corpus(self) -> Corpus:
-        """The corpus, indexed."""
+        """The indexed corpus."""
         return self.prepared.corpus
 
     @property
     def tokenizer(self) -> ReportTokenizer:
-        """The vocabulary that the run begins or began with."""
+        """The vocabulary of the run."""
         return self.prepared.tokenizer
 
 
 def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) -> Pretraining:
-    """The run of ``config``, new or resumed; ``prepared`` where another run has made them already.
+    """The run of ``config``, new or resumed; ``prepared`` is reused if another run has already made it.
 
     Raises:
-        UserError: a setting that this machine, the run's folder or the corpus cannot carry.
+        UserError: a setting does not fit this machine, the run folder or the corpus.
     """
     config = with_absolute_paths(config)
     check_faiss(config.clustering.device)
@@ -272,10 +273,10 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
 
 
 def prepare_corpus(config: Config, resumed: RunFolder | None = None) -> PreparedCorpus:
-    """The corpus of ``config`` and its vocabulary, that of the run in ``resumed`` if there is one."""
+    """The corpus of ``config`` and its vocabulary; the vocabulary is read from ``resumed`` if given."""
     corpus = open_corpus(config)
     sample = sample_reports(corpus, config.model.vocabulary_reports)
-    # vocabularies take their time: what the corpus cannot carry is told before
+    # before the vocabulary, which takes a while to train: raises if the corpus is too small
     build_schedule(config.train, len(corpus.train))
     check_sizes(config, corpus, sample.sentences)
     tokenizer = read_tokenizer(resumed, config) if resumed else make_tokenizer(config, sample)

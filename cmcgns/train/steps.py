@@ -1,4 +1,4 @@
-"""The microbatches of each optimizer step on this rank: agreed between ranks on the host, moved to the device."""
+"""Microbatches of each optimizer step on this rank: the ranks agree on the host, then the data moves to the device."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,30 +12,30 @@ from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block, blank_block
 
 STEPS_AHEAD = 40
-"""Steps before an epoch's end at which the next one begins to be read, at the latest."""
+"""Start reading the next epoch at the latest this many steps before the end of the current one."""
 START_S = 8.0
-"""Seconds that an epoch may take to start: it begins to be read so long before it is needed."""
+"""Start reading the next epoch this many seconds before it is needed."""
 MEASURED_S = 2.0
-"""Seconds of an epoch that tell its speed: what lay ready at its start comes faster than it can be read."""
+"""Seconds after which an epoch's speed is trusted: the first studies are already decoded and arrive faster than reading."""
 
 
-class EpochPrefetch:
-    """Tells when the next epoch has to begin to be read, by how fast this one goes."""
+class PrefetchTimer:
+    """Decides when to start reading the next epoch, from the speed of the current one."""
 
     def __init__(self, studies: int, least: int) -> None:
         self._studies, self._least = studies, least
         self._speed = 0.0
-        self.begin()
+        self.start_epoch()
 
-    def begin(self) -> None:
-        """An epoch begins; the last one's speed counts until its own is known: it may be over by then."""
+    def start_epoch(self) -> None:
+        """Reset at the start of an epoch. The previous speed is used until this one is known; a short epoch may end before."""
         self._speed_before = self._speed
         self._first: tuple[float, int] | None = None
 
-    def is_time(self, position: int) -> bool:
-        """Whether to begin, with this epoch read up to ``position``."""
+    def is_due(self, position: int) -> bool:
+        """True if the next epoch should be read now; ``position`` is the progress in the current one."""
         now = time.monotonic()
-        # from the first call on: until then the epoch has been starting, which says nothing of its speed
+        # measured from the first call: the start-up time before it says nothing about the speed
         began, first = self._first = self._first or (now, position)
         if now > began:
             self._speed = (position - first) / (now - began)
@@ -44,7 +44,7 @@ class EpochPrefetch:
 
 
 class BlockSource(Protocol):
-    """Where blocks come from; every rank opens the same epoch at the same place. Collective."""
+    """Source of blocks; every rank opens the same epoch at the same position. Collective."""
 
     @property
     def studies(self) -> int:
@@ -54,15 +54,15 @@ class BlockSource(Protocol):
         """This rank's blocks of ``epoch``, from ``position`` of its order on."""
 
     def prepare(self, epoch: int) -> None:
-        """Begin to read ``epoch``, which will be opened soon from its start."""
+        """Start reading ``epoch``, which will soon be opened at position 0."""
 
     def open_validation(self) -> Iterator[Block]:
         """This rank's blocks of the validation split."""
 
 
 @dataclass
-class Place:
-    """Where the stream stands: all studies before ``position`` of ``epoch``'s order have been used."""
+class Cursor:
+    """Position in the stream: all studies before ``position`` in ``epoch``'s order have been used."""
 
     epoch: int = 0
     position: int = 0
@@ -70,94 +70,96 @@ class Place:
 
 @dataclass(frozen=True)
 class StepData:
-    """What one optimizer step trains on."""
+    """The data of one optimizer step."""
 
     microbatches: list[ImageReportBatch]
-    place: Place
-    """Where the stream stands after this step."""
+    cursor: Cursor
+    """Position in the stream after this step."""
     studies_digest: str
-    """Order-free hash of the films that all ranks see at this step."""
+    """Hash of the films of this step on all ranks; it does not depend on their order."""
     stop_requested: bool
 
 
 class StepReader:
-    """Gathers each step's blocks over epochs; an epoch's last incomplete global batch is left out."""
+    """Reads each step's blocks, over epochs; the last incomplete global batch of an epoch is dropped."""
 
     def __init__(
-        self, source: BlockSource, batcher: Batcher, place: Place, accumulation: int, stop: Callable[[], bool]
+        self, source: BlockSource, batcher: Batcher, cursor: Cursor, accumulation: int, stop: Callable[[], bool]
     ) -> None:
-        self.source, self.batcher, self.place = source, batcher, place
+        self.source, self.batcher, self.cursor = source, batcher, cursor
         self.accumulation, self.stop = accumulation, stop
-        self._prefetch = EpochPrefetch(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
-        self._open(place)
+        self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
+        self._open(cursor)
 
-    def _open(self, place: Place) -> None:
-        self.place = place
-        self._blocks = self.source.open(place.epoch, place.position)
-        self._prefetch.begin()
+    def _open(self, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self._blocks = self.source.open(cursor.epoch, cursor.position)
+        self._prefetch.start_epoch()
 
     def next_step(self) -> StepData:
-        """The next step's batches. Collective; goes on to the next epoch where this one has no full step left."""
-        found, empty_epochs = self._gather(), 0
-        while found is None:
+        """The next step's batches. Collective; opens the next epoch if this one has no full step left."""
+        data, empty_epochs = self._read_step(), 0
+        while data is None:
             empty_epochs += 1
             if empty_epochs == 2:
-                raise RuntimeError("an epoch holds less than one global batch of usable studies")
-            self._open(Place(self.place.epoch + 1, 0))
-            found = self._gather()
-        return found
+                raise RuntimeError(
+                    "an epoch holds less than one global batch of usable studies; lower train.global_batch_size"
+                )
+            self._open(Cursor(self.cursor.epoch + 1, 0))
+            data = self._read_step()
+        return data
 
-    def _gather(self) -> StepData | None:
-        """One step's batches, or None where the ranks together have too few blocks left in this epoch."""
-        held = [block for _, block in zip(range(self.accumulation), self._blocks, strict=False)]
+    def _read_step(self) -> StepData | None:
+        """One step's batches, or None if any rank has too few blocks left in this epoch."""
+        blocks = [block for _, block in zip(range(self.accumulation), self._blocks, strict=False)]
         facts = np.zeros((self.accumulation, 4), np.int64)
-        for row, block in zip(facts, held, strict=False):
+        for row, block in zip(facts, blocks, strict=False):
             row[:] = block.sentence_counts.sum(), block.positions[0], block.positions[-1], digest(block)
         size = self.batcher.config.train.microbatch_size
-        short = len(held) < self.accumulation or any(len(block) != size for block in held)
-        hurry = self._prefetch.is_time(self.place.position)
-        ranks = np.array(distributed.exchange([int(short), int(self.stop()), int(hurry), *facts.ravel().tolist()]))
+        short = len(blocks) < self.accumulation or any(len(block) != size for block in blocks)
+        prefetch = self._prefetch.is_due(self.cursor.position)
+        ranks = np.array(distributed.exchange([int(short), int(self.stop()), int(prefetch), *facts.ravel().tolist()]))
         if ranks[:, 0].any():
             return None
         facts_WA4 = ranks[:, 3:].reshape(len(ranks), self.accumulation, 4)
         check_order(facts_WA4)
-        self.place = Place(self.place.epoch, int(facts_WA4[:, :, 2].max()) + 1)
+        self.cursor = Cursor(self.cursor.epoch, int(facts_WA4[:, :, 2].max()) + 1)
         if ranks[:, 2].any():  # collective: the ranks' clocks differ
-            self.source.prepare(self.place.epoch + 1)
+            self.source.prepare(self.cursor.epoch + 1)
         microbatches = [
             self.batcher(block, tuple(int(count) for count in facts_WA4[:, i, 0]), training=True)
-            for i, block in enumerate(held)
+            for i, block in enumerate(blocks)
         ]
         whole = int(facts_WA4[:, :, 3].astype(np.uint64).sum(dtype=np.uint64))
-        return StepData(microbatches, self.place, f"{whole:016x}", bool(ranks[:, 1].any()))
+        return StepData(microbatches, self.cursor, f"{whole:016x}", bool(ranks[:, 1].any()))
 
 
 def digest(block: Block) -> int:
-    """Sum of the films' keys, which does not depend on their order."""
+    """Sum of the films' keys; it does not depend on their order."""
     return int(block.draw_keys.sum(dtype=np.int64))
 
 
 def check_order(facts_WA4: np.ndarray) -> None:
-    """Assert that blocks went round the ranks in the order of the index: block b to rank b mod world."""
+    """Assert that block b of the index went to rank b mod world size."""
     bounds = facts_WA4[:, :, 1:3].transpose(1, 0, 2).ravel()
     if not (np.diff(bounds) >= 0).all():
-        raise RuntimeError(f"the stream left its order: blocks end at positions {bounds[1::2].tolist()}")
+        raise RuntimeError(f"blocks are out of order: they end at positions {bounds[1::2].tolist()}")
 
 
 def validation_batches(
     source: BlockSource, batcher: Batcher, size: int
 ) -> Iterator[tuple[ImageReportBatch, int, bool]]:
-    """Batches of ``size`` rows, how many rows of this rank's are real, and whether all ranks' are. Collective.
+    """Batches of ``size`` rows, the number of real rows on this rank, and whether all rows of all ranks are real. Collective.
 
-    Ranks that run out go on with blank rows until the last one is done, since every forward is collective.
+    A rank without data continues with blank rows until the last rank has finished, since every forward is collective.
     """
-    own = source.open_validation()
+    blocks = source.open_validation()
     while True:
-        block = next(own, None)
+        block = next(blocks, None)
         real = 0 if block is None else len(block)
-        held = blank_block(size, batcher.config.data.resize) if block is None else block.padded(size)
-        ranks = distributed.exchange([real, int(held.sentence_counts.sum())])
+        padded = blank_block(size, batcher.config.data.resize) if block is None else block.padded(size)
+        ranks = distributed.exchange([real, int(padded.sentence_counts.sum())])
         if not any(count for count, _ in ranks):
             return
-        batch = batcher(held, tuple(count for _, count in ranks), training=False)
+        batch = batcher(padded, tuple(count for _, count in ranks), training=False)
         yield batch, real, all(count == size for count, _ in ranks)

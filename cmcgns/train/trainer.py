@@ -1,4 +1,4 @@
-"""The training loop of both stages on one rank. It knows nothing of Ray: what it needs comes in through ``Parts``."""
+"""The training loop of both stages on one rank. It does not use Ray: everything it needs is in ``Parts``."""
 
 import logging
 import tempfile
@@ -28,21 +28,21 @@ from cmcgns.train.checkpoint import (
 from cmcgns.train.engine import Engine, State, average_buffers, build_engine
 from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.steps import BlockSource, Place, StepData, StepReader, validation_batches
+from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
 from cmcgns.train.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
 COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
 CENTROIDS = "centroids."
-"""Prefix of the centroids' entries beside the best weights."""
+"""Prefix of the centroids' entries in the state of the best weights."""
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training cannot go on, and starting again from the last checkpoint would not help."""
+    """Training cannot continue, and a restart from the last checkpoint would not help."""
 
 
 class Display(Protocol):
-    """Where rank 0 says how far it is."""
+    """Shows rank 0's progress."""
 
     def update(self, row: dict[str, Any]) -> None:
         """Show the last row of metrics."""
@@ -50,21 +50,21 @@ class Display(Protocol):
 
 @dataclass
 class Parts:
-    """What surrounds the loop."""
+    """Everything that the loop needs."""
 
     method: Method[Any]
     build_model: Callable[[], DualEncoder]
-    """A whole model with the run's first weights, the same on every rank."""
+    """A whole model with the run's initial weights, the same on every rank."""
     blocks: BlockSource
     batcher: Batcher
     banks: Banks
     schedule: Schedule
     device: torch.device
     log: RunLog | None
-    """Rank 0's metrics; None elsewhere."""
+    """Rank 0's metrics; None on other ranks."""
     display: Display
     keep: Callable[[Path, int], None]
-    """Store a checkpoint folder that every rank has filled, under the step. Collective."""
+    """Store the checkpoint folder of a step, to which every rank has written. Collective."""
     stop_requested: Callable[[], bool]
 
 
@@ -81,19 +81,19 @@ class Trainer:
         self.engine: Engine
         if checkpoint is not None:
             self.progress = load_progress(checkpoint)
-        place = Place(self.progress.epoch, self.progress.position)
+        cursor = Cursor(self.progress.epoch, self.progress.position)
         accumulation = config.train.global_batch_size // (config.train.microbatch_size * distributed.world_size())
-        # before the engine is built: the first films take as long to come
-        self.reader = StepReader(parts.blocks, parts.batcher, place, accumulation, parts.stop_requested)
+        # before the engine is built: reading the first films takes about as long
+        self.reader = StepReader(parts.blocks, parts.batcher, cursor, accumulation, parts.stop_requested)
         if checkpoint is None:
             seed_everything(config.train.seed)
             self._build_engine(None)
         else:
             self._resume(checkpoint)
-        self.watch, self.finite = Stopwatch(), FiniteWatch(parts.device)
+        self.watch, self.finite = Stopwatch(), FiniteCheck(parts.device)
 
     def train(self) -> bool:
-        """Run to the end of the schedule, from wherever the checkpoint left off; False when asked to stop before."""
+        """Run the remaining steps of the schedule; False if the user stopped the run before the end."""
         while self.progress.step < self.parts.schedule.total:
             stop_requested = self.next_step()
             if stop_requested and self.progress.step < self.parts.schedule.total:
@@ -101,7 +101,7 @@ class Trainer:
         return True
 
     def next_step(self) -> bool:
-        """One optimizer step, and what is due after it; True where the user has asked to stop. Collective."""
+        """One optimizer step, and logging, validation and checkpoint if due. True if the user has asked to stop. Collective."""
         schedule, train = self.parts.schedule, self.config.train
         if schedule.stage(self.progress.step + 1) != self.progress.stage:
             self.start_stage2()
@@ -119,7 +119,7 @@ class Trainer:
         return data.stop_requested
 
     def train_step(self, step: int, data: StepData) -> None:
-        """One optimizer step: forward, losses, backward, then parameters, banks and centroids move."""
+        """One optimizer step: forward, losses, backward, then update of parameters, banks and centroids."""
         waited_s, stage = self.watch.lap(), self.progress.stage
         pool_waited_s = self.banks.waited_s
         losses: list[Losses] = []
@@ -131,7 +131,7 @@ class Trainer:
             if last:
                 self.finite.start(self.method.terms(stage), torch.stack([each.terms for each in losses]))
             self.engine.backward(losses[-1].total, last)
-        self.finite.check(step)  # before any weight moves
+        self.finite.check(step)  # before the weights change
         self.engine.step(self.learning_rate(step))
         self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, data.microbatches)
         step_s = waited_s + self.watch.lap()
@@ -139,7 +139,7 @@ class Trainer:
             "step": step,
             "stage": stage,
             "split": "train",
-            "epoch": data.place.epoch,
+            "epoch": data.cursor.epoch,
             "learning_rate": self.learning_rate(step),
             **self.banks.facts(),
             "studies_digest": data.studies_digest,
@@ -151,26 +151,26 @@ class Trainer:
         self.metrics.record(facts, losses)
 
     def learning_rate(self, step: int) -> float:
-        """The scheduled rate of ``step``."""
+        """The scheduled learning rate of ``step``."""
         train = self.config.train
         return self.parts.schedule.learning_rate(step, train.learning_rate, train.warmup_learning_rate)
 
     def _advance(self, step: int, data: StepData) -> None:
         self.progress.step = step
-        self.progress.epoch, self.progress.position = data.place.epoch, data.place.position
+        self.progress.epoch, self.progress.position = data.cursor.epoch, data.cursor.position
         self.progress.studies_seen += self.config.train.global_batch_size
 
     def write_metrics(self) -> None:
-        """Bring the steps since the last call to metrics.jsonl and the display. Collective."""
+        """Write the steps since the last call to metrics.jsonl and the display. Collective."""
         rows = self.metrics.rows()
-        self._watch_for_collapse(rows)
+        self._check_collapse(rows)
         if self.parts.log is not None:
             self.parts.log.write(rows)
             if rows:
                 self.parts.display.update(rows[-1])
         self.watch.lap()
 
-    def _watch_for_collapse(self, rows: list[dict[str, Any]]) -> None:
+    def _check_collapse(self, rows: list[dict[str, Any]]) -> None:
         names = self.method.collapse_statistics
         for row in rows if names else []:
             name = min(names, key=lambda each: row[each])
@@ -182,36 +182,36 @@ class Trainer:
                 )  # fmt: skip
 
     def validate(self) -> None:
-        """Score the validation split; in stage 1 remember the best weights. Collective."""
+        """Score the validation split; in stage 1 keep the best weights. Collective."""
         average_buffers(self.engine.module)
         size = self.config.train.microbatch_size
         batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
         self.watch.lap()
         stage = self.progress.stage
-        found = validate(self.engine, self.method, batches, self.banks.centroids, stage, self.progress.step)
-        self.last_validation = found
+        validation = validate(self.engine, self.method, batches, self.banks.centroids, stage, self.progress.step)
+        self.last_validation = validation
         step_s = self.watch.lap()
         facts = {
             "step": self.progress.step,
             "stage": stage,
             "split": "val",
             **self.banks.facts(),
-            "studies_per_s": found.scores["studies"] / step_s,
+            "studies_per_s": validation.scores["studies"] / step_s,
             "data_wait_s": batches.waited_s,
             "step_s": step_s,
         }
         if self.parts.log is not None:
-            self.parts.log.write([facts | found.scores])
-            if found.picture_1HW is not None:
-                self.parts.log.picture("reconstruction", found.picture_1HW, self.progress.step)
-        self.parts.display.update(facts | found.scores)
+            self.parts.log.write([facts | validation.scores])
+            if validation.picture_1HW is not None:
+                self.parts.log.picture("reconstruction", validation.picture_1HW, self.progress.step)
+        self.parts.display.update(facts | validation.scores)
         if stage == 1:
-            self._keep_if_best(found)
+            self._keep_if_best(validation)
         self.watch.lap()
 
-    def _keep_if_best(self, found: Validation) -> None:
-        """Keep weights and centroids if no earlier validation of the stage ranks higher; of equals the later."""
-        numbers = found.scores | {"mean_recall": found.mean_recall}
+    def _keep_if_best(self, validation: Validation) -> None:
+        """Keep weights and centroids if no earlier validation of the stage ranks higher; the later one wins a tie."""
+        numbers = validation.scores | {"mean_recall": validation.mean_recall}
         here = {name.lstrip("-"): numbers[name.lstrip("-")] for name in self.method.ranked_by}
         if not self.progress.best or self._rank(here) >= self._rank(self.progress.best):
             self.progress.best = {"step": self.progress.step, **here}
@@ -241,7 +241,7 @@ class Trainer:
         self.engine.module.train()
 
     def save(self) -> None:
-        """Write a checkpoint from which any number of ranks can go on. Collective."""
+        """Write a checkpoint from which any number of ranks can resume. Collective."""
         self.write_metrics()
         average_buffers(self.engine.module)
         parts = {
@@ -268,13 +268,13 @@ class Trainer:
         self.best = load_part(folder, "best")
         if not restore_random_state(folder, saved, self.config.train.seed) and distributed.rank() == 0:
             logger.info(
-                "resumed on %d ranks instead of %d: dropout is drawn anew", distributed.world_size(), saved.ranks
+                "resumed on %d ranks instead of %d: dropout has a new seed", distributed.world_size(), saved.ranks
             )
         self.progress.ranks = distributed.world_size()
 
 
-class FiniteWatch:
-    """Learns during the backward pass whether every rank's losses are finite, without stalling the device."""
+class FiniteCheck:
+    """Checks during the backward pass whether the losses of all ranks are finite, without stalling the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -282,7 +282,7 @@ class FiniteWatch:
         self.names: tuple[str, ...] = ()
 
     def start(self, names: tuple[str, ...], terms_AT: Tensor) -> None:
-        """Ask the device about the terms (named ``names``) of all microbatches. Collective."""
+        """Start copying to the host whether the terms ``names`` of all microbatches are finite. Collective."""
         if names != self.names:
             self.names, self.host_T = names, torch.ones(len(names), pin_memory=self.on_gpu)
         finite_T = distributed.all_reduce(torch.isfinite(terms_AT).all(0).float(), dist.ReduceOp.MIN)
@@ -291,19 +291,19 @@ class FiniteWatch:
             self.copied.record()
 
     def check(self, step: int) -> None:
-        """Raise on every rank alike where a term is not finite. Waits for the forward, while the backward runs."""
+        """Raise on all ranks if a term is not finite. Waits for the forward pass while the backward pass runs."""
         if self.copied is not None:
             self.copied.synchronize()
         bad = [name for name, good in zip(self.names, self.host_T.tolist(), strict=True) if not good]
         if bad:
             raise TrainingStoppedError(
                 f"step {step}: {', '.join(bad[1:] or bad)} is not finite; the weights are those of step {step - 1}. "
-                "Try a lower train.learning_rate, train.gradient_clip, or fp32"
+                "Lower train.learning_rate or train.gradient_clip, or set train.precision=fp32"
             )
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """True at every ``every``-th step."""
+    """True on every ``every``-th step; never if ``every`` is None."""
     return every is not None and step % every == 0
 
 

@@ -1,6 +1,6 @@
 """Validation: losses and retrieval over the whole validation split, and a picture of the reconstruction.
 
-B studies, N validation studies, D embedding. Nothing here moves weights, statistics or centroids.
+B studies, N validation studies, D embedding. Nothing here changes weights, statistics or centroids.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,20 +20,20 @@ from cmcgns.train.engine import Engine
 
 @dataclass
 class Validation:
-    """Numbers of one validation, and films for the picture where there was a reconstruction."""
+    """Scores of one validation, and the picture if the method reconstructs films."""
 
     scores: dict[str, Any]
     picture_1HW: Tensor | None = None
 
     @property
     def mean_recall(self) -> float:
-        """Mean of both directions' recall at 1, by which checkpoints are ranked."""
+        """Mean recall at 1 of both directions; checkpoints are ranked by it."""
         return measure(MEAN_RECALL, self.scores)
 
 
 @dataclass
-class _Found:
-    """What one rank gathers on its way through the split."""
+class _Collected:
+    """Embeddings and losses that one rank collects over the split."""
 
     images: list[Tensor] = field(default_factory=list)
     reports: list[Tensor] = field(default_factory=list)
@@ -54,26 +54,28 @@ def validate(
 ) -> Validation:
     """Scores over all validation studies, equal on every rank. Collective."""
     engine.module.eval()
-    found = _Found()
+    collected = _Collected()
     for batch, real, whole in batches:
         outputs = engine(batch, stage)
         losses = method.losses(outputs, batch, centroids, stage, step)
-        # a round with padding would count its padded rows
-        (found.values if whole else found.partial).append(torch.cat([losses.terms, losses.statistics]))
-        found.images.append(outputs.image_BD[:real].float())
-        found.reports.append(outputs.report_BD[:real].float())
-        found.hashes.append(batch.report_hash_B[:real])
-        if found.picture_1HW is None:
-            found.picture_1HW = method.picture(outputs, batch)
+        # losses of a padded batch include padded rows: they are used only if there is no whole batch
+        (collected.values if whole else collected.partial).append(torch.cat([losses.terms, losses.statistics]))
+        collected.images.append(outputs.image_BD[:real].float())
+        collected.reports.append(outputs.report_BD[:real].float())
+        collected.hashes.append(batch.report_hash_B[:real])
+        if collected.picture_1HW is None:
+            collected.picture_1HW = method.picture(outputs, batch)
     engine.module.train()
-    return Validation(_scores(found, (*method.terms(stage), *method.statistics)), found.picture_1HW)
+    return Validation(_scores(collected, (*method.terms(stage), *method.statistics)), collected.picture_1HW)
 
 
-def _scores(found: _Found, names: Sequence[str]) -> dict[str, Any]:
-    values = torch.stack(found.values or found.partial).mean(0)
+def _scores(collected: _Collected, names: Sequence[str]) -> dict[str, Any]:
+    values = torch.stack(collected.values or collected.partial).mean(0)
     means = (distributed.all_reduce(values) / distributed.world_size()).tolist()
     scores = dict(zip(names, means, strict=True))
-    image_nD, report_nD, hash_n = (torch.cat(parts) for parts in (found.images, found.reports, found.hashes))
+    image_nD, report_nD, hash_n = (
+        torch.cat(parts) for parts in (collected.images, collected.reports, collected.hashes)
+    )
     counts = [count for (count,) in distributed.exchange([len(hash_n)])]
     image_ND, report_ND, hash_N = (
         distributed.ragged_all_gather(rows, counts) for rows in (image_nD, report_nD, hash_n)

@@ -1,4 +1,4 @@
-"""One Ray Train worker: builds the parts around the trainer, runs it, exports what came out."""
+"""One Ray Train worker: builds the trainer, runs it and exports the model."""
 
 import contextlib
 import logging
@@ -44,14 +44,14 @@ from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 logger = logging.getLogger(__name__)
 STOP_POLL_S = 1.0
 CLOSE_S, CLOSE_POLL_S = 5.0, 0.05
-"""Longest wait for a stream to stop: its thread may wait for a film that is still being read."""
+"""Longest wait for a stream to stop: its thread may be waiting for a film."""
 BLOCKS_AHEAD = 4
-"""Decoded microbatches that wait on the host of each rank."""
+"""Decoded microbatches buffered on each rank's host."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the driver sends to every worker; no torch objects, only settings, handles and small tables."""
+    """What the driver sends to every worker: settings, handles and small tables, no torch objects."""
 
     config: Config
     folder: str
@@ -66,19 +66,19 @@ class Assignment:
 
 
 class RayBlocks:
-    """Blocks out of Ray Data: rank 0 makes each epoch's dataset and hands every rank its iterator."""
+    """Blocks from Ray Data: rank 0 creates each epoch's dataset and gives every rank its iterator."""
 
     def __init__(self, train: Stream, valid: Stream, block_size: int) -> None:
         self.train, self.valid, self.block_size = train, valid, block_size
         self.coordinator = train.coordinator
         self.studies = train.studies
         self._prepared: dict[tuple[int, int], Iterator[Block]] = {}
-        self._begun: list[PrefetchedBlocks] = []
+        self._started: list[PrefetchedBlocks] = []
 
     def close(self) -> None:
-        """Stop reading whatever has begun."""
-        for ahead in self._begun:
-            ahead.close()
+        """Stop all streams that have started."""
+        for blocks_ahead in self._started:
+            blocks_ahead.close()
 
     def prepare(self, epoch: int) -> None:
         if (epoch, 0) not in self._prepared:
@@ -98,22 +98,22 @@ class RayBlocks:
         if distributed.rank() == 0:
             split = stream.split(epoch, position, self.block_size, ranks)
         own = split[0] if ranks == 1 else self._hand_out(split)
-        # rank 0 owns the actor behind all iterators: it must hold them as long as anyone reads
-        ahead = PrefetchedBlocks(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
-        self._begun = [*(other for other in self._begun if other.reading), ahead]
-        return ahead
+        # rank 0 owns the actor behind all iterators: it must keep them as long as any rank reads
+        blocks_ahead = PrefetchedBlocks(blocks(own, stream.config.resize, self.block_size), keep_alive=split)
+        self._started = [*(other for other in self._started if other.reading), blocks_ahead]
+        return blocks_ahead
 
     def _hand_out(self, split: list[Any]) -> Any:
-        """This rank's of rank 0's iterators."""
+        """This rank's iterator, from rank 0."""
         if distributed.rank() == 0:
-            # by way of an actor: what is pickled by hand keeps the iterators' actor alive for ever
+            # through an actor: pickling the iterators by hand would keep their actor alive forever
             ray.get(self.coordinator.hand_out.remote(split))
-        distributed.exchange([0])  # nobody takes before all is there
+        distributed.exchange([0])  # barrier: no rank takes its iterator before rank 0 has stored all
         return ray.get(self.coordinator.take.remote(distributed.rank()))
 
 
 class PrefetchedBlocks:
-    """Reads a few blocks ahead in a thread, from the moment it is made: an epoch takes seconds to start."""
+    """Reads a few blocks ahead in a thread. The thread starts at once, since an epoch takes seconds to start."""
 
     def __init__(self, source: Generator[Block], keep_alive: Any) -> None:
         self._ready: queue.Queue[Block | Exception | None] = queue.Queue(maxsize=BLOCKS_AHEAD)
@@ -124,14 +124,14 @@ class PrefetchedBlocks:
 
     @property
     def reading(self) -> bool:
-        """False once everything has been read."""
+        """True until everything has been read."""
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Read no further, so that Ray Data ends its tasks; what was not taken is lost."""
+        """Stop reading, so that Ray Data ends its tasks; buffered blocks are dropped."""
         self._closed, began = True, time.monotonic()
         while self.reading and time.monotonic() - began < CLOSE_S:
-            with contextlib.suppress(queue.Empty):  # the thread may wait for room
+            with contextlib.suppress(queue.Empty):  # makes room, in case the thread waits in put()
                 self._ready.get(timeout=CLOSE_POLL_S)
 
     def _read(self, source: Generator[Block]) -> None:
@@ -142,7 +142,7 @@ class PrefetchedBlocks:
                         return
                     self._ready.put(block)
             self._ready.put(None)
-        except Exception as error:  # belongs to whoever waits for the block
+        except Exception as error:  # raised in __next__
             self._ready.put(error)
 
     def __iter__(self) -> Iterator[Block]:
@@ -159,7 +159,7 @@ class PrefetchedBlocks:
 
 
 def work(assignment: Assignment) -> None:
-    """The train loop of one rank. What a restart could mend is raised; what it could not goes to the coordinator."""
+    """The train loop of one rank. Errors that a restart can fix are raised; others are reported to the coordinator."""
     log_to_coordinator(assignment.coordinator)
     try:
         _train(assignment)
@@ -168,7 +168,7 @@ def work(assignment: Assignment) -> None:
             ray.get(assignment.coordinator.fail.remote(str(error)))
         if ray.get(assignment.coordinator.failure.remote()) is None:
             raise
-        dist.destroy_process_group()  # so that no other rank waits for this one
+        dist.destroy_process_group()  # otherwise other ranks would wait for this one
 
 
 def _train(assignment: Assignment) -> None:
@@ -188,13 +188,13 @@ def _train(assignment: Assignment) -> None:
         parts = build_parts(assignment, source, pools, device, log)
         trainer = Trainer(config, parts, folder)
         if folder is None:
-            parts.banks.empty(0)  # the pools may still hold what replaced workers have pushed
+            parts.banks.empty(0)  # the pools may still hold rows that replaced workers pushed
         elif distributed.rank() == 0:
-            logger.warning("goes on after step %d of %d", step, assignment.schedule.total)
+            logger.warning("resuming after step %d of %d", step, assignment.schedule.total)
         assignment.coordinator.mark.remote("training")
         finished = trainer.train()
         if finished and trainer.last_validation is None:
-            trainer.validate()  # a restart after the last checkpoint: only the export is left
+            trainer.validate()  # restarted after the last checkpoint: only validation and export remain
         assignment.coordinator.mark.remote("trained")
         outcome = conclude(assignment, trainer, finished)
         if log is not None:
@@ -205,7 +205,7 @@ def _train(assignment: Assignment) -> None:
 def build_parts(
     assignment: Assignment, source: BlockSource, pools: Mapping[str, Pool], device: torch.device, log: RunLog | None
 ) -> Parts:
-    """Everything around the loop, from what the driver sent."""
+    """Everything that the loop needs, built from the assignment."""
     config, stream = assignment.config, assignment.train
     method = load_method(config)
 
@@ -233,7 +233,7 @@ def build_parts(
 
 
 class CoordinatorDisplay:
-    """Rank 0's last metrics, on the coordinator for the driver to show."""
+    """Sends rank 0's last metrics to the coordinator; the driver shows them."""
 
     def __init__(self, coordinator: Any) -> None:
         self.coordinator = coordinator
@@ -244,30 +244,30 @@ class CoordinatorDisplay:
 
 
 class StopPoll:
-    """Asks the coordinator in the background whether the user wants to stop (rank 0; the others hear it from rank 0)."""
+    """Polls the coordinator in the background for a stop request (on rank 0, which passes it on to the other ranks)."""
 
     def __init__(self, coordinator: Any) -> None:
         self.coordinator = coordinator
-        self._wanted = threading.Event()
+        self._requested = threading.Event()
         if distributed.rank() == 0:
             threading.Thread(target=self._poll, name="stop-poll", daemon=True).start()
 
     def __call__(self) -> bool:
-        return self._wanted.is_set()
+        return self._requested.is_set()
 
     def _poll(self) -> None:
         waiting = threading.Event()
-        while not self._wanted.is_set():
+        while not self._requested.is_set():
             if ray.get(self.coordinator.stop_requested.remote()):
-                self._wanted.set()
+                self._requested.set()
             waiting.wait(STOP_POLL_S)
 
 
 def report_checkpoint(assignment: Assignment, folder: Path, step: int) -> None:
-    """Hand a filled folder to Ray Train, which merges all ranks' into one checkpoint of the run folder."""
+    """Pass this rank's folder to Ray Train, which merges those of all ranks into one checkpoint in the run folder."""
     if distributed.rank() == 0:
         write_bad_rows(assignment.folder, ray.get(assignment.coordinator.account.remote())["bad_rows"])
-    # unique: a run that goes on after a loss may come by the same step again
+    # unique: a run that resumes after losing a worker may reach the same step again
     unique = distributed.broadcast_object(secrets.token_hex(3))
     name = f"checkpoint_{step:08d}_of_{distributed.world_size()}_{unique}"
     checkpoint = ray.train.Checkpoint.from_directory(str(folder))
@@ -275,7 +275,7 @@ def report_checkpoint(assignment: Assignment, folder: Path, step: int) -> None:
 
 
 def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[str, Any]:
-    """Rank 0's account of the run, after the export of a finished one. Collective."""
+    """Outcome of the run, with its export if it has finished (rank 0). Collective."""
     first, config = trainer.banks.first, assignment.config
     weights = trainer.engine.weights()
     outcome: dict[str, Any] = {

@@ -8,7 +8,7 @@ import torch
 from pyarrow import parquet
 
 from cmcgns.evaluate.encoders import open_run
-from cmcgns.evaluate.tasks.clusters import own_clusters
+from cmcgns.evaluate.tasks.clusters import fit_clusters
 from cmcgns.methods.base import load_method
 from tests.evaluate.clusters import Agreement, agreement, attended, texts_of_test_split
 from tests.jobs import REPOSITORY, Job
@@ -58,7 +58,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Agreement]:
     }
     clusters = run.config.objective.num_clusters
     found = {TRAINED: agreement(assigned["centroid"].to_numpy(), texts)}
-    found |= {name: agreement(own_clusters(rows_ND, clusters), texts_in_order) for name, rows_ND in features.items()}
+    found |= {name: agreement(fit_clusters(rows_ND, clusters), texts_in_order) for name, rows_ND in features.items()}
     for name, each in found.items():
         print(
             f"{name:22} AMI {each.mutual_information:.3f}, purity {each.purity:.3f}, by chance {each.purity_by_chance:.3f}"

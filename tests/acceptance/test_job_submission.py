@@ -11,5 +11,5 @@ pytestmark = pytest.mark.ray
 def test_the_default_job_is_submitted_and_succeeds(ray_head: RayHead) -> None:
     done = submit(ray_head)
     check_succeeded(ray_head, done)
-    assert "goes with the cluster" in done.output  # as typed, the run lies in Ray's copy of the folder
+    assert "is deleted with the cluster" in done.output  # as typed, the run lies in Ray's copy of the folder
     print("\n" + "\n".join(done.output.splitlines()[-12:]))

@@ -95,7 +95,7 @@ def test_a_run_whose_third_host_is_cut_off_ends_on_the_others(cluster: Cluster, 
     print(f"steps again {time.monotonic() - cut:.0f} s after the cable was pulled")
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
-    assert "goes on after step" in said
+    assert "resuming after step" in said
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
     assert result(folder)["status"] == "finished"
     assert cluster.nodes() == ["h1", "h2"]

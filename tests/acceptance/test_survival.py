@@ -19,7 +19,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_losses(tmp_path: Path, undisturbed: Path) -> None:
     job = start(tmp_path, steps=6)
     job.workers()[0].kill()
-    assert "goes on after step" in job.wait()
+    assert "resuming after step" in job.wait()
     assert job.process.returncode == 0
     compare(tmp_path / "run", undisturbed)
 

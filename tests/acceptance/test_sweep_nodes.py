@@ -51,7 +51,7 @@ def test_trials_that_lose_their_room_with_a_node_go_on_one_after_the_other(tmp_p
         said = job.wait()
         assert job.process.returncode == 0, said[-3000:]
         assert "2 trials at the same time" in said
-        assert "once there is room" in said
+        assert "once there is capacity" in said
         assert table(tmp_path / "sweep")["status"].tolist() == ["finished"] * 2
         for name in ("0000", "0001"):
             assert [row["step"] for row in rows(runs / name)] == list(range(1, 9))

@@ -34,5 +34,5 @@ def test_a_sweep_leaves_its_answer_in_a_bucket(s3_server: S3Server, tmp_path: Pa
 
     settings = load_config([f"--config={bucket}/runs/sweep/best.yaml"], Config, None)
     assert settings.objective.temperature == 0.2
-    with pytest.raises(UserError, match=r"--config s3://swept/worst\.yaml: there is no such file"):
+    with pytest.raises(UserError, match=r"--config s3://swept/worst\.yaml: no such file"):
         load_config([f"--config={bucket}/worst.yaml"], Config, None)

@@ -44,7 +44,7 @@ def test_a_killed_sweep_runs_every_trial_once_and_repeats_at_most_a_checkpoint_i
     after = trials(tmp_path / "sweep")
     assert [trial["drawn"] for trial in after] == [trial["drawn"] for trial in before]
     assert after[0] == before[0]
-    (resumed_at,) = re.findall(r"trial 1: goes on after step (\d+) of", said)
+    (resumed_at,) = re.findall(r"trial 1: resuming after step (\d+) of", said)
     for number in range(TRIALS):
         assert [row["step"] for row in rows(runs / f"{number:04d}")] == list(range(1, STEPS + 1))
     print(f"\ntrial 1 was killed after step {done} and went on after step {resumed_at}")

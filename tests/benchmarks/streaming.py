@@ -32,7 +32,7 @@ from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StreamStudy
 from cmcgns.data.stream import Stream, default_read_ahead, read_study, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer, train_tokenizer
-from cmcgns.train.steps import STEPS_AHEAD, EpochPrefetch
+from cmcgns.train.steps import STEPS_AHEAD, PrefetchTimer
 from cmcgns.train.worker import RayBlocks
 from tests.benchmarks.corpora import many_rows, prepared_set, raw_films
 from tests.benchmarks.measure import Line, where
@@ -90,14 +90,14 @@ class OurEpochs:
         )  # fmt: skip
         self.blocks = RayBlocks(self.stream, self.stream, BLOCK)
         self.epoch = 0
-        self.foresight = EpochPrefetch(self.stream.studies, STEPS_AHEAD * BLOCK)
+        self.timer = PrefetchTimer(self.stream.studies, STEPS_AHEAD * BLOCK)
 
     def __call__(self) -> int:
         studies = 0
-        self.foresight.begin()
+        self.timer.start_epoch()
         for block in self.blocks.open(self.epoch, 0):
             studies += len(block)
-            if self.foresight.is_time(studies):
+            if self.timer.is_due(studies):
                 self.blocks.prepare(self.epoch + 1)
         self.epoch += 1
         return studies
@@ -238,7 +238,7 @@ def manifest_lines(folder: Path, rows: int = 377_110, last: int = 20_000) -> lis
         ours, start, studies = OurEpochs(contest), len(contest.studies) - last, 0
         for block in ours.blocks.open(1, start):
             studies += len(block)
-            if ours.foresight.is_time(start + studies):
+            if ours.timer.is_due(start + studies):
                 ours.blocks.prepare(2)
         assert studies == last
         ended = time.perf_counter()

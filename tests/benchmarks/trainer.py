@@ -61,7 +61,7 @@ def settings(zero_stage: int, encoder: str = "vit-small", image_size: int = 224)
 
 
 class CachedBlocks:
-    """A few blocks that lie ready, again and again, at places that go on."""
+    """A few prepared blocks, repeated, at increasing positions."""
 
     studies = 10**9
 
@@ -103,7 +103,7 @@ class Clock:
 
 
 def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
-    """A trainer that has taken its first steps in stage 2 and holds centroids."""
+    """A trainer after its first steps in stage 2, with centroids."""
     torch.manual_seed(0)
 
     def model() -> CmCgnsModel:
@@ -133,7 +133,7 @@ def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
 
 
 def build_bare_step(config: Config, trainer: Trainer) -> Callable[[], None]:
-    """Forward, losses, backward and step of a DeepSpeed engine of its own, on ready batches."""
+    """Forward, losses, backward and step of a separate DeepSpeed engine, on prepared batches."""
     torch.manual_seed(0)
     model = load_method(config).build_model(VOCABULARY)
     deepspeed = import_deepspeed(torch.device("cpu"))
@@ -171,7 +171,7 @@ def watch_parts(trainer: Trainer) -> Clock:
 
 
 def alone(config: Config, trainer: Trainer, rounds: int) -> dict[str, list[float]]:
-    """Seconds of forward and backward of the encoders and of the decoder, each by itself on the trainer's batches."""
+    """Seconds of forward and backward of the encoders and of the decoder, each measured separately on the trainer's batches."""
     torch.manual_seed(0)
     model = load_method(config).build_model(VOCABULARY)
     block = trainer.parts.blocks.blocks[0]  # type: ignore[attr-defined]
@@ -221,7 +221,7 @@ def compare(loop: dict[str, Any]) -> None:
 
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:
-    """What ``compare`` found in a Ray Train worker beside a pool of one actor."""
+    """Result of ``compare`` in a Ray Train worker, with a pool of one actor."""
     pool = start_pool(config.clustering, 1)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
@@ -256,7 +256,7 @@ def describe(config: Config, found: dict[str, Any]) -> list[Line]:
 
 
 def lines(zero_stages: tuple[int, ...] = (0, 2), rounds: int = ROUNDS) -> list[Line]:
-    """The lines of the table, from a Ray of its own."""
+    """The lines of the table, measured in a separate Ray."""
     ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
     try:
         configs = [settings(stage) for stage in zero_stages]

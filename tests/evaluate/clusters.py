@@ -1,4 +1,4 @@
-"""Whether clusters of sentence features follow what the phantom's sentences say."""
+"""Agreement of clusters of sentence features with the findings in the phantom's sentences."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,18 +24,18 @@ BATCH = 32
 
 
 class Agreement(NamedTuple):
-    """How well clusters and classes go together."""
+    """Agreement of clusters and classes."""
 
     mutual_information: float
-    """Adjusted for chance: 0 for clusters that know nothing of the classes, 1 for the classes themselves."""
+    """Adjusted for chance: 0 for random clusters, 1 for the classes themselves."""
     purity: float
-    """Share of the sentences that are of their cluster's commonest class."""
+    """Fraction of the sentences that belong to the most common class of their cluster."""
     purity_by_chance: float
     """The same with classes shuffled over the sentences."""
 
 
 def agreement(cluster_n: Array, texts: Sequence[str]) -> Agreement:
-    """Of the sentences that speak of a finding: clusters beside (finding, laterality, negated)."""
+    """Clusters and classes (finding, laterality, negated) of the sentences that name a finding."""
     class_n, kept_n = sentence_classes(texts)
     cluster_n, class_n = np.asarray(cluster_n)[kept_n], class_n[kept_n]
     return Agreement(

@@ -1,4 +1,4 @@
-"""Small encoders, and films of bright and black rectangles that a head learns in seconds."""
+"""Small encoders, and films with bright and black rectangles that a head learns in seconds."""
 
 from dataclasses import dataclass
 
@@ -14,21 +14,21 @@ from tests.small import small_config
 KINDS = ("bright", "black")
 GREY = (240, 5)
 BLANK = 128
-"""Pixels along the side of a film whose pixels do not matter."""
+"""Side in pixels of films whose content does not matter."""
 SET = ImageSet(
     "rectangles", PhantomSource(1, 0, 8, 8), image_table([]), "as given", box_classes=KINDS, mask_classes=KINDS
 )
 
 
 def small_spec(name: str = "resnet-tiny", size: int = 64, resize: int = 72, seed: int = 0) -> EncoderSpec:
-    """An encoder without a run behind it: its weights come from ``seed``."""
+    """An encoder without a run; its weights depend on ``seed``."""
     config = small_config(model__image_encoder=name, data__image_size=size, data__resize=resize)
     return EncoderSpec(f"{name} {seed}", PretrainedRun("nowhere", config, None), RANDOM, seed=seed)
 
 
 @dataclass(frozen=True)
 class Kept(EncoderSpec):
-    """An encoder that stays open, so that what a task has done to it can be seen."""
+    """An encoder that stays loaded, so that a test can see what a task has done to it."""
 
     opened: FilmEncoder | None = None
 
@@ -42,7 +42,7 @@ class Kept(EncoderSpec):
 
 
 def rectangles(number: int, side: int = 64, seed: int = 0, empty: int = 0) -> Films:
-    """Grey noise, on each film one rectangle of either kind beside the other; the last ``empty`` films have none."""
+    """Grey noise with one rectangle of each kind per film; the last ``empty`` films have none."""
     random = np.random.default_rng(seed)
     film_NRR = random.integers(90, 130, (number, side, side)).astype(np.uint8)
     mask_N2RR = np.zeros((number, 2, side, side), bool)
@@ -74,7 +74,7 @@ def joined(*parts: Films) -> Films:
 
 
 def films_with(boxes: list[np.ndarray], kinds: list[np.ndarray]) -> Films:
-    """Films whose pixels do not matter."""
+    """Films whose content does not matter."""
     number = len(boxes)
     blank = np.zeros((number, BLANK, BLANK), np.uint8)
     return Films([str(i) for i in range(number)], blank, np.zeros((number, 0, BLANK, BLANK), bool), kinds, boxes)

@@ -1,4 +1,4 @@
-"""An ablation: what its file says, how seeds and studies make an interval, and one whose runs have finished already."""
+"""Ablations: their file, intervals over seeds and studies, and one whose runs have already finished."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_the_file_that_we_ship_holds_the_parts_of_the_method_in_turn() -> None:
     assert len(ablation.variants) == 6
     assert len(ablation.seeds) == 3
     lengths = {config.train.stage1_steps + config.train.stage2_steps for config in ablation.variants.values()}  # type: ignore[operator]
-    assert lengths == {380}  # whatever a part adds is not more training
+    assert lengths == {380}  # all variants train for the same number of steps
     first, *_, last = ablation.variants.values()
     assert (first.objective.local_image_weight, first.objective.local_report_weight, first.train.stage2_steps) == (
         0,
@@ -67,7 +67,7 @@ def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
         ({"variants": {"A": {}, "B": {}}}, "seeds: Field required"),
         ({"seeds": ["a"], "variants": {"A": {}, "B": {}}}, "seeds.0: Input should be a valid integer"),
         ({"seeds": [0], "variants": {"A": ["x"], "B": {}}}, "variants.A: Input should be a valid dictionary"),
-        ({"seeds": [0, 0], "variants": {"A": LENGTH, "B": LENGTH}}, "one is there twice"),
+        ({"seeds": [0, 0], "variants": {"A": LENGTH, "B": LENGTH}}, "a seed appears twice"),
         (
             {"seeds": [0], "variants": {"A": LENGTH, "B": LENGTH | {"data.seed": 1}}},
             "data.seed differs between variants",
@@ -105,7 +105,7 @@ def test_each_variant_is_compared_with_the_one_before_it() -> None:
     found = increments(scores, ["A", "B", "C"])
     assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "B")]
     assert [each.value for each in found] == pytest.approx([0.3, -0.1])
-    assert found[0].interval == pytest.approx((0.3, 0.3))  # in pairs: the same resamples
+    assert found[0].interval == pytest.approx((0.3, 0.3))  # paired: the same resamples
 
 
 @pytest.mark.ray
@@ -135,6 +135,6 @@ def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path)
     scores = pd.DataFrame(found["scores"])
     assert set(scores["task"]) == {"retrieval", "classification", "clusters"}
     assert set(scores["encoder"]) == {"A", "B"}
-    # write_run gives both the same weights: nothing is gained, and the interval says so
+    # write_run gives both the same weights: the gain and its interval are 0
     assert all(gain["gain"] == 0 and gain["interval"] == [0, 0] for gain in found["gains"])
     assert (tmp_path / "runs" / "ablation" / "ablation.png").stat().st_size > 10_000

@@ -18,7 +18,7 @@ def random_boxes(random: np.random.Generator, number: int) -> np.ndarray:
 
 
 def random_case(seed: int) -> tuple[list[Detections], Films]:
-    """20 films, some without boxes, and answers: true boxes moved a little, some of the wrong class, and false alarms."""
+    """20 films, some without boxes, and predictions: shifted true boxes, some with a wrong class, and false positives."""
     random = np.random.default_rng(seed)
     boxes = [random_boxes(random, random.integers(0, 4)) for _ in range(20)]
     kinds = [random.integers(0, 3, len(each)).astype(np.int32) for each in boxes]
@@ -30,7 +30,7 @@ def random_case(seed: int) -> tuple[list[Detections], Films]:
         kind = np.concatenate(
             [np.where(random.random(len(kind_n)) < 0.8, kind_n, 0), random.integers(0, 3, len(false_n4))]
         )
-        score_n = np.round(random.random(len(kind)), 2)  # some are equal
+        score_n = np.round(random.random(len(kind)), 2)  # with ties
         order = np.argsort(-score_n, kind="stable")
         found.append(
             Detections(kind[order].astype(np.int64), score_n[order], np.concatenate([near_n4, false_n4])[order])

@@ -1,4 +1,4 @@
-"""Shares of the labels: drawn by groups, nested, the same for every encoder; classes that cannot be measured are named."""
+"""Fractions of the labels: drawn by groups, nested, the same for every encoder; classes without a score are named."""
 
 import itertools
 from dataclasses import replace
@@ -37,7 +37,7 @@ def labelled(label_NK: np.ndarray, exclusive: bool = False) -> ImageSet:
 
 
 def seen(images: ImageSet, label_NK: np.ndarray, noise: float) -> Features:
-    """Features that show the labels through noise."""
+    """Features that contain the labels plus noise."""
     shown = np.nan_to_num(label_NK, nan=0.5) + noise * np.random.default_rng(5).normal(size=label_NK.shape)
     return Features(images.table["image_id"].to_pylist(), shown.astype(np.float32), None)
 
@@ -101,7 +101,7 @@ def test_unusable_images_are_left_out_of_every_split() -> None:
         key: (score.value, score.number) for key, score in expected.items()
     }
     assert found["linear, 100% of labels", "mean AUC"].number == 90
-    with pytest.raises(UserError, match="small: no image of the test split can be used"):
+    with pytest.raises(UserError, match="small: the test split has no usable image"):
         measured(images, Features(whole.image_ids[:200], whole.pooled_NC[:200], None))
 
 

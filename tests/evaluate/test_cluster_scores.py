@@ -39,7 +39,7 @@ def test_purity_is_that_of_a_loop_over_clusters() -> None:
 
 
 def pairs_of(noise: float) -> Pairs:
-    """The phantom's sentences, each with a feature that shows its class through noise."""
+    """The phantom's sentences, each with a feature of its class plus noise."""
     corpus, random = PhantomCorpus(STUDIES, seed=3), np.random.default_rng(0)
     sentences = [parse_report(corpus.study(i).report).sentences for i in range(STUDIES)]
     text_n = [text for each in sentences for text in each]
@@ -62,7 +62,7 @@ def measured(pairs: Pairs, clusters: int) -> dict[str, Score]:
 
 
 def test_intervals_lie_around_the_number_of_the_whole_split() -> None:
-    """Rows that are drawn twice look alike: without moving them, resamples would lie above what they are resamples of."""
+    """Duplicate rows bias scores upwards: without the shift, resamples would be above the score of the whole split."""
     pairs = pairs_of(0.4)
     for score in measured(pairs, 20).values():
         assert score.resampled_R is not None

@@ -1,10 +1,10 @@
-"""What the measure of clusters says of clusters that are known."""
+"""Cluster scores of known clusters."""
 
 import numpy as np
 
 from cmcgns.data.reports import parse_report
 from cmcgns.evaluate.sentence_truth import sentence_truth
-from cmcgns.evaluate.tasks.clusters import own_clusters
+from cmcgns.evaluate.tasks.clusters import fit_clusters
 from cmcgns.phantom import PhantomCorpus
 from tests.evaluate.clusters import agreement
 
@@ -19,7 +19,7 @@ def test_the_classes_themselves_agree_wholly_and_chance_not_at_all() -> None:
     assert whole.purity_by_chance < 0.4
     chance = agreement(np.random.default_rng(0).permutation(class_n), texts)
     assert abs(chance.mutual_information) < 0.05
-    # k-means finds classes that lie apart, and the measure tells that it does
+    # k-means finds well-separated classes, and the score shows it
     rows_ND = np.eye(len(names), 64, dtype=np.float32)[class_n] + 0.01
     rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
-    assert agreement(own_clusters(rows_ND, len(names)), texts).mutual_information > 0.95
+    assert agreement(fit_clusters(rows_ND, len(names)), texts).mutual_information > 0.95

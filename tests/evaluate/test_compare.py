@@ -1,4 +1,4 @@
-"""Evaluations side by side: only what was measured on the same test images, and in pairs only where resamples are the same."""
+"""Comparison of evaluations: only scores on the same test images; paired only if the resamples are the same."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 from cmcgns.data.labelled.base import ImageSet, image_table
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.report import Results
-from cmcgns.evaluate.run import beside
+from cmcgns.evaluate.run import add_other_evaluation
 from cmcgns.evaluate.scores import Score, differences
 from cmcgns.evaluate.tasks import Evaluation
 
@@ -36,27 +36,27 @@ def test_the_same_test_images_are_compared_in_pairs_and_others_are_told() -> Non
     theirs = Results(
         [score("rsna", 0.7), score("nih", 0.6)], {"rsna": rsna.digest("test"), "nih": "of other images"}, seed=0
     )
-    beside(found, "earlier", theirs)
+    add_other_evaluation(found, "earlier", theirs)
     assert [(each.images, each.encoder) for each in found.scores] == [
         ("rsna", "pretrained"), ("nih", "pretrained"), ("rsna", "pretrained in earlier")
     ]  # fmt: skip
     (gap,) = differences(found.scores, "pretrained")
     assert gap.value == pytest.approx(0.1)
     assert gap.interval == pytest.approx((0.1, 0.1))
-    assert found.left_out == ["nih of earlier: other test images than here, or none here"]
+    assert found.skipped == ["nih of earlier: not the same test images as in this evaluation"]
 
 
 def test_other_resamples_give_no_interval() -> None:
     rsna = images("rsna", 5)
     found = evaluation(rsna)
-    beside(found, "earlier", Results([score("rsna", 0.7)], {"rsna": rsna.digest("test")}, seed=1))
+    add_other_evaluation(found, "earlier", Results([score("rsna", 0.7)], {"rsna": rsna.digest("test")}, seed=1))
     (gap,) = differences(found.scores, "pretrained")
     assert gap.value == pytest.approx(0.1)
     assert gap.interval is None
-    assert found.left_out == ["intervals of earlier: it was resampled with seed 1, not 0"]
+    assert found.skipped == ["intervals of earlier: it was resampled with seed 1, not 0"]
 
 
 def test_an_evaluation_of_nothing_that_is_here_is_told() -> None:
     found = evaluation(images("rsna", 5))
-    beside(found, "earlier", Results([], {}, seed=0))
-    assert found.left_out == ["all of earlier: other test images than here, or none here"]
+    add_other_evaluation(found, "earlier", Results([], {}, seed=0))
+    assert found.skipped == ["all of earlier: not the same test images as in this evaluation"]

@@ -1,4 +1,4 @@
-"""Heads on encoders: a frozen encoder stays as it is to the bit, a tuned one does not, and the best validation state wins."""
+"""Heads on encoders: a frozen encoder is unchanged bit for bit, a tuned one changes, and the best weights are restored."""
 
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ def state_of(encoder: FilmEncoder) -> dict[str, Tensor]:
 
 
 def changed(before: dict[str, Tensor], encoder: FilmEncoder) -> set[str]:
-    """Names of the tensors that are no longer the same to the bit."""
+    """Names of the tensors that are not equal bit for bit."""
     after = encoder.state_dict()
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -75,7 +75,7 @@ def test_a_tuned_encoder_changes_with_its_batch_statistics(task: str) -> None:
     fit(model, task, films, films)
     touched = changed(before, model.encoder)
     of_backbone = {name for name in before if ".backbone." in name}
-    # the pool and the way to the reports have no part in maps
+    # the pool and the projection to the reports are not used for maps
     assert touched == of_backbone
     assert any(name.endswith("running_var") for name in touched)
 
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_head() -> None:
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_training_goes_back_to_the_best_validation_state(tuned: bool) -> None:
-    """Validation films whose masks are the wrong way round: the more is learnt, the worse, so that the start was best."""
+    """Validation films with inverted masks: training makes the loss worse, so that the initial weights are best."""
     train = rectangles(6, SIDE)
     valid = Films(train.image_ids, train.film_NRR, ~train.mask_NKRR, train.kinds, train.boxes)
     model = built("segmentation", tuned)
@@ -110,7 +110,7 @@ def test_training_goes_back_to_the_best_validation_state(tuned: bool) -> None:
     steps = fit_head(model, watched, train, valid, settings, seed=0)
     losses = [loss for loss, _, _ in validated]
     best = losses.index(min(losses))
-    # a tenth of the steps between validations; three without a better loss, and no more
+    # a validation every tenth of the steps; stops after three without a better loss
     assert (steps, len(losses) - 1 - best) == (10 * len(losses), 3)
     assert steps < 100
     _, head, encoder = validated[best]
@@ -125,4 +125,4 @@ def test_maps_have_their_size_whatever_the_encoder(name: str, side: int, stride:
     model = build_dense(small_spec(name, side, side).load(), side, stride, 3, tuned=False, seed=0)
     maps = model(torch.zeros(2, side, side, dtype=torch.uint8))
     assert maps.shape == (2, 3, side // stride, side // stride)
-    assert len(model.head.joined) == (1 if name == "vit-tiny" else 4)
+    assert len(model.head.skips) == (1 if name == "vit-tiny" else 4)

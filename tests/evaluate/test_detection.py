@@ -1,4 +1,4 @@
-"""Boxes: targets decode to what they were made of, and a head learns four films by heart."""
+"""Detection: targets decode to the original boxes, and a head can overfit four films."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def apart(random: np.random.Generator) -> np.ndarray:
-    """Boxes from a cell and a half up to half of the film, none of which touches another."""
+    """Boxes from one and a half cells up to half of the film; no two of them touch."""
     kept: list[np.ndarray] = []
     for _ in range(40):
         size = np.exp(random.uniform(np.log(6), np.log(64), 2))
@@ -33,7 +33,7 @@ def apart(random: np.random.Generator) -> np.ndarray:
 
 
 class Said(DenseModel):
-    """A model whose maps are given."""
+    """A model with given output maps."""
 
     def __init__(self, maps: Tensor) -> None:
         self.maps = maps

@@ -1,4 +1,4 @@
-"""`jobs/embed.py` as a user runs it: the sentences of a corpus through an exported model."""
+"""`jobs/embed.py` as a user runs it: embeds the sentences of a corpus with an exported model."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ from tests.small import small_config
 
 
 def write_run(folder: Path, config: Config) -> CmCgnsModel:
-    """A run folder as the end of pretraining leaves it, of a model that has learnt nothing."""
+    """A finished run folder with an untrained model."""
     tokenizer = make_tokenizer(config, sample_reports(open_corpus(config), 1000))
     torch.manual_seed(1)
     model = load_method(config).build_model(tokenizer.vocabulary_size)
@@ -64,7 +64,7 @@ def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path
         read = read_study(study, shown, reader, stream, VALIDATION_EPOCH)
         assert isinstance(read, StreamStudy)
         table = stream_table([0], [read], config.data.resize)
-        sentences = parse_report(study["report"]).sentences[: len(read.sentence_hashes)]  # those that fit whole
+        sentences = parse_report(study["report"]).sentences[: len(read.sentence_hashes)]  # those that fit completely
         with torch.no_grad():
             outputs = model(batcher(to_block(table, config.data.resize), (len(sentences),), training=False))
         for number, text in enumerate(sentences):
@@ -85,7 +85,7 @@ def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     wrong: list[tuple[list[str], str]] = [
         ([], "embed.run is missing"),
-        (["--embed.run=nowhere"], "nowhere is no run folder"),
+        (["--embed.run=nowhere"], "nowhere is not a run folder"),
         (["--embed.run=young"], "has no export: the run has not finished"),
         (["--embed.run=good", "--embed.uri=empty"], "empty: no known format found"),
         (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),

@@ -1,4 +1,4 @@
-"""Encoders beside ours: those of a Hugging Face folder see films as they were trained to."""
+"""Encoders to compare with: those from a Hugging Face folder use the preprocessing they were trained with."""
 
 import json
 from pathlib import Path

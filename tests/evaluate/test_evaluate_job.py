@@ -1,4 +1,4 @@
-"""`jobs/evaluate.py` as a user runs it: all tasks on the phantom, what cannot be read beside what can, the same twice."""
+"""`jobs/evaluate.py` as a user runs it: all tasks on the phantom, unreadable inputs, and the same result twice."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with an export of a model that has learnt nothing."""
+    """A run folder with the export of an untrained model."""
     folder = tmp_path_factory.mktemp("evaluated") / "pretrained"
     write_run(folder, small_config(data__phantom_studies=160, data__max_bad_fraction=0.5))
     return folder
@@ -45,7 +45,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.ray
 def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp_path: Path) -> None:
-    """One evaluation with a set that is not there, an encoder of another kind, and an unreadable folder among its encoders."""
+    """One evaluation with a missing set, another kind of encoder, and an unreadable folder among its encoders."""
     other = f"{pretrained}/export/image_encoder"
     done = job(
         tmp_path, f"--evaluate.run={pretrained}/export", "--run.name=e", f"--evaluate.beside=[random, {other}]",
@@ -90,13 +90,13 @@ def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "holds no finished run that is named for its time"),
-        (["--evaluate.run=gone"], "is no run folder: it holds no config.yaml"),
+        ([], "has no finished run with an automatic name"),
+        (["--evaluate.run=gone"], "is not a run folder: it has no config.yaml"),
         (["--evaluate.run={run}", "--evaluate.tasks=[retreival]"], "evaluate.tasks"),
-        (["--evaluate.run={run}", "--evaluate.fractions=[0.0]"], "evaluate.fractions 0.0 is no share of the labels"),
+        (["--evaluate.run={run}", "--evaluate.fractions=[0.0]"], "evaluate.fractions 0.0 is not a fraction"),
         (["--evaluate.run={run}", "--evaluate.beside=[nobody]"], "evaluate.beside nobody is neither `random`"),
         (["--evaluate.run={run}", "--evaluate.prompts=none.yaml"], "none.yaml"),
-        (["--evaluate.run={run}", "--evaluate.compare=[{run}]"], "holds no evaluation"),
+        (["--evaluate.run={run}", "--evaluate.compare=[{run}]"], "contains no evaluation"),
         (["--evaluate.runs={run}"], "did you mean evaluate.run?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What Ray Data makes of a set's films: features and squares as of films read one by one, each read once."""
+"""Features and films by Ray Data: the same as for films read one by one, and each film is read once."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from cmcgns.data.readers import FileSource, PhantomSource
 from cmcgns.data.tokenizer import train_tokenizer
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.features import features_uri, make_features, read_features
-from cmcgns.evaluate.films import load_films, make_films, square_boxes, square_masks
+from cmcgns.evaluate.films import load_films, make_films, resize_boxes, resize_masks
 from tests.data.labelled.trees import save, shots, write
 from tests.evaluate.heads import small_spec
 
@@ -27,7 +27,7 @@ ENCODERS = [small_spec(name, SIZE, RESIZE) for name in ("resnet-tiny", "vit-tiny
 
 
 def masked(folder: Path, number: int = 12) -> ImageSet:
-    """Films with masks as files, the third of whose films is broken, and the fourth of whose masks."""
+    """Films with mask files; the third film and the fourth mask are broken."""
     lines = ["image,device_mask"]
     for i, shot in enumerate(shots()[:number]):
         save(shot.grey_HW, folder / f"{i}.png")
@@ -41,7 +41,7 @@ def masked(folder: Path, number: int = 12) -> ImageSet:
 
 
 def boxed(folder: Path, number: int = 5) -> ImageSet:
-    """Films with boxes and nothing else, as object detection sets have them."""
+    """Films with boxes only, like in object detection sets."""
     rows = []
     for i, shot in enumerate(shots()[:number]):
         save(shot.grey_HW, folder / f"{i}.png")
@@ -69,7 +69,7 @@ def test_features_are_those_of_films_read_one_by_one(tmp_path: Path) -> None:
             assert np.abs(found.pooled_NC[row] - pooled_1C[0].numpy()).max() < 1e-4
             assert np.abs(found.shared_ND[row] - shared_1D[0].numpy()).max() < 1e-4
             assert np.linalg.norm(found.shared_ND[row]) == pytest.approx(1, abs=1e-5)
-        assert found.pooled_NC.std(0).max() > 1e-3  # films do differ
+        assert found.pooled_NC.std(0).max() > 1e-3  # films differ
 
 
 @pytest.mark.ray
@@ -85,8 +85,8 @@ def test_an_unreadable_film_is_named_and_what_was_read_is_not_read_again(tmp_pat
     assert (kept.pooled_NC == found.pooled_NC[[8, 0]]).all()
     for film in (tmp_path / "set").glob("*.png"):
         film.unlink()
-    assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, bad)  # told again
-    # another encoder needs the films, which are gone
+    assert make_features(ENCODERS[:1], images, cache, SETTINGS) == (uris, bad)  # reported again
+    # another encoder needs the films, which have been deleted
     others, gone = make_features(ENCODERS, images, cache, SETTINGS)
     assert others[0] == uris[0]
     assert gone == {f"{i}.png": "film file is missing" for i in range(12)}
@@ -106,8 +106,8 @@ def test_masks_and_boxes_lie_on_the_square_where_the_set_says(tmp_path: Path) ->
         film = some.source.reader([]).read_image(row["path"])
         places = some.annotations(row, film)
         assert (found.film_NRR[i] == resize_image(film.grey_HW, SIZE)).all()
-        assert (found.mask_NKRR[i] == square_masks(places.mask_KHW, SIZE)).all()
-        assert (found.boxes[i] == square_boxes(places.box_N4, film.grey_HW.shape, SIZE)).all()
+        assert (found.mask_NKRR[i] == resize_masks(places.mask_KHW, SIZE)).all()
+        assert (found.boxes[i] == resize_boxes(places.box_N4, film.grey_HW.shape, SIZE)).all()
         assert (found.kinds[i] == places.kind_N).all()
     assert found.mask_NKRR.any(axis=(0, 2, 3)).sum() >= 5
     again = found.take([3, 3, 0])
@@ -139,7 +139,7 @@ def test_sets_with_masks_or_boxes_alone_are_read_and_broken_masks_named(tmp_path
 
 
 def test_features_are_taken_for_their_own_alone() -> None:
-    """Another encoder, set or way to show films has features of its own, even under the same ids."""
+    """Another encoder, set or preprocessing has separate features, even with the same ids."""
     source = PHANTOM.source
     sets = [PHANTOM, *(replace(PHANTOM, source=replace(source, **{key: value})) for key, value in (
         ("height", 64), ("width", 56), ("crop_borders", False)
@@ -156,7 +156,7 @@ def test_features_are_taken_for_their_own_alone() -> None:
 
 
 def test_an_untrained_encoder_is_known_by_all_that_its_weights_are_drawn_after() -> None:
-    """The same seed and image encoder beside a text encoder of another vocabulary: other heads, other features."""
+    """The same seed and image encoder with a text encoder of another vocabulary: other heads, other features."""
     spec = small_spec("resnet-tiny", SIZE, RESIZE)
     tokenizer = train_tokenizer(["the lungs are clear", "the heart is enlarged"], 64, 64, 8)
     other = replace(spec, run=replace(spec.run, vocabulary=tokenizer))

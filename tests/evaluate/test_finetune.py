@@ -1,4 +1,4 @@
-"""Classification by an encoder that is tuned: it learns what its films show, and labels that are unknown teach nothing."""
+"""Classification by a tuned encoder: it learns the classes of its films, and unknown labels have no effect."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderSpec:
 
 
 def films(split: str, number: int) -> tuple[Films, list[dict[str, Any]]]:
-    """Films of noise, half of them with a bright square: class `square`; of `other` nothing is known."""
+    """Films of noise, half of them with a bright square (class `square`); class `other` has no labels."""
     random = np.random.default_rng(len(split))
     pixels_NRR = random.integers(0, 120, (number, SIDE, SIDE)).astype(np.uint8)
     pixels_NRR[::2, 8:20, 8:20] = 250

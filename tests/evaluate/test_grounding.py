@@ -1,4 +1,4 @@
-"""Grounding: the measure against its definition, and sentences that look where their finding is."""
+"""Grounding: scores against their definition, and sentences that attend to their finding."""
 
 import dataclasses
 from functools import cache
@@ -47,7 +47,7 @@ def test_weights_that_do_not_vary_have_no_contrast_to_noise(value: float, seed: 
     shares = random.random(49)
     for covered_P in (shares, (shares < 0.4).astype(float)):
         assert np.isnan(contrast_to_noise(np.full(49, value), covered_P))
-    apart = np.where(shares < 0.4, 3 * value, value)  # alike inside, alike outside: no noise to divide by
+    apart = np.where(shares < 0.4, 3 * value, value)  # constant inside and outside: no noise to divide by
     assert np.isnan(contrast_to_noise(apart, (shares < 0.4).astype(float)))
 
 
@@ -59,7 +59,7 @@ def test_a_finding_nowhere_or_everywhere_has_no_contrast() -> None:
 
 @cache
 def read_pairs() -> tuple[Pairs, np.ndarray]:
-    """Every sentence of the phantom, and the share of each patch that its finding covers, by a loop; 0 where it names none."""
+    """Every sentence of the phantom, and the share of each patch that its finding covers, by a loop; 0 if it names none."""
     corpus = PhantomCorpus(STUDIES, 0, SIDE, SIDE)
     texts, study_of, covered = [], [], []
     cell = SIDE // GRID
@@ -99,7 +99,7 @@ def test_sentences_that_look_at_their_finding_hit_and_those_that_look_elsewhere_
     assert right["pointing game"].number == said.sum()
     assert right["pointing game"].value == 1.0
     assert right["pointing game"].interval == (1.0, 1.0)
-    # an effusion may touch every patch of so coarse a grid
+    # on a grid this coarse an effusion may touch every patch
     everywhere = (covered_nP[said] > 0).all(1).mean()
     assert wrong["pointing game"].value == pytest.approx(everywhere)
     assert right["contrast to noise"].value == pytest.approx(-wrong["contrast to noise"].value)

@@ -1,4 +1,4 @@
-"""What a set has no truth for: splits that nobody has looked at, and test films without anything on them."""
+"""Tasks without labels: splits that are not annotated, and test films without findings."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ BOX = [{"kind": 0, "x0": 1.0, "y0": 1.0, "x1": 5.0, "y1": 5.0}]
 
 
 def boxed(**boxes: Any) -> ImageSet:
-    """One image a split, with the boxes that are given for it."""
+    """One image per split, with the given boxes."""
     rows = [
         {"image_id": split, "path": "", "group": split, "split": split, "boxes": found}
         for split, found in boxes.items()

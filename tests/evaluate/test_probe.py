@@ -1,4 +1,4 @@
-"""Linear probes: separable classes are found, unknown labels take no part, classes without examples never win."""
+"""Linear probes: separable classes are found, unknown labels are ignored, classes without examples never win."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIZES = (120, 60, 80)
 
 
 def blobs(classes: int, apart: float, seed: int = 0) -> tuple[list[Floats], list[Floats]]:
-    """Features of the three splits around one centre a class, on scales that differ, and their classes as 0 and 1."""
+    """Features of three splits around one centre per class, with different scales per channel, and labels 0 and 1."""
     random = np.random.default_rng(seed)
     centre_KC = apart * np.eye(classes, 8)
     scale_C = np.logspace(-3, 3, 8)
@@ -41,7 +41,7 @@ def test_features_that_know_nothing_are_at_chance() -> None:
 
 
 def test_the_probe_is_the_regression_that_the_validation_split_likes_best() -> None:
-    """Each strength by itself from the start, on features standardised by hand."""
+    """Each strength fitted separately from scratch, on features standardised by hand."""
     features, labels = blobs(2, 1.0, seed=3)
     spread = [(each - features[0].mean(0)) / features[0].std(0) for each in features]
     fits = [LogisticRegression(C=strength, tol=1e-8, max_iter=2000) for strength in STRENGTHS]
@@ -51,7 +51,7 @@ def test_the_probe_is_the_regression_that_the_validation_split_likes_best() -> N
         areas.append(roc_auc_score(labels[1][:, 0], fit.decision_function(spread[1])))
     assert len(set(areas)) > 1
     expected = fits[int(np.argmax(areas))].decision_function(spread[2])
-    # ended sooner, and begun from the strength before
+    # stopped earlier, and initialised from the previous strength
     assert probe(features, labels, exclusive=False)[:, 0] == pytest.approx(expected, abs=0.02 * np.abs(expected).max())
 
 
@@ -90,6 +90,6 @@ def test_images_of_unknown_label_take_no_part() -> None:
     unknown = [np.concatenate([each, np.full_like(each, np.nan)]) for each in labels[:2]]
     found = probe([*twice, features[2]], [*unknown, labels[2]], exclusive=False)
     assert found == pytest.approx(expected, abs=1e-3 * np.abs(expected).max())
-    wrong = [np.nan_to_num(each) for each in unknown]  # counted as absent they would shift every score
+    wrong = [np.nan_to_num(each) for each in unknown]  # treated as absent, they would shift every score
     shifted = probe([*twice, features[2]], [*wrong, labels[2]], exclusive=False)
     assert np.abs(shifted - expected).max() > 0.1 * np.abs(expected).max()

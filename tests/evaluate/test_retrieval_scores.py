@@ -28,7 +28,7 @@ def measured(pairs: Pairs) -> dict[tuple[str, str], Score]:
 
 
 def coarse(number: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whole numbers, so that many similarities are equal to the bit; reports of which some are the same."""
+    """Integer features, so that many similarities are exactly equal, and some duplicate reports."""
     random = np.random.default_rng(seed)
     image_ND = random.integers(-2, 3, (number, 5))
     report_ND = np.where(random.random((number, 5)) < 0.7, image_ND, random.integers(-2, 3, (number, 5)))
@@ -36,7 +36,7 @@ def coarse(number: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def wrong_before(query: np.ndarray, items: np.ndarray, right: list[bool]) -> int:
-    """Wrong items that come before the first right one where equal ones are ranked the wrong ones first."""
+    """Number of wrong items before the first right one, with wrong items first among ties."""
     ranked = sorted(range(len(items)), key=lambda j: (-int(query @ items[j]), right[j]))
     return next(place for place, j in enumerate(ranked) if right[j])
 
@@ -56,7 +56,7 @@ def test_features_that_are_all_alike_find_nothing() -> None:
     alike = np.tile([0.6, 0.8], (30, 1))
     for score in measured(pairs_of(alike, alike, np.arange(30))).values():
         assert (score.value, score.interval) == (0.0, (0.0, 0.0))
-    # a report that half of the studies share is still behind the wrong half
+    # with identical features, a report that half of the studies share still ranks behind the other half
     assert {score.value for score in measured(pairs_of(alike, alike, np.arange(30) % 2)).values()} == {0.0}
 
 

@@ -1,4 +1,4 @@
-"""Intervals by resampling whole groups, alike for every encoder; areas under ROC curves against scikit-learn's."""
+"""Intervals by resampling whole groups, the same for every encoder; areas under ROC curves against scikit-learn's."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def weights(resampling: Resampling) -> Floats:
 
 
 def labelled(number: int, seed: int, levels: int = 12) -> tuple[Floats, Floats]:
-    """Scores of which many are equal, and labels that they foretell a little."""
+    """Scores with many ties, and labels that they weakly predict."""
     random = np.random.default_rng(seed)
     label_N = random.integers(0, 2, number).astype(np.float64)
     return np.rint(random.normal(label_N, 1.5) * levels / 6), label_N
@@ -80,7 +80,7 @@ def test_unknown_values_take_no_part_in_any_resample() -> None:
 
 
 def test_95_of_100_intervals_hold_the_truth_where_groups_are_kept_whole() -> None:
-    """Hits of 60 patients with three films each, all three found or none: 300 sets whose true mean is known."""
+    """Hits of 60 patients with three films each, all hits or all misses: 300 sets with a known true mean."""
     truth, held, torn = 0.6, 0, 0
     for seed in range(300):
         hit_N = np.repeat(np.random.default_rng([7, seed]).random(60) < truth, 3).astype(np.float64)
@@ -91,7 +91,7 @@ def test_95_of_100_intervals_hold_the_truth_where_groups_are_kept_whole() -> Non
             held, torn = held + (inside and kind == "held"), torn + (inside and kind == "torn")
     # the standard error of a share of 0.95 over 300 sets is 0.0126: three of them, to either side
     assert held / 300 == pytest.approx(0.95, abs=0.038)
-    # films of a patient that are drawn apart count as three times as many patients: 1.96 / sqrt(3) deviations hold 0.74
+    # films drawn separately count as three times as many patients: 1.96 / sqrt(3) deviations cover 0.74
     assert torn / 300 < 0.85
 
 

@@ -1,4 +1,4 @@
-"""Dice, against loops over pixels: what counts where a class is, and what a false alarm costs."""
+"""Dice against loops over pixels: films with a class, and the cost of false positives."""
 
 import numpy as np
 import pytest
@@ -19,19 +19,19 @@ SIDE = 32
 SPEC = small_spec(size=SIDE, resize=SIDE)
 LEARNT = rectangles(4, SIDE)
 PLAIN = rectangles(3, SIDE, seed=1, empty=3)
-"""Films on which nothing is."""
+"""Films without any class."""
 TRAIN = joined(LEARNT, PLAIN)
 
 
 def lookalikes() -> Films:
-    """Films with rectangles that no mask says are there."""
+    """Films with rectangles that are missing in the masks."""
     films = rectangles(2, SIDE, seed=2)
     return Films(["a", "b"], films.film_NRR, np.zeros_like(films.mask_NKRR), films.kinds, films.boxes)
 
 
 @pytest.fixture(scope="module")
 def model() -> DenseModel:
-    """A head that has learnt these films by heart, as ``segmentation_scores`` trains it."""
+    """A head overfitted to these films, trained as in ``segmentation_scores``."""
     built = build_dense(SPEC.load(), SIDE, STRIDE, len(KINDS), False, SETTINGS.seed)
     fit_head(built, dice_and_cross_entropy, TRAIN, TRAIN, SETTINGS, SETTINGS.seed)
     return built
@@ -39,7 +39,7 @@ def model() -> DenseModel:
 
 @torch.no_grad()
 def answers(model: DenseModel, films: Films) -> np.ndarray:
-    """What the model says, film by film."""
+    """The model's masks, film by film."""
     model.train(False)
     maps = [model(torch.from_numpy(film_RR[None])) for film_RR in films.film_NRR]
     enlarged = [F.interpolate(each, scale_factor=STRIDE, mode="bilinear", align_corners=False) for each in maps]

@@ -1,4 +1,4 @@
-"""The phantom's sentences say of its films what is true of them."""
+"""The phantom's sentences match the findings of its films."""
 
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow
@@ -26,7 +26,7 @@ def test_what_a_sentence_is_read_as_holds_for_its_study():
             for finding in truth.finding.split("+"):
                 assert bool(study.labels[finding]) != truth.negated, (sentence, truth)
                 assert truth.negated or not truth.laterality or truth.laterality in sides[finding], (sentence, truth)
-    assert read > 1.8 * unread > 0  # the rest speaks of the technique, the skeleton, or of nothing
+    assert read > 1.8 * unread > 0  # the rest is about the technique, the skeleton, or nothing
 
 
 def test_finding_side_and_denial_are_told_apart():

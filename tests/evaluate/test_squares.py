@@ -1,10 +1,10 @@
-"""Boxes and masks on the padded square lie where the film does."""
+"""Boxes and masks are moved to the padded square like the film."""
 
 import numpy as np
 import pytest
 
 from cmcgns.data.image import resize_image
-from cmcgns.evaluate.films import middle, patch_coverage, square_boxes, square_masks
+from cmcgns.evaluate.films import center_crop, patch_coverage, resize_boxes, resize_masks
 
 SHAPES = [(200, 200), (150, 320), (320, 150), (97, 241), (24, 30), (30, 11)]
 """Height and width: square, wide, tall, odd, and films that are enlarged."""
@@ -24,10 +24,10 @@ def bright(shape: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
 def test_a_box_lies_around_what_is_bright_on_the_square(shape: tuple[int, int], side: int) -> None:
     grey_HW, box = bright(shape)
     ys, xs = np.nonzero(resize_image(grey_HW, side) > 120)
-    (moved,) = square_boxes(np.array([box]), shape, side)
-    # a pixel belongs to the rectangle if half of it does: edges are found to half a pixel
+    (moved,) = resize_boxes(np.array([box]), shape, side)
+    # a pixel is set if half of it is in the rectangle, so edges are accurate to half a pixel
     assert moved == pytest.approx([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], abs=0.51)
-    assert square_boxes(np.zeros((0, 4)), shape, side).shape == (0, 4)
+    assert resize_boxes(np.zeros((0, 4)), shape, side).shape == (0, 4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -35,7 +35,7 @@ def test_a_box_lies_around_what_is_bright_on_the_square(shape: tuple[int, int], 
 def test_a_mask_is_set_where_the_square_is_bright(shape: tuple[int, int], side: int) -> None:
     grey_HW, _ = bright(shape)
     mask_KHW = np.stack([grey_HW > 120, np.ones(shape, bool), np.zeros(shape, bool)])
-    square_KRR = square_masks(mask_KHW, side)
+    square_KRR = resize_masks(mask_KHW, side)
     shown = resize_image(grey_HW, side)
     # half of a pixel is bright at 120: films are rounded to whole grey levels, so that pixels of just half may differ
     clear = np.abs(shown.astype(int) - 120) > 2
@@ -47,9 +47,9 @@ def test_a_mask_is_set_where_the_square_is_bright(shape: tuple[int, int], side: 
 
 def test_the_corners_of_a_film_are_the_corners_of_what_it_fills() -> None:
     for shape in SHAPES:
-        filled_RR = square_masks(np.ones((1, *shape), bool), 64)[0]
+        filled_RR = resize_masks(np.ones((1, *shape), bool), 64)[0]
         ys, xs = np.nonzero(filled_RR)
-        (moved,) = square_boxes(np.array([[0, 0, shape[1], shape[0]]]), shape, 64)
+        (moved,) = resize_boxes(np.array([[0, 0, shape[1], shape[0]]]), shape, 64)
         assert moved.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
         assert max(moved[2] - moved[0], moved[3] - moved[1]) == 64
 
@@ -74,4 +74,4 @@ def test_the_middle_of_a_mask_is_what_validation_shows_of_a_film() -> None:
     for side, size in ((72, 64), (41, 32), (40, 40)):
         square_RR = np.random.default_rng(side).random((side, side)) < 0.5
         shown = crop(torch.from_numpy(square_RR)[None, None], size, None)[0, 0].numpy()
-        assert (middle(square_RR[None], size)[0] == shown).all()
+        assert (center_crop(square_RR[None], size)[0] == shown).all()

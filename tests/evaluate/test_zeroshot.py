@@ -1,4 +1,4 @@
-"""Prompts: ours cover every class of every set; a file of one's own is checked before anything runs."""
+"""Prompts: the built-in ones cover every class of every set; a user's file is checked before anything runs."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_our_prompts_cover_every_class(name: str) -> None:
         assert sides.keys() <= {"present", "absent"}
         assert all(isinstance(text, str) and text.endswith(".") for text in sentences)
         assert len(set(sentences)) == len(sentences)
-    # where classes do not exclude each other, each is compared with its own absence
+    # non-exclusive classes are each compared with their absence
     assert name == "covidx" or all(sides["absent"] for sides in prompts.values())
 
 
@@ -61,17 +61,17 @@ def test_prompts_of_ones_own_are_read_as_they_are_written(tmp_path: Path) -> Non
     ("text", "says"),
     [
         ("mine: {fracture: {present: [", "is not YAML"),
-        ("", "no sentences under `present`"),
-        ("just words", "no sentences under `present`"),
-        ("[mine]", "no sentences under `present`"),
-        ("mine: [fracture]", "no sentences under `present`"),
-        ("mine: {fracture: }", "fracture has no sentences under `present`"),
-        ("mine: {fracture: {absent: [No fracture.]}}", "fracture has no sentences under `present`"),
-        ("mine: {fracture: {present: []}}", "fracture has no sentences under `present`"),
-        ("mine: {fracture: {present: There is a fracture.}}", "fracture has no sentences under `present`"),
-        ("mine: {fracture: {present: [Yes]}}", "fracture has no sentences under `present`"),
-        ("mine: {mass: {present: [A mass.]}, fracture: {present: [A.], absent: No fracture.}}", ": fracture has"),
-        ("mine: {fracture: {present: [A.], abscent: [No fracture.]}}", ": fracture has"),
+        ("", "needs sentences under `present`"),
+        ("just words", "needs sentences under `present`"),
+        ("[mine]", "needs sentences under `present`"),
+        ("mine: [fracture]", "needs sentences under `present`"),
+        ("mine: {fracture: }", "fracture needs sentences under `present`"),
+        ("mine: {fracture: {absent: [No fracture.]}}", "fracture needs sentences under `present`"),
+        ("mine: {fracture: {present: []}}", "fracture needs sentences under `present`"),
+        ("mine: {fracture: {present: There is a fracture.}}", "fracture needs sentences under `present`"),
+        ("mine: {fracture: {present: [Yes]}}", "fracture needs sentences under `present`"),
+        ("mine: {mass: {present: [A mass.]}, fracture: {present: [A.], absent: No fracture.}}", ": fracture needs"),
+        ("mine: {fracture: {present: [A.], abscent: [No fracture.]}}", ": fracture needs"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_laid_out_otherwise_is_refused_by_its_name(tmp_path: Path, text: str, says: str) -> None:

@@ -1,4 +1,4 @@
-"""What the whole model promises: what is hidden stays hidden, padding is nothing, patches are in raster order."""
+"""The whole model: masked patches do not leak, padding has no effect, patches are in raster order."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from cmcgns.errors import UserError
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import AttentionPool
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
-from cmcgns.models.dual_encoder import limited_scale
+from cmcgns.models.dual_encoder import clamped_scale
 from cmcgns.models.presets import IMAGE_PRESETS
 from cmcgns.models.text import TextEncoder, sentence_means
 from tests.small import random_batch, small_config, small_model
@@ -29,7 +29,7 @@ def model_and_batch(kind: str) -> tuple[CmCgnsModel, ImageReportBatch]:
 
 
 class PerturbedEncoder(nn.Module):
-    """An image encoder whose patch features are changed where ``where_BP`` says so."""
+    """An image encoder whose patch features are changed where ``where_BP`` is True."""
 
     def __init__(self, encoder: ImageEncoder, where_BP: Tensor) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class MeanColour(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Any:
         mean_B1gg = nn.functional.avg_pool2d(pixel_values[:, :1], 32)
-        hidden = mean_B1gg * torch.arange(1.0, 9.0).view(1, 8, 1, 1)
+        hidden = mean_B1gg * torch.arange(1.0, 9.0, device=pixel_values.device).view(1, 8, 1, 1)
         return type("Found", (), {"last_hidden_state": hidden})
 
 
@@ -172,7 +172,7 @@ def test_decoders_put_each_patch_where_it_belongs(kind: str) -> None:
     middle += (slice(column * stride + stride // 2 - 2, column * stride + stride // 2 + 2),)
     model.decoder(joint_BPE)[0, 0][middle].sum().backward()
     assert joint_BPE.grad is not None
-    # the pixels in the middle of a cell hang on that cell's patch more than on any other
+    # pixels in the middle of a cell depend most on that cell's patch
     assert int(joint_BPE.grad[0].norm(dim=1).argmax()) == row * grid + column
 
 
@@ -213,14 +213,14 @@ def test_the_scale_starts_at_one_over_the_temperature_and_is_learnt_only_on_requ
     for learn in (True, False):
         config = small_config(objective__temperature=0.05, objective__learn_temperature=learn)
         model = small_model(config)
-        assert float(limited_scale(model.log_scale.detach())) == pytest.approx(20.0, rel=1e-6)
+        assert float(clamped_scale(model.log_scale.detach())) == pytest.approx(20.0, rel=1e-6)
         assert model.log_scale.requires_grad == learn
 
 
 def test_the_scale_stops_at_its_limits_and_gradients_pass() -> None:
     for log_scale, scale in ((-3.0, 1.0), (8.0, 100.0), (1.0, 2.718281828)):
         value = torch.tensor([log_scale], requires_grad=True)
-        limited = limited_scale(value)
+        limited = clamped_scale(value)
         limited.backward()
         assert limited.shape == (1,)
         assert float(limited.detach()) == pytest.approx(scale, rel=1e-6)

@@ -47,7 +47,7 @@ def test_films_of_one_text_do_not_push_each_other_away() -> None:
     image_BD, report_BD = random_pairs(4)
     report_BD.requires_grad_()
     hash_B = torch.tensor([1, 1, 2, 3])
-    # only the film side of study 0: what it asks of the other reports
+    # only the film of study 0: its gradient to the other reports
     image_BD[1:] = 0.0
     contrastive_loss(image_BD, report_BD, hash_B, torch.full((1,), 5.0, dtype=torch.float64)).backward()
     assert report_BD.grad is not None

@@ -69,8 +69,8 @@ def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
             assert total == pytest.approx(expected_total, rel=1e-12), name
             method = load_method(config_of(name))
             for part, theirs, ours in zip((*method.terms(2), *method.statistics), expected_parts, parts, strict=True):
-                if part not in ("patches_std", "attended_std"):  # over this rank's rows: their mean is near, not equal
-                    assert ours == pytest.approx(theirs, rel=1e-5), (name, part)  # float32 on the way to the log
+                if part not in ("patches_std", "attended_std"):  # per-rank statistics: their mean is close, not equal
+                    assert ours == pytest.approx(theirs, rel=1e-5), (name, part)  # logged as float32
             for key, gradient in gradients.items():
                 # float64: sums in another order differ by about 1e-15 of the largest
                 assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-10), (name, key)
@@ -79,5 +79,5 @@ def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
 def test_every_parameter_takes_part_in_stage_2(single: dict[str, tuple[float, list[float], dict[str, Tensor]]]) -> None:
     for name, (_, _, gradients) in single.items():
         still = [key for key, gradient in gradients.items() if not gradient.any()]
-        # attention ignores what is added to all keys alike
+        # attention is invariant to a bias that is equal for all keys
         assert all(key.endswith(("key.bias", "k_proj.bias")) for key in still), (name, still)

@@ -1,4 +1,4 @@
-"""The sentence loss against a loop that writes every row and every hard-negative column out."""
+"""The sentence loss against a loop over every row and every hard-negative column."""
 
 import math
 
@@ -20,7 +20,7 @@ def objective(false_negatives: str, **more: float) -> Settings:
             "false_negatives": false_negatives,
             "sentence_temperature": TEMPERATURE,
             "hard_negative_logit": OWN_LOGIT,
-            "margin_weight": 0.7,  # so that the margin weighs something here
+            "margin_weight": 0.7,  # large enough that the margin loss matters here
             **more,
         }
     )
@@ -39,7 +39,7 @@ def random_sentences(
 
 
 def slow_loss(z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor, config: Settings) -> tuple[Tensor, int, float]:
-    """Loss, rows restored and negatives per sentence, row by row as method.md has it."""
+    """Loss, rows restored and negatives per sentence, computed row by row."""
     number = len(z1)
     order = [(z1[i] @ centroids.T).argsort(descending=True).tolist() for i in range(number)]
     nearest, second = [row[0] for row in order], [row[1] for row in order]
@@ -57,7 +57,7 @@ def slow_loss(z1: Tensor, z2: Tensor, hashes: Tensor, centroids: Tensor, config:
         negatives += len(columns) - 1
         for j in range(number):
             if config.false_negatives != "margin" and j != i and second[j] == nearest[i]:
-                continue  # the hard negative of j is what row i is about
+                continue  # the hard negative of j is row i's own cluster
             columns.append(z1[i] @ centroids[second[j]] / TEMPERATURE + (OWN_LOGIT if i == j else 0.0))
         losses.append(torch.stack(columns).exp().sum().log() - z1[i] @ z2[i] / TEMPERATURE)
         if config.false_negatives != "exclude":
@@ -159,7 +159,7 @@ def test_no_false_negative_means_no_margin() -> None:
 
 @pytest.mark.parametrize(("others", "restored"), [(8, 8), (7, 10)])
 def test_a_row_keeps_its_false_negatives_only_where_fewer_than_8_others_would_stay(others: int, restored: int) -> None:
-    """Three sentences of one cluster and 8 (or 7) of the other, whose own rows have too few others in any case."""
+    """Three sentences of one cluster and 8 (or 7) of the other, whose rows have too few others in any case."""
     centroids_KD = torch.eye(2, dtype=torch.float64)
     source = torch.Generator().manual_seed(0)
     lean_n2 = 0.1 * torch.randn(3 + others, 2, generator=source, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Encoders by preset, folder or name, and what is said where there is none."""
+"""Encoders by preset, folder or name, and the message if there is none."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_grid_stride_and_width_are_read_off_the_model(kind: str, tmp_path: Path)
     image_B1HW = torch.rand(2, 1, side, side)
     features_BPC, pooled_BC = encoder(image_B1HW)
     assert (features_BPC.shape, pooled_BC.shape) == ((2, 49, dim), (2, dim))
-    # patches stand in raster order: a bright corner changes the last one most
+    # patches are in raster order: a bright corner changes the last one most
     image_B1HW[:, :, -stride:, -stride:] = 8.0
     moved_BP = (encoder(image_B1HW)[0] - features_BPC).norm(dim=-1)
     assert moved_BP.argmax(1).tolist() == [48, 48]
@@ -90,26 +90,26 @@ def fixture_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 def test_a_wrong_name_is_refused_with_the_presets(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.image_encoder 'resnet-5' is no preset.*presets: resnet-tiny"):
+    with pytest.raises(UserError, match=r"model.image_encoder 'resnet-5' is neither a preset.*presets: resnet-tiny"):
         build_image_backbone("resnet-5", 64, 0.0)
-    with pytest.raises(UserError, match=r"model.text_encoder 'bert-huge' is no preset.*presets: bert-tiny"):
+    with pytest.raises(UserError, match=r"model.text_encoder 'bert-huge' is neither a preset.*presets: bert-tiny"):
         build_text_backbone("bert-huge", 100, 64, 0.0)
-    with pytest.raises(UserError, match=r"model.image_encoder '.*' holds no model"):
+    with pytest.raises(UserError, match=r"model.image_encoder '.*' contains no model"):
         build_image_backbone(str(tmp_path), 64, 0.0)
 
 
 def test_a_folder_with_a_configuration_and_no_weights_is_refused(tmp_path: Path) -> None:
     build_image_backbone("vit-tiny", 64, 0.0).config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model.image_encoder '.*' holds no model"):
+    with pytest.raises(UserError, match=r"model.image_encoder '.*' contains no model"):
         build_image_backbone(str(tmp_path), 64, 0.0)
 
 
 def test_an_encoder_of_the_other_modality_is_refused(tmp_path: Path) -> None:
     build_image_backbone("vit-tiny", 64, 0.0).save_pretrained(tmp_path / "image")
     build_text_backbone("bert-tiny", 100, 64, 0.0).save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match=r"model.text_encoder .* is a vit; a BERT-like encoder is needed"):
+    with pytest.raises(UserError, match=r"model.text_encoder .* is a vit; give a BERT-like encoder"):
         build_text_backbone(str(tmp_path / "image"), 100, 64, 0.0)
-    with pytest.raises(UserError, match=r"model.image_encoder .* is a bert; a model of images is needed"):
+    with pytest.raises(UserError, match=r"model.image_encoder .* is a bert; give an image model"):
         build_image_backbone(str(tmp_path / "text"), 64, 0.0)
 
 
@@ -117,5 +117,5 @@ def test_a_text_encoder_too_small_for_the_reports_is_refused_with_numbers(tmp_pa
     build_text_backbone("bert-tiny", 100, 64, 0.0).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"data.max_tokens 600 .* at most 512"):
         build_text_backbone(str(tmp_path), 100, 600, 0.0)
-    with pytest.raises(UserError, match=r"101 entries.* knows 100"):
+    with pytest.raises(UserError, match=r"101 entries.* has 100"):
         build_text_backbone(str(tmp_path), 101, 64, 0.0)

@@ -1,4 +1,4 @@
-"""The model's pieces against the numbers of the published method."""
+"""The model's parts against the numbers of the published method."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import pytest
 from cmcgns.errors import UserError
 from cmcgns.sweep import admission as admission_module
 from cmcgns.sweep.admission import Admission, Capacity
-from cmcgns.train.run import Share
+from cmcgns.train.run import CpuShare
 
 
 class Cluster:
@@ -17,7 +17,7 @@ class Cluster:
     def capacity(self) -> Capacity:
         if not self.trials:
             raise UserError("not one trial fits")
-        return Capacity(self.trials, Share(2.0 * self.trials, 1.0, beside_others=True))
+        return Capacity(self.trials, CpuShare(2.0 * self.trials, 1.0, shared_cluster=True))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.small import VOCABULARY
 
 
 def order_of(seed: int, epoch: int, studies: int) -> np.ndarray:
-    """The studies of an epoch in their order, as if they lay in groups of 8."""
+    """The studies of an epoch in order, as if stored in groups of 8."""
     numbers = np.arange(studies)
     return Arrangement(numbers, (numbers // 8).astype(np.int32), -(-studies // 8)).epoch(seed, epoch, 2).row_S
 
@@ -65,7 +65,7 @@ class MemoryBlocks:
 
 
 class Quiet:
-    """A display that nobody looks at."""
+    """A display that shows nothing."""
 
     def update(self, row: dict[str, Any]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""One run that does much at once: it streams its corpus out of a bucket, and trains on encoders out of local folders."""
+"""One run that streams its corpus from a bucket and trains encoders from local folders."""
 
 import os
 from pathlib import Path
@@ -28,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(folder: Path) -> dict[str, PreTrainedModel]:
-    """A film and a report encoder with its tokenizer, in folders as they come from a hub."""
+    """An image encoder, and a text encoder with its tokenizer, in folders like those of the hub."""
     corpus = PhantomCorpus(200, seed=0, height=72, width=72)
     sentences = [each for i in range(200) for each in parse_report(corpus.study(i).report).sentences]
     torch.manual_seed(3)
     image, text = build_image_backbone("vit-tiny", 64, 0.0), build_text_backbone("bert-tiny", 1024, 128, 0.0)
-    image.half().save_pretrained(folder / "image")  # many a hub's encoder is stored in half precision
+    image.half().save_pretrained(folder / "image")  # many encoders on the hub are stored in half precision
     text.save_pretrained(folder / "text")
     train_tokenizer(sentences, 1024, 128, 16).save(folder / "text")
     return {"image": image, "text": text}

@@ -1,4 +1,4 @@
-"""Each use of DeepSpeed's private attributes: the test that fails names what a new DeepSpeed has changed."""
+"""Each use of DeepSpeed's private attributes: a failing test names the one that a new DeepSpeed has changed."""
 
 import pytest
 import torch

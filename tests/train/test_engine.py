@@ -1,4 +1,4 @@
-"""Both engines: every ZeRO stage trains alike, on any number of ranks, and hands its whole state to any other."""
+"""Both engines: every ZeRO stage gives the same training on any number of ranks, and can load the state of any other."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 
 def config_of(ranks: int = 1, accumulation: int = 1, **train: object) -> Config:
-    """One global batch of 6 studies, cut as asked."""
+    """One global batch of 6 studies, split into microbatches."""
     size = GLOBAL_BATCH // ranks // accumulation
     return small_config(num_workers=ranks, microbatch_size=size, global_batch_size=GLOBAL_BATCH, **train)
 
@@ -60,7 +60,7 @@ def train(engine: Engine, config: Config, seeds: range, stage2: bool = False) ->
 
 
 def gradients(engine: Engine) -> State:
-    """Whole mean gradients before the step, as the engine is going to apply them."""
+    """Whole mean gradients before the step, as the engine will apply them."""
     from deepspeed.utils import safe_get_full_grad
 
     found = {}
@@ -114,7 +114,7 @@ def test_bf16_stays_near_fp32(one_rank: dict[str, list[float]]) -> None:
 
 
 def on_two_ranks(folder: str) -> dict[str, tuple[float, State]]:
-    """Loss and gradients of one step for each way; and a ZeRO-2 run that leaves its state behind."""
+    """Loss and gradients of one step for each configuration, and the saved state of a ZeRO-2 run."""
     found = {}
     for name, config in {
         "zero0": config_of(2, zero_stage=0),
@@ -127,7 +127,7 @@ def on_two_ranks(folder: str) -> dict[str, tuple[float, State]]:
         engine = engine_of(config)
         loss = run_step(engine, config, seed=0)
         found[name] = loss, gradients(engine)
-        if name == "torch":  # which averages in its step
+        if name == "torch":  # the torch engine averages in step()
             weights = {key: value.clone() for key, value in engine.weights().items()}
             engine.step(1e-4)
             found[name] = loss, {key: value - weights[key] for key, value in engine.weights().items()}
@@ -174,7 +174,7 @@ def whole_batch() -> tuple[float, State]:
 def check_gradients(found: State, expected: State) -> None:
     assert set(found) == set(expected)
     for name, grad in expected.items():
-        # float32 over other sums: relative to the tensor's largest entry, or to 1e-6 where all of it is rounding
+        # float32 sums in another order: relative to the largest entry, or to 1e-6 if everything is rounding error
         limit = 1e-4 * max(float(grad.abs().max()), 1e-3)
         torch.testing.assert_close(found[name], grad, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -271,7 +271,8 @@ def test_frozen_parts_stay_out_of_the_optimizer() -> None:
     train(engine, config, range(2))
     after = engine.weights()
     for name, value in before.items():
-        if not name.endswith(("key.bias", "k_proj.bias")):  # attention ignores what is added to all keys alike
+        # attention is invariant to a bias that is equal for all keys
+        if not name.endswith(("key.bias", "k_proj.bias")):
             assert torch.equal(value, after[name]) == name.startswith(RECONSTRUCTION_PARTS), name
     assert not any(name.removeprefix("exp_avg.").startswith(RECONSTRUCTION_PARTS) for name in engine.optimizer_state())
 

@@ -1,4 +1,4 @@
-"""A run that cannot go on ends by itself, with status 1 and one message, and nothing already done is lost."""
+"""A run that cannot continue ends with status 1 and one message, and loses nothing that was saved."""
 
 from pathlib import Path
 
@@ -14,6 +14,6 @@ QUICK = ("--run.name=run", "--train.log_every=1", "--train.checkpoint_every=5", 
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_restart(tmp_path: Path) -> None:
     job = Job(tmp_path, *QUICK, "--train.learning_rate=1e30", "--train.gradient_clip=0")
     said = check_failed(job, tmp_path / "run", "is not finite", "the weights are those of step")
-    assert "goes on after" not in said
+    assert "resuming after" not in said
     done = rows(tmp_path / "run")
     assert all(row["loss"] == row["loss"] for row in done)

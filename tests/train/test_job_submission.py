@@ -19,6 +19,6 @@ def test_a_submitted_job_succeeds(ray_head: RayHead, tmp_path: Path) -> None:
 
 def test_a_run_folder_in_a_jobs_copy_of_the_working_directory_is_known_to_pass_away() -> None:
     copy = "/somewhere/session_1/runtime_resources/working_dir_files/_ray_pkg_1"
-    assert RunFolder(f"{copy}/runs", "run", resumed=False).is_passing
-    assert not RunFolder("/data/runs", "run", resumed=False).is_passing
-    assert not RunFolder("s3://bucket/runs", "run", resumed=False).is_passing
+    assert RunFolder(f"{copy}/runs", "run", resumed=False).is_temporary
+    assert not RunFolder("/data/runs", "run", resumed=False).is_temporary
+    assert not RunFolder("s3://bucket/runs", "run", resumed=False).is_temporary

@@ -1,4 +1,4 @@
-"""Recall with duplicates, rows of metrics, and the log that a resumed run goes on with."""
+"""Recall with duplicates, rows of metrics, and the log of a resumed run."""
 
 import json
 from pathlib import Path

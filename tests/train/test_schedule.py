@@ -39,7 +39,7 @@ def test_the_warm_up_ends_in_each_stage_anew() -> None:
 
 def test_epochs_are_whole_global_batches() -> None:
     epochs = {"stage1_steps": None, "stage1_epochs": 2.5, "warmup_steps": None, "warmup_epochs": 1}
-    schedule = build_schedule(train_config(**epochs), studies=39)  # 4 steps of 8; the last 7 studies are left out
+    schedule = build_schedule(train_config(**epochs), studies=39)  # 4 steps of 8; the last 7 studies are dropped
     assert schedule == Schedule(stage1=10, stage2=20, warmup=4)
 
 

@@ -1,4 +1,4 @@
-"""What lies in a run's folder."""
+"""Contents of a run folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which studies each step sees: the same on any number of ranks, and after a restart in the middle."""
+"""Studies of each step: the same on any number of ranks, and after a restart in the middle."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch, mask_positions
 from cmcgns.data.record import Block
 from cmcgns.train import steps
-from cmcgns.train.steps import EpochPrefetch, Place, StepReader, validation_batches
+from cmcgns.train.steps import Cursor, PrefetchTimer, StepReader, validation_batches
 from tests.ranks import run_on_ranks
 from tests.small import small_config
 from tests.train.memory import MemoryBlocks, order_of, studies_of
@@ -26,7 +26,7 @@ def config_of(ranks: int, accumulation: int = 1) -> Config:
 
 
 class RecordingBatcher(Batcher):
-    """Remembers the studies of every block that became a batch."""
+    """Records the studies of every block that becomes a batch."""
 
     seen: list[list[int]]
 
@@ -41,19 +41,19 @@ def read(ranks: int, accumulation: int, steps: int, place: tuple[int, int] = (0,
     config = config_of(ranks, accumulation)
     batcher = RecordingBatcher(config, 0, CPU)
     source = MemoryBlocks(config, STUDIES, bad=BAD)
-    reader = StepReader(source, batcher, Place(*place), accumulation, lambda: False)
+    reader = StepReader(source, batcher, Cursor(*place), accumulation, lambda: False)
     batcher.seen, places, digests = [], [], []
     for _ in range(steps):
         batcher.seen.append([])
         step = reader.next_step()
         assert len(step.microbatches) == accumulation
-        places.append((step.place.epoch, step.place.position))
+        places.append((step.cursor.epoch, step.cursor.position))
         digests.append(step.studies_digest)
     return {"seen": batcher.seen, "places": places, "digests": digests}
 
 
 def expected_sets(epoch: int) -> list[set[int]]:
-    """The global batches of an epoch: its order without bad studies, cut, the incomplete end left out."""
+    """The global batches of an epoch: its order without bad studies, split, without the incomplete last one."""
     good = [int(study) for study in order_of(0, epoch, STUDIES) if study not in BAD]
     return [set(good[start : start + GLOBAL_BATCH]) for start in range(0, len(good) - GLOBAL_BATCH + 1, GLOBAL_BATCH)]
 
@@ -93,21 +93,21 @@ def test_a_restart_from_any_place_gives_the_rest_also_on_other_ranks() -> None:
 def test_the_next_epoch_is_prepared_before_this_one_ends() -> None:
     config = config_of(1)
     source = MemoryBlocks(config, STUDIES)
-    reader = StepReader(source, Batcher(config, 0, CPU), Place(), 1, lambda: False)
+    reader = StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False)
     reader.next_step()
     assert set(source.prepared) == {1}
 
 
 def test_a_corpus_smaller_than_a_global_batch_is_an_error_and_not_an_endless_loop() -> None:
     config = config_of(1)
-    reader = StepReader(MemoryBlocks(config, 11), Batcher(config, 0, CPU), Place(), 1, lambda: False)
+    reader = StepReader(MemoryBlocks(config, 11), Batcher(config, 0, CPU), Cursor(), 1, lambda: False)
     with pytest.raises(RuntimeError, match="less than one global batch"):
         reader.next_step()
 
 
 def test_a_wish_to_stop_reaches_every_step() -> None:
     config = config_of(1)
-    reader = StepReader(MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Place(), 1, lambda: True)
+    reader = StepReader(MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Cursor(), 1, lambda: True)
     assert reader.next_step().stop_requested
 
 
@@ -115,7 +115,7 @@ def crops(ranks: int) -> dict[int, tuple[float, list[bool]]]:
     """Each study's pixels and mask, by study."""
     config = config_of(ranks)
     source = MemoryBlocks(config, STUDIES)
-    step = StepReader(source, Batcher(config, 0, CPU), Place(), 1, lambda: False).next_step()
+    step = StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False).next_step()
     keys = next(MemoryBlocks(config, STUDIES).open(0, 0)).draw_keys
     [batch] = step.microbatches
     return {
@@ -161,34 +161,34 @@ def test_validation_crops_the_middle() -> None:
 def test_the_next_epoch_begins_so_long_before_it_is_needed(
     speed: int, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 s at the speed of this epoch, its slow start and what lay ready at it left out, and not fewer studies than asked for."""
+    """8 s at the speed of this epoch, without its slow start and its first buffered studies, and at least ``least`` studies."""
     clock = [0.0]
     monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
-    foresight, position = EpochPrefetch(100_000, least=640), 0
+    timer, position = PrefetchTimer(100_000, least=640), 0
     clock[0] += 30  # until the first block
-    for _ in range(5):  # what lay ready
+    for _ in range(5):  # already buffered
         position += 100
-        assert not foresight.is_time(position)
+        assert not timer.is_due(position)
         clock[0] += 0.01
-    while not foresight.is_time(position):
+    while not timer.is_due(position):
         position += 10
         clock[0] += 10 / speed
     assert 100_000 - position == pytest.approx(left, rel=0.02)
 
 
 def test_an_epoch_that_is_over_at_once_goes_by_the_speed_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, foresight = [0.0], EpochPrefetch(1_000, least=10)
+    clock, timer = [0.0], PrefetchTimer(1_000, least=10)
     monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
     begun_at = []
     for _ in range(2):
-        foresight.begin()
+        timer.start_epoch()
         for position in range(1, 1_001):
             clock[0] += 0.001  # a second in all
-            if foresight.is_time(position):
+            if timer.is_due(position):
                 begun_at.append(position)
                 break
         while position < 1_000:
             position += 1
             clock[0] += 0.001
-            foresight.is_time(position)
+            timer.is_due(position)
     assert begun_at == [990, 1]

@@ -1,4 +1,4 @@
-"""A run that loses workers and is stopped ends as if nothing had happened; the acceptance test takes it one by one."""
+"""A run that loses workers and is stopped ends like an undisturbed one; the acceptance test checks each case separately."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp
     undisturbed = beside.submit(run_undisturbed, tmp_path / "undisturbed")
     job = start(tmp_path, steps=4)
     job.workers()[0].kill()
-    job.wait_for(lambda: "goes on after step" in job.text() and len(rows(folder)) >= 11)
+    job.wait_for(lambda: "resuming after step" in job.text() and len(rows(folder)) >= 11)
     job.interrupt()
     steps = check_stopped(job, folder)
     assert checkpoints(folder)[-1].name.startswith(f"checkpoint_{steps:08d}_")

@@ -1,4 +1,4 @@
-"""The loop of both stages in one process: blocks in memory, the clustering beside it, plain torch, no Ray."""
+"""The loop of both stages in one process: blocks and clustering in memory, plain torch, no Ray."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def start(
     config: Config, folder: Path, checkpoint: int | None = None, source: Path | None = None,
     batcher: type[Batcher] = Batcher, stop: Callable[[], bool] = lambda: False,
 ) -> Run:  # fmt: skip
-    """A trainer with fresh parts, from the beginning or from ``checkpoint`` of the run in ``source``."""
+    """A trainer with new parts, from the start or from ``checkpoint`` of the run in ``source``."""
     folder.mkdir(exist_ok=True)
     if source is not None:
         shutil.copy(source / "metrics.jsonl", folder / "metrics.jsonl")
@@ -121,12 +121,12 @@ def test_validation_comes_when_due_and_at_the_end_of_each_stage(finished: Run) -
 
 def test_clustering_starts_once_and_its_versions_follow_the_refreshes(finished: Run) -> None:
     versions = [row["centroids_version"] for row in finished.rows()]
-    # 1024 sentences are there at step 12; what is asked for at a refresh comes into force at the next
+    # 1024 sentences are in the bank at step 12; centroids requested at one refresh are adopted at the next
     assert versions[:24] == [0] * 15 + [1] * 4 + [2] * 4 + [3]
     assert finished.trainer.parts.banks.first.centroids.started_at == 16
     restored = [row["rows_restored"] for row in finished.rows()]
     assert not any(restored[:16])
-    assert any(restored[16:])  # young sentences share a cluster: their false negatives had to stay
+    assert any(restored[16:])  # early sentences share a cluster, so their false negatives stay in
 
 
 def test_losses_add_up(finished: Run) -> None:
@@ -283,13 +283,13 @@ def test_a_steady_step_reads_nothing_back_from_the_device(finished: Run, tmp_pat
     assert trainer.parts.banks.first.centroids.started
     trainer.train_step(29, trainer.reader.next_step())
     data = trainer.reader.next_step()
-    # Adam's step counts lie on the host also beside a GPU
+    # Adam's step counts are on the host, also on a GPU
     counts = {slot["step"].data_ptr() for slot in trainer.engine.optimizer.state.values()}  # type: ignore[attr-defined]
     with HostReads(counts) as reads:
         trainer.train_step(30, data)
     assert reads.found == []
     with HostReads(counts) as reads:
-        assert float(torch.ones(3).sum()) == 3.0  # the counter does count
+        assert float(torch.ones(3).sum()) == 3.0  # check that the counter works
     assert reads.found == ["aten::_local_scalar_dense"]
 
 

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation as Ray runs them: what is started for which set and encoder, each on one CPU by itself."""
+"""Ray tasks of an evaluation: which task is started for which set and encoder, each on one CPU."""
 
 import hashlib
 import itertools
@@ -26,38 +26,36 @@ from cmcgns.evaluate.tasks.classification import drawn_groups, finetune_scores
 from cmcgns.evaluate.tasks.detection import detection_scores
 from cmcgns.evaluate.tasks.segmentation import segmentation_scores
 
-ON_PLACES: dict[str, AnnotationKind] = {
+FILM_HEADS: dict[str, AnnotationKind] = {
     "segmentation": "masks",
     "detection": "boxes",
     "classification": "labels",
 }
-"""Heads that are trained on films, and what they are taught; classification only where encoders are tuned."""
-
-
-HEADS_ALONE = ("segmentation", "detection")
-"""Tasks with nothing but a trained head."""
+"""Tasks that train a head on films, and the annotations they use; classification only with tuned encoders."""
+HEAD_TASKS = ("segmentation", "detection")
+"""Tasks that only train a head on films."""
 
 
 @dataclass
 class Evaluation:
-    """What is evaluated, and what has come of it."""
+    """Inputs and results of an evaluation."""
 
     settings: EvaluateConfig
     encoders: list[EncoderSpec]
     sets: list[ImageSet]
     prompts: dict[str, dict[str, dict[str, list[str]]]]
-    """For each kind of set and class the sentences under `present` and `absent`."""
+    """Sentences under `present` and `absent`, by kind of set and class."""
     scores: list[Score] = field(default_factory=list)
     shown: list[Figure] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    """Tasks that a set or an encoder has nothing for."""
+    skipped: list[str] = field(default_factory=list)
+    """Tasks that were not run for a set or encoder, with the reason."""
     failures: list[str] = field(default_factory=list)
-    """Tasks and sets that could not be evaluated, and why."""
+    """Tasks and sets that failed, with the reason."""
     bad_rows: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By set, the reason of each image that could not be used."""
+    """Reason for each unusable image, by set."""
     seconds: dict[str, float] = field(default_factory=dict)
     pairs_digest: str | None = None
-    """Of the test studies that films and reports were taken from."""
+    """Digest of the corpus's test studies."""
 
     def tests(self) -> dict[str, str]:
         """Digest of the test images of each set, and of the corpus's test studies."""
@@ -65,114 +63,116 @@ class Evaluation:
         return {CORPUS: self.pairs_digest} | digests if self.pairs_digest else digests
 
 
-def start_pair_tasks(found: Evaluation, tasks: dict[str, Task]) -> dict[Any, str]:
-    """References of the scores of tasks on the corpus's films and reports together, with what each one is."""
-    settings, started = found.settings, dict[Any, str]()
-    images = next((each for each in found.sets if isinstance(each.source, PhantomSource)), None)
+def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any, str]:
+    """Start the tasks that read pairs of the corpus. Returns a description of each by its Ray reference."""
+    settings, started = evaluation.settings, dict[Any, str]()
+    images = next((each for each in evaluation.sets if isinstance(each.source, PhantomSource)), None)
     if images is None:
         unknown = [name for name, task in tasks.items() if task.needs_truth]
-        found.left_out += [f"{name}: what sentences say is known of the phantom alone" for name in unknown]
+        evaluation.skipped += [f"{name}: findings of sentences are known only for the phantom" for name in unknown]
         tasks = {name: task for name, task in tasks.items() if name not in unknown}
     shared = ray.put(images)
-    for encoder in found.encoders if tasks else []:
+    for encoder in evaluation.encoders if tasks else []:
         if not encoder.has_reports:
-            found.left_out.append(f"{', '.join(tasks)} by {encoder.name}: it reads no reports")
+            evaluation.skipped.append(f"{', '.join(tasks)} by {encoder.name}: it has no text encoder")
             continue
         own = tasks
         if not encoder.run.method.has_attention:
             own = {name: task for name, task in tasks.items() if not task.needs_attention}
             reason = f"{encoder.config.method.name} attends to no patches"
-            found.left_out += [f"{name} by {encoder.name}: {reason}" for name in tasks if name not in own]
+            evaluation.skipped += [f"{name} by {encoder.name}: {reason}" for name in tasks if name not in own]
         if not own:
             continue
         pairs = embed.remote(encoder)
-        try:  # one after the other: each needs a CPU besides those of its data
+        try:  # one at a time: each needs a CPU in addition to those for its data
             digest = ray.get(studies_digest.remote(pairs))
         except Exception as error:
-            found.failures.append(f"pairs by {encoder.name}: {cause(error)}")
+            evaluation.failures.append(f"pairs by {encoder.name}: {cause(error)}")
             continue
-        if found.pairs_digest not in (None, digest):
-            found.left_out.append(f"{', '.join(own)} by {encoder.name}: its corpus has other test studies")
+        if evaluation.pairs_digest not in (None, digest):
+            evaluation.skipped.append(f"{', '.join(own)} by {encoder.name}: its corpus has other test studies")
             continue
-        found.pairs_digest = digest
+        evaluation.pairs_digest = digest
         for name, task in own.items():
-            reference = on_pairs.remote(task, name, pairs, encoder, shared, settings)
+            reference = run_pair_task.remote(task, name, pairs, encoder, shared, settings)
             started[reference] = f"{name} by {encoder.name}"
     return started
 
 
-def start_feature_tasks(found: Evaluation, tasks: dict[str, Task], images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of the scores of tasks on the films of ``images`` alone."""
-    settings, started = found.settings, dict[Any, str]()
+def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: ImageSet, cache: str) -> dict[Any, str]:
+    """Start the tasks that read features of ``images``. Returns a description of each by its Ray reference."""
+    settings, started = evaluation.settings, dict[Any, str]()
     if not images.classes:
-        found.left_out.append(f"{images.name}: it has no labels for classification")
+        evaluation.skipped.append(f"{images.name}: it has no labels for classification")
         return started
     wanted = {}
     for name, task in tasks.items():
         if name == "classification" and "frozen" not in settings.encoder:
             continue
-        reason = task.missing(images, found.prompts)
+        reason = task.missing(images, evaluation.prompts)
         if reason is None:
             wanted[name] = task
         else:
-            found.left_out.append(f"{name} of {images.name}: {reason}")
+            evaluation.skipped.append(f"{name} of {images.name}: {reason}")
     if not wanted:
         return started
     try:
-        uris, bad = make_features(found.encoders, images, cache, settings)
+        uris, bad = make_features(evaluation.encoders, images, cache, settings)
     except Exception as error:
-        found.failures.append(f"features of {images.name}: {cause(error)}")
+        evaluation.failures.append(f"features of {images.name}: {cause(error)}")
         return started
-    found.bad_rows[images.name] = bad
+    evaluation.bad_rows[images.name] = bad
     shared = ray.put(images)
-    for encoder, uri in zip(found.encoders, uris, strict=True):
+    for encoder, uri in zip(evaluation.encoders, uris, strict=True):
         for name, task in wanted.items():
             if task.needs_reports and not encoder.has_reports:
-                found.left_out.append(f"{name} of {images.name} by {encoder.name}: it reads no reports")
+                evaluation.skipped.append(f"{name} of {images.name} by {encoder.name}: it has no text encoder")
                 continue
-            reference = on_features.remote(task, name, uri, encoder, shared, settings)
+            reference = run_feature_task.remote(task, name, uri, encoder, shared, settings)
             started[reference] = f"{name} of {images.name} by {encoder.name}"
     return started
 
 
-def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
-    """References of what is measured by heads that say where findings lie."""
-    settings, started, data = found.settings, dict[Any, str](), found.encoders[0].config.data
+def start_film_head_tasks(evaluation: Evaluation, images: ImageSet, cache: str) -> dict[Any, str]:
+    """Start the tasks that train a head on the films of ``images``. Returns a description of each by its Ray reference."""
+    settings, started, data = evaluation.settings, dict[Any, str](), evaluation.encoders[0].config.data
     shares = {
         "segmentation": settings.segmentation_fractions,
         "detection": settings.detection_fractions,
         "classification": settings.fractions,
     }
     classes = {"segmentation": images.mask_classes, "detection": images.box_classes, "classification": images.classes}
-    asked = [task for task in ON_PLACES if task in settings.tasks]
+    asked = [task for task in FILM_HEADS if task in settings.tasks]
     if "tuned" not in settings.encoder and "classification" in asked:
         asked.remove("classification")
-    empty = {task: _empty_split(images, ON_PLACES[task]) for task in asked if classes[task]}
-    found.left_out += [
-        f"{task} of {images.name}: no image of its {split} split has {ON_PLACES[task]}"
+    empty = {task: _empty_split(images, FILM_HEADS[task]) for task in asked if classes[task]}
+    evaluation.skipped += [
+        f"{task} of {images.name}: no image of its {split} split has {FILM_HEADS[task]}"
         for task, split in empty.items()
         if split
     ]
     wanted = [task for task, split in empty.items() if not split]
     absent = [task for task in asked if not classes[task] and task != "classification"]
-    found.left_out += [f"{task} of {images.name}: it has no {ON_PLACES[task]}" for task in absent]
+    evaluation.skipped += [f"{task} of {images.name}: it has no {FILM_HEADS[task]}" for task in absent]
     if not wanted:
         return started
-    needed = pa.concat_tables([images.annotated(images.table, ON_PLACES[task]).select(["image_id"]) for task in wanted])
+    needed = pa.concat_tables(
+        [images.annotated(images.table, FILM_HEADS[task]).select(["image_id"]) for task in wanted]
+    )
     images = replace(images, table=images.table.filter(pc.is_in(images.table["image_id"], needed["image_id"])))
     shared = ray.put(images)
-    for side in dict.fromkeys(encoder.config.data.image_size for encoder in found.encoders):
+    for side in dict.fromkeys(encoder.config.data.image_size for encoder in evaluation.encoders):
         try:
             uri, bad = make_films(images, side, data.cpus_per_task, cache)
         except Exception as error:
-            found.failures.append(f"films of {images.name}: {cause(error)}")
+            evaluation.failures.append(f"films of {images.name}: {cause(error)}")
             continue
-        found.bad_rows.setdefault(images.name, {}).update(bad)
-        for encoder in (each for each in found.encoders if each.config.data.image_size == side):
+        evaluation.bad_rows.setdefault(images.name, {}).update(bad)
+        for encoder in (each for each in evaluation.encoders if each.config.data.image_size == side):
             for task in wanted:
                 modes = [mode for mode in settings.encoder if mode == "tuned" or task != "classification"]
                 for share, mode in itertools.product(shares[task], modes):
-                    reference = on_places.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
+                    reference = run_film_head.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
                     started[reference] = (
                         f"{task} of {images.name} by {encoder.name}, {mode}, {percent(share)} of labels"
                     )
@@ -180,13 +180,13 @@ def start_place_tasks(found: Evaluation, images: ImageSet, cache: str) -> dict[A
 
 
 def _empty_split(images: ImageSet, what: AnnotationKind) -> str | None:
-    """The first split in which nobody has looked for ``what`` on any image."""
+    """The first split without an image annotated for ``what``; None if there is none."""
     return next((split for split in SPLITS if not len(images.annotated(images.split(split), what))), None)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one task gives."""
+class TaskResult:
+    """Result of one task."""
 
     scores: list[Score]
     shown: list[Figure]
@@ -195,75 +195,75 @@ class Measured:
 
 @ray.remote(num_cpus=1)
 def embed(encoder: EncoderSpec) -> Pairs:
-    """The corpus's test split through an encoder's model."""
+    """Embeddings of the corpus's test split by an encoder's model."""
     return embed_pairs(encoder.load_model(), encoder.run, "test")
 
 
 @ray.remote(num_cpus=0)
 def studies_digest(pairs: Pairs) -> str:
-    """Hash of the studies and films of ``pairs``, which stay where they are."""
+    """Hash of the studies and films of ``pairs``, computed where they are stored."""
     shown = [*pairs.study_N, *pairs.path_N]
     return hashlib.blake2b("\n".join(shown).encode(), digest_size=6).hexdigest()
 
 
 @ray.remote(num_cpus=1)
-def on_pairs(
+def run_pair_task(
     task: Task, name: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
-) -> Measured:
-    """The scores of a task that reads pairs."""
+) -> TaskResult:
+    """Scores of a task that reads pairs."""
     return measure(task, Inputs(encoder, images, settings, pairs=pairs, options=task_options(task, name, settings)))
 
 
 @ray.remote(num_cpus=1)
-def on_features(
+def run_feature_task(
     task: Task, name: str, uri: str, encoder: EncoderSpec, images: ImageSet, settings: EvaluateConfig
-) -> Measured:
-    """The scores of a task that reads the features at ``uri``."""
+) -> TaskResult:
+    """Scores of a task that reads the features at ``uri``."""
     features, options = read_features(uri), task_options(task, name, settings)
     return measure(task, Inputs(encoder, images, settings, features=features, options=options))
 
 
-def measure(task: Task, inputs: Inputs) -> Measured:
+def measure(task: Task, inputs: Inputs) -> TaskResult:
     """Scores, figures and seconds of one task."""
     began = time.perf_counter()
-    return Measured(task.scores(inputs), inputs.shown, time.perf_counter() - began)
+    return TaskResult(task.scores(inputs), inputs.shown, time.perf_counter() - began)
 
 
 @ray.remote(num_cpus=1)
-def on_places(
+def run_film_head(
     task: str, uri: str, images: ImageSet, encoder: EncoderSpec, share: float, tuned: bool, settings: EvaluateConfig
-) -> Measured:
-    """One of ``ON_PLACES``, on the films at ``uri``."""
+) -> TaskResult:
+    """Scores of one of ``FILM_HEADS`` on the films at ``uri``."""
     began, shown = time.perf_counter(), list[Figure]()
     torch.set_num_threads(1)
     side = encoder.config.data.image_size
-    parts, groups = parts_of(uri, images, side, ON_PLACES[task], share, settings.seed)
+    parts, groups = parts_of(uri, images, side, FILM_HEADS[task], share, settings.seed)
     if task == "classification":
         scores = finetune_scores(encoder, images, parts, groups, share, settings)
     else:
         measured = segmentation_scores if task == "segmentation" else detection_scores
         scores = measured(encoder, images, parts, groups, share, tuned, settings, shown)
-    return Measured(scores, shown, time.perf_counter() - began)
+    return TaskResult(scores, shown, time.perf_counter() - began)
 
 
 def parts_of(
     uri: str, images: ImageSet, side: int, what: AnnotationKind, share: float, seed: int
 ) -> tuple[dict[str, Films], list[str]]:
-    """The films of each split on which somebody has looked for ``what``, of the training split a ``share`` of the groups; and
-    the groups of the test films.
+    """The films of each split that are annotated for ``what`` (in training a ``share`` of the groups), and the groups of
+    the test films.
 
     Raises:
-        UserError: a split without such a film.
+        UserError: a split has no such film.
     """
     usable, parts, groups = pa.array(film_ids(uri), pa.string()), dict[str, Films](), list[str]()
     for split in SPLITS:
         rows = images.annotated(images.split(split), what)
         rows = rows.filter(pc.is_in(rows["image_id"], usable))
         if not len(rows):
-            raise UserError(f"{images.name}: no image of the {split} split has {what} and can be used")
+            raise UserError(f"{images.name}: the {split} split has no usable image with {what}")
         if split == "train":
             rows = rows.filter(pa.array(drawn_groups(rows["group"].to_pylist(), share, seed)))
-        # in the set's order, as they lie in the file
+        # in the set's order, as in the file
         parts[split] = load_films(uri, images, side, rows["image_id"].to_pylist())
         groups = rows["group"].to_pylist()
     return parts, groups

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features, by scikit-learn: the problem is convex, so there is nothing to train by hand.
+"""Classification: linear probes on frozen features with scikit-learn, and fine-tuned encoders.
 
 N images, C channels, K classes.
 """
@@ -30,15 +30,15 @@ from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws, pe
 
 Floats = NDArray[np.float64]
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse strengths of the L2 penalty that are tried, on standardised features; the validation split chooses."""
+"""Inverse L2 penalties on standardised features; the best one on the validation split is used."""
 ITERATIONS, TOLERANCE = 300, 1e-3
 
 
 def linear_probe(
     train_NC: Floats, label_NK: Floats, valid_NC: Floats, valid_label_NK: Floats, test_NC: Floats, exclusive: bool
 ) -> Floats:
-    """Scores (N, K) of the test images, by a logistic regression a class, or one over all classes where they are
-    ``exclusive``; NaN labels are left out. A class that the training images have only one side of scores 0 everywhere."""
+    """Scores (N, K) of the test images from one logistic regression per class, or one over all classes if they are ``exclusive``.
+    Ignores NaN labels. A class with only positives or only negatives in training has score 0 everywhere."""
     mean_C, spread_C = train_NC.mean(0), train_NC.std(0) + 1e-6
     train, valid, test = (((rows - mean_C) / spread_C).astype(np.float32) for rows in (train_NC, valid_NC, test_NC))
     with threadpool_limits(limits=1):  # each task has one CPU
@@ -66,17 +66,17 @@ def _binary(train: Floats, label_N: Floats, valid: Floats, valid_label_N: Floats
 
 
 def _path(train: Floats, target: NDArray[np.bool_]) -> list[tuple[Floats, float]]:
-    """Weights and bias for each of ``STRENGTHS``, each begun from the one before."""
+    """Weights and bias for each of ``STRENGTHS``, each initialised with the previous one."""
     model = LogisticRegression(max_iter=ITERATIONS, tol=TOLERANCE, warm_start=True)
-    found = []
+    models = []
     for strength in STRENGTHS:
         model.set_params(C=strength).fit(train, target)
-        found.append((model.coef_[0].copy(), float(model.intercept_[0])))
-    return found
+        models.append((model.coef_[0].copy(), float(model.intercept_[0])))
+    return models
 
 
 def _exclusive(train: Floats, label_NK: Floats, valid: Floats, valid_label_NK: Floats, test: Floats) -> Floats:
-    """Log-odds of one multinomial regression; classes that no training image has stay at minus infinity's stand-in."""
+    """Log-probabilities of a multinomial regression; -1e9 for classes without training images."""
     target, valid_target = label_NK.argmax(1), valid_label_NK.argmax(1)
     scores = np.full((len(test), label_NK.shape[1]), -1e9)
     if len(np.unique(target)) == 1:
@@ -95,7 +95,7 @@ def _exclusive(train: Floats, label_NK: Floats, valid: Floats, valid_label_NK: F
 
 
 DRAWS = 1000
-"""Most label draws of one seed; the next seed's are others."""
+"""Maximum number of label draws per seed; draw seeds of different seeds do not overlap."""
 AUC, ACCURACY = "AUC", "accuracy"
 
 
@@ -105,7 +105,7 @@ def labels_of(rows: pa.Table) -> Floats:
 
 
 def drawn_groups(groups: Sequence[str], share: float, seed: int) -> NDArray[np.bool_]:
-    """Which images a draw of ``share`` of the groups takes; a smaller share of the same seed is a part of a larger one."""
+    """Mask of the images in a random ``share`` of the groups; with the same seed a smaller share is a subset of a larger one."""
     names = sorted(set(groups), key=lambda name: hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=8).digest())
     taken = set(names[: max(round(share * len(names)), 1)])
     return np.array([group in taken for group in groups])
@@ -114,19 +114,19 @@ def drawn_groups(groups: Sequence[str], share: float, seed: int) -> NDArray[np.b
 def probe_scores(
     features: Features, images: ImageSet, encoder: str, settings: EvaluateConfig, shown: list[Figure] | None = None
 ) -> list[Score]:
-    """AUC of each class and their mean, or accuracy where classes exclude each other, for each share of the labels.
+    """AUC of each class and their mean, or accuracy if classes are exclusive, for each fraction of the labels.
 
-    ``shown`` is given the curves of the last share.
+    Appends the curves of the last fraction to ``shown``.
     """
     parts = {}
     for split in ("train", "valid", "test"):
         rows = images.split(split)
-        places, found = features.of(rows["image_id"].to_pylist())
-        kept = rows.take(places)
-        parts[split] = kept, labels_of(kept), found.pooled_NC.astype(np.float64)
+        indices, kept_features = features.of(rows["image_id"].to_pylist())
+        kept = rows.take(indices)
+        parts[split] = kept, labels_of(kept), kept_features.pooled_NC.astype(np.float64)
     for split, (rows, *_) in parts.items():
         if not len(rows):
-            raise UserError(f"{images.name}: no image of the {split} split can be used")
+            raise UserError(f"{images.name}: the {split} split has no usable image")
     (_, train_NK, train_NC), (_, valid_NK, valid_NC), (_, test_NK, test_NC) = parts.values()
     groups = parts["train"][0]["group"].to_pylist()
     resampling = Resampling.of(parts["test"][0]["group"].to_pylist(), settings.resamples, settings.seed)
@@ -150,13 +150,15 @@ def probe_scores(
     return scores
 
 
-Found = tuple[str, float, Floats | None, str]
+MetricRow = tuple[str, float, Floats | None, str]
 
 
-def auc_scores(score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling) -> list[Found]:
-    """The mean over classes first, then each class. A class without positives, or without negatives, in the test images is left
-    out of the mean, and said."""
-    rows: list[Found] = []
+def auc_scores(
+    score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling
+) -> list[MetricRow]:
+    """The mean over classes, then each class. A class without positives or without negatives in the test images is excluded
+    and named in the note."""
+    rows: list[MetricRow] = []
     left_out = []
     for k, name in enumerate(images.classes):
         known_n = label_NK[np.isfinite(label_NK[:, k]), k] > 0.5
@@ -177,20 +179,20 @@ def auc_scores(score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, 
 
 
 def class_auc(score_N: Floats, label_N: Floats) -> float:
-    """Area under the ROC curve, by torchmetrics, over the images whose label is known."""
+    """Area under the ROC curve by torchmetrics, over images with a known label."""
     import torch
     from torchmetrics.functional.classification import binary_auroc
 
     known = np.isfinite(label_N)
-    # ranks, since torchmetrics takes scores outside of [0, 1] for logits and rounds the far ones to one value
+    # ranks: torchmetrics treats scores outside [0, 1] as logits, and its sigmoid maps large ones to the same value
     rank_n = np.unique(score_N[known], return_inverse=True)[1] / max(known.sum(), 1)
     return float(binary_auroc(torch.from_numpy(rank_n), torch.from_numpy(label_N[known] > 0.5).long()))
 
 
 def accuracy_scores(
     score_SNK: Sequence[Floats], images: ImageSet, label_NK: Floats, resampling: Resampling
-) -> list[Found]:
-    """The share of the test images whose class is found."""
+) -> list[MetricRow]:
+    """Fraction of the test images with the correct class."""
     hit_SN = [(scores_NK.argmax(1) == label_NK.argmax(1)).astype(np.float64) for scores_NK in score_SNK]
     value, resampled = over_draws(
         [hit_N.mean() for hit_N in hit_SN], [resampling.mean(hit_N) for hit_N in hit_SN], resampling.seed
@@ -200,14 +202,14 @@ def accuracy_scores(
 
 @dataclass
 class Classifier:
-    """An encoder that is tuned, and a linear head on its global feature."""
+    """A tuned encoder with a linear head on its global feature."""
 
     encoder: FilmEncoder
     head: nn.Linear
     tuned: bool = True
 
     def train(self, mode: bool) -> None:
-        """Into training or evaluation mode."""
+        """Set training or evaluation mode."""
         self.encoder.train(mode)
 
     def __call__(self, film_BRR: Tensor) -> Tensor:
@@ -218,7 +220,7 @@ def finetune_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float,
     settings: EvaluateConfig,
 ) -> list[Score]:  # fmt: skip
-    """The same numbers as those of linear probes, of an encoder trained on one draw of ``share`` of the labels."""
+    """The same scores as for linear probes, for an encoder fine-tuned on one draw of ``share`` of the labels."""
     labels = dict(zip(images.table["image_id"].to_pylist(), images.table["labels"].to_pylist(), strict=True))
 
     def labels_of(films: Films) -> NDArray[np.float64]:
@@ -236,8 +238,8 @@ def finetune_scores(
     torch.manual_seed(settings.seed)
     model = Classifier(loaded, nn.Linear(loaded.dim, len(images.classes)))
     steps = fit_head(model, loss, parts["train"], parts["valid"], settings, settings.seed)
-    found = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
-    score_NK = np.concatenate(found).astype(np.float64)
+    logits = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
+    score_NK = np.concatenate(logits).astype(np.float64)
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     measured = accuracy_scores if images.exclusive else auc_scores
     return [
@@ -257,7 +259,7 @@ def finetune_scores(
 
 
 class Classification(Task):
-    """Linear probes on frozen features; tuned encoders are started with the other heads."""
+    """Linear probes on frozen features; tuned encoders run with the film heads."""
 
     reads = "features"
 

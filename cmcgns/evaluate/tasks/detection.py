@@ -1,4 +1,4 @@
-"""Detection: centres and sizes on a U-Net decoder's maps (Zhou et al. 2019, "Objects as Points"), measured by COCO's mAP.
+"""Detection: box centres and sides from a U-Net decoder (Zhou et al. 2019, "Objects as Points"), scored by COCO's mAP.
 
 N films, B films of a batch, K box classes, h cells of the map along a side, n detections.
 """
@@ -26,19 +26,19 @@ from cmcgns.evaluate.scores import Resampling, Score, percent
 
 Floats = NDArray[np.float64]
 STRIDE = 4
-MOST, LEAST = 100, 0.01
-"""Detections of one film that count, as for COCO, and the score that they have at least."""
+MAX_DETECTIONS, MIN_SCORE = 100, 0.01
+"""Maximum number of detections per film, as in COCO, and their minimum score."""
 NEAR = 0.5
-"""Cells whose heat reaches this learn where the box's sides are."""
+"""Cells with at least this heat are trained to predict the sides of the box."""
 RESAMPLES = 100
-"""Of the films, at most: each one is a whole evaluation."""
+"""Maximum number of resamples of the films: each one is a whole evaluation."""
 SIDES_WEIGHT = 2.0
 EMPTY = -3.0
-"""Log-odds of a centre that every cell begins with: almost all are empty."""
+"""Initial log-odds of a centre in each cell: almost all cells are empty."""
 
 
 class Detections(NamedTuple):
-    """What was found on one film, best first."""
+    """Detections on one film, best first."""
 
     kind_n: NDArray[np.int64]
     score_n: Floats
@@ -50,9 +50,9 @@ def detection_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
     settings: EvaluateConfig, shown: list[Figure] | None = None,
 ) -> list[Score]:  # fmt: skip
-    """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, those without boxes included.
+    """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, including those without boxes.
 
-    ``shown`` is given some test films with boxes.
+    Appends some test films with boxes to ``shown``.
     """
     if not any(map(len, parts["test"].boxes)):
         raise UserError(f"{images.name}: no test film has any of {', '.join(images.box_classes)}")
@@ -60,22 +60,22 @@ def detection_scores(
     model = build_dense(encoder.load(), side, STRIDE, kinds + 4, tuned, settings.seed)
     torch.nn.init.constant_(model.head.bias[:kinds], EMPTY)
     steps = fit_head(model, centre_loss, parts["train"], parts["valid"], settings, settings.seed)
-    found = detections(model, parts["test"], kinds, settings.head_batch)
+    predicted = detections(model, parts["test"], kinds, settings.head_batch)
     if shown is not None:
         some = [i for i, box_n4 in enumerate(parts["test"].boxes) if len(box_n4)][:SAMPLES]
         films, title = parts["test"].take(some), f"{encoder.name}: boxes of {images.name}, {percent(share)} of labels"
-        shown.append(boxes(title, films.film_NRR, films.boxes, [found[i] for i in some], images.box_classes))
-    value = mean_average_precision(found, parts["test"], kinds)
-    # boxes alone: they are copied for each resample
-    no_films, no_masks = np.zeros((len(found), 0, 0), np.uint8), np.zeros((len(found), 0, 0, 0), bool)
+        shown.append(boxes(title, films.film_NRR, films.boxes, [predicted[i] for i in some], images.box_classes))
+    value = mean_average_precision(predicted, parts["test"], kinds)
+    # only boxes: they are copied for each resample
+    no_films, no_masks = np.zeros((len(predicted), 0, 0), np.uint8), np.zeros((len(predicted), 0, 0, 0), bool)
     truth = replace(parts["test"], film_NRR=no_films, mask_NKRR=no_masks)
     resampling = Resampling.of(groups, min(settings.resamples, RESAMPLES), settings.seed)
     resampled = []
     for _, weight_rN in resampling.chunks():
         for weight_N in weight_rN:
-            drawn = np.repeat(np.arange(len(found)), weight_N.astype(int))
-            resampled.append(mean_average_precision([found[i] for i in drawn], truth.take(drawn.tolist()), kinds))
-    setting, number = f"{'tuned' if tuned else 'frozen'}, {percent(share)} of labels", len(found)
+            drawn = np.repeat(np.arange(len(predicted)), weight_N.astype(int))
+            resampled.append(mean_average_precision([predicted[i] for i in drawn], truth.take(drawn.tolist()), kinds))
+    setting, number = f"{'tuned' if tuned else 'frozen'}, {percent(share)} of labels", len(predicted)
     return [
         Score(
             "detection",
@@ -83,18 +83,18 @@ def detection_scores(
             setting,
             metric,
             encoder.name,
-            value[place],
+            value[index],
             number,
-            np.array([row[place] for row in resampled]),
+            np.array([row[index] for row in resampled]),
             f"{steps} steps",
         )
-        for place, metric in enumerate(("mAP", "AP at 0.50"))
+        for index, metric in enumerate(("mAP", "AP at 0.50"))
     ]
 
 
 def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Heat (B, K, h, h), 1 at the centre of each box and falling off over a sixth of its sides; the distances from each cell's
-    centre to the four sides of its box in cells (B, 4, h, h); and how much each cell's distances count (B, h, h)."""
+    """Heat (B, K, h, h), 1 at the centre of each box, a Gaussian with a sixth of its sides; distances in cells from each cell's
+    centre to the four sides of its box (B, 4, h, h); and the weight of each cell's distances in the loss (B, h, h)."""
     side = films.film_NRR.shape[-1]
     middle_h = np.arange(cells) + 0.5
     heat = np.zeros((len(films), kinds, cells, cells), np.float32)
@@ -105,7 +105,7 @@ def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tenso
     for b in range(len(films)):
         scaled_n4 = films.boxes[b] * cells / side
         area_n = (scaled_n4[:, 2] - scaled_n4[:, 0]) * (scaled_n4[:, 3] - scaled_n4[:, 1])
-        for n in np.argsort(-area_n):  # of boxes that overlap the smaller one has the cell
+        for n in np.argsort(-area_n):  # largest first: in overlapping boxes the smaller one gets the cell
             x0, y0, x1, y1 = scaled_n4[n]
             column, row = (min(int((low + high) / 2), cells - 1) for low, high in ((x0, x1), (y0, y1)))
             spread_x, spread_y = (max((high - low) / 6, 0.4) for low, high in ((x0, x1), (y0, y1)))
@@ -114,10 +114,10 @@ def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tenso
             kind = films.kinds[b][n]
             heat[b, kind] = np.maximum(heat[b, kind], bump_hh)
             near_hh = bump_hh >= NEAR
-            for place, distance in enumerate(
+            for index, distance in enumerate(
                 (middle_h - x0, middle_h[:, None] - y0, x1 - middle_h, y1 - middle_h[:, None])
             ):
-                sides[b, place] = np.where(near_hh, np.broadcast_to(distance, near_hh.shape), sides[b, place])
+                sides[b, index] = np.where(near_hh, np.broadcast_to(distance, near_hh.shape), sides[b, index])
             weight[b] = np.where(near_hh, bump_hh, weight[b])
     return torch.from_numpy(heat), torch.from_numpy(sides).clamp_min(0.05), torch.from_numpy(weight)
 
@@ -145,29 +145,29 @@ def shared_area(first_B4hh: Tensor, second_B4hh: Tensor) -> Tensor:
 
 
 def detections(model: DenseModel, films: Films, kinds: int, size: int) -> list[Detections]:
-    """What the model finds on each film."""
-    found, side = [], films.film_NRR.shape[-1]
+    """The model's detections on each film."""
+    predicted, side = [], films.film_NRR.shape[-1]
     for _, map_Bchh in predict_head(model, films, size):
-        found += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
-    return found
+        predicted += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
+    return predicted
 
 
 def _decoded(map_chh: Tensor, kinds: int, side: int) -> Detections:
-    """The peaks of the heat, at most ``MOST``, each with its box."""
+    """The peaks of the heat, at most ``MAX_DETECTIONS``, each with its box."""
     cells = map_chh.shape[-1]
     sure_Khh = map_chh[:kinds].sigmoid()
     peak_Khh = sure_Khh * (F.max_pool2d(sure_Khh, 3, stride=1, padding=1) == sure_Khh)
-    score_n, index_n = peak_Khh.flatten().topk(min(MOST, peak_Khh.numel()))
+    score_n, index_n = peak_Khh.flatten().topk(min(MAX_DETECTIONS, peak_Khh.numel()))
     kind_n, cell_n = index_n // cells**2, index_n % cells**2
     row_n, column_n = cell_n // cells + 0.5, cell_n % cells + 0.5
     left, up, right, down = F.softplus(map_chh[kinds:]).flatten(1)[:, cell_n]
     box_n4 = torch.stack([column_n - left, row_n - up, column_n + right, row_n + down], dim=1) * side / cells
-    kept_n = score_n >= LEAST
+    kept_n = score_n >= MIN_SCORE
     kept = (kind_n[kept_n], score_n[kept_n].double(), box_n4[kept_n].clamp(0, side).double())
     return Detections(*(part.numpy() for part in kept))
 
 
-def mean_average_precision(found: Sequence[Detections], films: Films, kinds: int) -> tuple[float, float]:
+def mean_average_precision(predicted: Sequence[Detections], films: Films, kinds: int) -> tuple[float, float]:
     """COCO's mAP over IoU 0.50:0.95 and AP at 0.50, over all films, by faster-coco-eval; NaN without any box."""
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -185,7 +185,7 @@ def mean_average_precision(found: Sequence[Detections], films: Films, kinds: int
         return float("nan"), float("nan")
     answers = [
         _coco(i, kind, box) | {"score": float(score)}
-        for i, each in enumerate(found)
+        for i, each in enumerate(predicted)
         for kind, score, box in zip(each.kind_n, each.score_n, each.box_n4, strict=True)
     ]
     if not answers:

@@ -1,4 +1,4 @@
-"""Retrieval on a split that a model has not seen: does a film find its report among all others, and the report its film.
+"""Retrieval on a test split: films query reports, and reports query films.
 
 N studies.
 """
@@ -23,22 +23,22 @@ SHOWN_REPORTS = 3
 
 
 def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
-    """``recall`` over ``split`` of the corpus of the finished run in the folder ``uri``, by its export; runs on one CPU."""
+    """``recall`` on ``split`` of its corpus by the export of the finished run in the folder ``uri``; runs on one CPU."""
     run = open_run("run", uri)
     return model_retrieval(run.load_model(), run, split)
 
 
 def model_retrieval(model: DualEncoder, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
-    """The same by ``model``, with the settings and the vocabulary of ``run``."""
+    """The same with ``model``, using settings and vocabulary of ``run``."""
     return recall(*_tensors(embed_pairs(model, run, split)))
 
 
 def retrieval_scores(
     pairs: Pairs, encoder: str, images: str, resamples: int, seed: int, shown: list[Figure] | None = None
 ) -> list[Score]:
-    """Recall at each of ``DEPTHS`` both ways, with intervals over the queries; a hit is any item with the same report.
+    """Recall at each of ``DEPTHS`` in both directions, with intervals over the queries; a hit is any item with the same report.
 
-    ``shown`` is given some films with the reports that lie nearest to them.
+    Appends some films with their nearest reports to ``shown``.
     """
     if shown is not None:
         shown.append(nearest_reports(pairs, f"{encoder}: films of {images} and the reports nearest to them"))
@@ -66,8 +66,8 @@ def nearest_reports(pairs: Pairs, title: str) -> Figure:
     texts = [" ".join(f"{text}." for text in pairs.text_n[pairs.study_of_n == i]) for i in range(len(pairs.study_N))]
     films = pairs.film_MHW[:SAMPLES]
     similarity_MN = pairs.image_ND[: len(films)] @ pairs.report_ND.T
-    found = [[texts[place] for place in row[:SHOWN_REPORTS]] for row in np.argsort(-similarity_MN, axis=1)]
-    return nearest(title, films, found, texts[: len(films)])
+    retrieved = [[texts[index] for index in row[:SHOWN_REPORTS]] for row in np.argsort(-similarity_MN, axis=1)]
+    return nearest(title, films, retrieved, texts[: len(films)])
 
 
 def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Retrieval(Task):
-    """Recall both ways on the corpus's test split."""
+    """Recall in both directions on the corpus's test split."""
 
     reads = "pairs"
 

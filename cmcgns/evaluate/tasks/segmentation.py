@@ -1,4 +1,4 @@
-"""Segmentation: a U-Net decoder at shares of the labels, measured by Dice.
+"""Segmentation: a U-Net decoder trained on fractions of the labels, scored by Dice.
 
 N films, B films of a batch, K mask classes, R pixels of the square.
 """
@@ -22,7 +22,7 @@ from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, percent
 
 Floats = NDArray[np.float64]
 STRIDE = 2
-"""The head's maps have half the film's size; they are enlarged before they are compared."""
+"""The head's maps have half the film's size; they are upsampled before they are compared."""
 SMOOTH = 1.0
 PRESENT, TOGETHER = "Dice where present", "Dice of all films"
 
@@ -31,9 +31,9 @@ def segmentation_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
     settings: EvaluateConfig, shown: list[Figure] | None = None,
 ) -> list[Score]:  # fmt: skip
-    """Mean Dice over the films where a class is, and Dice over all films taken together, class by class and their means.
+    """Mean Dice over the films with a class, and Dice over the pixels of all films, for each class and averaged.
 
-    ``shown`` is given some test films with masks.
+    Appends some test films with masks to ``shown``.
     """
     if not parts["test"].mask_NKRR.any():
         raise UserError(f"{images.name}: no test film has any of {', '.join(images.mask_classes)}")
@@ -71,7 +71,7 @@ def segmentation_scores(
 def _dice_of_class(
     name: str, overlap_N: Floats, area_N: Floats, there_N: NDArray[np.bool_], resampling: Resampling
 ) -> list[tuple[str, float, Floats, int, str]]:
-    """Both kinds of one class. A film without the class has no Dice of its own: an empty answer to it is no success of 1."""
+    """Both scores of one class. Films without the class have no Dice: an empty prediction there does not count as 1."""
     dice_N = np.where(there_N, 2 * overlap_N / np.maximum(area_N, 1), np.nan)
     together = 2 * overlap_N.sum() / max(area_N.sum(), 1)
     together_R = 2 * resampling.mean(overlap_N) / np.maximum(resampling.mean(area_N), 1e-12)
@@ -98,13 +98,13 @@ def enlarged(map_BKrr: Tensor, side: int) -> Tensor:
 
 
 def answers(model: DenseModel, films: Films, size: int) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
-    """The masks that the model gives, part by part, (B, K, R, R)."""
+    """The model's masks, batch by batch, (B, K, R, R)."""
     for rows, map_BKrr in predict_head(model, films, size):
         yield rows, enlarged(map_BKrr, films.film_NRR.shape[-1]).numpy() > 0
 
 
 def counts(model: DenseModel, films: Films, size: int) -> tuple[Floats, Floats]:
-    """For each film and class, the pixels of mask and answer together, and the sum of both areas, (N, K)."""
+    """Intersection of true and predicted mask, and the sum of both areas, in pixels per film and class, (N, K)."""
     kinds = films.mask_NKRR.shape[1]
     overlap_NK, area_NK = np.zeros((len(films), kinds)), np.zeros((len(films), kinds))
     for rows, answer_BKRR in answers(model, films, size):

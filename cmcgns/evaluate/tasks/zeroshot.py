@@ -1,4 +1,4 @@
-"""Zero-shot classification: a film is compared with sentences that say a finding is there, and with ones that deny it.
+"""Zero-shot classification: compares a film with sentences that state a finding and sentences that negate it.
 
 N films, K classes, D embedding.
 """
@@ -27,31 +27,31 @@ from cmcgns.evaluate.tasks.classification import accuracy_scores, auc_scores, la
 from cmcgns.models.dual_encoder import DualEncoder
 
 Prompts = dict[str, dict[str, list[str]]]
-"""For each class the sentences under `present` and `absent`."""
+"""Sentences under `present` and `absent`, by class."""
 
 
 def read_prompts(settings: EvaluateConfig) -> dict[str, Prompts]:
-    """Prompts by set, ours or those of ``evaluate.prompts``.
+    """Prompts by set, built in or from ``evaluate.prompts``.
 
     Raises:
-        UserError: a file that cannot be read, or that is laid out otherwise.
+        UserError: the file cannot be read or has another layout.
     """
     if settings.prompts is None:
         data = (resources.files("cmcgns.evaluate") / "prompts.yaml").read_bytes()
     else:
         data = storage.read_bytes(storage.absolute("evaluate.prompts", settings.prompts))
     try:
-        found = yaml.safe_load(data)
+        prompts = yaml.safe_load(data)
     except yaml.YAMLError as error:
         raise UserError(f"evaluate.prompts {settings.prompts} is not YAML: {str(error).splitlines()[0]}") from None
-    for of_set in (found if isinstance(found, dict) else {None: None}).values():
+    for of_set in (prompts if isinstance(prompts, dict) else {None: None}).values():
         for name, sides in (of_set if isinstance(of_set, dict) else {"?": None}).items():
             if not _are_prompts(sides):
                 raise UserError(
-                    f"evaluate.prompts {settings.prompts}: {name} has no sentences under `present`, or something else; write "
+                    f"evaluate.prompts {settings.prompts}: {name} needs sentences under `present`, optionally `absent`; write "
                     "{set: {class: {present: [...], absent: [...]}}}"
                 )
-    return dict(found)
+    return dict(prompts)
 
 
 def _are_prompts(sides: Any) -> bool:
@@ -62,7 +62,7 @@ def _are_prompts(sides: Any) -> bool:
 
 @torch.inference_mode()
 def embed_sentences(model: DualEncoder, run: PretrainedRun, texts: list[str]) -> NDArray[np.float64]:
-    """Each text as a report of its own, rows of length 1, (texts, D)."""
+    """Embedding of each text as a separate report, rows of length 1, (texts, D)."""
     encoded = [run.tokenizer.encode([" ".join(normalised_words(text))]) for text in texts]
     counts = np.array([each.sentences for each in encoded])
     reports = pad_reports(
@@ -87,23 +87,25 @@ def zeroshot_scores(
     settings: EvaluateConfig,
     shown: list[Figure] | None = None,
 ) -> list[Score]:
-    """AUC of each class and their mean, or accuracy, on the test images, without any label.
+    """AUC of each class and their mean, or accuracy, on the test images, without training labels.
 
-    A class's score is the film's mean similarity to its ``present`` sentences less that to its ``absent`` ones. ``shown`` is
-    given the curves.
+    The score of a class is the film's mean similarity to its ``present`` sentences minus that to its ``absent`` ones. Appends the
+    curves to ``shown``.
     """
     rows = images.split("test")
-    places, found = features.of(rows["image_id"].to_pylist())
-    if found.shared_ND is None:
-        raise UserError(f"{encoder} reads no reports")
-    score_NK = np.stack([_class_score(model, run, found.shared_ND, prompts[name]) for name in images.classes], axis=1)
-    label_NK, groups = labels_of(rows.take(places)), rows.take(places)["group"].to_pylist()
+    indices, test_features = features.of(rows["image_id"].to_pylist())
+    if test_features.shared_ND is None:
+        raise UserError(f"{encoder} has no text encoder, so it cannot read prompts")
+    score_NK = np.stack(
+        [_class_score(model, run, test_features.shared_ND, prompts[name]) for name in images.classes], axis=1
+    )
+    label_NK, groups = labels_of(rows.take(indices)), rows.take(indices)["group"].to_pylist()
     if shown is not None:
         shown.append(curves(f"{encoder}: prompts on {images.name}", score_NK, label_NK, images.classes))
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     table = (accuracy_scores if images.exclusive else auc_scores)([score_NK], images, label_NK, resampling)
     return [
-        Score("zeroshot", images.name, "no labels", metric, encoder, value, len(places), resampled, note)
+        Score("zeroshot", images.name, "no labels", metric, encoder, value, len(indices), resampled, note)
         for metric, value, resampled, note in table
     ]
 
@@ -117,7 +119,7 @@ def _class_score(
 
 
 class ZeroShot(Task):
-    """Classes by prompts, without labels."""
+    """Classification by prompts, without labels."""
 
     reads = "features"
     needs_reports = True

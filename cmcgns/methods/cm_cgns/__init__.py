@@ -9,7 +9,7 @@ __all__ = ["METHOD", "Settings"]
 
 def __getattr__(name: str) -> Any:
     if name == "METHOD":
-        from cmcgns.methods.cm_cgns.method import CmCgns  # torch and transformers: settings do without
+        from cmcgns.methods.cm_cgns.method import CmCgns  # lazy: imports torch and transformers
 
         return CmCgns
     raise AttributeError(name)

@@ -1,4 +1,4 @@
-"""The losses of CM-CGNS (arXiv 2506.11674): patches against what they read, sentences against what they see, rebuilt films.
+"""The losses of CM-CGNS (arXiv 2506.11674): patch alignment, sentence alignment and reconstruction.
 
 B studies, P patches (g x g), n sentences of this rank, N sentences of all ranks, K centroids, D embedding.
 """
@@ -15,7 +15,7 @@ from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.methods.contrastive import same_text_mask
 
 MIN_NEGATIVES = 8
-"""A sentence keeps at least this many other columns, or its false negatives stay in."""
+"""If fewer other columns than this remain in a sentence's row, its false negatives stay in the denominator."""
 
 
 class SentenceClusters(NamedTuple):
@@ -27,7 +27,7 @@ class SentenceClusters(NamedTuple):
     """Index of the hard negative's centroid, int64."""
 
     def flat(self) -> Tensor:
-        """Both as columns of one int64 tensor, to travel in one collective."""
+        """Both as columns of one int64 tensor, for a single collective."""
         return torch.stack([self.nearest, self.second], dim=1)
 
 
@@ -38,35 +38,35 @@ def nearest_two(similarity_nK: Tensor) -> SentenceClusters:
 
 
 class NegativeMasks(NamedTuple):
-    """Which columns each own sentence is held against."""
+    """Columns that each sentence of this rank is compared with."""
 
     denominator_nN: Tensor
-    """True for the columns in the softmax, the positive included."""
+    """True for the columns in the softmax, including the positive."""
     false_negative_nN: Tensor
-    """M: True for other sentences of the same cluster with another text."""
+    """M: True for other sentences of the same cluster with a different text."""
     restored_n: Tensor
-    """True for rows that would have kept too few negatives and got M back."""
+    """True for rows whose false negatives stay in because too few negatives would remain."""
 
 
 def negative_masks(
     same_text_nN: Tensor, own: SentenceClusters, everyone: SentenceClusters, offset: int, exclude: bool
 ) -> NegativeMasks:
-    """Masks of the sentence loss under the current centroids; with ``exclude`` false negatives leave the denominator."""
+    """Masks of the sentence loss; ``exclude`` removes false negatives from the denominator."""
     false_nN = (own.nearest.unsqueeze(1) == everyone.nearest) & ~same_text_nN
     false_nN.narrow(1, offset, own.nearest.shape[0]).fill_diagonal_(False)
     kept_nN = ~same_text_nN
     if not exclude:
         return NegativeMasks(kept_nN, false_nN, torch.zeros_like(own.nearest, dtype=torch.bool))
-    others_n = (kept_nN & ~false_nN).sum(1) - 1  # the positive is not another
+    others_n = (kept_nN & ~false_nN).sum(1) - 1  # without the positive
     restored_n = (others_n < MIN_NEGATIVES) & false_nN.any(1)
     return NegativeMasks(kept_nN & (~false_nN | restored_n.unsqueeze(1)), false_nN, restored_n)
 
 
 def hard_negative_counts(own: SentenceClusters, everyone: SentenceClusters, num_clusters: int, exclude: bool) -> Tensor:
-    """How many OTHER sentences put each centroid into a row's denominator, (n, K).
+    """For each row, how many OTHER sentences have each centroid as hard negative, (n, K).
 
-    The N hard-negative columns of a row are only K different vectors, so counting them replaces writing them out.
-    With ``exclude`` a column whose centroid is the row's own nearest is left out.
+    The N hard-negative columns of a row contain only K different vectors, so counts replace the columns.
+    With ``exclude`` the row's own nearest centroid is not counted.
     """
     total_K = torch.zeros(num_clusters, dtype=torch.float32, device=own.second.device)
     total_K.scatter_add_(0, everyone.second, torch.ones_like(everyone.second, dtype=torch.float32))
@@ -87,7 +87,7 @@ def patch_alignment_loss(
 
 
 class SentenceLoss(NamedTuple):
-    """The local report loss and what it was made of, each scaled so that the mean over ranks is the global value."""
+    """The local report loss and its statistics, scaled so that the mean over ranks is the global value."""
 
     loss: Tensor
     negatives_per_sentence: Tensor
@@ -103,11 +103,11 @@ def sentence_alignment_loss(
     centroids_KD: Tensor | None,
     config: Settings,
 ) -> SentenceLoss:
-    """InfoNCE of each sentence against the attended features of all ranks' sentences, guided by the centroids.
+    """InfoNCE of each sentence against the attended features of all ranks' sentences, with negatives chosen by the centroids.
 
-    ``z1_nD`` and ``z2_nD`` are normalised. Without centroids it is the plain InfoNCE. With them each row also faces the
-    second-nearest centroid of every sentence, its own raised by ``hard_negative_logit``, and sentences of its own
-    cluster are pulled by the margin loss, left out, or both.
+    ``z1_nD`` and ``z2_nD`` are normalised. Without centroids it is plain InfoNCE. With centroids each row has the
+    second-nearest centroid of every sentence as additional negatives, ``hard_negative_logit`` is added to the logit of its own,
+    and sentences of its own cluster are pulled closer by the margin loss, excluded from the denominator, or both.
     """
     total, per_rank = sum(rank_sentences), 1 / sum(rank_sentences) * len(rank_sentences)
     offset = sum(rank_sentences[: distributed.rank()])
@@ -143,7 +143,7 @@ def sentence_alignment_loss(
 def hard_negative_logits(
     similarity_nK: Tensor, own: SentenceClusters, everyone: SentenceClusters, config: Settings
 ) -> Tensor:
-    """Logits whose sum of exponentials equals that of the N hard-negative columns, (n, K + 1); the last is the own one."""
+    """Logits whose sum of exponentials equals that of the N hard-negative columns, (n, K + 1); the last is the row's own one."""
     exclude = config.false_negatives != "margin"
     counts_nK = hard_negative_counts(own, everyone, similarity_nK.shape[1], exclude)
     scaled_nK = similarity_nK / config.sentence_temperature
@@ -161,11 +161,11 @@ def margin_penalty(cosine_nN: Tensor, positive_n: Tensor, false_negative_nN: Ten
 def reconstruction_loss(
     reconstruction_B1HW: Tensor, image_B1HW: Tensor, masked_BP: Tensor, only_masked: bool
 ) -> Tensor:
-    """Mean absolute error in units of the [-1, 1] range, over the pixels of masked patches or over all."""
+    """Mean absolute error in units of the [-1, 1] range, over the pixels of masked patches or over all pixels."""
     error_B1HW = (reconstruction_B1HW - image_B1HW).abs()
     if not only_masked:
         return error_B1HW.mean()
     grid = int(masked_BP.shape[1] ** 0.5)
     error_BP = F.avg_pool2d(error_B1HW, error_B1HW.shape[-1] // grid).flatten(1)
-    # every study hides the same number of equal patches, so the mean over them is the mean over pixels
+    # every study masks the same number of patches of one size, so the mean over patches is the mean over pixels
     return (error_BP * masked_BP).sum() / masked_BP.sum()

@@ -1,4 +1,4 @@
-"""CM-CGNS as a method: four losses with their weights over two stages, one bank of attended sentence features."""
+"""CM-CGNS: four weighted losses over two stages, and one bank of attended sentence features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ PICTURE_STUDIES = 4
 
 
 class CmCgns(Method[Settings]):
-    """Stage 1 aligns films and reports, stage 2 also rebuilds masked films."""
+    """Stage 1 aligns films and reports, stage 2 also reconstructs masked films."""
 
     statistics = (
         "negatives_per_sentence", "rows_restored", "mean_cosine", "patches_std", "attended_std", "temperature",
@@ -99,7 +99,7 @@ def spread(rows_BLD: Tensor) -> Tensor:
 
 
 def contact_sheet(batch: ImageReportBatch, outputs: CmCgnsOutputs) -> Tensor:
-    """Some films in three rows, input over masked over reconstructed, in [0, 1], shape (1, 3H, nW)."""
+    """Some films in three rows (input, masked, reconstructed), in [0, 1], shape (1, 3H, nW)."""
     assert outputs.reconstruction_B1HW is not None
     assert outputs.masked_BP is not None
     image_n1HW = batch.image_B1HW[:PICTURE_STUDIES].float()
@@ -111,7 +111,7 @@ def contact_sheet(batch: ImageReportBatch, outputs: CmCgnsOutputs) -> Tensor:
 
 
 def pixel_mask(masked_BP: Tensor, side: int) -> Tensor:
-    """Hidden patches as hidden pixels, bool (B, 1, side, side)."""
+    """The patch mask at pixel resolution, bool (B, 1, side, side)."""
     grid = int(masked_BP.shape[1] ** 0.5)
     cell = side // grid
     mask_Bgg = masked_BP.unflatten(1, (grid, grid))

@@ -1,4 +1,4 @@
-"""The parts that CM-CGNS adds to the two encoders: attention between them, SimSiam's predictor, the decoder of rebuilt films.
+"""What CM-CGNS adds to the two encoders: cross-modal attention, SimSiam's predictor and a decoder that reconstructs films.
 
 B studies, P patches (g x g), S sentences (padded), D embedding.
 """
@@ -17,11 +17,11 @@ from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.models.text import TextEncoder
 
 RECONSTRUCTION_PARTS = ("decoder.", "mask_token")
-"""Names of the parameters that only stage 2 trains."""
+"""Name prefixes of the parameters that only stage 2 trains."""
 
 
 class CmCgnsOutputs(NamedTuple):
-    """What the model makes of one microbatch."""
+    """Outputs of the model for one microbatch."""
 
     image_BD: Tensor
     """Normalised film embeddings."""
@@ -30,11 +30,11 @@ class CmCgnsOutputs(NamedTuple):
     patches_BPD: Tensor
     """Normalised patch embeddings."""
     sentences_BSD: Tensor
-    """Sentence embeddings: means of normalised tokens, not normalised themselves."""
+    """Sentence embeddings: means of normalised tokens, not normalised again."""
     image_to_text_BSD: Tensor
-    """Each sentence's attention over its study's patches, raw (z2)."""
+    """Features that each sentence attends to on its study's patches, not normalised (z2)."""
     text_to_image_BPD: Tensor
-    """Each patch's attention over its study's sentences, raw."""
+    """Features that each patch attends to in its study's sentences, not normalised."""
     predicted_patches_BPD: Tensor
     """SimSiam prediction from the patches."""
     predicted_attended_BPD: Tensor
@@ -44,7 +44,7 @@ class CmCgnsOutputs(NamedTuple):
     masked_BP: Tensor | None
     """True where a patch is hidden from the reconstruction (stage 2)."""
     reconstruction_B1HW: Tensor | None
-    """Films rebuilt from unmasked patches and reports (stage 2)."""
+    """Films reconstructed from unmasked patches and reports (stage 2)."""
 
 
 class CmCgnsModel(DualEncoder):
@@ -63,18 +63,18 @@ class CmCgnsModel(DualEncoder):
         self.mask_ratio = mask_ratio
 
     def add_parts(self, dim: int) -> None:
-        # the order decides which weights a seed draws
+        # do not reorder: the order determines which weights a seed gives
         self.patch_projection = linear(self.image_encoder.dim, dim)
         self.image_projection = linear(self.image_encoder.dim, dim)
         self.cross_attention = CrossModalAttention(dim)
         self.predictor = nn.Sequential(linear(dim, dim // 2), nn.ReLU(), linear(dim // 2, dim))
-        # CM-MIR's own parts; they stay out of stage 1's optimizer. The token belongs to the root, where ZeRO-3 has it at hand
+        # only for reconstruction; not in stage 1's optimizer. mask_token is on the root module, where ZeRO-3 gathers it
         self.mask_token = nn.Parameter(torch.randn(dim) / math.sqrt(dim))
         encoder = self.image_encoder
         self.decoder = build_decoder(dim, encoder.grid, encoder.stride, encoder.is_convolutional)
 
     def forward(self, batch: ImageReportBatch, stage: int = 1) -> CmCgnsOutputs:
-        """Embeddings and alignments of one microbatch; in stage 2 also films rebuilt from their visible patches."""
+        """Embeddings and attention of one microbatch; in stage 2 also films reconstructed from their visible patches."""
         features_BPC, image_BD = self.embed_images(batch.image_B1HW)
         patches_BPD = unit(self.patch_projection(features_BPC))
         sentences_BSD, report_BD = self.embed_reports(batch)
@@ -102,13 +102,13 @@ class CmCgnsModel(DualEncoder):
         )
 
 
-def hide(rows_BPD: Tensor, stand_in: Tensor, masked_BP: Tensor) -> Tensor:
-    """``rows_BPD`` with ``stand_in`` at hidden positions, so that nothing of the hidden patches remains."""
-    return torch.where(masked_BP.unsqueeze(-1), stand_in.to(rows_BPD.dtype), rows_BPD)
+def hide(rows_BPD: Tensor, replacement: Tensor, masked_BP: Tensor) -> Tensor:
+    """``rows_BPD`` with ``replacement`` at masked positions."""
+    return torch.where(masked_BP.unsqueeze(-1), replacement.to(rows_BPD.dtype), rows_BPD)
 
 
 class CrossModalAttention(nn.Module):
-    """One head, a sigmoid in place of the softmax: a patch may attend to no sentence at all (PRIOR, ICCV 2023)."""
+    """One head with a sigmoid instead of a softmax, so that a patch may attend to no sentence (PRIOR, ICCV 2023)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -136,12 +136,12 @@ class CrossModalAttention(nn.Module):
         )
 
     def sentence_weights(self, patches_BPD: Tensor, sentences_BSD: Tensor) -> Tensor:
-        """How strongly each sentence attends to each patch of its study's film, (B, S, P) within 0 and 1."""
+        """Attention weight of each sentence for each patch of its study's film, (B, S, P) between 0 and 1."""
         return attention_weights(self.text["query"](sentences_BSD), self.image["key"](patches_BPD))
 
 
 def build_decoder(dim: int, grid: int, stride: int, is_convolutional: bool) -> nn.Module:
-    """Upsampling convolutions behind a ResNet, a small transformer behind a ViT."""
+    """Upsampling convolutions for a ResNet, a small transformer for a ViT."""
     if is_convolutional:
         return ConvolutionalDecoder(dim, grid, stride)
     return TransformerDecoder(dim, grid, stride)
@@ -159,13 +159,13 @@ class ConvolutionalDecoder(nn.Module):
         self.exit = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, joint_BPE: Tensor) -> Tensor:
-        """(B, 1, H, W) from patches beside what they attend to, E = 2D."""
+        """(B, 1, H, W) from patches concatenated with what they attend to, E = 2D."""
         features_BEgg = joint_BPE.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return self.exit(self.stages(self.entry(features_BEgg)))
 
 
 def upsampling_stage(width_in: int, width_out: int) -> nn.Module:
-    """Twice the side; group norm, so that ranks need not share statistics."""
+    """Doubles the side; with group norm, so that ranks do not have to share statistics."""
     return nn.Sequential(
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
         nn.Conv2d(width_in, width_out, 3, padding=1),
@@ -175,14 +175,14 @@ def upsampling_stage(width_in: int, width_out: int) -> nn.Module:
 
 
 class TransformerDecoder(nn.Module):
-    """Four transformer layers over all positions, then each position's square of pixels."""
+    """Four transformer layers over all positions, then a square of pixels for each position."""
 
     def __init__(self, dim: int, grid: int, stride: int, width: int = 256, layers: int = 4) -> None:
         super().__init__()
         self.grid = grid
         self.entry = nn.Linear(2 * dim, width)
         self.position_PC = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
-        # one layer at a time: nn.TransformerEncoder clones one layer's first weights into all
+        # separate layers: nn.TransformerEncoder would start all of them with the same weights
         self.layers = nn.Sequential(
             *(
                 nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
@@ -194,7 +194,7 @@ class TransformerDecoder(nn.Module):
         self.upsample = nn.PixelShuffle(stride)
 
     def forward(self, joint_BPE: Tensor) -> Tensor:
-        """(B, 1, H, W) from patches beside what they attend to, E = 2D."""
+        """(B, 1, H, W) from patches concatenated with what they attend to, E = 2D."""
         hidden_BPC = self.entry(joint_BPE)
         hidden_BPC = self.layers(hidden_BPC + self.position_PC.to(hidden_BPC.dtype))
         pixels_BPp = self.exit(self.norm(hidden_BPC))

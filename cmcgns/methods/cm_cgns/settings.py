@@ -1,4 +1,4 @@
-"""Settings of CM-CGNS: the section `objective`. Without torch, so that `--help` answers at once."""
+"""Settings of CM-CGNS: the section `objective`. Does not import torch, so that `--help` is fast."""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -7,7 +7,7 @@ from pydantic import Field
 
 from cmcgns.config import Bank, MethodSettings, ModelConfig
 
-MOST_CLUSTERS, LEAST_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
+MAX_CLUSTERS, MIN_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 
 
 class Settings(MethodSettings):
@@ -16,25 +16,25 @@ class Settings(MethodSettings):
     num_clusters: int = Field(128, ge=2)
     """Centroids K of the sentence clustering."""
     mask_ratio: float = Field(0.5, gt=0.0, lt=1.0)
-    """Share of the patches hidden from the reconstruction in stage 2."""
+    """Fraction of the patches masked for the reconstruction in stage 2."""
     temperature: float = Field(0.1, ge=0.01, le=1.0)
-    """Temperature of the global InfoNCE, or its start when learnt."""
+    """Temperature of the global InfoNCE; the initial value if it is learned."""
     learn_temperature: bool = True
-    """Learn the global temperature; a sweep over `temperature` sets false."""
+    """Learn the global temperature; a sweep over `temperature` sets it to false."""
     sentence_temperature: float = Field(0.1, gt=0.0)
-    """Temperature of the sentence loss, never learnt (published: 1.0)."""
+    """Temperature of the sentence loss, never learned (published: 1.0)."""
     hard_negative_logit: float = 3.0
     """Added to the logit of a sentence's own hard negative."""
     false_negatives: Literal["margin", "exclude", "both"] = "both"
-    """Sentences of the same cluster: pulled by the margin loss (published), left out of the denominator, or both."""
+    """Sentences of the same cluster: pulled closer by the margin loss (published), excluded from the denominator, or both."""
     margin_alpha: float = 0.2
-    """Margin loss: false negatives may come as near as the positive minus this."""
+    """Margin loss: a false negative's cosine may be at most the positive's minus this."""
     margin_beta: float = 0.5
-    """Margin loss: false negatives may stay as far as the positive minus this."""
+    """Margin loss: a false negative's cosine must be at least the positive's minus this."""
     margin_weight: float = Field(1e-4, ge=0.0)
-    """Weight of the margin loss inside the local report loss."""
+    """Weight of the margin loss in the local report loss."""
     reconstruct: Literal["masked", "all"] = "masked"
-    """Pixels whose error counts: those of masked cells, or all (published)."""
+    """Pixels in the reconstruction loss: those of masked patches, or all (published)."""
     reconstruction_weight: float = Field(10.0, ge=0.0)
     """Weight of the L1 reconstruction error."""
     global_weight: float = Field(1.0, ge=0.0)
@@ -49,9 +49,9 @@ class Settings(MethodSettings):
         return (Bank("sentences", self.num_clusters, model.embed_dim, "objective.num_clusters", "mean_cosine"),)
 
     def sweep_space(self, sentences: int) -> dict[str, Any]:
-        """Mask ratio, cluster count (powers of two that leave at least 4 sentences a cluster) and both temperatures."""
-        most = max(min(MOST_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), LEAST_CLUSTERS)
-        powers = [2**power for power in range(int(math.log2(LEAST_CLUSTERS)), int(math.log2(most)) + 1)]
+        """Mask ratio, number of clusters (powers of two with at least 4 sentences per cluster) and both temperatures."""
+        most = max(min(MAX_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), MIN_CLUSTERS)
+        powers = [2**power for power in range(int(math.log2(MIN_CLUSTERS)), int(math.log2(most)) + 1)]
         return {
             "objective.mask_ratio": {"uniform": [0.25, 0.85]},
             "objective.num_clusters": {"choice": powers},
