@@ -1,4 +1,8 @@
-"""From a command line to settings: `--config FILE.yaml`, `--section.key=value`, `--help`, `--print-config`."""
+"""From a command line to settings: `--config FILE.yaml`, `--section.key=value`, `--help`, `--print-config`.
+
+Tried instead: pydantic-settings 2.16 answers a misspelt key with its whole usage and a wrong value with pydantic's own text;
+tyro 1.0 renames keys to hyphens. Neither knows a section whose keys depend on another setting (`objective`).
+"""
 
 import difflib
 import sys

@@ -21,10 +21,9 @@ class Alignment(Task):
         similarity_NN = pairs.image_ND @ pairs.report_ND.T
         gap_N = inputs.options.scale * (np.diag(similarity_NN) - similarity_NN.mean(1)).astype(np.float64)
         resampled = Resampling.of(list(pairs.group_N), own.resamples, own.seed).mean(gap_N)
-        name = own.tasks[-1]
         return [
             Score(
-                name,
+                inputs.name,
                 inputs.set_name,
                 "test films",
                 "gap",

@@ -28,6 +28,8 @@ CORPUS = "corpus"
 class Inputs:
     """Inputs of a task: one encoder on one set."""
 
+    name: str
+    """The task's name in `evaluate.tasks`, for its scores."""
     encoder: EncoderSpec
     images: ImageSet | None
     """The labelled set, or the phantom behind the pairs; None for a corpus without labels."""

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cmcgns import storage
 from cmcgns.cli import validate
@@ -239,9 +240,10 @@ class FilmEncoder(nn.Module):
         return pooled_BC, image_BD
 
     def levels(self, image_B1HW: Tensor) -> list[Tensor]:
-        """Feature maps (B, C, h, w), finest first: all stages of a ResNet, the last layer's patches of a ViT."""
+        """Feature maps (B, C, h, w), finest first: all stages of a ResNet; else the patches of the last layer."""
         pixels_B3HW = self._pixels(image_B1HW)
-        if self.encoder.is_convolutional:
+        # every CNN of transformers returns its stages; a plugin's need not
+        if self.encoder.is_convolutional and isinstance(self.encoder.backbone, PreTrainedModel):
             return list(self.encoder.backbone(pixel_values=pixels_B3HW, output_hidden_states=True).hidden_states)
         features_BPC = self.encoder(pixels_B3HW)[0]
         grid = int(features_BPC.shape[1] ** 0.5)

@@ -70,7 +70,8 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     if folder.resumed:
         refuse_changes(config, folder, FREE_IN_SWEEPS)
     base = config.pretraining().model_copy(update={"run": RunConfig()})
-    check_faiss(base.clustering.device)
+    if base.banks:
+        check_faiss(base.clustering.device)
     if settings.space is not None:
         read_space(settings.space, base)  # fails before the corpus is read
     prepared = prepare_corpus(without_cluster_limit(base, settings))

@@ -42,11 +42,11 @@ def check_cpus(config: Config) -> None:
     taken, cpus, gpus = reserved_cpus(config), resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     if taken > cpus - 1:
         raise UserError(
-            f"{train.num_workers} workers of {train.cpus_per_worker} and {clustering.actors} clustering actors of "
+            f"{train.num_workers} workers of {train.cpus_per_worker} and {config.pool_actors} clustering actors of "
             f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is reserved for data. "
             "Lower train.cpus_per_worker or clustering.cpus_per_actor"
         )
-    wanted = train.num_workers * train.use_gpu + clustering.actors * clustering.gpus_per_actor
+    wanted = train.num_workers * train.use_gpu + config.pool_actors * clustering.gpus_per_actor
     if wanted > gpus:
         raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
 
@@ -58,7 +58,7 @@ def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
         clustering = config.clustering
         raise UserError(
             f"the {len(labelled)} nodes labelled {ROLE}={DATA} have {sum(node.cpus for node in labelled):g} CPUs, and "
-            f"{clustering.actors} clustering actors of {clustering.cpus_per_actor} leave less than one of them for data. Label "
+            f"{config.pool_actors} clustering actors of {clustering.cpus_per_actor} leave less than one of them for data. Label "
             "more nodes, or lower clustering.cpus_per_actor"
         )
 

@@ -262,7 +262,8 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
         UserError: a setting does not fit this machine, the run folder or the corpus.
     """
     config = with_absolute_paths(config)
-    check_faiss(config.clustering.device)
+    if config.banks:
+        check_faiss(config.clustering.device)
     folder = open_folder(config.run, "pretrain")
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)

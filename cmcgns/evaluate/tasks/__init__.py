@@ -211,7 +211,9 @@ def run_pair_task(
     task: Task, name: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
 ) -> TaskResult:
     """Scores of a task that reads pairs."""
-    return measure(task, Inputs(encoder, images, settings, pairs=pairs, options=task_options(task, name, settings)))
+    return measure(
+        task, Inputs(name, encoder, images, settings, pairs=pairs, options=task_options(task, name, settings))
+    )
 
 
 @ray.remote(num_cpus=1)
@@ -220,7 +222,7 @@ def run_feature_task(
 ) -> TaskResult:
     """Scores of a task that reads the features at ``uri``."""
     features, options = read_features(uri), task_options(task, name, settings)
-    return measure(task, Inputs(encoder, images, settings, features=features, options=options))
+    return measure(task, Inputs(name, encoder, images, settings, features=features, options=options))
 
 
 def measure(task: Task, inputs: Inputs) -> TaskResult:
