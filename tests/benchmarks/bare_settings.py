@@ -29,7 +29,7 @@ def _field(default: Any = None, **bounds: Any) -> Any:
     return default
 
 
-def _validator(*fields: str, mode: str) -> Callable[[Any], Any]:
+def _validator(*fields: str, mode: str = "after") -> Callable[[Any], Any]:
     return lambda method: method
 
 

@@ -197,7 +197,7 @@ def test_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:
         detect_format(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
         detect_format(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"data\.format chexpert is unknown"):
+    with pytest.raises(UserError, match=r"data\.format 'chexpert': no such module; known: phantom, pairs-csv"):
         open_source(str(tmp_path), format="chexpert")
 
 
