@@ -15,8 +15,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cmcgns.config import METHODS, MethodConfig, RunConfig, Section, method_settings
+from cmcgns.config import METHODS, MethodConfig, RunConfig, Section, foreign_modules, method_settings
 from cmcgns.errors import UserError
+from cmcgns.plugins import absolute_plugin
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
 STRING_KEYS = (
@@ -95,6 +96,12 @@ def load_config(arguments: Sequence[str], kind: type[Settings], default_config: 
     if path is None and resumed:
         storage = overrides.get("run.storage") or settings.get("run", {}).get("storage") or RunConfig().storage
         settings = read_run(str(storage), str(overrides[resumed]), resumed)
+        for key, name in foreign_modules(settings).items():
+            if absolute_plugin(str(overrides.get(key))) != name:
+                raise UserError(
+                    f"{resumed} {overrides[resumed]}: its settings name the module {name}, which would be executed here; if you "
+                    f"trust it, repeat --{key}={name}"
+                )
     return resolve(settings, overrides, kind)
 
 
@@ -128,6 +135,12 @@ def _with_method(settings: dict[str, Any], overrides: dict[str, Any], kind: type
         for name, value in (objective if isinstance(objective, dict) else {}).items()
         if name in method_settings(chosen).model_fields
     }
+    dropped = sorted(set(objective if isinstance(objective, dict) else {}) - set(kept))
+    if dropped:
+        print(
+            f"method.name {chosen}: these keys of the file's objective do not apply: {', '.join(dropped)}",
+            file=sys.stderr,
+        )
     return settings | {"method": {"name": chosen}, "objective": kept}
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from cmcgns.errors import UserError
-from cmcgns.plugins import load_plugin
+from cmcgns.plugins import is_plugin, load_plugin
 
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
 """Supported layouts of a corpus."""
@@ -150,6 +150,19 @@ class MethodSettings(Section):
 
 METHODS = {"cm-cgns": "cmcgns.methods.cm_cgns", "infonce": "cmcgns.methods.infonce"}
 """Modules of the built-in methods, by name."""
+
+
+def foreign_modules(settings: dict[str, Any]) -> dict[str, str]:
+    """Modules that unvalidated ``settings`` would execute and that are not ours, by setting."""
+    value = lambda section, key: (settings[section] if isinstance(settings.get(section), dict) else {}).get(key)
+    named = {
+        "method.name": (value("method", "name"), METHODS),
+        "data.format": (value("data", "format"), FORMATS),
+        "clustering.clusterer": (value("clustering", "clusterer"), ("kmeans",)),
+    }
+    found = {key: name for key, (name, ours) in named.items() if isinstance(name, str) and name not in ours}
+    encoder = value("model", "image_encoder")
+    return found | ({"model.image_encoder": encoder} if isinstance(encoder, str) and is_plugin(encoder) else {})
 
 
 def method_module(name: str) -> ModuleType:

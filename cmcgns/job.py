@@ -87,7 +87,12 @@ class Job(ABC):
     def resume_command(self) -> str:
         """The command that continues this run."""
         folder = self.folder
-        return f"python jobs/{self.script}.py --run.storage={folder.storage} --{self.resume_key}={folder.name}"
+        modules = "".join(f" --{key}={name}" for key, name in self.modules().items())
+        return f"python jobs/{self.script}.py --run.storage={folder.storage} --{self.resume_key}={folder.name}{modules}"
+
+    def modules(self) -> dict[str, str]:
+        """The user's own modules in the settings, which resuming has to name again (``cli.load_config``)."""
+        return {}
 
 
 def run(job: Job, dry_run: bool = False) -> int:

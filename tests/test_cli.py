@@ -11,6 +11,7 @@ import yaml
 from cmcgns.cli import STATUS_WRONG_INPUT, load_config, run_job
 from cmcgns.config import Config
 from cmcgns.errors import UserError
+from cmcgns.sweep.config import SweepJobConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "jobs" / "configs"
@@ -138,3 +139,17 @@ def test_a_wrong_setting_ends_the_job_with_status_2_and_no_traceback(
     assert len(ended.stderr.splitlines()) == 1
     assert not ended.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_names_a_module_is_not_resumed_without_saying_so_again(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"method: {{name: {evil}}}")
+    for name in ("run.resume", "sweep.resume"):
+        kind = Config if name == "run.resume" else SweepJobConfig
+        with pytest.raises(
+            UserError, match=rf"names? the module {evil}, which would be executed.*repeat --method.name="
+        ):
+            load_config([f"--{name}=run", f"--run.storage={tmp_path}"], kind, None)
+    assert not (tmp_path / "ran").exists()

@@ -16,6 +16,8 @@ from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
 from cmcgns.clustering.online_clustering import RefreshRequest, recluster
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
+from cmcgns.errors import UserError
+from cmcgns.evaluate.encoders import open_run
 from cmcgns.phantom import PhantomCorpus
 from tests.jobs import REPOSITORY, Job, checkpoints, result, rows
 
@@ -64,8 +66,11 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
     assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == str(plugins / "siglip.py")
     assert "layers.0.weight" in load_file(run / "export" / "image_encoder" / "model.safetensors")
     task = plugins / "alignment_task.py"
+    files = [str(plugins / f"{name}.py") for name in ("siglip", "patchify", "folders_reader")]
+    with pytest.raises(UserError, match=r"siglip.py \(method.name\), which would be executed here.*evaluate.trusted"):
+        open_run("evaluate.run", str(run), trusted=files[1:])
     measured = Job(
-        tmp_path, f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]",
+        tmp_path, f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]", f"--evaluate.trusted=[{', '.join(files)}]",
         f"--evaluate.options={{{task}: {{scale: 2.0}}}}", "--evaluate.resamples=100", "--run.name=measured",
         "--evaluate.cpus_per_worker=0.5", config=None, job="jobs/evaluate.py",
     )  # fmt: skip

@@ -11,6 +11,9 @@ from cmcgns.config import RunConfig, Section
 class EmbedConfig(Section):
     run: str = ""
     """Folder of a finished pretraining run, local or `s3://`: its model, vocabulary and corpus are used."""
+    trusted: tuple[str, ...] = ()
+    """Modules and files of others' run settings (method, backbone, reader) that may be executed; ones that are not named here
+    are refused."""
     split: Literal["train", "valid", "test"] = "test"
     """Studies whose sentences are embedded."""
     uri: str | None = None
@@ -40,6 +43,9 @@ class EvaluateConfig(Section):
     tasks: tuple[str, ...] = TASKS
     """Tasks to run: retrieval, zeroshot, classification, segmentation, detection, clusters, grounding, and your own as
     `package.module` or `path/to/file.py`. A task for which a set has no labels is skipped and reported."""
+    trusted: tuple[str, ...] = ()
+    """Modules and files of others' run settings (method, backbone, reader) that may be executed; ones that are not named here
+    are refused."""
     options: dict[str, dict[str, Any]] = {}
     """Settings of your own tasks: `{NAME: {key: value}}`, with the name used in `tasks`."""
     sets: dict[str, str] = {}

@@ -113,7 +113,7 @@ class EmbedRows:
 
     def __init__(self, uri: str, study_ids: Any, settings: EmbedConfig) -> None:
         torch.set_num_threads(max(int(settings.cpus_per_worker), 1))
-        run = open_run("embed.run", uri)
+        run = open_run("embed.run", uri, settings.trusted)
         self.study_ids = ray.get(study_ids)
         self.resize = run.config.data.resize
         device = torch.device("cuda" if settings.use_gpu else "cpu")
@@ -134,7 +134,7 @@ class EmbedJob(Job):
 
     def __init__(self, config: EmbedJobConfig) -> None:
         self.config, self.settings = config, config.embed
-        self.model_run = open_run("embed.run", self.settings.run)
+        self.model_run = open_run("embed.run", self.settings.run, self.settings.trusted)
         self.split = open_split(self.model_run, self.settings)
         self.folder = open_folder(config.run, "embed", resume_key="")
         self.coordinator: Any = None
@@ -165,24 +165,27 @@ class EmbedJob(Job):
 
     def run(self, terminal: Console) -> dict[str, Any]:
         split, began = self.split, time.perf_counter()
-        write_config(self.folder, self.config)
         self.coordinator = start_coordinator(len(split.studies), split.config.data.max_bad_fraction, {})
+        write_config(self.folder, self.config)
         try:
             write_sentences(self.model_run, self.settings, split, self.coordinator, self.folder.file("sentences"))
-        except BaseException:
-            storage.delete_folder(
-                self.folder.file("sentences")
-            )  # an incomplete set could be mistaken for a complete one
+        except BaseException as error:
+            # an incomplete set could be mistaken for a complete one
+            storage.delete_folder(self.folder.file("sentences"))
+            if isinstance(error, UserError):  # the run has started: it fails, and its folder says so
+                raise RuntimeError(str(error)) from error
             raise
         return {"seconds": round(time.perf_counter() - began, 1)}
 
     def reason(self, error: Exception) -> str:
-        return ray.get(self.coordinator.failure.remote()) or cause(error)
+        failure = None if self.coordinator is None else ray.get(self.coordinator.failure.remote())
+        return failure or cause(error)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        bad_rows = ray.get(self.coordinator.account.remote())["bad_rows"]
-        write_bad_rows(self.folder.uri, bad_rows)
-        result |= {"studies": len(self.split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
+        if self.coordinator is not None:
+            bad_rows = ray.get(self.coordinator.account.remote())["bad_rows"]
+            write_bad_rows(self.folder.uri, bad_rows)
+            result |= {"studies": len(self.split.studies) - len(bad_rows), "bad_rows": len(bad_rows)}
         super().write_result(result)
 
     def summary(self, result: dict[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from transformers import PreTrainedModel
 
 from cmcgns import storage
 from cmcgns.cli import validate
-from cmcgns.config import Config
+from cmcgns.config import Config, foreign_modules
 from cmcgns.data.tokenizer import SPECIAL_TOKENS, ReportTokenizer, load_tokenizer
 from cmcgns.errors import UserError
 from cmcgns.methods.base import Method, load_method
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
 from cmcgns.models.dual_encoder import DualEncoder
-from cmcgns.plugins import is_plugin
+from cmcgns.plugins import absolute_plugin, is_plugin
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,13 @@ def last_run(storage_uri: str) -> str:
     )
 
 
-def open_run(key: str, uri: str) -> PretrainedRun:
+def open_run(key: str, uri: str, trusted: Collection[str] | None = None) -> PretrainedRun:
     """The run in the folder ``uri``, the value of setting ``key``.
 
+    ``trusted``: modules that the run's settings may name and so execute, besides ours; None for a run of this very job.
+
     Raises:
-        UserError: the folder contains no run, or the run has no export.
+        UserError: the folder contains no run, the run has no export, or its settings name a module that is not trusted.
     """
     uri = storage.absolute(key, uri)
     if not storage.exists(storage.join(uri, "config.yaml")):
@@ -119,6 +122,12 @@ def open_run(key: str, uri: str) -> PretrainedRun:
             f"{key} {uri} has no export: the run has not finished; resume it with --run.resume={Path(uri).name}"
         )
     settings: dict[str, Any] = yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml")))
+    for setting, name in foreign_modules(settings).items():
+        if trusted is not None and name not in map(absolute_plugin, trusted):
+            raise UserError(
+                f"{key} {uri}: its config.yaml names the module {name} ({setting}), which would be executed here; if you trust "
+                f"it, set {key.split('.')[0]}.trusted=[{name}]"
+            )
     config = validate(settings, Config)
     return PretrainedRun(uri, config, _vocabulary(storage.join(uri, "export/tokenizer"), config))
 
@@ -263,19 +272,19 @@ def read_statistics(folder: str) -> tuple[list[float], list[float]] | None:
     return [float(value) for value in content["image_mean"]], [float(value) for value in content["image_std"]]
 
 
-def open_encoders(run_uri: str, beside: list[str], seed: int) -> list[EncoderSpec]:
+def open_encoders(run_uri: str, beside: list[str], seed: int, trusted: Collection[str] = ()) -> list[EncoderSpec]:
     """The run's encoder, then those of ``beside``: `random`, run folders, Hugging Face folders.
 
     Raises:
         UserError: a folder contains neither a finished run nor a model.
     """
-    run = open_run("evaluate.run", without_export(run_uri))
+    run = open_run("evaluate.run", without_export(run_uri), trusted)
     specs = [EncoderSpec(PRETRAINED, run, "run")]
     for other in beside:
         if other == RANDOM:
             specs.append(EncoderSpec(_unique_name(RANDOM, specs), run, RANDOM, seed=seed))
         elif storage.exists(storage.join(without_export(other), "export/heads.safetensors")):
-            other_run = open_run("evaluate.beside", without_export(other))
+            other_run = open_run("evaluate.beside", without_export(other), trusted)
             specs.append(EncoderSpec(_unique_name(Path(other_run.uri).name, specs), other_run, "run"))
         elif Path(other).is_dir() and (Path(other) / "config.json").exists():
             with torch.device("meta"):  # raises now if the model cannot be used

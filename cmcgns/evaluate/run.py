@@ -56,7 +56,7 @@ class EvaluateJob(Job):
         settings = config.evaluate
         run = settings.run or last_run(config.run.storage)
         self.config = config.model_copy(update={"evaluate": settings.model_copy(update={"run": run})})
-        encoders = open_encoders(run, list(settings.beside), settings.seed)
+        encoders = open_encoders(run, list(settings.beside), settings.seed, settings.trusted)
         self.evaluation = Evaluation(settings, encoders, [], read_prompts(settings))
         self.others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
         self.folder = open_folder(config.run, "evaluate", resume_key="")
@@ -134,6 +134,7 @@ class EvaluateJob(Job):
             return
         if result.get("failure"):
             super().report(terminal, result)
+            return
         print_skipped_and_failed(terminal, self.evaluation.skipped, self.evaluation.failures)
         print_plan(terminal, self.summary(result))
 

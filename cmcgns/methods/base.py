@@ -8,7 +8,7 @@ B studies on this rank, S sentences (padded), P patches, n rows to cluster, K ce
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,22 +17,6 @@ from cmcgns.config import Bank, Config, MethodSettings, method_module
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
 from cmcgns.models.dual_encoder import DualEncoder
-
-
-class Outputs(Protocol):
-    """What a method's model returns: a NamedTuple (ZeRO-3's hooks handle no other class) with at least these fields."""
-
-    @property
-    def image_BD(self) -> Tensor:
-        """Normalised film embeddings."""
-
-    @property
-    def report_BD(self) -> Tensor:
-        """Normalised report embeddings."""
-
-    @property
-    def sentences_BSD(self) -> Tensor:
-        """Sentence embeddings, zero where padded."""
 
 
 class Losses(NamedTuple):
@@ -81,7 +65,11 @@ class Method(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def build_model(self, vocabulary_size: int) -> DualEncoder:
-        """The whole model, with weights drawn from torch's current generator; its forward takes (batch, stage)."""
+        """The whole model, with weights drawn from torch's current generator.
+
+        Its forward takes (batch, stage) and returns a NamedTuple (ZeRO-3's hooks handle no other class) with at least
+        ``image_BD`` and ``report_BD``, both normalised, and ``sentences_BSD``, zero where padded.
+        """
 
     def frozen(self, stage: int) -> tuple[str, ...]:
         """Name prefixes of the parameters that ``stage`` does not train."""

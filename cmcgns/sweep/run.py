@@ -14,7 +14,7 @@ from rich.console import Console
 from cmcgns import storage
 from cmcgns.cluster.placement import this_node
 from cmcgns.cluster.session import ONE_CPU
-from cmcgns.config import measure
+from cmcgns.config import foreign_modules, measure
 from cmcgns.errors import cause
 from cmcgns.job import Job
 from cmcgns.sweep.admission import TRIAL_CPUS, Capacity, build_scheduler, capacity_for, node_resources, trial_bundles
@@ -62,6 +62,9 @@ class SweepJob(Job):
 
     def needed(self) -> list[dict[str, float]]:
         return [*trial_bundles(self.setup.base), ONE_CPU]
+
+    def modules(self) -> dict[str, str]:
+        return foreign_modules(self.setup.base.model_dump())
 
     def plan(self, cpus: float) -> dict[str, str]:
         check_cpus(self.setup.base)

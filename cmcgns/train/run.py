@@ -27,7 +27,7 @@ from cmcgns.cluster.placement import (
     run_bundles,
 )
 from cmcgns.cluster.session import ONE_CPU
-from cmcgns.config import Config
+from cmcgns.config import Config, foreign_modules
 from cmcgns.data.stream import default_read_ahead
 from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
@@ -129,6 +129,9 @@ class PretrainJob(Job):
     def needed(self) -> list[dict[str, float]]:
         return [*run_bundles(self.config), ONE_CPU]
 
+    def modules(self) -> dict[str, str]:
+        return foreign_modules(self.config.model_dump())
+
     def plan(self, cpus: float) -> dict[str, str]:
         nodes = list_nodes()
         share, placed = whole_cluster(self.config, nodes), describe_placement(self.config, nodes)
@@ -186,17 +189,20 @@ class PretrainJob(Job):
         return train(self.setup, whole_cluster(self.config, list_nodes()), follow)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Does nothing: ``train`` has written it, since sweeps call ``train`` too."""
+        """Only for a run that ended outside ``train``, which sweeps call too and which writes its own result."""
+        if "versions" not in result:
+            super().write_result(result)
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
-        if result["status"] != "failed" and self.config.banks and result["clustering_started_at"] is None:
+        has_trained = "clustering_started_at" in result and result["status"] != "failed"
+        if has_trained and self.config.banks and result["clustering_started_at"] is None:
             terminal.print(
                 "[yellow]clustering never started[/yellow]: the losses are plain InfoNCE. See clustering.start_cosine, "
                 f"refresh_every and {self.config.banks[0].setting}",
                 highlight=False,
             )
         super().report(terminal, result)
-        if result["interrupted"]:
+        if result.get("interrupted"):
             # Ray Train's thread is still waiting in Ray; a shutdown now would end the process with status 1.
             # Ray's processes end when their driver ends.
             sys.stdout.flush()
