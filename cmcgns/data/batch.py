@@ -10,7 +10,7 @@ from torch import Tensor
 from cmcgns.config import Config
 
 if TYPE_CHECKING:
-    from cmcgns.data.record import Block  # Arrow, which a model alone does without
+    from cmcgns.data.record import Block  # a model alone does not need Arrow
 
 # B studies on this rank, R pixels of the stored square, H = W pixels of the crop, C draws, P patches
 
@@ -24,7 +24,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def keyed_uniform(key_B: Tensor, count: int, stream: int) -> Tensor:
-    """float32 (B, count) in [0, 1): a function of key, stream and place alone, bit-equal on every device."""
+    """float32 (B, count) in [0, 1): depends only on key, stream and column, bit-equal on every device."""
     state_B1 = _mix(key_B + _mix(torch.full_like(key_B, stream)))[:, None]
     place_C = torch.arange(1, count + 1, dtype=torch.int64, device=key_B.device)
     bits_BC = _mix(state_B1 + place_C * _GAMMA)
@@ -39,12 +39,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """``x`` shifted right with zeros coming in: on int64 ``>>`` would repeat the sign."""
+    """Logical right shift: on int64 ``>>`` would repeat the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def crop(image_B1RR: Tensor, size: int, key_B: Tensor | None) -> Tensor:
-    """(B, 1, size, size): a square of each image, placed by its key, or in the middle without keys."""
+    """(B, 1, size, size): a random square of each image by its key, or the centre without keys."""
     batch, _, stored, _ = image_B1RR.shape
     if size > stored:
         raise ValueError(f"cannot crop {size} pixels from images of {stored}")
@@ -77,7 +77,7 @@ has half the tokens of the longest."""
 
 
 class ImageReportBatch(NamedTuple):
-    """One film and one report a row. A NamedTuple, because ZeRO-3's hooks walk into nothing fancier."""
+    """One film and one report per row. A NamedTuple, because ZeRO-3's hooks handle no other class."""
 
     image_B1HW: Tensor
     """Grey films in [-1, 1] (float), cropped."""
@@ -90,19 +90,19 @@ class ImageReportBatch(NamedTuple):
     sentence_mask_BS: Tensor
     """True where a sentence is real."""
     sentence_row_n: Tensor
-    """Flat positions b x S + s of the real sentences, so that no device has to search for them."""
+    """Flat positions b x S + s of the real sentences, so that the device does not have to search for them."""
     sentence_hash_n: Tensor
     """64-bit hash of each real sentence's words; equal hash, same text."""
     report_hash_B: Tensor
     """64-bit hash of each report's words."""
     draw_key_B: Tensor
-    """64-bit key of every draw about a study (crop, masks), the same on any rank."""
+    """64-bit key of the random draws of a study (crop, masks), the same on any rank."""
     rank_sentences: tuple[int, ...]
     """Real sentences of every rank, known on the host."""
     by_length_B: Tensor | None = None
-    """The studies from the shortest report to the longest; None where reports are not sliced."""
+    """The studies from the shortest report to the longest; None if reports are not sliced."""
     slice_tokens: tuple[int, ...] = ()
-    """Tokens of the longest report in each of as many equal slices of ``by_length_B``, known on the host."""
+    """Tokens of the longest report in each slice; ``by_length_B`` is cut into that many equal slices. Known on the host."""
 
     @property
     def studies(self) -> int:
@@ -116,7 +116,7 @@ class ImageReportBatch(NamedTuple):
 
 
 class PaddedReports(NamedTuple):
-    """Reports of different lengths as rectangles, with what the host knows about them."""
+    """Reports of different lengths, padded to rectangles, with sizes known on the host."""
 
     token_BT: Tensor
     token_mask_BT: Tensor
@@ -133,7 +133,7 @@ def pad_reports(
     sentence_counts: np.ndarray,
     pad_id: int,
 ) -> PaddedReports:
-    """``tokens`` of B reports as one rectangle, T rounded up to a multiple of 8, and how to cut it into slices."""
+    """``tokens`` of B reports as one rectangle, T rounded up to a multiple of 8, and its cut into slices."""
     lengths = np.array([len(ids) for ids in tokens])
     size_T, size_S = _rounded(lengths.max()), int(sentence_counts.max())
     order = np.argsort(lengths, kind="stable")

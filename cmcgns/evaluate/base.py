@@ -5,9 +5,8 @@ docs/evaluation.md). Heads trained on films (segmentation, detection, fine-tunin
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from cmcgns.config import Section
 from cmcgns.data.labelled.base import ImageSet
@@ -20,6 +19,8 @@ from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
 from cmcgns.plugins import load_plugin
 
+Prompts = dict[str, dict[str, list[str]]]
+"""The `present` and `absent` sentences of each class."""
 CORPUS = "corpus"
 """Name of the run's own corpus if it has no labelled set."""
 
@@ -38,6 +39,8 @@ class Inputs:
     """For tasks that read ``pairs``."""
     features: Features | None = None
     """For tasks that read ``features``."""
+    prompts: Prompts | None = None
+    """For tasks that read ``features``: the prompts of the set's classes, if there are any for its kind."""
     options: Section | None = None
     """The task's own ``Settings``."""
     shown: list[Figure] = field(default_factory=list)
@@ -63,8 +66,8 @@ class Task(ABC):
     needs_truth: ClassVar[bool] = False
     """With ``pairs``: needs the findings that each sentence states, which are known only for the phantom."""
 
-    def missing(self, images: ImageSet, inputs: Mapping[str, Any]) -> str | None:
-        """Why the task cannot run on ``images``; None if it can. ``inputs``: the prompts by kind of set."""
+    def missing(self, images: ImageSet, prompts: Prompts) -> str | None:
+        """Why the task cannot run on ``images``, whose kind has these ``prompts``; None if it can."""
         return None
 
     @abstractmethod

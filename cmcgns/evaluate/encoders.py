@@ -201,8 +201,8 @@ class EncoderSpec:
         data = self.config.data
         digest.update(json.dumps([self.kind, data.resize, data.image_size]).encode())
         if self.kind == RANDOM:
-            # the text encoder's weights are drawn before those of the heads, so its size affects the heads
-            drawn = [self.seed, torch.__version__, self.run.vocabulary_size, data.max_tokens]
+            # weights are drawn in the method's order and those of the text encoder before the heads, so both affect the heads
+            drawn = [self.seed, torch.__version__, self.run.vocabulary_size, data.max_tokens, self.config.method.name]
             digest.update(f"{drawn} {self.config.model.model_dump_json()}".encode())
         else:
             folder = self.run.export if self.kind == "run" else self.folder
@@ -210,6 +210,8 @@ class EncoderSpec:
                 # JSON files too: they contain the preprocessing
                 if name.endswith((".safetensors", ".bin", ".json")) and not name.startswith(("text_", "tokenizer")):
                     digest.update(storage.read_bytes(storage.join(folder, name)))
+        for name in foreign_modules(self.config.model_dump()).values():
+            digest.update(Path(name).read_bytes() if name.endswith(".py") else name.encode())
         return digest.hexdigest()
 
 

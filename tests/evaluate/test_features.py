@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from cmcgns.config import MethodConfig
 from cmcgns.data.batch import normalise
 from cmcgns.data.image import resize_image
 from cmcgns.data.labelled import ImageSet, open_set, phantom_set
@@ -166,6 +167,8 @@ def test_an_untrained_encoder_is_known_by_all_that_its_weights_are_drawn_after()
     assert torch.equal(pooled, same)
     assert not torch.equal(pooled, changed)
     assert spec.digest() != other.digest()
+    alone = spec.config.model_copy(update={"method": MethodConfig(name="infonce")})
+    assert spec.digest() != replace(spec, run=replace(spec.run, config=alone)).digest()
 
 
 @pytest.mark.ray

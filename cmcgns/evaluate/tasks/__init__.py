@@ -14,7 +14,7 @@ import torch
 from cmcgns.data.labelled.base import SPLITS, AnnotationKind, ImageSet
 from cmcgns.data.readers import PhantomSource
 from cmcgns.errors import UserError, cause
-from cmcgns.evaluate.base import CORPUS, Inputs, Task, task_options
+from cmcgns.evaluate.base import CORPUS, Inputs, Prompts, Task, task_options
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
@@ -43,8 +43,8 @@ class Evaluation:
     settings: EvaluateConfig
     encoders: list[EncoderSpec]
     sets: list[ImageSet]
-    prompts: dict[str, dict[str, dict[str, list[str]]]]
-    """Sentences under `present` and `absent`, by kind of set and class."""
+    prompts: dict[str, Prompts]
+    """Prompts by kind of set."""
     scores: list[Score] = field(default_factory=list)
     shown: list[Figure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -105,11 +105,11 @@ def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: 
     if not images.classes:
         evaluation.skipped.append(f"{images.name}: it has no labels for classification")
         return started
-    wanted = {}
+    wanted, prompts = {}, evaluation.prompts.get(images.kind, {})
     for name, task in tasks.items():
         if name == "classification" and "frozen" not in settings.encoder:
             continue
-        reason = task.missing(images, evaluation.prompts)
+        reason = task.missing(images, prompts)
         if reason is None:
             wanted[name] = task
         else:
@@ -128,7 +128,7 @@ def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: 
             if task.needs_reports and not encoder.has_reports:
                 evaluation.skipped.append(f"{name} of {images.name} by {encoder.name}: it has no text encoder")
                 continue
-            reference = run_feature_task.remote(task, name, uri, encoder, shared, settings)
+            reference = run_feature_task.remote(task, name, uri, encoder, shared, prompts, settings)
             started[reference] = f"{name} of {images.name} by {encoder.name}"
     return started
 
@@ -218,11 +218,11 @@ def run_pair_task(
 
 @ray.remote(num_cpus=1)
 def run_feature_task(
-    task: Task, name: str, uri: str, encoder: EncoderSpec, images: ImageSet, settings: EvaluateConfig
+    task: Task, name: str, uri: str, encoder: EncoderSpec, images: ImageSet, prompts: Prompts, settings: EvaluateConfig
 ) -> TaskResult:
     """Scores of a task that reads the features at ``uri``."""
     features, options = read_features(uri), task_options(task, name, settings)
-    return measure(task, Inputs(name, encoder, images, settings, features=features, options=options))
+    return measure(task, Inputs(name, encoder, images, settings, features=features, prompts=prompts, options=options))
 
 
 def measure(task: Task, inputs: Inputs) -> TaskResult:

@@ -3,7 +3,6 @@
 N films, K classes, D embedding.
 """
 
-from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -17,7 +16,7 @@ from cmcgns.data.batch import pad_reports
 from cmcgns.data.labelled.base import ImageSet
 from cmcgns.data.reports import normalised_words
 from cmcgns.errors import UserError
-from cmcgns.evaluate.base import Inputs, Task
+from cmcgns.evaluate.base import Inputs, Prompts, Task
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.features import Features
@@ -25,9 +24,6 @@ from cmcgns.evaluate.figures import Figure, curves
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.evaluate.tasks.classification import accuracy_scores, auc_scores, labels_of
 from cmcgns.models.dual_encoder import DualEncoder
-
-Prompts = dict[str, dict[str, list[str]]]
-"""Sentences under `present` and `absent`, by class."""
 
 
 def read_prompts(settings: EvaluateConfig) -> dict[str, Prompts]:
@@ -124,15 +120,15 @@ class ZeroShot(Task):
     reads = "features"
     needs_reports = True
 
-    def missing(self, images: ImageSet, inputs: Mapping[str, Any]) -> str | None:
-        unknown = [name for name in images.classes if name not in inputs.get(images.kind, {})]
+    def missing(self, images: ImageSet, prompts: Prompts) -> str | None:
+        unknown = [name for name in images.classes if name not in prompts]
         return f"there are no prompts for {', '.join(unknown)} (evaluate.prompts)" if unknown else None
 
     def scores(self, inputs: Inputs) -> list[Score]:
         assert inputs.features is not None
         assert inputs.images is not None
-        encoder, images, own = inputs.encoder, inputs.images, inputs.settings
-        prompts = read_prompts(own)[images.kind]
+        assert inputs.prompts is not None
+        encoder, images, prompts, own = inputs.encoder, inputs.images, inputs.prompts, inputs.settings
         model = encoder.load_model()
         return zeroshot_scores(model, encoder.run, inputs.features, images, prompts, encoder.name, own, inputs.shown)
 
