@@ -86,8 +86,8 @@ class DataConfig(CorpusConfig):
 class ModelConfig(Section):
     image_encoder: str = "resnet-50"
     """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50, vit-tiny, vit-small, vit-base), the local folder or
-    Hugging Face name of any image model (microsoft/resnet-50, facebook/dinov2-base, microsoft/rad-dino; untested: with timm installed
-    timm/densenet121.tv_in1k), or your own module as `package.module` or `path/to/file.py`.
+    Hugging Face name of any image model (microsoft/resnet-50, facebook/dinov2-base, microsoft/rad-dino; untested: with timm
+    installed timm/densenet121.tv_in1k), or your own module as `package.module` or `path/to/file.py`.
     Batch normalisation uses each rank's microbatch; on GPUs `train.sync_batchnorm` shares the statistics."""
     text_encoder: str = "bert-base"
     """A preset trained from scratch (bert-tiny, bert-mini, bert-base), a local folder, or a Hugging Face name
