@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import parquet
 
 from cmcgns import storage
 from cmcgns.clustering.kmeans import Array
 from cmcgns.clustering.rows import RowStore, check_rows, round_to_grid
 from cmcgns.errors import UserError
+from cmcgns.storage import parquet
 
 BATCH_ROWS = 4096
 """Rows decoded at a time."""
@@ -91,7 +91,7 @@ class Embeddings:
     def batches(self, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The named columns in order, in batches of at most ``BATCH_ROWS`` rows."""
         for group in self.groups:
-            with _parquet_at(group.uri):
+            with _named_errors(group.uri):
                 yield from _group_batches(group, names)
 
     def vectors(self, batch: pa.RecordBatch, first: int) -> Array:
@@ -123,7 +123,7 @@ class Embeddings:
 
 
 @contextmanager
-def _parquet_at(uri: str) -> Iterator[None]:
+def _named_errors(uri: str) -> Iterator[None]:
     """Turn Arrow's errors into one message with the URI."""
     with storage.explained(uri):
         try:
@@ -134,9 +134,7 @@ def _parquet_at(uri: str) -> Iterator[None]:
 
 
 def _group_batches(group: RowGroupSlice, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    files, path = storage.filesystem(group.uri)
-    # pre_buffer would load whole row groups; without it memory is a few pages
-    with parquet.ParquetFile(path, filesystem=files, pre_buffer=False, buffer_size=READ_BYTES) as file:
+    with parquet.open_file(group.uri, READ_BYTES) as file:
         position = 0
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group.number], columns=list(names)):
             begin, end = max(group.start - position, 0), min(group.stop - position, len(batch))
@@ -171,8 +169,7 @@ def open_embeddings(uri: str, columns: Columns) -> Embeddings:
 
 def _footer(uri: str) -> tuple[pa.Schema, list[int]]:
     """Schema of a file and the sizes of its row groups."""
-    files, path = storage.filesystem(uri)
-    with _parquet_at(uri), parquet.ParquetFile(path, filesystem=files) as file:
+    with _named_errors(uri), parquet.open_file(uri, READ_BYTES) as file:
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
         return file.schema_arrow, sizes
 

@@ -27,9 +27,10 @@ from cmcgns.data.image import resize_image
 from cmcgns.data.labelled.base import ImageSet, ImageSource
 from cmcgns.data.readers import Reader
 from cmcgns.data.stream import FETCH_THREADS, fetched, ordered_context
-from cmcgns.errors import BadRow
+from cmcgns.errors import BadRow, UserError
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec
+from cmcgns.storage import parquet
 
 logger = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
@@ -238,7 +239,10 @@ def _column(values_BC: torch.Tensor, kept_B: NDArray[np.bool_]) -> pa.Array:
 
 def read_features(uri: str) -> Features:
     """The features stored at ``uri``."""
-    table = storage.read_parquet(uri, lambda file: file.read())
+    table = parquet.read(uri, pq.ParquetFile.read, pa.schema({"image_id": pa.string()}))
+    for name, kind in zip(table.column_names[1:], table.schema.types[1:], strict=True):
+        if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+            raise UserError(f"{uri}: column {name} is {kind}, not lists of float32; delete the file to embed again")
     rows = lambda name: np.stack(table[name].to_numpy(zero_copy_only=False)) if len(table) else np.zeros((0, 0))
     shared = rows("shared").astype(np.float32) if "shared" in table.column_names else None
     return Features(table["image_id"].to_pylist(), rows("pooled").astype(np.float32), shared)

@@ -31,6 +31,7 @@ from cmcgns.evaluate.features import (
     warn_about_bad_images,
     write_bad_images,
 )
+from cmcgns.storage import parquet
 
 Floats = NDArray[np.float64]
 Masks = NDArray[np.bool_]
@@ -171,7 +172,7 @@ def read_films(rows: pa.Table, images_ref: Any, side: int) -> pa.Table:
 
 def film_ids(uri: str) -> list[str]:
     """Ids of the films stored at ``uri``."""
-    ids: list[str] = storage.read_parquet(uri, lambda file: file.read(["image_id"]))["image_id"].to_pylist()
+    ids: list[str] = parquet.read(uri, lambda file: file.read(["image_id"]), SCHEMA)["image_id"].to_pylist()
     return ids
 
 
@@ -186,7 +187,7 @@ def load_films(uri: str, images: ImageSet, side: int, image_ids: Sequence[str] |
         ]
         return pa.concat_tables([SCHEMA.empty_table(), *kept])
 
-    table = storage.read_parquet(uri, read)
+    table = parquet.read(uri, read, SCHEMA)
     squares = lambda name: [np.frombuffer(each, np.uint8) for each in table[name].to_pylist()]
     film_NRR = np.concatenate([np.zeros(0, np.uint8), *squares("film")]).reshape(-1, side, side)
     bits = [np.unpackbits(each, count=kinds * side * side).astype(bool) for each in squares("masks")]

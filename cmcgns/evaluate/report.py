@@ -19,7 +19,15 @@ from cmcgns.errors import UserError
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, differences
 from cmcgns.run_folder import RunFolder
+from cmcgns.storage import parquet
 from cmcgns.terminal import STYLE
+
+SCORES_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("task", "images", "setting", "metric", "encoder")]
+    + [(name, pa.float64()) for name in ("value", "low", "high")]
+    + [("number", pa.int64()), ("note", pa.string()), ("resampled", pa.list_(pa.float64()))]
+)
+"""Columns of scores.parquet: ``Score.row`` and its resamples."""
 
 
 def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, Any]) -> None:
@@ -42,7 +50,9 @@ def write_results(folder: RunFolder, scores: Sequence[Score], facts: dict[str, A
     folder.write_json("evaluation.json", without_nan(facts | {"scores": rows, "differences": against}))
     storage.write_bytes(folder.file("evaluation.csv"), pd.DataFrame(rows).to_csv(index=False).encode())
     resamples = [score.resampled_R.tolist() if score.resampled_R is not None else None for score in scores]
-    table = pa.Table.from_pylist(rows).append_column("resampled", pa.array(resamples, pa.list_(pa.float64())))
+    table = pa.Table.from_pylist(
+        [row | {"resampled": each} for row, each in zip(rows, resamples, strict=True)], schema=SCORES_SCHEMA
+    )
     with storage.writing(folder.file("scores.parquet")) as file:
         pq.write_table(table, file)
 
@@ -81,7 +91,7 @@ def read_results(key: str, uri: str) -> Results:
     uri = storage.absolute(key, uri)
     try:
         facts = json.loads(storage.read_bytes(storage.join(uri, "evaluation.json")))
-        rows = storage.read_parquet(storage.join(uri, "scores.parquet"), lambda file: file.read()).to_pylist()
+        rows = parquet.read(storage.join(uri, "scores.parquet"), pq.ParquetFile.read, SCORES_SCHEMA).to_pylist()
     except storage.MissingFileError:
         raise UserError(
             f"{key} {uri} contains no evaluation; give <run.storage>/<run.name> of a finished one"

@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs as arrow_fs
 
 from cmcgns.errors import UserError
@@ -21,7 +19,6 @@ from cmcgns.storage.errors import (
     BrokenFileError,
     ForbiddenFileError,
     MissingFileError,
-    error_codes,
     explained,
     is_transient,
     retries,
@@ -96,25 +93,6 @@ def _request(uri: str, request: Callable[[], Result]) -> Result:
 def read_bytes(uri: str) -> bytes:
     """The content of the file at ``uri``."""
     return read(uri, lambda file: bytes(file.read()))
-
-
-def read_parquet(uri: str, reader: Callable[[pq.ParquetFile], Result], footer: pq.FileMetaData | None = None) -> Result:
-    """The result of ``reader`` on the Parquet file at ``uri``; ``BrokenFileError`` if it is not valid Parquet.
-
-    ``footer``: the file's metadata if it has been read before.
-    """
-
-    def parse(file: Any) -> Result:
-        try:
-            return reader(pq.ParquetFile(file, metadata=footer, pre_buffer=True))
-        except (pa.ArrowException, OSError, EOFError) as error:
-            # errors of the system or of S3 carry a number or a code, errors in the file do not
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None or error_codes(error):
-                raise
-            kind = type(error).__name__
-            raise BrokenFileError(f"{uri} is not a Parquet file, or it is truncated ({kind}); write it again") from None
-
-    return read(uri, parse)
 
 
 def write_bytes(uri: str, data: bytes, if_absent: bool = False) -> bool:

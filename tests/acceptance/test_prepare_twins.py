@@ -15,6 +15,7 @@ import pytest
 from cmcgns import storage
 from cmcgns.data.manifest import read_manifest
 from cmcgns.phantom import PhantomCorpus, write_mimic_cxr, write_mimic_cxr_jpg
+from cmcgns.storage import parquet
 from tests.data.prepare.sets import run
 from tests.jobs import Job
 from tests.jobs import rows as metric_rows
@@ -49,8 +50,7 @@ def test_reports_splits_and_pictures_are_the_same(corpora: dict[str, str]) -> No
     levels, films = 0.0, 0
     for shard in jpg.shards:
         tables = [
-            storage.read_parquet(storage.join(corpora[f"prepared {name}"], shard.name), pq.ParquetFile.read)
-            for name in TREES
+            parquet.read(storage.join(corpora[f"prepared {name}"], shard.name), pq.ParquetFile.read) for name in TREES
         ]
         for column in SAME:
             assert tables[0][column].equals(tables[1][column]), column

@@ -13,7 +13,7 @@ from cmcgns import storage
 from cmcgns.data.readers import open_source
 from cmcgns.errors import BadRow, UserError
 from cmcgns.storage import errors as faults
-from cmcgns.storage import s3
+from cmcgns.storage import parquet, s3
 from tests.faulty_proxy import DENIED, EXPIRED, NO_BUCKET, NO_KEY, Faults, FaultyProxy, running_proxy
 from tests.s3 import S3Server
 
@@ -228,9 +228,9 @@ def test_a_truncated_shard_is_distinguished_from_a_cut_connection(
     storage.write_bytes(f"{bucket}/short.parquet", data[: len(data) // 2])
     proxy.faults = Faults(cuts=0.2)
     read = pq.ParquetFile.read
-    assert storage.read_parquet(f"{bucket}/whole.parquet", read).equals(table)
+    assert parquet.read(f"{bucket}/whole.parquet", read).equals(table)
     with pytest.raises(storage.BrokenFileError, match="truncated"):
-        storage.read_parquet(f"{bucket}/short.parquet", read)
-    footer = storage.read_parquet(f"{bucket}/whole.parquet", lambda file: file.metadata)
+        parquet.read(f"{bucket}/short.parquet", read)
+    footer = parquet.read(f"{bucket}/whole.parquet", lambda file: file.metadata)
     with pytest.raises(storage.BrokenFileError, match="truncated"):
-        storage.read_parquet(f"{bucket}/short.parquet", lambda file: file.read_row_group(9), footer)
+        parquet.read(f"{bucket}/short.parquet", lambda file: file.read_row_group(9), footer=footer)

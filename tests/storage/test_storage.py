@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns import storage
+from cmcgns.storage import parquet
 
 
 def test_a_conditional_write_keeps_an_existing_file(tmp_path: Path) -> None:
@@ -72,5 +73,5 @@ def test_errors_of_the_machine_are_not_broken_files(tmp_path: Path, error: Excep
         raise error
 
     with pytest.raises(Exception) as caught:
-        storage.read_parquet(str(tmp_path / "whole"), fail)
+        parquet.read(str(tmp_path / "whole"), fail)
     assert not isinstance(caught.value, storage.BrokenFileError)

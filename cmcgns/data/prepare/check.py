@@ -27,6 +27,7 @@ from cmcgns.data.readers.prepared import decode_prepared
 from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import as_parsed
 from cmcgns.errors import UserError
+from cmcgns.storage import parquet
 from cmcgns.terminal import console, quiet_terminal
 
 MAX_BITS = 3
@@ -185,13 +186,13 @@ def read_shard(uri: str, shard: Shard) -> tuple[pa.Table, list[Finding]]:
     path = storage.join(uri, shard.name)
     facts, findings = [FACT_SCHEMA.empty_table()], []
     try:
-        footer = storage.read_parquet(path, lambda file: file.metadata)
+        footer = parquet.read(path, lambda file: file.metadata, PREPARED_SCHEMA)
         if footer.num_row_groups != len(shard.row_groups):
             return facts[0], [Finding("shard", [shard.name], f"has {footer.num_row_groups} row groups")]
         for number, expected in enumerate(shard.row_groups):
             name = f"{shard.name}#{number}"
             try:
-                rows = storage.read_parquet(path, lambda file, number=number: file.read_row_group(number), footer)  # type: ignore[misc]
+                rows = parquet.read(path, lambda file, number=number: file.read_row_group(number), footer=footer)  # type: ignore[misc]
             except storage.BrokenFileError:
                 findings.append(Finding("row group", [name], "is broken"))
                 continue

@@ -25,6 +25,7 @@ from cmcgns.data.readers import Reader, Source
 from cmcgns.data.record import PREPARED_SCHEMA, prepared_row
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow, UserError
+from cmcgns.storage import parquet
 
 MIN_KEY_BYTES = 16
 DIGITS = 20
@@ -229,5 +230,5 @@ def _count(counters: dict[str, Counter[Any]], rows: pa.Table) -> None:
 def read_made(plan: ShardPlan, out: str) -> MadeShard:
     """The existing shard of ``plan``, with the account in its footer."""
     uri = storage.join(out, plan.name)
-    metadata = storage.read_parquet(uri, lambda file: file.metadata)
+    metadata = parquet.read(uri, lambda file: file.metadata, PREPARED_SCHEMA)
     return MadeShard(plan, ShardAccount.from_json(metadata.metadata[FOOTER_KEY]), storage.file_size(uri))

@@ -17,9 +17,10 @@ from cmcgns.data.image import CroppedImage, Frame
 from cmcgns.data.manifest import Manifest, read_manifest
 from cmcgns.data.order import Arrangement, study_keys
 from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, filter_views
-from cmcgns.data.record import PREPARED_INDEX, StudyIndex, first_films, index_of_prepared
+from cmcgns.data.record import PREPARED_INDEX, PREPARED_SCHEMA, StudyIndex, first_films, index_of_prepared
 from cmcgns.data.reports import ParsedReport, as_parsed
 from cmcgns.errors import BadRow, UserError
+from cmcgns.storage import parquet
 
 READ_THREADS = 16
 
@@ -115,13 +116,13 @@ def _manifest(uri: str) -> Manifest:
 
 @functools.lru_cache(maxsize=1024)
 def _footer(uri: str, shard: str) -> pq.FileMetaData:
-    return storage.read_parquet(storage.join(uri, shard), lambda file: file.metadata)
+    return parquet.read(storage.join(uri, shard), lambda file: file.metadata, PREPARED_SCHEMA)
 
 
 def _index_rows(uri: str, shard: str, rows: int) -> pa.Table:
     """``PREPARED_INDEX`` and the path of each row of a shard; ``UserError`` unless it has as many ``rows``."""
     footer = _footer(uri, shard)
-    table = storage.read_parquet(storage.join(uri, shard), lambda file: file.read(list(PREPARED_INDEX)), footer)
+    table = parquet.read(storage.join(uri, shard), lambda file: file.read(list(PREPARED_INDEX)), footer=footer)
     if len(table) != rows:
         raise UserError(
             f"{storage.join(uri, shard)} has {len(table)} rows, the manifest says {rows}; prepare the set again"
@@ -146,7 +147,7 @@ def _read_group(uri: str, name: str, columns: tuple[str, ...]) -> pa.Table | Bad
     try:
         footer = _footer(uri, shard)
         path = storage.join(uri, shard)
-        table = storage.read_parquet(path, lambda file: file.read_row_group(int(number), list(columns)), footer)
+        table = parquet.read(path, lambda file: file.read_row_group(int(number), list(columns)), footer=footer)
         return table.combine_chunks()
     except storage.MissingFileError:
         return BadRow(f"shard {shard} is missing")

@@ -18,6 +18,7 @@ from cmcgns.cli import load_config
 from cmcgns.data.manifest import read_manifest
 from cmcgns.data.prepare.config import PrepareJobConfig
 from cmcgns.data.prepare.run import prepare
+from cmcgns.storage import parquet
 from tests.jobs import REPOSITORY
 
 STUDIES, SIZE, GROUP = 150, 96, 16
@@ -76,9 +77,7 @@ def shards(uri: str) -> list[str]:
 
 def rows(uri: str) -> list[dict[str, Any]]:
     """All rows in the order of the manifest."""
-    tables = [
-        storage.read_parquet(storage.join(uri, shard.name), pq.ParquetFile.read) for shard in read_manifest(uri).shards
-    ]
+    tables = [parquet.read(storage.join(uri, shard.name), pq.ParquetFile.read) for shard in read_manifest(uri).shards]
     found: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
     return found
 
