@@ -15,6 +15,9 @@ from cmcgns import storage
 from cmcgns.config import RunConfig, Section
 from cmcgns.errors import UserError, with_prefix
 
+EXPORT_HASHES = "hashes.json"
+"""File of an export with the hashes of its other files."""
+
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -1,6 +1,6 @@
 """All uses of Ray's private API, one function each; tests/cluster/test_ray_private.py names the one that a new Ray breaks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -43,4 +43,27 @@ def set_total_resources(executor: Any, resources: Callable[[], dict[str, float]]
     """Make a Ray Data executor plan with ``resources``: public options can only subtract from the CPUs that Ray assigns it."""
     executor._resource_manager._get_total_resources = lambda: ray.data.ExecutionResources.from_resource_dict(
         resources()
+    )
+
+
+def checkpoint_snapshot(names: Sequence[str]) -> str:
+    """Ray Train's list of a run's checkpoints ``names``, oldest first; it offers no way to say from which one to resume."""
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+        _CheckpointManagerState,
+        _TrainingResultState,
+    )
+
+    results = [_TrainingResultState(checkpoint_dir_name=name, metrics={}) for name in names]
+    return str(
+        _CheckpointManagerState(
+            checkpoint_results=results,
+            checkpoint_report_indices=list(range(len(names))),
+            latest_checkpoint_result=results[-1],
+            pending_training_results=[],
+            pending_validation_specs=[],
+            current_report_index=len(names),
+            validated_checkpoint_dir_names=[],
+            timed_out_validation_checkpoint_dir_names=[],
+            failed_validation_checkpoint_dir_names=[],
+        ).json()
     )

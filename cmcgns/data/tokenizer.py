@@ -97,7 +97,7 @@ def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sente
 
     name = text_encoder if tokenizer == "auto" else tokenizer
     try:
-        fast = AutoTokenizer.from_pretrained(name, use_fast=True)
+        fast = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

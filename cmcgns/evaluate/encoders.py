@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Collection
@@ -21,9 +22,14 @@ from cmcgns.config import Config, foreign_modules
 from cmcgns.data.tokenizer import SPECIAL_TOKENS, ReportTokenizer, load_tokenizer
 from cmcgns.errors import UserError
 from cmcgns.methods.base import Method, load_method
-from cmcgns.models.backbones import ImageEncoder, build_image_backbone
+from cmcgns.models.backbones import ImageEncoder, build_image_backbone, check_finite
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.plugins import absolute_plugin, is_plugin
+from cmcgns.run_folder import EXPORT_HASHES
+from cmcgns.storage.integrity import damage
+
+logger = logging.getLogger(__name__)
+BACKBONES = ("image_encoder.backbone.", "text_encoder.backbone.")
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,19 @@ class PretrainedRun:
             model = load_method(built).build_model(self.vocabulary_size)
             keys = model.load_state_dict(load_file(local / "heads.safetensors"), strict=False)
             if own_backbone:
-                model.image_encoder.backbone.load_state_dict(load_file(local / "image_encoder" / "model.safetensors"))
-        missing = [name for name in keys.missing_keys if ".backbone." not in name]
+                own = model.image_encoder.backbone.load_state_dict(
+                    load_file(local / "image_encoder" / "model.safetensors"), strict=False
+                )
+                keys.missing_keys.extend(own.missing_keys)
+                keys.unexpected_keys.extend(own.unexpected_keys)
+        # backbones that transformers loads are checked as they are loaded
+        missing = [name for name in keys.missing_keys if not name.startswith(BACKBONES)]
         if missing or keys.unexpected_keys:
             raise UserError(
                 f"{self.export} does not fit the run's config.yaml: missing or unexpected "
                 f"{', '.join([*missing, *keys.unexpected_keys][:3])}; use the export and config.yaml of the same run"
             )
+        check_finite(self.export, model.state_dict())
         return model.eval()
 
 
@@ -129,7 +141,24 @@ def open_run(key: str, uri: str, trusted: Collection[str] | None = None) -> Pret
                 f"it, set {key.split('.')[0]}.trusted=[{name}]"
             )
     config = validate(settings, Config)
+    check_export(storage.join(uri, "export"))
     return PretrainedRun(uri, config, _vocabulary(storage.join(uri, "export/tokenizer"), config))
+
+
+def check_export(uri: str) -> None:
+    """Raise ``UserError`` if a file of the export at ``uri`` is not what was written. Reads all of it: a second per GB."""
+    if storage.exists(storage.join(uri, EXPORT_HASHES)):
+        reason = damage(uri, EXPORT_HASHES)
+    else:
+        try:
+            hashed = "format" in json.loads(storage.read_bytes(storage.join(uri, "preprocess.json")))
+            reason = f"{EXPORT_HASHES} is missing" if hashed else None
+        except (storage.MissingFileError, ValueError):
+            reason = "preprocess.json is missing or damaged"
+        if reason is None:
+            logger.warning("%s was written by an earlier version, without hashes: it is not verified", uri)
+    if reason is not None:
+        raise UserError(f"export {uri} is damaged: {reason}; copy it again, or resume its run to export it again")
 
 
 def _vocabulary(uri: str, config: Config) -> ReportTokenizer | None:

@@ -5,7 +5,7 @@ from the shape of its output. B studies, P patches, L tokens, C channels of the 
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from cmcgns.models.attention import AttentionPool
 from cmcgns.models.presets import IMAGE_PRESETS, TEXT_PRESETS
 from cmcgns.plugins import is_plugin, load_plugin
 
+NEVER_REMOTE_CODE = {"trust_remote_code": False}
+"""Without it transformers asks the user whether to run Python files of the model's folder, or of the hub."""
 PROBE_SIZE = 448
 """Image side in pixels for the shape probe: a multiple of the strides 4, 7, 8, 14, 16, 28, 32 and 56."""
 MAX_PREFIX_TOKENS = 8
@@ -48,7 +50,7 @@ def build_image_backbone(name: str, image_size: int, dropout: float) -> PreTrain
         backbone: PreTrainedModel = build(image_size, dropout)
         return backbone
     kind = _model_type("model.image_encoder", name)
-    model = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(name)), None)
+    model = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(name, **NEVER_REMOTE_CODE)), None)
     if model is not None and model.main_input_name != "pixel_values":
         raise UserError(f"model.image_encoder '{name}' is a {kind}; give an image model")
     return _pretrained("model.image_encoder", name)
@@ -82,15 +84,35 @@ def build_text_backbone(name: str, vocabulary_size: int, max_tokens: int, dropou
 
 def _pretrained(key: str, name: str) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **NEVER_REMOTE_CODE)
         kind = MODEL_MAPPING.get(type(config), None)
         options = {"add_pooling_layer": False} if kind and has_parameter(kind.__init__, "add_pooling_layer") else {}
         # the driver only needs shapes, and transformers cannot load weights on the meta device
         if torch.get_default_device().type == "meta":
             return AutoModel.from_config(config, **options)
-        return AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+        model, found = AutoModel.from_pretrained(
+            name, dtype=torch.float32, **NEVER_REMOTE_CODE, output_loading_info=True, **options
+        )
     except (OSError, ValueError, ImportError) as error:  # ImportError: timm models without timm
         raise _no_model(key, name, error) from None
+    lacking = sorted(found["missing_keys"])
+    if lacking:  # transformers would give them new weights
+        raise UserError(
+            f"{key} '{name}' lacks {len(lacking)} weights of its architecture: {', '.join(lacking[:3])}; get the whole model"
+        )
+    check_finite(f"{key} '{name}'", model.state_dict())
+    trained: PreTrainedModel = model
+    return trained
+
+
+def check_finite(name: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``UserError`` if one of the ``weights`` of ``name`` is not finite."""
+    broken = [key for key, each in weights.items() if each.is_floating_point() and not bool(each.isfinite().all())]
+    if broken:
+        raise UserError(
+            f"{name} has weights that are not finite: {', '.join(broken[:3])}; its training diverged or a file is damaged: use "
+            "another checkpoint or copy"
+        )
 
 
 def _model_type(key: str, name: str) -> str:
@@ -100,7 +122,7 @@ def _model_type(key: str, name: str) -> str:
         UserError: there is no such model; names the presets.
     """
     try:
-        return str(AutoConfig.from_pretrained(name).model_type)
+        return str(AutoConfig.from_pretrained(name, **NEVER_REMOTE_CODE).model_type)
     except (OSError, ValueError) as error:
         raise _no_model(key, name, error) from None
 

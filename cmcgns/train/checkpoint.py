@@ -1,6 +1,10 @@
-"""Checkpoints, and the export that plain transformers can load. Safetensors and JSON, no pickles."""
+"""Checkpoints, and the export that plain transformers can load. Safetensors and JSON, no pickles.
+
+Each rank writes the hashes of its files; a run resumes only from a checkpoint whose files all have theirs.
+"""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmcgns import distributed
+from cmcgns.run_folder import EXPORT_HASHES
+from cmcgns.storage.integrity import hash_file, write_hashes
 from cmcgns.train.engine import State
-
-CHECKPOINT_FORMAT = 1
+from cmcgns.train.resume import CHECKPOINT_FORMAT, hashes_of
 
 
 @dataclass
@@ -36,11 +41,18 @@ class Progress:
 
 def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -> None:
     """Write this rank's files: every rank its random state, rank 0 also the whole state in ``parts``."""
-    save_file(random_state(), folder / f"random_{distributed.rank()}.safetensors")
-    if distributed.rank() == 0:
-        for name, tensors in parts.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+    rank = distributed.rank()
+    files = {f"random_{rank}.safetensors": random_state()}
+    if rank == 0:
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
+        files |= {f"{name}.safetensors": tensors for name, tensors in parts.items()}
+    with ThreadPoolExecutor(1) as beside:  # hash one file while the next one is written
+        hashes = {"progress.json": beside.submit(hash_file, folder / "progress.json")} if rank == 0 else {}
+        for name, tensors in files.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+            hashes[name] = beside.submit(hash_file, folder / name)
+        found = {name: each.result() for name, each in hashes.items()}
+    (folder / hashes_of(rank)).write_text(json.dumps(found, indent=1))
 
 
 def load_progress(folder: Path) -> Progress:
@@ -83,6 +95,10 @@ def heads(weights: State) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in weights.items() if not name.startswith(backbones)}
 
 
+EXPORT_FORMAT = 2
+"""2 since exports have hashes."""
+
+
 def export_model(
     folder: Path, model: Any, weights: State, tokenizer: Any, preprocess: dict[str, Any], centroids: State
 ) -> None:
@@ -104,3 +120,4 @@ def export_model(
     if centroids:
         save_file({key: value.contiguous() for key, value in centroids.items()}, folder / "centroids.safetensors")
     (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n")
+    write_hashes(folder, EXPORT_HASHES)

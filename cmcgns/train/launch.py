@@ -47,7 +47,15 @@ def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cp
     train = stream(corpus.train, corpus.train_arrangement)
     valid = stream(corpus.valid, corpus.valid_arrangement)
     return Assignment(
-        config, run.folder.uri, run.schedule, train, valid, pools, coordinator, threads_per_worker(config)
+        config,
+        run.folder.uri,
+        run.schedule,
+        train,
+        valid,
+        pools,
+        coordinator,
+        threads_per_worker(config),
+        run.checkpoint,
     )
 
 

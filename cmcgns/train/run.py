@@ -33,7 +33,8 @@ from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.display import Display, stop_on_interrupt
-from cmcgns.train.setup import Corpus, Pretraining, latest_checkpoint, setup_pretraining, write_start
+from cmcgns.train.resume import latest_checkpoint, write_snapshot
+from cmcgns.train.setup import Corpus, Pretraining, setup_pretraining, write_start
 
 
 def check_cpus(config: Config) -> None:
@@ -238,6 +239,8 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
 
     config, folder = setup.config, setup.folder
     write_start(folder, config, setup.corpus.digest, setup.tokenizer)
+    if folder.resumed:
+        write_snapshot(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)

@@ -27,6 +27,7 @@ from cmcgns.faiss_install import check_faiss
 from cmcgns.models.presets import TEXT_PRESETS
 from cmcgns.plugins import absolute_plugin
 from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes
+from cmcgns.train.resume import find_checkpoint
 from cmcgns.train.schedule import Schedule, build_schedule
 
 FETCH_THREADS = 16
@@ -218,13 +219,6 @@ def check_corpus(folder: RunFolder, config: Config, corpus_digest: str, resume_k
         )
 
 
-def latest_checkpoint(folder: RunFolder) -> str | None:
-    """URI of the newest complete checkpoint in the folder."""
-    names = [name for name in storage.list_folders(folder.uri) if name.startswith("checkpoint_")]
-    complete = [uri for name in sorted(names) if storage.exists(f"{(uri := folder.file(name))}/progress.json")]
-    return complete[-1] if complete else None
-
-
 @dataclass(frozen=True)
 class PreparedCorpus:
     """A corpus with its vocabulary; runs with the same data and model settings can share it."""
@@ -243,6 +237,8 @@ class Pretraining:
     folder: RunFolder
     schedule: Schedule
     prepared: PreparedCorpus
+    checkpoint: str | None = None
+    """Name of the verified checkpoint from which it resumes."""
 
     @property
     def corpus(self) -> Corpus:
@@ -265,12 +261,14 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
     if config.banks:
         check_faiss(config.clustering.device)
     folder = open_folder(config.run, "pretrain")
+    checkpoint = None
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
+        checkpoint = find_checkpoint(folder, config.train.checkpoint_every)
     made = prepared or prepare_corpus(config, folder if folder.resumed else None)
     schedule = build_schedule(config.train, len(made.corpus.train))
     check_sizes(config, made.corpus, made.sentences)
-    return Pretraining(config, folder, schedule, made)
+    return Pretraining(config, folder, schedule, made, checkpoint)
 
 
 def prepare_corpus(config: Config, resumed: RunFolder | None = None) -> PreparedCorpus:

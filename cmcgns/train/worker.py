@@ -35,8 +35,9 @@ from cmcgns.data.stream import Stream
 from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
-from cmcgns.train.checkpoint import export_model, load_progress
+from cmcgns.train.checkpoint import EXPORT_FORMAT, export_model, load_progress
 from cmcgns.train.metrics import RunLog
+from cmcgns.train.resume import checkpoint_damage
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import BlockSource
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
@@ -63,6 +64,8 @@ class Assignment:
     """Clustering actors of each bank."""
     coordinator: Any
     threads: int
+    verified: str | None
+    """Name of the checkpoint from which the run resumes, which the driver has verified."""
 
 
 class RayBlocks:
@@ -179,6 +182,8 @@ def _train(assignment: Assignment) -> None:
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
         folder = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
+        if checkpoint is not None and folder is not None:
+            check_checkpoint(assignment, checkpoint.path, folder)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmcgns-run-")))
         step = 0 if folder is None else load_progress(folder).step
         log = RunLog(assignment.folder, scratch, step) if distributed.rank() == 0 else None
@@ -200,6 +205,19 @@ def _train(assignment: Assignment) -> None:
         if log is not None:
             log.close()
             ray.get(assignment.coordinator.finish.remote(outcome))
+
+
+def check_checkpoint(assignment: Assignment, path: str, folder: Path) -> None:
+    """Raise if the checkpoint of a run that lost a worker, in ``folder`` on this node, is damaged on any rank. Collective."""
+    name = path.rstrip("/").rpartition("/")[2]
+    if name == assignment.verified:
+        return
+    reason = checkpoint_damage(str(folder), name)
+    if any(damaged for (damaged,) in distributed.exchange([int(reason is not None)])):
+        raise TrainingStoppedError(
+            f"checkpoint {storage.join(assignment.folder, name)} is damaged: {reason or 'in the copy of another rank'}. Resume "
+            "the run: it takes the one before"
+        )
 
 
 def build_parts(
@@ -293,6 +311,7 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
             local = Path(scratch)
             model = trainer.method.build_model(assignment.train.tokenizer.vocabulary_size)
             preprocess = {
+                "format": EXPORT_FORMAT,
                 "resize": config.data.resize,
                 "crop": config.data.image_size,
                 "channels": 3,

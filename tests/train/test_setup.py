@@ -9,8 +9,7 @@ from cmcgns.bad_rows import read_bad_rows, write_bad_rows
 from cmcgns.config import Config
 from cmcgns.data.readers.base import FileSource
 from cmcgns.errors import BadRow
-from cmcgns.run_folder import RunFolder
-from cmcgns.train.setup import latest_checkpoint, with_absolute_paths
+from cmcgns.train.setup import with_absolute_paths
 from tests.small import small_config
 
 
@@ -19,21 +18,6 @@ def test_bad_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     rows = {"b.png": "film file is missing", "a.png": "row has no report"}
     write_bad_rows(str(tmp_path), rows)
     assert read_bad_rows(str(tmp_path)) == rows
-
-
-def test_the_latest_checkpoint_is_the_last_complete_one(tmp_path: Path) -> None:
-    folder = RunFolder(str(tmp_path), "run", resumed=False)
-    (tmp_path / "run").mkdir()
-    assert latest_checkpoint(folder) is None
-    for name, complete in (
-        ("checkpoint_00000004_a", True),
-        ("checkpoint_00000008_b", True),
-        ("checkpoint_00000012_c", 0),
-    ):
-        (tmp_path / "run" / name).mkdir()
-        if complete:
-            (tmp_path / "run" / name / "progress.json").write_text("{}")
-    assert latest_checkpoint(folder) == f"{tmp_path}/run/checkpoint_00000008_b"
 
 
 def test_local_folders_become_absolute_and_names_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

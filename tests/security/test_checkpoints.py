@@ -1,0 +1,140 @@
+"""Damage and attack: a checkpoint has lost or changed a file, or Ray Train's list names folders that are none of ours."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmcgns import distributed
+from cmcgns.cluster import ray_private
+from cmcgns.errors import UserError
+from cmcgns.run_folder import RunFolder
+from cmcgns.train.checkpoint import Progress, save_checkpoint
+from cmcgns.train.resume import SNAPSHOT, find_checkpoint, latest_checkpoint, list_checkpoints, write_snapshot
+
+OLD, NEW = "checkpoint_00000004_of_2_0a1b2c", "checkpoint_00000008_of_2_3d4e5f"
+PARTS = ("weights", "optimizer", "clustering", "best")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run folder with two checkpoints of two ranks, and Ray's list of them."""
+    for name, step in ((OLD, 4), (NEW, 8)):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        for rank in (1, 0):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            parts = {part: {"values": torch.randn(50), "step": torch.tensor(step)} for part in PARTS}
+            save_checkpoint(tmp_path / "run" / name, Progress(step=step, ranks=2), parts)
+    rows = "".join(json.dumps({"step": step, "split": "train"}) + "\n" for step in range(1, 10))
+    (tmp_path / "run" / "metrics.jsonl").write_text(rows)
+    folder = RunFolder(str(tmp_path), "run", resumed=True)
+    write_snapshot(folder, NEW)
+    return folder
+
+
+def files(run: RunFolder, name: str) -> list[Path]:
+    """Files of a checkpoint."""
+    found = sorted(Path(run.file(name)).iterdir())
+    assert len(found) == len(PARTS) + 5  # progress, and for each rank its random state and its hashes
+    return found
+
+
+def test_the_newest_whole_checkpoint_is_used(run: RunFolder) -> None:
+    assert find_checkpoint(run, 4) == NEW
+    assert latest_checkpoint(run) == run.file(NEW)
+
+
+def test_every_bit_counts(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    for path in files(run, NEW):
+        whole = path.read_bytes()
+        for place in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+            flipped = bytearray(whole)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            caplog.clear()
+            assert find_checkpoint(run, 4) == OLD, f"{path.name}, byte {place}"
+            assert NEW in caplog.text
+        path.write_bytes(whole[:-1])
+        assert find_checkpoint(run, 4) == OLD, f"{path.name} cut"
+        path.write_bytes(whole)
+    assert find_checkpoint(run, 4) == NEW
+
+
+def test_every_file_counts(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    for path in files(run, NEW):
+        whole = path.read_bytes()
+        path.unlink()
+        caplog.clear()
+        assert find_checkpoint(run, 4) == OLD, path.name
+        assert f"{NEW} is damaged: {path.name} is missing" in caplog.text
+        path.write_bytes(whole)
+
+
+def test_a_run_with_metrics_never_begins_again_at_step_0(run: RunFolder) -> None:
+    for name in (OLD, NEW):
+        files(run, name)[0].unlink()
+    with pytest.raises(
+        UserError, match=rf"run.resume run: metrics.jsonl has 9 steps.*{NEW} is damaged.*{OLD} is damaged"
+    ):
+        find_checkpoint(run, 4)
+    for name in (OLD, NEW):
+        shutil.rmtree(run.file(name))
+    with pytest.raises(UserError, match=r"has 9 steps, but no whole checkpoint is left\. Restore one"):
+        find_checkpoint(run, 4)
+    # before the first checkpoint there is nothing to lose
+    assert find_checkpoint(run, 10) is None
+
+
+def test_a_lost_or_damaged_list_is_written_anew(run: RunFolder) -> None:
+    path = Path(run.file(SNAPSHOT))
+    expected = path.read_text()
+    for content in (None, "", "{", '{"checkpoint_results": 3}'):
+        path.unlink()
+        if content is not None:
+            path.write_text(content)
+        write_snapshot(run, find_checkpoint(run, 4))
+        assert path.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["../victim", "/home/victim", "victim", "checkpoint_1", ".", "", f"{NEW}/../../victim", None]
+)
+@pytest.mark.parametrize("field", ["checkpoint_results", "latest_checkpoint_result", "pending_training_results"])
+def test_a_list_that_names_other_folders_is_refused(run: RunFolder, field: str, name: str | None) -> None:
+    path = Path(run.file(SNAPSHOT))
+    snapshot = json.loads(path.read_text())
+    entry = {"checkpoint_dir_name": name, "metrics": {}}
+    snapshot[field] = entry if field == "latest_checkpoint_result" else [entry]
+    path.write_text(json.dumps(snapshot))
+    with pytest.raises(UserError, match=f"{SNAPSHOT} lists .* Ray would delete"):
+        find_checkpoint(run, 4)
+
+
+def test_folders_of_other_names_are_no_checkpoints(run: RunFolder) -> None:
+    for name in ("checkpoint_00000012", "checkpoint_00000012_of_2_xyz", "victim"):
+        shutil.copytree(run.file(NEW), run.file(name))
+    assert list_checkpoints(run) == [OLD, NEW]
+
+
+def test_a_copy_under_another_number_of_ranks_is_refused(run: RunFolder) -> None:
+    shutil.move(run.file(NEW), run.file("checkpoint_00000008_of_1_3d4e5f"))
+    assert find_checkpoint(run, 4) == OLD
+
+
+def test_ray_train_resumes_from_the_checkpoint_that_it_is_given(run: RunFolder) -> None:
+    from pyarrow.fs import LocalFileSystem
+    from ray.train import CheckpointConfig
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+    from ray.train.v2._internal.execution.context import StorageContext
+
+    for chosen, known in ((NEW, [OLD, NEW]), (OLD, [OLD])):
+        write_snapshot(run, chosen)
+        place = StorageContext(run.storage, "run", storage_filesystem=LocalFileSystem(), read_only=True)
+        manager = CheckpointManager(CheckpointConfig(num_to_keep=2), place)
+        assert manager.latest_checkpoint_result.checkpoint.path == run.file(chosen)
+        assert [Path(each.checkpoint.path).name for each in manager._checkpoint_results] == known
+    assert ray_private.checkpoint_snapshot([OLD]) == Path(run.file(SNAPSHOT)).read_text()
