@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from cmcgns import storage
 from cmcgns.errors import UserError
@@ -16,7 +17,8 @@ from cmcgns.errors import UserError
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 """Present in a set until it is complete."""
-VERSION = 1
+VERSION = 2
+"""2 since row groups have hashes of their columns and the manifest one of itself; sets of version 1 are read unverified."""
 SPLITS = ("train", "valid", "test")
 
 
@@ -29,6 +31,9 @@ class RowGroup:
     rows: int
     studies: int
     content_hash: str
+    """Of all columns, as `--prepare.check` computes it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Hash of each of the columns that are read by themselves; empty in version 1."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Manifest:
         """The content of manifest.json, with one line per shard."""
         shards = [asdict(shard) | {"rows": shard.rows, "studies": shard.studies} for shard in self.shards]
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "shards"}
+        rest["hash"] = self_hash(rest | {"shards": shards})
         lines = ",\n  ".join(json.dumps(shard) for shard in shards)
         return json.dumps(rest, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
 
@@ -81,10 +87,12 @@ def read_manifest(uri: str) -> Manifest:
     path = storage.join(uri, MANIFEST)
     with well_formed(path, "manifest of a prepared set", "prepare the set again"):
         fields: dict[str, Any] = json.loads(storage.read_bytes(path))
-        if fields["version"] != VERSION:
+        if fields["version"] not in (1, VERSION):
             raise UserError(
-                f"{path} has version {fields['version']}, this code reads version {VERSION}; prepare the set again"
+                f"{path} has version {fields['version']}, this code reads up to version {VERSION}; prepare the set again"
             )
+        if fields.pop("hash", None) != (self_hash(fields) if fields["version"] > 1 else None):
+            raise UserError(f"{path} is not what was written; restore it, or prepare the set again")
         shards = [
             Shard(each["name"], each["split"], each["bytes"], [RowGroup(**group) for group in each["row_groups"]])
             for each in fields.pop("shards")
@@ -101,6 +109,20 @@ def well_formed(uri: str, kind: str, fix: str) -> Iterator[None]:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{uri} is not a {kind} ({type(error).__name__}); {fix}") from None
+
+
+def self_hash(fields: dict[str, Any]) -> str:
+    """Hash of everything in a manifest but this hash."""
+    rest = {name: value for name, value in fields.items() if name != "hash"}
+    as_read = json.loads(json.dumps(rest))  # keys that are numbers become strings
+    return xxhash.xxh3_128_hexdigest(json.dumps(as_read, sort_keys=True).encode())
+
+
+def column_hash(values: pa.ChunkedArray) -> str:
+    """Hash of one column of a row group: XXH3, so that it costs a small part of decoding a film."""
+    digest = xxhash.xxh3_128()
+    _add(digest, values.combine_chunks())
+    return digest.hexdigest()
 
 
 def content_hash(rows: pa.Table) -> str:

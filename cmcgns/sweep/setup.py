@@ -76,7 +76,7 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
         read_space(settings.space, base)  # fails before the corpus is read
     prepared = prepare_corpus(without_cluster_limit(base, settings))
     if folder.resumed:
-        check_corpus(folder, base, prepared.corpus.digest, "sweep.resume")
+        check_corpus(folder, base, prepared.corpus, "sweep.resume")
     written = settings.space or base.objective.sweep_space(min(prepared.sentences, base.clustering.bank_size))
     space = read_space(written, base)
     total = build_schedule(base.train, len(prepared.corpus.train)).total
@@ -153,7 +153,7 @@ def record_finished(ledger: Ledger, runs: str, metric: str) -> None:
 def write_start(setup: Sweep) -> None:
     """Write what a resumed sweep needs."""
     if not setup.folder.resumed:
-        write_corpus(setup.folder, setup.prepared.corpus.digest)
+        write_corpus(setup.folder, setup.prepared.corpus)
     settings = setup.settings.model_copy(update={"resume": None, "retry_failed": False})
     config = setup.config.model_copy(update={"sweep": settings})
     storage.write_bytes(setup.folder.file("config.yaml"), to_yaml(config).encode())

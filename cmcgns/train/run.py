@@ -238,7 +238,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     from cmcgns.train.launch import assign, fit
 
     config, folder = setup.config, setup.folder
-    write_start(folder, config, setup.corpus.digest, setup.tokenizer)
+    write_start(folder, config, setup.corpus, setup.tokenizer)
     if folder.resumed:
         write_snapshot(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})

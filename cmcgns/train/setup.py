@@ -60,6 +60,12 @@ class Corpus:
         text = "\n".join(itertools.chain(self.train["study_id"].to_pylist(), self.valid["study_id"].to_pylist()))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
+    @property
+    def record(self) -> dict[str, str]:
+        """What a run records of its corpus: the digest, and of a prepared set the hash of its content."""
+        content = getattr(self.source, "content_hash", None)
+        return {"digest": self.digest} | ({"content_hash": content} if content else {})
+
 
 def open_corpus(config: Config) -> Corpus:
     """The corpus of ``config.data`` with its training and validation split."""
@@ -191,31 +197,37 @@ def read_tokenizer(folder: RunFolder, config: Config) -> ReportTokenizer:
         return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
 
 
-def write_start(folder: RunFolder, config: Config, corpus_digest: str, tokenizer: ReportTokenizer) -> None:
-    """Write config, vocabulary and corpus digest of a new run; check the corpus of a resumed one."""
+def write_start(folder: RunFolder, config: Config, corpus: Corpus, tokenizer: ReportTokenizer) -> None:
+    """Write config, vocabulary and record of the corpus of a new run; check the corpus of a resumed one."""
     if not folder.resumed:
         if storage.exists(folder.file("config.yaml")):  # another run of that name started during this one's setup
             raise UserError(name_taken(folder))
         write_tokenizer(folder, tokenizer)
-        write_corpus(folder, corpus_digest)
+        write_corpus(folder, corpus)
         # last: if config.yaml exists, everything that a resumed run needs exists
         storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
         return
-    check_corpus(folder, config, corpus_digest)
+    check_corpus(folder, config, corpus)
 
 
-def write_corpus(folder: RunFolder, corpus_digest: str) -> None:
-    """Store the digest that ``check_corpus`` compares."""
-    folder.write_json("corpus.json", {"digest": corpus_digest})
+def write_corpus(folder: RunFolder, corpus: Corpus) -> None:
+    """Store the record that ``check_corpus`` compares."""
+    folder.write_json("corpus.json", corpus.record)
 
 
-def check_corpus(folder: RunFolder, config: Config, corpus_digest: str, resume_key: str = "run.resume") -> None:
+def check_corpus(folder: RunFolder, config: Config, corpus: Corpus, resume_key: str = "run.resume") -> None:
     """Raise ``UserError`` if the corpus is not the one that the run or sweep started with."""
-    before = json.loads(storage.read_bytes(folder.file("corpus.json")))["digest"]
-    if before != corpus_digest:
+    before, now = json.loads(storage.read_bytes(folder.file("corpus.json"))), corpus.record
+    if before["digest"] != now["digest"]:
         raise UserError(
             f"{resume_key} {folder.name}: data.uri {config.data.uri} no longer has the studies that the run started with "
-            f"(digest {corpus_digest} instead of {before}); restore them, or start a new run"
+            f"(digest {now['digest']} instead of {before['digest']}); restore them, or start a new run"
+        )
+    # a set may be prepared after the run has started from raw files, and a run of an earlier version has no hash
+    if before.get("content_hash", now.get("content_hash")) != now.get("content_hash", before.get("content_hash")):
+        raise UserError(
+            f"{resume_key} {folder.name}: the prepared set {config.data.uri} has other films or reports than the run started "
+            f"with (content hash {now['content_hash']} instead of {before['content_hash']}); restore it, or start a new run"
         )
 
 

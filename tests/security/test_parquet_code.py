@@ -16,7 +16,7 @@ from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 from ray.data.extensions import ArrowTensorArray
 
 from cmcgns.clustering.embeddings import Columns, open_embeddings
-from cmcgns.data.manifest import Manifest, RowGroup, Shard, content_hash, read_manifest
+from cmcgns.data.manifest import read_manifest
 from cmcgns.data.prepare.check import read_shard
 from cmcgns.data.readers.prepared import PreparedSource
 from cmcgns.data.record import LABELS_TYPE, PREPARED_SCHEMA
@@ -25,6 +25,7 @@ from cmcgns.evaluate.features import read_features
 from cmcgns.evaluate.films import film_ids
 from cmcgns.evaluate.report import read_results
 from cmcgns.storage import parquet
+from tests.security.sets import plain_rows, write_prepared_set
 
 SOURCES = Path(__file__).parents[2] / "cmcgns"
 REFUSED = r"Arrow extension type \(ray\.data\.arrow_pickled_object\).*run code"
@@ -45,26 +46,6 @@ def pickled(mark: Path, rows: int) -> pa.Array:
     return ArrowPythonObjectArray.from_objects([Payload(mark)] * rows)
 
 
-def write_prepared_set(folder: Path, table: pa.Table) -> None:
-    """A prepared set of one shard."""
-    folder.mkdir()
-    pq.write_table(table, folder / "train-00000.parquet")
-    size = (folder / "train-00000.parquet").stat().st_size
-    group = RowGroup(0, len(table), len(table), content_hash(plain_rows()))
-    manifest = Manifest(
-        len(table), len(table), "", {"train": 1}, [Shard("train-00000.parquet", "train", size, [group])], {}, {}, 0, {}
-    )
-    (folder / "manifest.json").write_text(manifest.to_json())
-
-
-def plain_rows() -> pa.Table:
-    """Three rows of a prepared set, as they should be."""
-    text = {field.name: ["x"] * 3 for field in PREPARED_SCHEMA if field.type == pa.string()}
-    numbers = {"height": [4] * 3, "width": [4] * 3, "crop": [[0, 0, 4, 4]] * 3}
-    rest = {"image": [b"x"] * 3, "sentences": [["clear lungs"]] * 3, "labels": [[("a", 1.0)]] * 3}
-    return pa.table(text | numbers | rest | {"split": ["train"] * 3, "view": ["AP"] * 3}, schema=PREPARED_SCHEMA)
-
-
 def replaced(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     """``table`` with another column ``name``."""
     return table.set_column(table.schema.get_field_index(name), name, column)
@@ -78,7 +59,7 @@ def test_ray_alone_would_run_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PREPARED_SCHEMA.names)
 def test_a_prepared_set_with_pickles_is_refused_before_they_are_read(tmp_path: Path, name: str) -> None:
-    write_prepared_set(tmp_path / "set", replaced(plain_rows(), name, pickled(tmp_path / "mark", 3)))
+    write_prepared_set(tmp_path / "set", plain_rows(), replaced(plain_rows(), name, pickled(tmp_path / "mark", 3)))
     uri = str(tmp_path / "set")
     with pytest.raises(UserError, match=REFUSED):
         PreparedSource(uri).index()
@@ -100,7 +81,7 @@ def test_pickles_inside_of_other_columns_are_found(tmp_path: Path, where: str) -
             "map": lambda: pa.MapArray.from_arrays(offsets, pa.array(["a", "b", "c"]), inner),
         }[where]()
         table = replaced(table, "labels", column)
-    write_prepared_set(tmp_path / "set", table)
+    write_prepared_set(tmp_path / "set", plain_rows(), table)
     with pytest.raises(UserError, match=REFUSED):
         PreparedSource(str(tmp_path / "set")).index()
 

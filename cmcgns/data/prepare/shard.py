@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from cmcgns import storage
 from cmcgns.data.image import shrink
-from cmcgns.data.manifest import RowGroup, Shard, content_hash
+from cmcgns.data.manifest import RowGroup, Shard, column_hash, content_hash
 from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.readers import Reader, Source
-from cmcgns.data.record import PREPARED_SCHEMA, prepared_row
+from cmcgns.data.record import PREPARED_INDEX, PREPARED_SCHEMA, prepared_row
 from cmcgns.data.reports import parse_report
 from cmcgns.errors import BadRow, UserError
 from cmcgns.storage import parquet
@@ -160,7 +160,10 @@ class Maker:
                 lost += len(studies) - usable
                 if len(rows):
                     writer.write_table(rows, row_group_size=len(rows))
-                    row_groups.append(RowGroup(number, len(rows), usable, content_hash(rows)))
+                    columns = {
+                        name: column_hash(rows[name]) for name in (*PREPARED_INDEX, "report", "sentences", "image")
+                    }
+                    row_groups.append(RowGroup(number, len(rows), usable, content_hash(rows), columns))
                 _count(counters, rows)
             counts = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
             account = ShardAccount(row_groups, bad_rows, lost, **counts)

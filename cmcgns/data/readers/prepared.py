@@ -1,6 +1,7 @@
 """``parquet``: a set made by `jobs/prepare.py`, read by row group."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from cmcgns import storage
 from cmcgns.data.image import CroppedImage, Frame
-from cmcgns.data.manifest import Manifest, read_manifest
+from cmcgns.data.manifest import Manifest, Shard, column_hash, read_manifest
 from cmcgns.data.order import Arrangement, study_keys
 from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, filter_views
 from cmcgns.data.record import PREPARED_INDEX, PREPARED_SCHEMA, StudyIndex, first_films, index_of_prepared
@@ -22,6 +23,7 @@ from cmcgns.data.reports import ParsedReport, as_parsed
 from cmcgns.errors import BadRow, UserError
 from cmcgns.storage import parquet
 
+logger = logging.getLogger(__name__)
 READ_THREADS = 16
 
 
@@ -35,10 +37,21 @@ class PreparedSource:
     views: tuple[str, ...] = DEFAULT_VIEWS
     format: str = "parquet"
 
+    @property
+    def content_hash(self) -> str:
+        """Hash of the set's content, which a run records."""
+        return _manifest(self.uri).content_hash
+
     def index(self) -> StudyIndex:
         manifest = _manifest(self.uri)
+        if manifest.version == 1:
+            logger.warning(
+                "%s was prepared by an earlier version: its films and reports are not verified as they are read. Check it "
+                "with python jobs/prepare.py --prepare.out=%s --prepare.check=true, or prepare it again",
+                self.uri, self.uri,
+            )  # fmt: skip
         with ThreadPoolExecutor(READ_THREADS) as threads:
-            parts = list(threads.map(lambda shard: _index_rows(self.uri, shard.name, shard.rows), manifest.shards))
+            parts = list(threads.map(lambda shard: _index_rows(self.uri, shard), manifest.shards))
         rows = pa.concat_tables(parts) if parts else None
         if rows is None or not len(rows):
             raise UserError(f"{self.uri} is a prepared set without rows; see its bad_rows.jsonl and prepare again")
@@ -119,14 +132,39 @@ def _footer(uri: str, shard: str) -> pq.FileMetaData:
     return parquet.read(storage.join(uri, shard), lambda file: file.metadata, PREPARED_SCHEMA)
 
 
-def _index_rows(uri: str, shard: str, rows: int) -> pa.Table:
-    """``PREPARED_INDEX`` and the path of each row of a shard; ``UserError`` unless it has as many ``rows``."""
+@functools.lru_cache(maxsize=4)
+def _column_hashes(uri: str) -> dict[str, dict[str, str]]:
+    """The manifest's hashes of columns of each ``SHARD#ROW_GROUP``."""
+    shards = _manifest(uri).shards
+    return {f"{shard.name}#{i}": group.columns for shard in shards for i, group in enumerate(shard.row_groups)}
+
+
+def changed_column(uri: str, row_group: str, rows: pa.Table) -> str | None:
+    """The first column of ``rows``, which were read from ``row_group``, that is not what the manifest says."""
+    hashes = _column_hashes(uri)[row_group]
+    return next(
+        (name for name in rows.column_names if name in hashes and column_hash(rows[name]) != hashes[name]), None
+    )
+
+
+def _index_rows(uri: str, entry: Shard) -> pa.Table:
+    """``PREPARED_INDEX`` and the path of each row of a shard; ``UserError`` unless it is what the manifest says."""
+    shard, rows = entry.name, entry.rows
     footer = _footer(uri, shard)
     table = parquet.read(storage.join(uri, shard), lambda file: file.read(list(PREPARED_INDEX)), footer=footer)
     if len(table) != rows:
         raise UserError(
             f"{storage.join(uri, shard)} has {len(table)} rows, the manifest says {rows}; prepare the set again"
         )
+    first = 0
+    for number, group in enumerate(entry.row_groups):
+        changed = changed_column(uri, f"{shard}#{number}", table.slice(first, group.rows))
+        if changed:
+            raise UserError(
+                f"{storage.join(uri, shard)}: column {changed} of row group {number} is not what the manifest says; restore the "
+                "shard, or prepare the set again"
+            )
+        first += group.rows
     paths = [
         f"{shard}#{group}/{row}"
         for group in range(footer.num_row_groups)
@@ -148,13 +186,14 @@ def _read_group(uri: str, name: str, columns: tuple[str, ...]) -> pa.Table | Bad
         footer = _footer(uri, shard)
         path = storage.join(uri, shard)
         table = parquet.read(path, lambda file: file.read_row_group(int(number), list(columns)), footer=footer)
-        return table.combine_chunks()
     except storage.MissingFileError:
         return BadRow(f"shard {shard} is missing")
     except storage.ForbiddenFileError:
         return BadRow(f"access to shard {shard} is denied")
     except storage.BrokenFileError:
         return BadRow(f"shard {shard} is truncated or broken")
+    changed = changed_column(uri, name, table)
+    return BadRow(f"column {changed} of shard {shard} is not what was prepared") if changed else table.combine_chunks()
 
 
 def open_corpus(options: CorpusOptions) -> PreparedSource:
