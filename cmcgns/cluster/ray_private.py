@@ -1,9 +1,12 @@
 """All uses of Ray's private API, one function each; tests/cluster/test_ray_private.py names the one that a new Ray breaks."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.experimental.internal_kv import _internal_kv_get
 
 AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
@@ -18,6 +21,22 @@ def has_autoscaler() -> bool:
 def local_cluster(settings: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `ray.init` for a new cluster on this machine. Its public arguments do not cover Ray's core ``settings``."""
     return {"address": "local", "_system_config": settings}
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """A cluster started inside listens on the loopback interface alone. `ray.init` replaces a loopback address by another one,
+    except where Ray assumes one machine: by default on Windows and macOS."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    given = os.environ.get(name)
+    if given is None:
+        os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the variable is for Ray's other processes
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def execution_callback() -> type[Any]:

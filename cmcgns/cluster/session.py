@@ -2,10 +2,13 @@
 
 import logging
 import os
+import secrets
 import socket
+import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, chdir, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -56,19 +59,19 @@ def ray_session(
     environment = job_environment(variables or {})
     os.environ.update(environment)
     named, ours = os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
-    if ours:
-        _connect(named, environment)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
-    try:
+    with ExitStack() as stack:
+        if ours:
+            if not named:
+                stack.enter_context(ray_private.loopback_only())
+            _connect(named, environment)
+            stack.callback(ray.shutdown)
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it also raises
         if ours and named:
             wait_for_resources(needed, lambda line: print_plan(console(), {"cluster": line}))
         if ours and named and uris is not None:
             check_nodes(uris)
         yield float(ray.cluster_resources().get("CPU", 0))
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _connect(named: str | None, environment: dict[str, str]) -> None:
@@ -80,13 +83,46 @@ def _connect(named: str | None, environment: dict[str, str]) -> None:
         _check_address(named)
     else:
         settings = ray_private.local_cluster(LOCAL_CLUSTER)
+        protect_token()
+        if paths := os.environ.get("PYTHONPATH"):  # Ray's processes start in another folder
+            os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths.split(os.pathsep))
     try:
-        with _muted_stderr() if named else nullcontext():
+        # Ray puts the current folder on the path of all its processes: a select.py beside the data would be imported
+        with chdir("/"), _muted_stderr() if named else nullcontext():
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (ConnectionError, RuntimeError, RayError) as error:
         if not named:
             raise
         raise UserError(f"RAY_ADDRESS {named}: {explain_connection_error(error)}") from None
+
+
+def protect_token() -> None:
+    """Make Ray's token file private before Ray reads it, or creates it for everyone to read.
+
+    Raises:
+        UserError: the file is a link or belongs to someone else.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        return
+    except FileExistsError:
+        pass
+    except OSError:  # a home that cannot be written: a token for this run alone
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        return
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError(
+            f"Ray's token file {path} is a link or belongs to another user, who could read the token and run code in this "
+            "run; delete it"
+        )
+    if found.st_mode & 0o077:
+        path.chmod(0o600)
 
 
 @contextmanager
@@ -151,7 +187,7 @@ def job_environment(variables: dict[str, str]) -> dict[str, str]:
     """Environment of every process of a job: ``variables``, quieter libraries, and access to object storage."""
     # storage has answered the driver by now: for other processes a silent server is an outage, not a wrong address
     patience = {RETRY_LIMIT_VARIABLE: str(RETRY_LIMIT_S)}
-    own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | patience | variables
+    own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"} | patience | variables
     chosen = {name: os.environ.get(name, value) for name, value in own.items()}
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -152,8 +153,8 @@ def scratch_file(uri: str) -> Iterator[Path]:
 def _scratch_folder() -> Iterator[Path]:
     """A temporary folder for uploads; folders left by killed processes are deleted first."""
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        with suppress(OSError):  # another process was faster, or it belongs to another user
-            if time.time() - old.stat().st_mtime > LOCK_GRACE_S and _abandoned(old):
+        with suppress(OSError):  # another process was faster
+            if time.time() - old.lstat().st_mtime > LOCK_GRACE_S and _abandoned(old):
                 shutil.rmtree(old)
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name, (Path(name) / LOCK).open("w") as lock:
         with suppress(OSError):  # a file system without locks: then _abandoned fails too, and the folder stays
@@ -162,8 +163,14 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether no process holds the lock of ``folder``; ``OSError`` if it cannot be checked."""
-    with (folder / LOCK).open("w") as lock:
+    """Whether ``folder`` is ours and no process holds its lock; ``OSError`` if it cannot be checked.
+
+    Other users may make folders and links of these names, so nothing is followed or truncated.
+    """
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return False
+    with os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
