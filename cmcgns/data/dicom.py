@@ -2,6 +2,7 @@
 
 import io
 import logging
+import struct
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
     ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
     JPEGExtended12Bit,
     MediaStorageDirectoryStorage,
 )
@@ -23,6 +25,10 @@ from cmcgns.data.image import MAX_PIXELS
 from cmcgns.data.isolated_decoder import IsolatedDecoder
 from cmcgns.errors import BadRow
 
+DEFLATED = "1.2.840.10008.1.2.1.99"
+"""Transfer syntax of a deflated file (PS3.5, A.5); its header is not deflated."""
+DEFLATED_WITHIN = 2048
+"""Bytes in which a file's header names its transfer syntax."""
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 # pydicom's warnings quote values of the file, which may identify a patient: none may be printed.
@@ -36,6 +42,8 @@ warnings.filterwarnings("ignore", module="pydicom")
 def dicom_to_grey(data: bytes) -> NDArray[np.uint8]:
     """The film as uint8 (H, W) with air dark; ``BadRow`` with the reason if it cannot be decoded."""
     with _bad_row_on_error():
+        if DEFLATED.encode() in data[:DEFLATED_WITHIN]:  # reading inflates it, to any size
+            return _decode_isolated(data)
         film = _read(data)
         _check_is_film(film)
         if film.file_meta.TransferSyntaxUID.is_encapsulated:
@@ -46,7 +54,9 @@ def dicom_to_grey(data: bytes) -> NDArray[np.uint8]:
 def decode_here(data: bytes) -> NDArray[np.uint8]:
     """``dicom_to_grey`` of a compressed film in this process, which the C++ decoders may crash."""
     with _bad_row_on_error():
-        return _grey(_read(data))
+        film = _read(data)
+        _check_is_film(film)
+        return _grey(film)
 
 
 _decode_isolated = IsolatedDecoder(decode_here)
@@ -113,6 +123,18 @@ def _check_is_film(film: pydicom.Dataset) -> None:
         raise BadRow(f"DICOM header gives a size of {height} x {width} pixels")
     if height * width > MAX_PIXELS:
         raise BadRow(f"DICOM film of {height} x {width} pixels is over the limit of {MAX_PIXELS}")
+    coded = _jpeg2000_size(film.PixelData) if film.file_meta.TransferSyntaxUID in JPEG2000TransferSyntaxes else None
+    if coded not in (None, (height, width)):
+        raise BadRow(f"JPEG 2000 codestream is for {coded} pixels, the header says {height} x {width}")
+
+
+def _jpeg2000_size(pixels: bytes) -> tuple[int, int] | None:
+    """Height and width in the codestream's SIZ marker (ISO/IEC 15444-1, A.5.1); None if there is none."""
+    start = pixels.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(pixels) < start + 24:
+        return None
+    right, bottom, left, top = struct.unpack(">4I", pixels[start + 8 : start + 24])
+    return bottom - top, right - left
 
 
 def _decode(film: pydicom.Dataset) -> NDArray[Any]:

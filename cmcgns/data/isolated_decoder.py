@@ -1,17 +1,21 @@
-"""A child process for decoders that may crash: broken files make GDCM abort, which must not kill a Ray worker."""
+"""A child process for decoders that may crash, hang or take all memory: a broken or hostile file must not kill a Ray worker."""
 
 import multiprocessing
 import os
+import resource
 import threading
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
 
 from cmcgns.errors import BadRow
 
 TIMEOUT_SECONDS = 60.0
+MEMORY_BYTES = 3 * 2**30
+"""What the child may allocate for a film: enough for the largest that is accepted, in its decoder's widest format."""
 
 Decode = Callable[[bytes], NDArray[np.uint8]]
 
@@ -39,12 +43,17 @@ class IsolatedDecoder:
         if self._pool is None or self._owner != os.getpid():
             # not fork: Ray's workers have many threads
             context = multiprocessing.get_context("forkserver")
-            self._pool, self._owner = ProcessPool(max_workers=1, initializer=_silence, context=context), os.getpid()
+            self._pool, self._owner = (
+                ProcessPool(max_workers=1, initializer=_prepare_child, context=context),
+                os.getpid(),
+            )
         return self._pool
 
 
-def _silence() -> None:
-    """Decoders print warnings."""
+def _prepare_child() -> None:
+    """Limit the child's memory, and print nothing: decoders print warnings."""
+    limit = psutil.Process().memory_info().vms + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

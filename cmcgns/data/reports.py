@@ -107,10 +107,11 @@ _INLINE_CAPITALS = "|".join(name.upper() for name in _INLINE_NAMES)
 _INLINE_TITLE = "|".join(_INLINE_NAMES)
 _INLINE_HEADER = rf"(?<=\s)(?P<inline>{_INLINE_CAPITALS})[ \t]*:|(?<=[.!?:]\s)(?P<title>{_INLINE_TITLE})[ \t]*:"
 _HEADER = re.compile(f"{_KNOWN_HEADER}|{_CAPITAL_HEADER}|{_INLINE_HEADER}")
-_DEIDENTIFIED = re.compile(r"_{2,}|X{4,}|\[\*\*.*?\*\*\]", re.DOTALL)
+# All patterns take linear time: what a run of characters may start is only looked for at its first one.
+_DEIDENTIFIED = re.compile(r"_{2,}|X{4,}|\[\*\*(?:(?!\[\*\*).)*?\*\*\]", re.DOTALL)
 _LIST_ITEM = re.compile(r"(?<!\S)\(?(?P<number>\d{1,2})[.)](?=\s+[^\s\d]|[A-Z])")
 _BREAK = re.compile(r"\n\s*\n|(?:^|\n)\s*[-*•·]\s+")
-_SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])")
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"')\]]*(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z][a-z])")
 _LAST_TOKEN = re.compile(r"[A-Za-z.]+$")
 _INITIALISM = re.compile(r"\b(?:[A-Za-z]\.){2,}(?:[A-Za-z]\b)?")
 _WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:'[^\W_]+)*")
@@ -169,7 +170,7 @@ def sections(text: str) -> dict[str, str]:
     for block in _DIVIDER.split(text):
         pieces = list(_split_at_headers(block))
         # a later block is the report, an earlier one its addendum: the later one wins
-        contents = {**contents, **_collect(pieces)}
+        contents.update(_collect(pieces))
     if "impression" in contents or "findings" in contents:
         return contents
     # one line with "History: ..." in the middle is not split into sections
@@ -212,14 +213,13 @@ def _section_name(header: str) -> str:
 
 def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
     """One content per section name: repeated sections are joined, but only the last impression is kept."""
-    contents: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
     for name, content in pieces:
-        if not content:
-            continue
-        if name in contents and name != "impression":
-            content = f"{contents[name]}\n\n{content}"
-        contents.pop(name, None)
-        contents[name] = content
+        if content:
+            before = parts.pop(name, [])  # each section stands where its last part does
+            parts[name] = [] if name == "impression" else before
+            parts[name].append(content)
+    contents = {name: "\n\n".join(each) for name, each in parts.items()}
     both = contents.pop("findings and impression", None)
     if both is not None:
         # if there is a separate impression, the joint section is the findings

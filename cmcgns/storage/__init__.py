@@ -70,10 +70,19 @@ def read(uri: str, reader: Callable[[Any], Result]) -> Result:
     files, path = filesystem(uri, attempts=1)
 
     def attempt() -> Result:
+        if not is_s3(uri):
+            _refuse_special(uri, path)
         with files.open_input_file(path) as file:
             return reader(file)
 
     return _request(uri, attempt)
+
+
+def _refuse_special(uri: str, path: str) -> None:
+    """Raise for a file that may never end, such as a named pipe."""
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise BrokenFileError(f"{uri} is not a regular file")
 
 
 def _request(uri: str, request: Callable[[], Result]) -> Result:

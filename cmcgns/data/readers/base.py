@@ -148,8 +148,9 @@ class FileSource:
             raise BadRow(f"{kind} file is missing") from None
         except storage.ForbiddenFileError:
             raise BadRow(f"access to the {kind} file is denied") from None
-        except storage.BrokenFileError:
-            raise BadRow(f"{kind} file is a circular symbolic link") from None
+        except storage.BrokenFileError as error:
+            special = "not a regular file" in str(error)
+            raise BadRow(f"{kind} file is {'not a regular file' if special else 'a circular symbolic link'}") from None
 
 
 def decode_text(data: bytes) -> str:
@@ -209,6 +210,10 @@ def _exclusion(view: str) -> str:
     return f"view {view}" if NAMED_VIEWS.issuperset(re.split(r"[ -]+", view)) else "other view"
 
 
+MAX_TABLE_BYTES = 4 * 2**30
+"""A row of a table has 100 to 1,000 bytes, so that is several million studies."""
+
+
 def read_table(uri: str) -> pd.DataFrame:
     """A CSV (or .csv.gz) as strings, blanks as ''; ``UserError`` with the fix if it cannot be read."""
     import gzip
@@ -216,9 +221,12 @@ def read_table(uri: str) -> pd.DataFrame:
 
     data = storage.read_bytes(uri)
     try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_TABLE_BYTES + 1)
     except (OSError, EOFError) as error:
         raise UserError(f"{uri} is a broken gzip file ({error}); download it again") from None
+    if len(data) > MAX_TABLE_BYTES:
+        raise UserError(f"{uri} has over {MAX_TABLE_BYTES >> 30} GiB of text; split the table")
     if b"\0" in data[:65536]:
         raise UserError(f"{uri} is not text (it contains zero bytes); save it as CSV in UTF-8")
     try:
