@@ -14,7 +14,7 @@ from pebble import ProcessExpired, ProcessPool
 from cmcgns.errors import BadRow
 
 TIMEOUT_SECONDS = 60.0
-MEMORY_BYTES = 3 * 2**30
+MEMORY_BYTES = 2 * 2**30
 """What the child may allocate for a film: enough for the largest that is accepted, in its decoder's widest format."""
 
 Decode = Callable[[bytes], NDArray[np.uint8]]

@@ -64,9 +64,10 @@ def open_file(uri: str, buffer_bytes: int) -> Iterator[pq.ParquetFile]:
     """
     files, path = storage.filesystem(uri)
     with files.open_input_file(path) as file:
-        footer = _read_footer(file, uri)
-        # pre_buffer would load whole row groups; without it memory is a few pages
-        parquet = pq.ParquetFile(file, metadata=footer, pre_buffer=False, buffer_size=buffer_bytes)
+        with _broken_if_unreadable(uri):
+            footer = _read_footer(file, uri)
+            # pre_buffer would load whole row groups; without it memory is a few pages
+            parquet = pq.ParquetFile(file, metadata=footer, pre_buffer=False, buffer_size=buffer_bytes)
         check_schema(uri, parquet.schema_arrow, None)
         yield parquet
 

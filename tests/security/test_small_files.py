@@ -1,5 +1,6 @@
 """Attacks by small files that take much memory or time once they are opened."""
 
+import contextlib
 import io
 import os
 import struct
@@ -16,7 +17,6 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
     JPEG2000Lossless,
     SecondaryCaptureImageStorage,
 )
@@ -29,9 +29,9 @@ from cmcgns.errors import BadRow
 MIB = 2**20
 
 
-def test_a_film_of_100_megapixels_in_16_bits_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
+def test_a_large_film_in_16_bits_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
     path = tmp_path / "large.png"
-    Image.fromarray(np.full((10_000, 10_000), 3000, np.uint16)).save(path, compress_level=1)
+    Image.fromarray(np.full((5_000, 5_000), 3000, np.uint16)).save(path, compress_level=1)
     assert path.stat().st_size < MIB
     measured = subprocess.run(
         [
@@ -43,7 +43,7 @@ def test_a_film_of_100_megapixels_in_16_bits_takes_a_small_multiple_of_its_size(
         ],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(measured.stdout) < 1000  # 191 MiB as stored; with float64 copies it took 3 GiB
+    assert int(measured.stdout) < 300  # 48 MiB as stored; with float64 copies it took 750
 
 
 def test_a_film_in_strips_is_the_film_at_once() -> None:
@@ -110,15 +110,11 @@ def test_a_deflated_dicom_is_read_and_one_that_inflates_to_8_gib_is_a_bad_row() 
     assert decode_image(good, "x.dcm").grey_HW.shape == (64, 64)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = deflate.compress(bytes(64 * MIB)) + deflate.flush(zlib.Z_FULL_FLUSH)
-    plain = dicom(ExplicitVRLittleEndian, b"")
-    header = good[: good.index(b"1.2.840.10008.1.2.1.99") + 22]
     start = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFF0)
     head = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = meta_of(good) + head.compress(start) + head.flush(zlib.Z_FULL_FLUSH) + block * 128
     assert len(bomb) < 16 * MIB
-    assert header
-    assert plain
-    with pytest.raises(BadRow, match="truncated or broken|crashed or hung"):
+    with pytest.raises(BadRow, match=r"truncated or broken|crashed or hung"):
         decode_image(bomb, "x.dcm")
     assert decode_image(good, "x.dcm").grey_HW.shape == (64, 64)  # the next film is not affected
 
@@ -157,10 +153,8 @@ def test_long_repetitions_in_a_report_take_linear_time(text: str) -> None:
     """Two million letters: with a step for each pair of them this test would not end."""
     sections(text)
     sentences(text)
-    try:
+    with contextlib.suppress(BadRow):
         parse_report(text)
-    except BadRow:
-        pass
 
 
 def test_a_named_pipe_in_the_corpus_is_a_bad_row(tmp_path: Path) -> None:
