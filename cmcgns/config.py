@@ -99,6 +99,9 @@ class ModelConfig(Section):
     """Entries of a vocabulary trained on the corpus."""
     vocabulary_reports: PositiveInt = 20_000
     """Training reports from which that vocabulary is trained."""
+    vocabulary_patients: PositiveInt = 10
+    """A word is an entry of that vocabulary if the reports of so many patients have it and it has no digit, so that exports hold
+    no names or numbers of single patients. 1: every word that occurs twice. Not for generated corpora."""
     embed_dim: int = Field(768, ge=8, multiple_of=8)
     """Dimension D of the shared embedding space of films, patches, reports and sentences."""
     dropout: float = Field(0.1, ge=0.0, lt=1.0)

@@ -1,6 +1,6 @@
 """Token ids of reports, and the sentence of each token."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,19 +110,31 @@ def load_tokenizer(tokenizer: str, text_encoder: str, max_tokens: int, max_sente
     return ReportTokenizer(pieces, max_tokens, max_sentences, names)
 
 
-def train_tokenizer(sentences: Iterable[str], size: int, max_tokens: int, max_sentences: int) -> ReportTokenizer:
+def train_tokenizer(
+    sentences: Iterable[tuple[str, str]], size: int, max_tokens: int, max_sentences: int, min_patients: int = 1
+) -> ReportTokenizer:
     """A lower-cased WordPiece tokenizer of at most ``size`` entries: all letters, then the most frequent words.
+
+    ``sentences``: each with its patient. With ``min_patients`` above 1, only words of so many patients and without digits.
 
     Not trained by the tokenizers library, whose trainer breaks ties by hash order: two runs with one seed would differ.
     """
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    counts = Counter(
-        word for sentence in sentences for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))
-    )
+    counts, patients = Counter[str](), defaultdict[str, set[str]](set)
+    for patient, sentence in sentences:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
+            counts[word] += 1
+            if len(patients[word]) < min_patients:
+                patients[word].add(patient)
     letters = sorted({letter for word in counts for letter in word})
     entries = [*SPECIAL_TOKENS.values(), *letters, *(f"##{letter}" for letter in letters)]
+    shared = {
+        word
+        for word in counts
+        if min_patients == 1 or (len(patients[word]) >= min_patients and not any(map(str.isdigit, word)))
+    }
     words = sorted(
-        (word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word)
+        (word for word in shared if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word)
     )
     entries += words[: max(size - len(entries), 0)]
     vocabulary = {entry: index for index, entry in enumerate(entries)}

@@ -92,6 +92,8 @@ class ReportSample:
     """Training reports that are read before the run."""
 
     reports: list[ParsedReport]
+    patients: list[str]
+    """The group of each report: its patient unless the data say more."""
     of: int
     """Number of training studies in the corpus."""
 
@@ -105,13 +107,16 @@ class ReportSample:
 def sample_reports(corpus: Corpus, most: int) -> ReportSample:
     """The usable reports among the first ``most`` training studies."""
     reports: list[ParsedReport] = []
+    patients: list[str] = []
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         for batch in corpus.train.slice(0, most).to_batches(max_chunksize=1024):
             studies = batch.to_pylist()
             reader = corpus.source.reader([study["films"][0]["path"] for study in studies], films=False)
-            parsed = threads.map(partial(_parse, reader), studies)
-            reports += [report for report in parsed if report is not None]
-    return ReportSample(reports, len(corpus.train))
+            for study, report in zip(studies, threads.map(partial(_parse, reader), studies), strict=True):
+                if report is not None:
+                    reports.append(report)
+                    patients.append(study["group"])
+    return ReportSample(reports, patients, len(corpus.train))
 
 
 def _parse(reader: Reader, study: dict[str, Any]) -> ParsedReport | None:
@@ -126,8 +131,13 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
     model, limits = config.model, (config.data.max_tokens, config.data.max_sentences)
     if model.tokenizer != "auto" or model.text_encoder not in TEXT_PRESETS:
         return load_tokenizer(model.tokenizer, model.text_encoder, *limits)
-    sentences = (sentence for report in sample.reports for sentence in report.sentences)
-    return train_tokenizer(sentences, model.vocabulary_size, *limits)
+    sentences = (
+        (patient, sentence)
+        for patient, report in zip(sample.patients, sample.reports, strict=True)
+        for sentence in report.sentences
+    )
+    patients = 1 if config.data.uri.split(":")[0] == "phantom" else model.vocabulary_patients
+    return train_tokenizer(sentences, model.vocabulary_size, *limits, patients)
 
 
 def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:

@@ -67,7 +67,7 @@ def open_contest(uri: str, **settings: Any) -> Contest:
     sample = studies.slice(0, 400).to_pylist()
     reader = source.reader([study["films"][0]["path"] for study in sample], films=False)
     reports = [reader.read_sentences(study, study["films"][0]["path"]) for study in sample]
-    words = train_tokenizer((sentence for report in reports for sentence in report.sentences), 4096, 256, 32)
+    words = train_tokenizer((("p", sentence) for report in reports for sentence in report.sentences), 4096, 256, 32)
     return Contest(source, studies, arrangement, words, config)
 
 

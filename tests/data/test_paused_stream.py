@@ -33,7 +33,7 @@ def stream(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Stream:
     config = DataConfig(uri=prepared_set(tmp_path_factory.mktemp("prepared") / "set", STUDIES, SIDE), resize=SIDE)
     source, index = open_index("data.uri", config, Target(SIDE, "longer"))
     studies, arrangement = source.arrange(index.split("train"), config.group_studies)
-    words = train_tokenizer(["nodule in the left lung", "no effusion"] * 10, 256, 256, 32)
+    words = train_tokenizer([("p", "nodule in the left lung"), ("p", "no effusion")] * 10, 256, 256, 32)
     coordinator = start_coordinator(STUDIES, 0.0, {})
     return stream_split(
         source, studies, arrangement, words, config, coordinator, taken_cpus=TAKEN_CPUS, studies_ahead=AHEAD

@@ -159,7 +159,7 @@ def test_features_are_taken_for_their_own_alone() -> None:
 def test_an_untrained_encoder_is_known_by_all_that_its_weights_are_drawn_after() -> None:
     """The same seed and image encoder with a text encoder of another vocabulary: other heads, other features."""
     spec = small_spec("resnet-tiny", SIZE, RESIZE)
-    tokenizer = train_tokenizer(["the lungs are clear", "the heart is enlarged"], 64, 64, 8)
+    tokenizer = train_tokenizer([("p", "the lungs are clear"), ("p", "the heart is enlarged")], 64, 64, 8)
     other = replace(spec, run=replace(spec.run, vocabulary=tokenizer))
     film = torch.linspace(-1, 1, SIZE * SIZE).reshape(1, 1, SIZE, SIZE)
     with torch.inference_mode():

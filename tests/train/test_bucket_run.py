@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoders(folder: Path) -> dict[str, PreTrainedModel]:
     """An image encoder, and a text encoder with its tokenizer, in folders like those of the hub."""
     corpus = PhantomCorpus(200, seed=0, height=72, width=72)
-    sentences = [each for i in range(200) for each in parse_report(corpus.study(i).report).sentences]
+    sentences = [(str(i), each) for i in range(200) for each in parse_report(corpus.study(i).report).sentences]
     torch.manual_seed(3)
     image, text = build_image_backbone("vit-tiny", 64, 0.0), build_text_backbone("bert-tiny", 1024, 128, 0.0)
     image.half().save_pretrained(folder / "image")  # many encoders on the hub are stored in half precision

@@ -23,7 +23,11 @@ class PrepareConfig(Section):
     cpus_per_task: float = Field(1.0, gt=0.0)
     """CPUs that Ray reserves for each task; a task makes one shard."""
     pseudonymise_key_file: str | None = None
-    """File with a secret of at least 16 bytes: ids of patients, studies and films are replaced by hashes keyed with it."""
+    """File with a secret of at least 16 bytes that only you can read: ids of patients, studies and films are replaced by hashes
+    keyed with it. The text of reports stays as it is, see `scrub_reports`; what is burnt into films always stays."""
+    scrub_reports: bool = False
+    """Remove dates, long numbers, names after titles and addresses from reports. Rules, which find no names without a title:
+    docs/security.md."""
     check: bool = False
     """Check the prepared set at `out` instead: counts, hashes, leaks between splits. `--check` is short for this."""
 

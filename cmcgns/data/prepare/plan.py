@@ -10,7 +10,7 @@ import pyarrow as pa
 from cmcgns import storage
 from cmcgns.data.manifest import PLAN, SPLITS, VERSION, content_hash, read_manifest, well_formed
 from cmcgns.data.order import Arrangement, arranged
-from cmcgns.data.prepare.config import PrepareJobConfig
+from cmcgns.data.prepare.config import PrepareConfig, PrepareJobConfig
 from cmcgns.data.prepare.shard import Maker, Pseudonyms, ShardPlan
 from cmcgns.data.readers import Source
 from cmcgns.data.record import StudyIndex
@@ -71,18 +71,21 @@ def make_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
             )
             for file in range(files)
         ]
-    return Plan(describe_source(source, splits), settings_of(config, pseudonyms), groups, shards)
+    return Plan(describe_source(source, splits, pseudonyms), settings_of(config, pseudonyms), groups, shards)
 
 
-def describe_source(source: Source, splits: dict[str, Split]) -> dict[str, Any]:
-    """Description of the raw corpus for the manifest; the digest of its whole index shows whether it has changed."""
+def describe_source(source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms) -> dict[str, Any]:
+    """Description of the raw corpus for the manifest; the digest of its whole index shows whether it has changed.
+
+    The path may name a hospital or project, so a pseudonymised set has its hash.
+    """
     digest = hashlib.blake2b(digest_size=16)
     if source.format == "phantom":
         digest.update(repr(source).encode())  # includes the size of its films
     for name, split in splits.items():
         digest.update(f"{name} {content_hash(split.studies)}".encode())
     studies = sum(len(split.studies) for split in splits.values())
-    return {"uri": source.uri, "format": source.format, "studies": studies, "digest": digest.hexdigest()}
+    return {"uri": pseudonyms(source.uri), "format": source.format, "studies": studies, "digest": digest.hexdigest()}
 
 
 def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, Any]:
@@ -162,11 +165,11 @@ def _check_unchanged(
     pseudonyms: Pseudonyms,
 ) -> None:
     for name, value in settings_of(config, pseudonyms).items():
-        if known.get(name) != value:
-            raise UserError(
-                f"{state} with {name} {known.get(name)!r}, not {value!r}; give the same value, or a new folder"
-            )
-    now = describe_source(source, splits)
+        # a set of an earlier version lacks newer settings
+        was = known.get(name, getattr(PrepareConfig(), name, None))
+        if was != value:
+            raise UserError(f"{state} with {name} {was!r}, not {value!r}; give the same value, or a new folder")
+    now = describe_source(source, splits, pseudonyms)
     if known_source["digest"] != now["digest"]:
         raise UserError(
             f"{state} from {known_source['studies']} studies of {known_source['uri']}, but data.uri {source.uri} now has "

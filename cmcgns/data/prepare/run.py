@@ -114,6 +114,9 @@ class PrepareJob(Job):
             "films": f"shorter side {settings.image_size} pixels, {encoding}"
             f"{', black borders cropped' if data.crop_borders else ''}",
             "ids": "unchanged" if settings.pseudonymise_key_file is None else "hashes keyed with pseudonymise_key_file",
+            "reports": "dates, long numbers, names after titles and addresses removed; other names stay"
+            if settings.scrub_reports
+            else "text unchanged, with any names and dates in it",
             "out": f"{settings.out}: {total} shards, {total - len(self.missing)} of them already finished",
         }
 

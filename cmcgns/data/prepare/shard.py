@@ -24,10 +24,13 @@ from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.readers import Reader, Source
 from cmcgns.data.record import PREPARED_INDEX, PREPARED_SCHEMA, prepared_row
 from cmcgns.data.reports import parse_report
+from cmcgns.data.scrub import scrub
 from cmcgns.errors import BadRow, UserError
 from cmcgns.storage import parquet
 
 MIN_KEY_BYTES = 16
+MIN_KEY_SYMBOLS = 8
+"""Different bytes: a random key of 16 hexadecimal digits has fewer once in 10,000 draws."""
 DIGITS = 20
 """Hexadecimal digits of a pseudonym: 80 bits, no collision expected among a billion."""
 
@@ -44,13 +47,20 @@ class Pseudonyms:
         if path is None:
             return cls()
         try:
-            key = Path(path).expanduser().read_bytes().strip()
+            place = Path(path).expanduser()
+            key, mode = place.read_bytes().strip(), place.stat().st_mode & 0o777
         except OSError as error:
             raise UserError(f"prepare.pseudonymise_key_file {path}: {error.strerror}; give a readable file") from None
+        problem = None
         if len(key) < MIN_KEY_BYTES:
+            problem = f"has {len(key)} bytes; give at least {MIN_KEY_BYTES}"
+        elif len(set(key)) < MIN_KEY_SYMBOLS:
+            problem = f"has only {len(set(key))} different bytes and can be guessed; give a random key"
+        elif mode & 0o077:
+            problem = f"can be read by other users (mode {mode:03o}), who could link the hashes to ids; chmod 600 it"
+        if problem:
             raise UserError(
-                f"prepare.pseudonymise_key_file {path} has {len(key)} bytes; give at least {MIN_KEY_BYTES}, "
-                "for instance from: openssl rand -hex 32"
+                f"prepare.pseudonymise_key_file {path} {problem}, for instance from: (umask 077; openssl rand -hex 32 > key)"
             )
         return cls(key)
 
@@ -184,6 +194,7 @@ class Maker:
         study_id = self.pseudonyms(study["study_id"])
         try:
             report = self.source.read_report(study)
+            report = scrub(report) if self.settings.scrub_reports else report
             text = {"report": report, "sentences": parse_report(report).sentences}
         except BadRow as reason:
             return [], {study_id: str(reason)}

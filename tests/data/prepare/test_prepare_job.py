@@ -161,6 +161,7 @@ def test_running_prepare_twice_makes_nothing_twice(
 def test_ids_become_keyed_hashes(local_ray: None, raw: Path, prepared: Path, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("a secret of the hospital")
+    key.chmod(0o600)
     secret = f"--prepare.pseudonymise_key_file={key}"
     assert prepare_here(raw, tmp_path / "set", secret) == 0
     plain, hashed = rows(str(prepared)), rows(str(tmp_path / "set"))
