@@ -296,12 +296,16 @@ class TrainConfig(Section):
         return self.global_batch_size // (self.microbatch_size * self.num_workers)
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""A folder directly in `run.storage`: no path."""
+
+
 class RunConfig(Section):
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(None, pattern=RUN_NAME)
     """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>."""
     storage: str = "runs"
     """Location of run folders: a local folder or `s3://bucket/prefix`."""
-    resume: str | None = None
+    resume: str | None = Field(None, pattern=RUN_NAME)
     """Name of a run under `storage` to resume from its last checkpoint."""
 
     def complaints(self) -> Iterable[str]:

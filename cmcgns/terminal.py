@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 STYLE = (
     "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right}"
@@ -19,14 +21,28 @@ NOISE = ("PYTHON worker processes have been started",)
 
 def console() -> Console:
     """Console of the driver; 200 columns wide if the output is a file, enough for a line of progress."""
-    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+    return _PrintableConsole(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
+
+
+class _PrintableConsole(Console):
+    """Shows control characters as text: ids and file names of a corpus could otherwise move the cursor or set the title."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes in place of control characters, and of bytes of a file name that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
 def print_plan(console: Console, facts: dict[str, str]) -> None:
     """Print ``facts`` as a table of two columns."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
-        table.add_row(f"[bold]{key}[/bold]", value)
+        table.add_row(f"[bold]{key}[/bold]", escape(value))
     console.print(table)
 
 

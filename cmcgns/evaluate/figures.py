@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
@@ -16,6 +17,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from cmcgns.evaluate.scores import Score
 
+matplotlib.rcParams["text.parse_math"] = False  # names of classes and settings may hold dollars
 Array = NDArray[Any]
 SAMPLES = 6
 """Films per figure."""

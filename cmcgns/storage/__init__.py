@@ -1,6 +1,7 @@
 """Files in local folders and on ``s3://``, named by URI."""
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -34,6 +35,7 @@ LOCK_GRACE_S = 60
 """A folder younger than this may not be locked yet."""
 LOCAL_FILES = arrow_fs.LocalFileSystem()
 Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 def is_s3(uri: str) -> bool:
@@ -272,15 +274,27 @@ def list_folders(uri: str) -> list[str]:
 
 
 def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
-    files, path = filesystem(uri)
+    path = filesystem(uri)[1]
     with explained(uri):
         if is_s3(uri):
             return sorted(s3.entries(uri, recursive))
-        entries = files.get_file_info(arrow_fs.FileSelector(path))
         if recursive:
-            return [(name, False) for name in _walk(path)]
-    prefix = len(path.rstrip("/")) + 1
-    return sorted((entry.path[prefix:], entry.type == arrow_fs.FileType.Directory) for entry in entries)
+            with os.scandir(path):  # raises for a folder that is missing
+                return [(name, False) for name in _named_in_utf8(path, _walk(path))]
+        with os.scandir(path) as entries:
+            found = {entry.name: entry.is_dir() for entry in entries}
+    return sorted((name, found[name]) for name in _named_in_utf8(path, list(found)))
+
+
+def _named_in_utf8(folder: str, names: list[str]) -> list[str]:
+    """``names`` without those that are not UTF-8, which neither Arrow nor JSON can hold; warns about these."""
+    odd = [name for name in names if not name.isascii() and any("\ud800" <= each <= "\udfff" for each in name)]
+    if odd:
+        logger.warning(
+            "%s: %d files are left out because their names are not UTF-8, such as %s; rename them (convmv)",
+            folder, len(odd), ascii(odd[0]),
+        )  # fmt: skip
+    return [name for name in names if name not in odd]
 
 
 def _walk(root: str) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cmcgns.config import MEAN_RECALL, MEASURES, Config, Section
+from cmcgns.config import MEAN_RECALL, MEASURES, RUN_NAME, Config, Section
 
 
 class SweepConfig(Section):
@@ -31,7 +31,7 @@ class SweepConfig(Section):
     """Runs of each finalist with other seeds; the best mean wins."""
     seed: int = 0
     """Seed of the search."""
-    resume: str | None = None
+    resume: str | None = Field(None, pattern=RUN_NAME)
     """Name of a sweep under `run.storage` to resume."""
     retry_failed: bool = False
     """When resuming, retry failed trials from their last checkpoints (after a full disk, say)."""

@@ -4,6 +4,7 @@ import base64
 import io
 import tempfile
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cmcgns.sweep.ledger import Ledger, SeedScores, Trial
 from cmcgns.sweep.search import REQUIRES_FALSE, Space, apply_drawn
 from cmcgns.terminal import STYLE
 
+matplotlib.rcParams["text.parse_math"] = False  # names of classes and settings may hold dollars
 COLUMNS, INCHES = 3, 4.0
 MARKERS = {"finished": "o", "stopped": "x"}
 
@@ -235,9 +237,9 @@ def report_page(
     html = {"index": False, "na_rep": "", "float_format": "{:.4g}".format, "border": 0}
     return "\n".join(
         [
-            f"<!doctype html><meta charset='utf-8'><title>{folder.name}</title><style>{STYLE}</style>",
-            f"<h1>{folder.name}</h1><p>best: trial {result.winner.number}; run it with</p>",
-            f"<pre>python jobs/pretrain.py --config {folder.file('best.yaml')}</pre>",
+            f"<!doctype html><meta charset='utf-8'><title>{escape(folder.name)}</title><style>{STYLE}</style>",
+            f"<h1>{escape(folder.name)}</h1><p>best: trial {result.winner.number}; run it with</p>",
+            f"<pre>python jobs/pretrain.py --config {escape(folder.file('best.yaml'))}</pre>",
             "<h2>Finalists</h2>",
             finalists.to_html(**html),
             f"<p><img src='data:image/png;base64,{base64.b64encode(picture).decode()}' style='max-width:100%'></p>",

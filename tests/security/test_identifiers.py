@@ -21,11 +21,11 @@ def vocabulary(sentences: list[tuple[str, str]], patients: int) -> set[str]:
 def test_words_of_few_patients_and_numbers_are_no_entries_of_the_vocabulary() -> None:
     common = [(f"patient {i}", "the lungs are clear of t12 and 1234567") for i in range(30)]
     named = [(f"patient {i // 5}", "smith was here") for i in range(45)]  # 45 reports of nine patients
-    found = vocabulary(common + named, 10)
+    found = vocabulary([*common, *named], 10)
     assert {"the", "lungs", "are", "clear"} <= found
     assert not {"smith", "was", "here", "t12", "1234567"} & found
-    assert "smith" in vocabulary(common + [*named, ("patient 9", "smith")], 10)
-    assert {"smith", "1234567"} <= vocabulary(common + named, 1)
+    assert "smith" in vocabulary([*common, *named, ("patient 9", "smith")], 10)
+    assert {"smith", "1234567"} <= vocabulary([*common, *named], 1)
 
 
 def test_a_text_of_left_out_words_is_still_read_letter_by_letter() -> None:
