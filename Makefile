@@ -1,15 +1,20 @@
 # make pretrain | test | test-quick | check | accept [ONLY=name] | accept-gpu: each prepares .venv first, from nothing.
+# make constraints: new versions; make drift: what breaks with them
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 # without compiling every module of every package ahead: most are never imported
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# exactly the files that were resolved; what is built from source is built by the setuptools of build.txt
+LOCKED := --require-hashes --no-deps --no-build-isolation
+DRIFT := build/drift
+UV_VERSION := 0.13.9
 ONLY ?=
 export TOKENIZERS_PARALLELISM := false
 # where it is set, each of a run's dozen processes compiles torch and transformers anew: 18 s instead of 7
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: pretrain test test-quick check accept accept-gpu benchmark
+.PHONY: pretrain test test-quick check accept accept-gpu benchmark constraints drift
 
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
@@ -38,12 +43,27 @@ accept-gpu:
 benchmark: $(VENV)/.ready-test
 	$(BIN)/python -m tests.benchmarks
 
-$(VENV)/.ready: pyproject.toml
+constraints: build/uv/bin/uv
+	$(PYTHON) constraints/resolve.py build/uv/bin/uv
+
+build/uv/bin/uv: Makefile
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	touch $@
+
+# by hand, takes as long as test-quick and some minutes more
+drift:
+	$(PYTHON) constraints/drift.py $(DRIFT)
+
+# the last line installs torch alone, by the range of pyproject.toml: its build, CPU or CUDA, is the machine's own
+$(VENV)/.ready: pyproject.toml constraints/build.txt constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e '.[cpu]'
+	$(PIP_INSTALL) $(LOCKED) -r constraints/build.txt
+	$(PIP_INSTALL) $(LOCKED) -r constraints/cpu.txt
+	$(PIP_INSTALL) --no-build-isolation -e '.[cpu]'
 	$(BIN)/python -m cmcgns.train.build_ops
 	touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready
-	$(PIP_INSTALL) -e '.[test]'
+$(VENV)/.ready-test: $(VENV)/.ready constraints/gcp.txt constraints/test.txt
+	$(PIP_INSTALL) $(LOCKED) -r constraints/gcp.txt -r constraints/test.txt
 	touch $@

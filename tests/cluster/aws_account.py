@@ -36,11 +36,11 @@ class Account:
 
 
 @contextmanager
-def fresh_account(folder: Path, host: str = "127.0.0.1") -> Iterator[Account]:
+def fresh_account(folder: Path, host: str = "127.0.0.1", bare: bool = False) -> Iterator[Account]:
     """A new account for boto3 and Ray in this process and its children."""
     from ray.autoscaler._private.aws.utils import client_cache, resource_cache
 
-    with running_moto(folder, host) as environment, pytest.MonkeyPatch.context() as patch:
+    with running_moto(folder, host, bare) as environment, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
         for name, value in (environment | {"HOME": str(folder)}).items():  # Ray writes a key pair into ~/.ssh

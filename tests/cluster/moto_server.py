@@ -16,14 +16,17 @@ REGION = "us-east-1"
 
 
 @contextmanager
-def running_moto(folder: Path, host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
-    """Environment for clients of a new, empty account; the server logs to ``folder``."""
+def running_moto(folder: Path, host: str = "127.0.0.1", bare: bool = False) -> Iterator[dict[str, str]]:
+    """Environment for clients of a new, empty account; the server logs to ``folder``.
+
+    A ``bare`` account has neither Amazon's managed policies nor its images, and is reset in milliseconds.
+    """
+    contents = {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false"} if bare else {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"}
     address = f"http://{host}:{(port := free_port())}"
     with (folder / "moto.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
-            # else Amazon's managed policies, including wide ones, cannot be attached to a role
-            env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+            env=os.environ | contents,
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -23,8 +23,7 @@ from tests.cluster.aws_account import (
     with_detected_resources,
 )
 from tests.cluster.exposure import open_to_the_world, ranges, wide_policies
-from tests.cluster.files import CLUSTER, load
-from tests.cluster.moto_server import REGION
+from tests.cluster.files import CLUSTER
 
 FILE = f"--file={CLUSTER / 'gpu.yaml'}"
 NODE_TYPES = ("head", "gpu-spot", "gpu-on-demand", "cpu")
@@ -152,15 +151,16 @@ def test_a_missing_group_is_refused_and_none_is_created(account: Account, capsys
     assert group_ids() == before
 
 
-def test_the_access_script_removes_what_it_created_and_only_that(account: Account) -> None:
-    session = boto3.Session(region_name=REGION)
-    vpc = session.client("ec2").create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
-    config = load("gpu") | {"cluster_name": "other"}
-    for name, kind in config["available_node_types"].items():
-        kind["node_config"]["IamInstanceProfile"] = {"Name": "other-head" if name == "head" else "other-worker"}
+def test_the_access_script_removes_what_it_created_and_only_that(account: Account, tmp_path: Path) -> None:
+    ec2 = boto3.client("ec2")
+    vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    other = tmp_path / "other.yaml"
+    other.write_text((CLUSTER / "gpu.yaml").read_text().replace("cluster_name: cmcgns", "cluster_name: other")
+                     .replace("{Name: cmcgns-", "{Name: other-"))  # fmt: skip
     before = role_names(), group_ids()
-    group = aws_access.make_security_group(session, "other", vpc, SSH_RANGE)
-    aws_access.make_roles(session, aws_access.policy_names(session, config, group, ("films", "cxr")))
+    aws_access.main([*ACCESS, f"--vpc={vpc}", f"--file={other}"])
     assert role_names() - before[0] == {"other-head", "other-worker"}
-    aws_access.remove(session, config, vpc)
+    (made,) = group_ids() - before[1]
+    assert ec2.describe_security_groups(GroupIds=[made])["SecurityGroups"][0]["VpcId"] == vpc
+    aws_access.main(["--remove", f"--file={other}"])
     assert (role_names(), group_ids()) == before

@@ -1,6 +1,7 @@
 """What cluster/iam/ allows nodes: one prefix of one bucket, and for the head the nodes of its cluster."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,6 @@ NAMES = {
     "key_name": "cmcgns",
     "instance_types": ["g6.12xlarge", "m7i.4xlarge"],
     "security_group": "sg-1",
-    "head_role": "cmcgns-head",
-    "worker_role": "cmcgns-worker",
     "bucket": "films",
     "prefix": "cxr",
 }
@@ -107,12 +106,29 @@ def test_the_head_changes_only_machines_of_its_cluster(action: str) -> None:
     assert not allows(LAUNCH, action, machine)
 
 
-def test_roles_and_instance_types_are_those_of_the_file() -> None:
+def test_roles_and_instance_types_are_those_of_the_file(tmp_path: Path) -> None:
+    cluster = aws_access.read_cluster(CLUSTER / "gpu.yaml")
+    assert set(cluster.policies) == {"cmcgns-head", "cmcgns-worker"}
+    assert cluster.instance_types == ("g6.12xlarge", "m7i.4xlarge")
     config = load("gpu")
-    assert aws_access.role_names(config) == ("cmcgns-head", "cmcgns-worker")
     config["available_node_types"]["cpu"]["node_config"]["IamInstanceProfile"] = {"Name": "another"}
-    with pytest.raises(SystemExit, match="another, cmcgns-worker"):
-        aws_access.role_names(config)
+    (changed := tmp_path / "gpu.yaml").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="cpu has IamInstanceProfile another; that of cluster cmcgns is cmcgns-worker"):
+        aws_access.read_cluster(changed)
+
+
+@pytest.mark.parametrize(
+    ("written", "same"),
+    [
+        ({"Action": "sts:AssumeRole", "Resource": ["b", "a"]}, True),
+        ({"Action": "sts:*", "Resource": ["a", "b"]}, False),
+        ({"Action": ["sts:AssumeRole"], "Resource": ["a"]}, False),
+        ({"Action": ["sts:AssumeRole"], "Resource": ["a", "b"], "Condition": {}}, False),
+    ],
+)
+def test_policies_are_compared_by_what_they_say(written: dict[str, Any], same: bool) -> None:
+    ours = {"Action": ["sts:AssumeRole"], "Resource": ["a", "b"]}
+    assert (aws_access.normal(written) == aws_access.normal(ours)) == same
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_workers_start_at_zero_and_stop_when_idle(name: str) -> None:
 def test_a_node_gets_everything_that_it_needs_of_the_repository(name: str) -> None:
     mounts = load(name)["file_mounts"]
     travelling = {local for local in mounts.values() if not local.startswith("~")}
-    assert travelling == {"cmcgns", "jobs", "pyproject.toml", "README.md"}
+    assert travelling == {"cmcgns", "constraints", "jobs", "pyproject.toml", "README.md"}
     assert all((REPOSITORY / local).exists() for local in travelling)
     assert mounts["~/.ray/auth_token"] == "~/.ray/auth_token"
 
