@@ -33,8 +33,9 @@ check: $(VENV)/.ready-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# each test's figures go to .cache/acceptance/; `python -m tests.acceptance` prints them as rows of the table
 accept: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -s $(if $(ONLY),tests/acceptance/test_$(ONLY).py,tests/acceptance)
+	$(BIN)/python -m pytest --capture=tee-sys $(if $(ONLY),tests/acceptance/test_$(ONLY).py,tests/acceptance)
 
 # runs wherever torch and transformers are: PYTHON=... names the interpreter that has them
 accept-gpu:

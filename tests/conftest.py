@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests needs."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,19 +11,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # else a thread that outlives its Ray and asks for something starts another one, beside that of the next test: the end of pytest
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+# Ray reads these once in each process, and this one is a driver of several clusters in turn
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from tests.ray_head import RayHead, running_head
+from tests.ray_head import RayHead, connected, running_head
 from tests.s3 import S3Server, running_server
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A Ray of two CPUs in this process, gone with the module."""
-    import ray
-
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +44,10 @@ def ray_head() -> Iterator[RayHead]:
     """The one Ray cluster of this session that jobs are sent to."""
     with running_head() as head:
         yield head
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_head: RayHead) -> Iterator[None]:
+    """This process is a driver of ``ray_head`` until the module ends."""
+    with connected(ray_head):
+        yield

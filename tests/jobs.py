@@ -1,16 +1,20 @@
 """Runs `jobs/pretrain.py`, or another job, as a user does, in a process of its own, and reads what it leaves behind."""
 
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = REPOSITORY / "jobs" / "configs" / "phantom-tiny.yaml"
@@ -92,6 +96,23 @@ class Job(Running):
     def workers(self) -> list[psutil.Process]:
         """The processes of the Ray Train workers."""
         return self.processes("RayTrainWorker")
+
+
+def run_here(cwd: Path, job: str, *settings: str) -> "subprocess.CompletedProcess[str]":
+    """``python jobs/JOB.py SETTINGS`` in this process, on the Ray that it is connected to: no import is done again."""
+    out, err, before = io.StringIO(), io.StringIO(), dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [job, *settings])
+        try:
+            runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+    return subprocess.CompletedProcess([job, *settings], status, out.getvalue(), err.getvalue())
 
 
 def _title(process: psutil.Process) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from cmcgns.storage.errors import RETRY_LIMIT_VARIABLE
 from tests.ranks import free_port
 
 START_S = 90
@@ -36,6 +37,14 @@ class RayHead:
         """Every process of the cluster: ``ray start``, what it started, and what that started."""
         return _family(self.process.pid)
 
+    def titles(self) -> set[str]:
+        """Titles of its processes, such as the names of Ray actors."""
+        found = set()
+        for process in self.processes():
+            with suppress(psutil.Error):
+                found.add(" ".join(process.cmdline()))
+        return found
+
 
 def node_ip() -> str:
     """The address under which Ray knows this machine: it takes no loopback for an answer."""
@@ -52,7 +61,7 @@ def running_head(cpus: int = 2, object_store_mib: int = 400) -> Iterator[RayHead
     port, dashboard_port = free_port(), free_port()
     own = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_ADDRESS": f"{node_ip()}:{port}",
         # jobs of the cluster say `python`: let it be the one that runs the tests
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -78,6 +87,34 @@ def running_head(cpus: int = 2, object_store_mib: int = 400) -> Iterator[RayHead
     finally:
         stop(head)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def connected(head: RayHead) -> Iterator[None]:
+    """This process as a driver of ``head``; inside another such block it reconnects, with the variables of now.
+
+    RAY_ADDRESS stays unset: a job in this process takes the machine for its own, and one in a process of its own starts a Ray.
+    """
+    import ray
+
+    before = ray.is_initialized()
+    _connect(head)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+    if before:
+        _connect(head)
+
+
+def _connect(head: RayHead) -> None:
+    import ray
+
+    ray.shutdown()
+    variables = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", RETRY_LIMIT_VARIABLE))}
+    ray.init(
+        head.environment["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables}
+    )
 
 
 def _wait_until_up(head: RayHead) -> None:

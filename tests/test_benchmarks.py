@@ -1,4 +1,4 @@
-"""The benchmarks run to their end; what they measure is asserted nowhere, since machines are shared and noisy."""
+"""What `make test` holds of the benchmarks: the GPU table without our packages, and scaling on paper. No time is asserted."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.benchmarks import decoding, heads, scaling, trainer
+from tests.benchmarks import scaling
 from tests.jobs import REPOSITORY
 
 ABSENT = (
@@ -38,35 +38,6 @@ def test_bf16_on_the_gpu_gives_the_losses_of_fp32() -> None:
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
-
-
-def test_the_products_beside_the_heads_are_listed_by_shape() -> None:
-    shapes = heads.shapes()
-    assert len(shapes) == len(heads.PRODUCTS)
-    heads.build_products()()
-
-
-@pytest.mark.ray
-def test_the_trainer_runs_beside_a_bare_loop_with_live_clustering() -> None:
-    import ray
-
-    config = trainer.settings(0, encoder="vit-tiny", image_size=64)
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    try:
-        found = trainer.measure(config, rounds=2)
-    finally:
-        ray.shutdown()
-    lines = [str(line) for line in trainer.describe(config, found)]
-    for share in ("encoders", "decoder", "heads and losses", "optimizer", "pool pushes", "data wait", "logging"):
-        assert any(share in line for line in lines), lines
-    assert found["version"] >= 1
-    print(*lines, sep="\n")
-
-
-def test_films_decode_as_exactly_as_they_should() -> None:
-    by_what = {line.what: line for line in decoding.lines(films=1, rounds=1)}
-    assert all(line.good for what, line in by_what.items() if "error" in what or "difference" in what)
-    print(*by_what.values(), sep="\n")
 
 
 def test_on_paper_one_host_sends_nothing_and_two_send_the_bytes_that_were_measured() -> None:

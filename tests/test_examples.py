@@ -10,7 +10,6 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel
 
 from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
 from cmcgns.clustering.online_clustering import RefreshRequest, recluster
@@ -19,7 +18,8 @@ from cmcgns.config import ClusteringConfig
 from cmcgns.errors import UserError
 from cmcgns.evaluate.encoders import open_run
 from cmcgns.phantom import PhantomCorpus
-from tests.jobs import REPOSITORY, Job, checkpoints, result, rows
+from tests.jobs import REPOSITORY, Job, rows, run_here
+from tests.ray_head import RayHead
 
 EXAMPLES = REPOSITORY / "examples"
 SHORT = (
@@ -49,7 +49,9 @@ def write_folders(folder: Path, studies: int) -> None:
 
 
 @pytest.mark.ray
-def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_evaluates(tmp_path: Path) -> None:
+def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_evaluates(
+    ray_head: RayHead, local_ray: None, tmp_path: Path
+) -> None:
     write_folders(tmp_path / "corpus", 60)
     plugins = tmp_path / "plugins"
     shutil.copytree(EXAMPLES, plugins)
@@ -57,6 +59,7 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
         tmp_path, f"--data.uri={tmp_path / 'corpus'}", *SHORT,
         f"--data.format={plugins / 'folders_reader.py'}", f"--model.image_encoder={plugins / 'patchify.py'}",
         f"--method.name={plugins / 'siglip.py'}", "--run.name=own",
+        env=ray_head.environment,
     )  # fmt: skip
     said = trained.wait()
     assert trained.process.returncode == 0, said[-3000:]
@@ -69,46 +72,17 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
     files = [str(plugins / f"{name}.py") for name in ("siglip", "patchify", "folders_reader")]
     with pytest.raises(UserError, match=r"siglip.py \(method.name\), which would be executed here.*evaluate.trusted"):
         open_run("evaluate.run", str(run), trusted=files[1:])
-    measured = Job(
-        tmp_path, f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]", f"--evaluate.trusted=[{', '.join(files)}]",
+    measured = run_here(
+        tmp_path, "evaluate", f"--run.storage={tmp_path}", f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]",
+        f"--evaluate.trusted=[{', '.join(files)}]",
         f"--evaluate.options={{{task}: {{scale: 2.0}}}}", "--evaluate.resamples=100", "--run.name=measured",
-        "--evaluate.cpus_per_worker=0.5", config=None, job="jobs/evaluate.py",
+        "--evaluate.cpus_per_worker=0.5",
     )  # fmt: skip
-    said = measured.wait()
-    assert measured.process.returncode == 0, said[-3000:]
+    assert measured.returncode == 0, measured.stdout + measured.stderr
     scores = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["scores"]
     own = [score for score in scores if score["task"] == str(task)]
     assert {score["encoder"] for score in own} == {"pretrained", "random"}
     assert all(score["metric"] == "gap" and score["number"] > 0 for score in own)
-
-
-@pytest.mark.ray
-def test_infonce_runs_without_clustering_actors_and_without_a_decoder(tmp_path: Path) -> None:
-    job = Job(tmp_path, "--method.name=infonce", *SHORT, "--train.stage1_steps=30", "--run.name=infonce")
-    job.wait_for(lambda: bool(job.workers()))
-    job.wait_for(lambda: bool(rows(tmp_path / "infonce")))
-    assert not job.processes("BankActor")
-    assert not job.processes("BankCoordinator")
-    said = job.wait()
-    assert job.process.returncode == 0, said[-3000:]
-    run = tmp_path / "infonce"
-    outcome = result(run)
-    assert (outcome["clustering_started_at"], outcome["centroids_version"]) == (None, None)
-    [*_, last] = checkpoints(run)
-    assert not (last / "clustering.safetensors").exists()
-    names = load_file(last / "weights.safetensors").keys()
-    assert not [name for name in names if name.startswith(("decoder.", "cross_attention.", "patch_projection."))]
-    assert AutoModel.from_pretrained(run / "export" / "image_encoder").config.model_type == "resnet"
-    assert not (run / "export" / "centroids.safetensors").exists()
-    measured = Job(
-        tmp_path, f"--evaluate.run={run}", "--evaluate.tasks=[retrieval, clusters, grounding]", "--run.name=measured",
-        "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5", config=None, job="jobs/evaluate.py",
-    )  # fmt: skip
-    said = measured.wait()
-    assert measured.process.returncode == 0, said[-3000:]
-    found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
-    assert {score["task"] for score in found["scores"]} == {"retrieval"}
-    assert "clusters by pretrained: infonce attends to no patches" in found["left_out"]
 
 
 def test_a_clusterer_in_a_file_clusters_the_bank() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.clustering.sets import heavy_tailed, write_parquet
-from tests.clustering.test_source_pool import check_agreement, check_survival, local_ray  # noqa: F401
+from tests.clustering.test_source_pool import check_agreement, check_survival
 
+pytestmark = pytest.mark.usefixtures("local_ray")
 ROWS = 30_000
 
 

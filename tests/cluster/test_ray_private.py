@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.experimental.internal_kv import _internal_kv_del
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from cmcgns.cluster import ray_private
 
@@ -45,8 +45,10 @@ def test_has_autoscaler_finds_the_key_that_the_autoscaler_of_every_head_sets(loc
     while not ray_private.has_autoscaler() and time.monotonic() < end:
         time.sleep(0.2)
     assert ray_private.has_autoscaler()
+    kept = _internal_kv_get(ray_private.AUTOSCALER_KEY)
     _internal_kv_del(ray_private.AUTOSCALER_KEY)
     assert not ray_private.has_autoscaler()
+    _internal_kv_put(ray_private.AUTOSCALER_KEY, kept)  # other tests use this Ray
 
 
 def test_set_num_cpus_reaches_a_range_and_a_repartition(local_ray: None) -> None:

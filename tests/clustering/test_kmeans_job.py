@@ -13,12 +13,10 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from cmcgns import storage
 from cmcgns.clustering.kmeans import kmeans, numpy_assign, parallel_seeds
 from cmcgns.clustering.rows import RowArray
-from tests.clustering.sets import heavy_tailed, separated, write_parquet
-from tests.jobs import REPOSITORY
-from tests.s3 import S3Server
+from tests.clustering.sets import heavy_tailed, write_parquet
+from tests.jobs import REPOSITORY, run_here
 
 ROWS, CLUSTERS = 20_000, 64
 
@@ -27,8 +25,8 @@ def command(*settings: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "jobs" / "kmeans.py"), *settings, "--clustering.cpus_per_actor=0.5"]
 
 
-def run(cwd: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*settings), cwd=cwd, capture_output=True, text=True, check=False)
+def run(cwd: Path, *settings: str) -> "subprocess.CompletedProcess[str]":
+    return run_here(cwd, "kmeans", *settings, "--clustering.cpus_per_actor=0.5")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -36,6 +34,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_a_stopped_and_resumed_fit_finds_the_centroids_of_one_array(tmp_path: Path) -> None:
     """Stopped by Ctrl-C, resumed on another number of actors: same files, statistics and centroids as undisturbed."""
     rows_ND = heavy_tailed(ROWS)
@@ -76,6 +75,7 @@ def test_a_stopped_and_resumed_fit_finds_the_centroids_of_one_array(tmp_path: Pa
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_given_centroids_are_kept_and_rows_assigned_to_them(tmp_path: Path) -> None:
     """A weighted fit, then its centroids over another set without an iteration."""
     weights_N = np.random.default_rng(0).uniform(0.5, 2.0, 3000)
@@ -106,34 +106,13 @@ def test_given_centroids_are_kept_and_rows_assigned_to_them(tmp_path: Path) -> N
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_rows_that_give_too_few_centroids_do_not_use_up_the_name(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set", np.tile(heavy_tailed(10), (10, 1)), [0, 100])
     done = run(tmp_path, "--data.uri=set", "--clustering.num_clusters=20", "--run.name=fit")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "20 clusters need 20 distinct rows; there are 10 among 100" in done.stderr
     assert not (tmp_path / "runs" / "fit" / "config.yaml").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.s3
-@pytest.mark.parametrize("settings", [["--clustering.memory_gib=0"], ["--clustering.batch_rows=4096"]])
-def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
-    tmp_path: Path, s3_server: S3Server, settings: list[str]
-) -> None:
-    """Rows kept on disk, and rows read for each mini-batch."""
-    bucket = s3_server.make_bucket(f"kmeans-{'batch' if 'batch' in settings[0] else 'disk'}")
-    s3_server.upload(write_parquet(tmp_path / "set", separated(9000), [0, 4000, 9000]), f"{bucket}/set")
-    done = run(
-        tmp_path, f"--data.uri={bucket}/set", f"--run.storage={bucket}/runs", "--run.name=fit", *settings,
-        f"--clustering.num_clusters={CLUSTERS}", "--clustering.iterations=3", "--clustering.actors=3",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    files, path = storage.filesystem(f"{bucket}/runs/fit/assignments")
-    found = parquet.read_table(path, filesystem=files).to_pandas()
-    assert found["id"].tolist() == [f"row-{i}" for i in range(9000)]
-    written = set(storage.list_files(f"{bucket}/runs/fit"))
-    assert {"centroids.safetensors", "statistics.json", "result.json", "fit.safetensors", "metrics.jsonl"} <= written
-    assert json.loads(storage.read_bytes(f"{bucket}/runs/fit/result.json"))["mean_similarity"] > 0.9
 
 
 @pytest.mark.parametrize(

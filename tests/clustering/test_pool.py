@@ -1,10 +1,8 @@
 """The Ray pool in training: the same centroids on all ranks at all steps, however slow an actor is."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
 from cmcgns.clustering.bank_pool import PoolHandles, RayPool
@@ -12,13 +10,6 @@ from tests.clustering.delayed_actor import BrieflyDelayedActor, DelayedActor
 from tests.clustering.pool_run import run, settings
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 def check(tmp_path: Path, steps: int, shard_type: type[DelayedActor]) -> None:

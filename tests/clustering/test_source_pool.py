@@ -19,15 +19,8 @@ from cmcgns.config import PoolConfig
 from cmcgns.errors import UserError
 from tests.clustering.sets import SETS, cuts, heavy_tailed, write_parquet
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 ROWS = 6000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """Ablations: their file, intervals over seeds and studies, and one whose runs have already finished."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from cmcgns.evaluate.ablation import increments, over_seeds, read_ablation, run_
 from cmcgns.evaluate.scores import Score
 from cmcgns.run_folder import RunFolder
 from tests.evaluate.test_embed_job import write_run
-from tests.jobs import REPOSITORY
+from tests.jobs import REPOSITORY, run_here
 from tests.small import small_config
 
 LENGTH = {"train.stage1_steps": 4, "train.stage2_steps": 0, "train.warmup_steps": 0, "train.global_batch_size": 32}
@@ -109,6 +107,7 @@ def test_each_variant_is_compared_with_the_one_before_it() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path) -> None:
     config, runs = (
         small_config(data__phantom_studies=160, cpus_per_worker=0.25),
@@ -122,12 +121,9 @@ def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path)
         folder = runs / run_name(variant, 0)
         write_run(folder, config)
         (folder / "result.json").write_text(json.dumps({"status": "finished"}))
-    done = subprocess.run(
-        [
-            sys.executable, str(REPOSITORY / "jobs" / "evaluate.py"), f"--evaluate.ablation={path}", "--run.name=ablation",
-            "--evaluate.fractions=[1.0]", "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5",
-        ],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+    done = run_here(
+        tmp_path, "evaluate", f"--evaluate.ablation={path}", "--run.name=ablation",
+        "--evaluate.fractions=[1.0]", "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 1" not in done.stdout

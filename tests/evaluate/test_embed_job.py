@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import unit
 from cmcgns.train.checkpoint import export_model
 from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
-from tests.jobs import REPOSITORY
+from tests.jobs import run_here
 from tests.small import small_config
 
 
@@ -39,12 +37,12 @@ def write_run(folder: Path, config: Config) -> CmCgnsModel:
     return model.eval()
 
 
-def embed(cwd: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "jobs" / "embed.py"), *settings, "--embed.cpus_per_worker=0.5"]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def embed(cwd: Path, *settings: str) -> "subprocess.CompletedProcess[str]":
+    return run_here(cwd, "embed", *settings, "--embed.cpus_per_worker=0.5")
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path) -> None:
     """Two workers over uneven batches, against the model on one study at a time."""
     config = small_config(data__phantom_studies=240)
@@ -91,9 +89,8 @@ def test_what_cannot_be_embedded_is_refused_with_one_message(tmp_path: Path) -> 
         (["--embed.run=good", "--embed.splits=test"], "did you mean embed.split?"),
         (["--embed.run=good", "--run.resume=x"], "there is no run of that name"),
     ]
-    with ThreadPoolExecutor(2) as threads:
-        answers = list(threads.map(lambda each: embed(tmp_path, *each[0]), wrong))
-    for done, (_, message) in zip(answers, wrong, strict=True):
+    for settings, message in wrong:
+        done = embed(tmp_path, *settings)
         assert done.returncode == 2, done.stdout + done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert message in done.stderr, done.stderr

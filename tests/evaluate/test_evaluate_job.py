@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from cmcgns.evaluate.encoders import last_run
 from cmcgns.evaluate.run import EvaluateJob
 from cmcgns.job import run
 from tests.evaluate.test_embed_job import write_run
-from tests.jobs import REPOSITORY
+from tests.jobs import run_here
 from tests.small import small_config
 
 QUICK = (
@@ -33,9 +32,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(cwd: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "jobs" / "evaluate.py"), *QUICK, *settings]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def job(cwd: Path, *settings: str) -> "subprocess.CompletedProcess[str]":
+    return run_here(cwd, "evaluate", *QUICK, *settings)
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -44,6 +42,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp_path: Path) -> None:
     """One evaluation with a missing set, another kind of encoder, and an unreadable folder among its encoders."""
     other = f"{pretrained}/export/image_encoder"

@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from cmcgns.data.readers import open_source
 from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from tests.data.prepare.sets import STUDIES, prepare_here
+from tests.ray_head import RayHead, connected
 
 
 @pytest.fixture(scope="package")
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+def local_ray(ray_head: RayHead) -> Iterator[None]:
+    """As the fixture of all folders, for as long as ``prepared`` is needed."""
+    with connected(ray_head):
+        yield
 
 
 @pytest.fixture(scope="package")

@@ -8,7 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import ray
 
 from cmcgns import storage
 from cmcgns.data.manifest import read_manifest
@@ -17,35 +16,31 @@ from cmcgns.storage import errors as faults
 from cmcgns.storage import s3
 from tests.data.prepare.sets import files, prepare_here, rows
 from tests.faulty_proxy import NO_BUCKET, Faults, running_proxy
+from tests.ray_head import RayHead, connected
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 
 def forget_clients(monkeypatch: pytest.MonkeyPatch, endpoint: str | None = None) -> None:
-    """Drop clients of other endpoints and a Ray started without one; ``endpoint`` is the current one."""
+    """Drop clients of other endpoints; ``endpoint`` is the current one."""
     for cache in (s3._arrow_filesystem, s3._client, s3._profile_value):
         cache.cache_clear()
     if endpoint is not None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    if ray.is_initialized():
-        ray.shutdown()
 
 
 def test_the_same_corpus_as_jpeg_and_as_dicom_gives_the_same_set(
-    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_head: RayHead, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = s3_server.make_bucket("twins")
     forget_clients(monkeypatch)
     corpus = PhantomCorpus(40, seed=6, height=320, width=384)
     write_mimic_cxr_jpg(corpus, tmp_path / "jpg")
     write_mimic_cxr(corpus, tmp_path / "dicom")
-    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-    try:
+    with connected(ray_head):
         for name in ("jpg", "dicom"):
             assert prepare_here(tmp_path / name, f"{bucket}/{name}") == 0
-    finally:
-        ray.shutdown()
     difference = []
     for one, other in zip(rows(f"{bucket}/jpg"), rows(f"{bucket}/dicom"), strict=True):
         for column in ("patient_id", "study_id", "image_id", "view", "split", "report", "sentences", "labels"):
@@ -60,19 +55,21 @@ def test_the_same_corpus_as_jpeg_and_as_dicom_gives_the_same_set(
 
 
 def test_a_faulty_server_gives_the_same_set_and_retries_are_counted(
-    s3_server: S3Server, raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_head: RayHead,
+    s3_server: S3Server,
+    raw: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bucket = s3_server.make_bucket("rough")
     s3_server.upload(raw, f"{bucket}/raw")
     with running_proxy(s3_server.endpoint, seed=1) as proxy:
         forget_clients(monkeypatch, proxy.endpoint)
         proxy.faults = Faults(errors=0.10, cuts=0.02)
-        ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
-        try:
+        with connected(ray_head):
             assert prepare_here(f"{bucket}/raw", f"{bucket}/set") == 0
             assert prepare_here(raw, tmp_path / "set") == 0
-        finally:
-            ray.shutdown()
         proxy.faults = Faults()
         assert read_manifest(f"{bucket}/set").content_hash == read_manifest(str(tmp_path / "set")).content_hash
         said = capsys.readouterr().out
@@ -86,14 +83,17 @@ def test_a_faulty_server_gives_the_same_set_and_retries_are_counted(
 
 
 def test_a_bucket_deleted_during_the_run_is_one_error_in_time(
-    s3_server: S3Server, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_head: RayHead,
+    s3_server: S3Server,
+    raw: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bucket = s3_server.make_bucket("passing")
     s3_server.upload(raw, f"{bucket}/raw")
     with running_proxy(s3_server.endpoint) as proxy:
         forget_clients(monkeypatch, proxy.endpoint)
         monkeypatch.setenv(faults.RETRY_LIMIT_VARIABLE, "10")
-        ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR")
         gone: list[float] = []
 
         def take_away() -> None:
@@ -105,11 +105,11 @@ def test_a_bucket_deleted_during_the_run_is_one_error_in_time(
 
         thread = threading.Thread(target=take_away)
         thread.start()
-        try:
-            assert prepare_here(f"{bucket}/raw", f"{bucket}/set") == 1
-        finally:
-            thread.join()
-            ray.shutdown()
+        with connected(ray_head):
+            try:
+                assert prepare_here(f"{bucket}/raw", f"{bucket}/set") == 1
+            finally:
+                thread.join()
         said = capsys.readouterr().out
     assert time.monotonic() - gone[0] < 30
     assert said.count("bucket does not exist") == 1, said
