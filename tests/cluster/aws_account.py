@@ -64,8 +64,9 @@ def give_access() -> Account:
 
 
 def filled(group: str) -> dict[str, Any]:
-    """cluster/gpu.yaml with an image and a group instead of CHANGE."""
+    """cluster/gpu.yaml with images and a group instead of CHANGE."""
     text = json.dumps(load("gpu")).replace("ami-CHANGE", IMAGE).replace("sg-CHANGE", group)
+    text = text.replace("sha256:CHANGE", "sha256:" + 64 * "0")
     assert "CHANGE" not in text, CLUSTER
     return json.loads(text)
 

@@ -29,6 +29,6 @@ def requirement(package: str) -> SpecifierSet:
 
 
 def ray_of_image(image: str) -> str:
-    """Ray version in an image's tag, such as rayproject/ray:2.60.0-py311 or cmcgns:ray2.60.0."""
-    tag = image.rpartition(":")[2]
+    """Ray version in an image's tag, such as rayproject/ray:2.60.0-py311@sha256:... or cmcgns:ray2.60.0."""
+    tag = image.partition("@")[0].rpartition(":")[2]
     return tag.removeprefix("ray").partition("-")[0]
