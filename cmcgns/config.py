@@ -41,6 +41,9 @@ class CorpusConfig(Section):
     """Views to keep; 'AP Supine' and 'AP Erect' count as AP. In pairs-csv, films without a view are kept."""
     crop_borders: bool = True
     """Crop black borders before a film is resized. Prepared films are already cropped."""
+    follow_links: bool = False
+    """Read films and reports behind symbolic links that leave the corpus folder. A link of someone else's corpus may point to any
+    file of yours."""
     group_studies: PositiveInt = 256
     """Studies per group (a row group of a prepared set); each epoch permutes the groups. Ignored for a prepared set, which has
     its own groups."""

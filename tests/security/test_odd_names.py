@@ -11,6 +11,8 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.config import RunConfig
+from cmcgns.data.readers.base import FileSource
+from cmcgns.errors import BadRow
 from cmcgns.evaluate.figures import curves
 from cmcgns.sweep.config import SweepConfig
 from cmcgns.terminal import console, print_plan, printable
@@ -65,3 +67,24 @@ def test_a_class_with_any_name_gets_its_curve(name: str) -> None:
     draw = np.random.default_rng(0)
     figure = curves("title", draw.random((20, 1)), (np.arange(20) % 2).astype(float)[:, None], [name])
     assert io.BytesIO(figure.png).read(4) == b"\x89PNG"
+
+
+def test_a_link_that_leaves_the_corpus_is_a_bad_row_unless_links_are_followed(tmp_path: Path) -> None:
+    corpus, secret = tmp_path / "corpus", tmp_path / "secret.txt"
+    (corpus / "texts").mkdir(parents=True)
+    secret.write_text("private")
+    (corpus / "texts" / "inside.txt").write_text("Lungs are clear.")
+    (corpus / "outside.txt").symlink_to(secret)
+    (corpus / "folder").symlink_to(tmp_path)
+    (corpus / "within.txt").symlink_to("texts/inside.txt")
+    report = lambda path, **options: FileSource(str(corpus), "pairs-csv", **options).read_report({"report_path": path})
+    for path in ("outside.txt", "folder/secret.txt"):
+        with pytest.raises(BadRow, match=r"report path is a link that leaves the corpus folder.*data\.follow_links"):
+            report(path)
+        assert report(path, follow_links=True) == "private"
+    assert report("within.txt") == report("texts/inside.txt") == "Lungs are clear."
+    (tmp_path / "linked").symlink_to(corpus)  # the corpus itself may be a link
+    assert (
+        FileSource(str(tmp_path / "linked"), "pairs-csv").read_report({"report_path": "within.txt"})
+        == "Lungs are clear."
+    )

@@ -102,6 +102,7 @@ def open_source(
     seed: int = 0,
     target: Target | None = None,
     crop_borders: bool = True,
+    follow_links: bool = False,
     phantom_studies: int = 4000,
     phantom_size: int = 256,
 ) -> Source:
@@ -111,7 +112,9 @@ def open_source(
     """
     if format == "auto":
         format = detect_format(uri)
-    options = CorpusOptions(uri, format, tuple(views), seed, target, crop_borders, phantom_studies, phantom_size)
+    options = CorpusOptions(
+        uri, format, tuple(views), seed, target, crop_borders, follow_links, phantom_studies, phantom_size
+    )
     opener = getattr(load_plugin("data.format", format, READERS), "open_corpus", None)
     if opener is None:
         raise UserError(f"data.format {format} defines no open_corpus (docs/data.md)")
@@ -126,7 +129,7 @@ def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, St
     """
     try:
         source = open_source(
-            data.uri, data.format, data.views, data.seed, target, data.crop_borders,
+            data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
             data.phantom_studies, data.phantom_size,
         )  # fmt: skip
         return source, source.index()

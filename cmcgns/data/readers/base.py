@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -93,13 +94,15 @@ class CorpusOptions(NamedTuple):
     target: Target | None = None
     """Size to which films will be shrunk; JPEGs may then be decoded at a reduced scale, at least twice as large."""
     crop_borders: bool = True
+    follow_links: bool = False
+    """Read films and reports behind symbolic links that leave the corpus folder."""
     phantom_studies: int = 4000
     phantom_size: int = 256
 
     @property
-    def of_files(self) -> tuple[str, str, tuple[str, ...], int, Target | None, bool]:
+    def of_files(self) -> tuple[str, str, tuple[str, ...], int, Target | None, bool, bool]:
         """The fields of a ``FileSource``."""
-        return self[:6]
+        return self[:7]
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class FileSource:
     target: Target | None = None
     """Size to which films will be shrunk."""
     crop_borders: bool = True
+    follow_links: bool = False
 
     def arrange(self, studies: pa.Table, group_studies: int) -> tuple[pa.Table, Arrangement]:
         return arranged(studies, group_studies)
@@ -142,6 +146,10 @@ class FileSource:
             raise BadRow(f"{kind} path is outside the corpus folder")
         if len(path.encode()) > LONGEST_PATH:
             raise BadRow(f"{kind} path is longer than {LONGEST_PATH} bytes")
+        if not self.follow_links and not storage.is_s3(self.uri) and leaves(self.uri, path):
+            raise BadRow(
+                f"{kind} path is a link that leaves the corpus folder; copy the file, or set data.follow_links=true"
+            )
         try:
             return storage.read_bytes(storage.join(self.uri, path))
         except storage.MissingFileError:
@@ -170,6 +178,12 @@ def escapes(path: str) -> bool:
         or path.startswith(("/", "\\", "~"))
         or re.match(r"[A-Za-z][\w+.-]*:", path) is not None
     )
+
+
+def leaves(uri: str, path: str) -> bool:
+    """Whether the file at ``path`` in the local folder ``uri`` lies elsewhere, behind symbolic links."""
+    root = os.path.realpath(storage.filesystem(uri)[1])
+    return os.path.commonpath([root, os.path.realpath(os.path.join(root, path))]) != root
 
 
 def canonical_view(view: str) -> str:

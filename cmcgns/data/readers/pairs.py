@@ -34,14 +34,20 @@ class PairsSource(FileSource):
 
     @classmethod
     def at(
-        cls, uri: str, views: tuple[str, ...], seed: int, target: Target | None = None, crop_borders: bool = True
+        cls,
+        uri: str,
+        views: tuple[str, ...],
+        seed: int,
+        target: Target | None = None,
+        crop_borders: bool = True,
+        follow_links: bool = False,
     ) -> "PairsSource":
         """The source at a folder or at a CSV file."""
         folder, _, name = uri.rstrip("/").rpartition("/")
         if name.endswith(".csv"):
             folder = folder or ("/" if uri.startswith("/") else ".")
-            return cls(folder, "pairs-csv", views, seed, target, crop_borders, name)
-        return cls(uri, "pairs-csv", views, seed, target, crop_borders)
+            return cls(folder, "pairs-csv", views, seed, target, crop_borders, follow_links, name)
+        return cls(uri, "pairs-csv", views, seed, target, crop_borders, follow_links)
 
     def index(self) -> StudyIndex:
         table = self._table()
@@ -175,4 +181,6 @@ def _label_columns(table: pd.DataFrame) -> list[str]:
 
 def open_corpus(options: CorpusOptions) -> PairsSource:
     """The reader of ``pairs-csv``."""
-    return PairsSource.at(options.uri, options.views, options.seed, options.target, options.crop_borders)
+    return PairsSource.at(
+        options.uri, options.views, options.seed, options.target, options.crop_borders, options.follow_links
+    )
