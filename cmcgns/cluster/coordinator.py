@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -87,6 +88,7 @@ class RunCoordinator:
     """The actor: every method is one message. Runs on the driver's node and reserves no CPU."""
 
     def __init__(self, studies: int, max_bad_fraction: float, known_bad: dict[str, str]) -> None:
+        spare_from_oom()
         self.bad_rows = BadRows(studies, max_bad_fraction, known_bad)
         self.metrics, self.lines, self.end, self.workers = MetricRows(), LogLines(), RunEnd(), WorkerGroup()
 
@@ -160,6 +162,28 @@ class RunCoordinator:
             "row": self.metrics.latest,
             "marks": self.workers.event_times,
         }
+
+
+def spare_from_oom() -> None:
+    """Let the kernel kill other processes of Ray first: it marks all its workers as the first to go. Ray's own monitor spares the
+    actors that were created first, as the coordinator is."""
+    with contextlib.suppress(OSError):  # not on macOS
+        Path("/proc/self/oom_score_adj").write_text("0")
+
+
+LOST = (
+    "the coordinator of the run was killed, most likely because the machine had no memory left (`dmesg` tells). Lower "
+    "train.num_workers, data.studies_ahead or train.microbatch_size, or take a machine with more memory"
+)
+
+
+def read_account(coordinator: Any, known_bad: dict[str, str]) -> dict[str, Any]:
+    """The coordinator's account; if it was killed, one that says so, with the bad rows that are known."""
+    try:
+        account: dict[str, Any] = ray.get(coordinator.account.remote())
+        return account
+    except ray.exceptions.RayActorError:
+        return {"outcome": None, "failure": LOST, "bad_rows": known_bad, "row": {}, "marks": {}}
 
 
 class CoordinatorHandler(logging.Handler):

@@ -66,7 +66,7 @@ class Display:
             news = ray.get(self.coordinator.news.remote())
             for level, line in news["lines"]:
                 style = "yellow" if level >= logging.WARNING else ""
-                self.console.print(line, style=style, highlight=False)
+                self.console.print(line, style=style, highlight=False, markup=False)
             row = news["row"]
             if row == self._shown:
                 return

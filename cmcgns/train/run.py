@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import read_bad_rows, write_bad_rows
-from cmcgns.cluster.coordinator import log_to_coordinator, start_coordinator
+from cmcgns.cluster.coordinator import log_to_coordinator, read_account, start_coordinator
 from cmcgns.cluster.placement import (
     DATA,
     NODE_START_S,
@@ -255,7 +255,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     finally:
         for pool in pools.values():
             pool.stop()
-    account = ray.get(coordinator.account.remote())
+    account = read_account(coordinator, known_bad)
     if interrupted and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import REPOSITORY, Job, checkpoints, result, rows
+from tests.jobs import REPOSITORY, Job, check_failed, checkpoints, result, rows
 from tests.survival import LENGTH, check_stopped, resume, start
 
 pytestmark = pytest.mark.ray
@@ -62,3 +62,14 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(tmp_path: Path) -
     assert job.process.returncode == 2, said[-3000:]
     assert "no whole checkpoint is left" in said
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_loses_its_coordinator_ends_with_one_message_that_names_memory(tmp_path: Path) -> None:
+    job = start(tmp_path, steps=9)
+    for process in job.processes("RunCoordinator"):
+        process.kill()
+    check_failed(job, tmp_path / "run", "killed", "memory")
+    job = resume(tmp_path)
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, LENGTH + 1))
