@@ -57,9 +57,9 @@ def ray_session(
         UserError: the cluster cannot be joined, is too small, or a check failed on one of its nodes.
     """
     environment = job_environment(variables or {})
-    os.environ.update(environment)
     named, ours = os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
     with ExitStack() as stack:
+        stack.enter_context(_variables(environment))
         if ours:
             if not named:
                 stack.enter_context(ray_private.loopback_only())
@@ -72,6 +72,21 @@ def ray_session(
         if ours and named and uris is not None:
             check_nodes(uris)
         yield float(ray.cluster_resources().get("CPU", 0))
+
+
+@contextmanager
+def _variables(environment: dict[str, str]) -> Iterator[None]:
+    """``environment`` in this process, for the processes that it starts; afterwards as before."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _connect(named: str | None, environment: dict[str, str]) -> None:

@@ -237,7 +237,9 @@ class EncoderSpec:
             folder = self.run.export if self.kind == "run" else self.folder
             for name in storage.list_files(folder):
                 # JSON files too: they contain the preprocessing
-                if name.endswith((".safetensors", ".bin", ".json")) and not name.startswith(("text_", "tokenizer")):
+                if name.endswith((".safetensors", ".bin", ".json")) and not name.startswith(
+                    ("text_", "tokenizer", EXPORT_HASHES)
+                ):
                     digest.update(storage.read_bytes(storage.join(folder, name)))
         for name in foreign_modules(self.config.model_dump()).values():
             digest.update(Path(name).read_bytes() if name.endswith(".py") else name.encode())

@@ -282,7 +282,7 @@ def _entries(uri: str, recursive: bool) -> list[tuple[str, bool]]:
             with os.scandir(path):  # raises for a folder that is missing
                 return [(name, False) for name in _named_in_utf8(path, _walk(path))]
         with os.scandir(path) as entries:
-            found = {entry.name: entry.is_dir() for entry in entries}
+            found = {entry.name: os.path.isdir(entry.path) for entry in entries}  # False for a circular link
     return sorted((name, found[name]) for name in _named_in_utf8(path, list(found)))
 
 

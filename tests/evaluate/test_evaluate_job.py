@@ -14,6 +14,8 @@ from cmcgns.evaluate.config import TASKS, EvaluateJobConfig
 from cmcgns.evaluate.encoders import last_run
 from cmcgns.evaluate.run import EvaluateJob
 from cmcgns.job import run
+from cmcgns.run_folder import EXPORT_HASHES
+from cmcgns.storage.integrity import write_hashes
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import run_here
 from tests.small import small_config
@@ -70,6 +72,8 @@ def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp
     features = sorted((tmp_path / "runs" / "features").iterdir())
     made = [path.stat().st_mtime_ns for path in features]
     shutil.rmtree(pretrained / "export" / "tokenizer")
+    (pretrained / "export" / EXPORT_HASHES).unlink()
+    write_hashes(pretrained / "export", EXPORT_HASHES)  # left out on purpose, not lost
     again = job(
         tmp_path, f"--evaluate.run={pretrained}", "--run.name=again", f"--evaluate.beside=[{other}]",
         f"--evaluate.compare=[{folder}]", "--evaluate.tasks=[classification, retrieval]",
