@@ -163,4 +163,4 @@ def test_a_named_pipe_in_the_corpus_is_a_bad_row(tmp_path: Path) -> None:
         FileSource(str(tmp_path), "pairs-csv").read_image("pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     with pytest.raises(BadRow, match="film file is not a regular file"):
-        FileSource(str(tmp_path), "pairs-csv").read_image("zero.png")
+        FileSource(str(tmp_path), "pairs-csv", follow_links=True).read_image("zero.png")
