@@ -58,9 +58,6 @@ class Budget:
                 self._used -= taken
                 self._changed.notify_all()
 
-    def __reduce__(self) -> tuple[type["Budget"], tuple[int]]:
-        return Budget, (self.total,)
-
 
 DECODE_BUDGET = Budget(512 * 2**20)
 """For the threads of one task: two dozen films of 2500 x 3000 in 8 bits, or three of 4000 x 4000 in 16 bits."""

@@ -3,7 +3,7 @@
 What the rules find, each replaced by ``___`` as in MIMIC-CXR:
 - dates: 03/14/2024, 14.3.24, 2024-03-14, March 14th, 14 March 2024, Jan 2024; clock times beside them stay
 - numbers of five and more digits, with separators (record numbers, telephones), and letters with four and more digits
-- names after a title (Dr., Mr., Mrs., Ms., Prof., Sir, patient, by, with ... MD) and names in capitals before "MD"
+- capitalised names after a title (Dr., Mrs., Prof.) or a role ("dictated by", "patient name:"), and before "MD"
 - e-mail addresses and web addresses
 - what de-identification has marked already: [**...**], runs of X
 
@@ -36,14 +36,14 @@ RULES = {
         rf"|(?i:\b{_MONTH},?[ \t]*{_YEAR}\b)|\b{_YEAR}\b"
     ),
     "number": re.compile(
-        r"(?<![\w.])[+(]?\d(?:[-() \t./]{0,2}\d){4,}\b(?![.]\d)|\b(?=[\w-]*\d{4})(?=[\w-]*[A-Za-z])[\w-]+\b"
+        r"(?<![\w.])[+(]?\d(?:[-() \t./]{0,2}\d){4,}\b(?![.]\d)|(?<![\w-])(?=[\w-]{0,60}\d{4})(?=[\w-]{0,60}[A-Za-z])[\w-]+\b"
     ),
     "name": re.compile(
         rf"(?i:\b{_TITLE}[ \t]+)(?:{_INVERTED}|{_NAMES})"
         rf"|(?i:\b{_ROLE}[ \t]*(?::|by|with)[ \t]*(?:{_TITLE}[ \t]+)?)(?:{_INVERTED}|{_NAMES})"
         rf"|(?:{_INVERTED}|{_NAMES}),?[ \t]+(?:M\.?D\.?|D\.?O\.?|R\.?N\.?|Ph\.?D\.?)(?!\w)"
     ),
-    "address": re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\b(?:https?://|www\.)\S+"),
+    "address": re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+|\b(?:https?://|www\.)\S+"),
     "mark": re.compile(r"\[\*\*(?:(?!\[\*\*).)*?\*\*\]|\bX{4,}\b", re.DOTALL),
 }
 """Patterns by kind. Names need capitals, so apply them to the text of a report and not to normalised sentences."""

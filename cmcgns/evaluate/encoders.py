@@ -146,7 +146,7 @@ def open_run(key: str, uri: str, trusted: Collection[str] | None = None) -> Pret
 
 
 def check_export(uri: str) -> None:
-    """Raise ``UserError`` if a file of the export at ``uri`` is not what was written. Reads all of it: a second per GB."""
+    """Raise ``UserError`` if a file of the export at ``uri`` is not what was written. Reads all of it."""
     if storage.exists(storage.join(uri, EXPORT_HASHES)):
         reason = damage(uri, EXPORT_HASHES)
     else:
@@ -158,7 +158,7 @@ def check_export(uri: str) -> None:
         if reason is None:
             logger.warning("%s was written by an earlier version, without hashes: it is not verified", uri)
     if reason is not None:
-        raise UserError(f"export {uri} is damaged: {reason}; copy it again, or resume its run to export it again")
+        raise UserError(f"export {uri} is damaged: {reason}; copy it again from where the run wrote it")
 
 
 def _vocabulary(uri: str, config: Config) -> ReportTokenizer | None:

@@ -30,7 +30,7 @@ def hashes_of(rank: int) -> str:
 def checkpoint_damage(uri: str, name: str) -> str | None:
     """What is wrong with the checkpoint ``name`` in the folder ``uri``; None if every file of every rank is what was written.
 
-    Reads all of it: about a second per GB from a local disk.
+    Reads all of it.
     """
     try:
         progress = json.loads(storage.read_bytes(storage.join(uri, "progress.json")))

@@ -277,7 +277,7 @@ def worker_variables(config: Config) -> dict[str, str]:
     if not os.environ.get("RAY_ADDRESS"):
         own["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # this machine is not preemptible
         loopback = [
-            name for name, all in psutil.net_if_addrs().items() if any(each.address == "127.0.0.1" for each in all)
+            name for name, of in psutil.net_if_addrs().items() if any(each.address == "127.0.0.1" for each in of)
         ]
         own |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
     return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import yaml
 
 from cmcgns import storage
 from cmcgns.bad_rows import too_many_bad
@@ -286,7 +287,8 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
     checkpoint = None
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
-        checkpoint = find_checkpoint(folder, config.train.checkpoint_every)
+        started: dict[str, Any] = yaml.safe_load(storage.read_bytes(folder.file("config.yaml")))
+        checkpoint = find_checkpoint(folder, started["train"]["checkpoint_every"])
     made = prepared or prepare_corpus(config, folder if folder.resumed else None)
     schedule = build_schedule(config.train, len(made.corpus.train))
     check_sizes(config, made.corpus, made.sentences)

@@ -24,6 +24,7 @@ from pydicom.uid import (
 from cmcgns.data.decode import Budget, _stretch, decode_image
 from cmcgns.data.readers.base import FileSource
 from cmcgns.data.reports import parse_report, sections, sentences
+from cmcgns.data.scrub import identifiers, scrub
 from cmcgns.errors import BadRow
 
 MIB = 2**20
@@ -155,6 +156,14 @@ def test_long_repetitions_in_a_report_take_linear_time(text: str) -> None:
     sentences(text)
     with contextlib.suppress(BadRow):
         parse_report(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a-" * 500_000, "a." * 500_000, "1 " * 500_000, "Dr. " * 300_000, "Ab, " * 300_000, "[**" * 300_000]
+)
+def test_scrubbing_long_repetitions_takes_linear_time(text: str) -> None:
+    scrub(text)
+    list(identifiers(text))
 
 
 def test_a_named_pipe_in_the_corpus_is_a_bad_row(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from cmcgns.errors import BadRow, UserError
 from cmcgns.storage import parquet
 
 MIN_KEY_BYTES = 16
-MIN_KEY_SYMBOLS = 8
-"""Different bytes: a random key of 16 hexadecimal digits has fewer once in 10,000 draws."""
+MIN_KEY_SYMBOLS = 6
+"""Different bytes; one random key of 16 hexadecimal digits in 30,000 has fewer."""
 DIGITS = 20
 """Hexadecimal digits of a pseudonym: 80 bits, no collision expected among a billion."""
 

@@ -152,9 +152,11 @@ def _index_rows(uri: str, entry: Shard) -> pa.Table:
     shard, rows = entry.name, entry.rows
     footer = _footer(uri, shard)
     table = parquet.read(storage.join(uri, shard), lambda file: file.read(list(PREPARED_INDEX)), footer=footer)
-    if len(table) != rows:
+    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    if sizes != [group.rows for group in entry.row_groups]:
         raise UserError(
-            f"{storage.join(uri, shard)} has {len(table)} rows, the manifest says {rows}; prepare the set again"
+            f"{storage.join(uri, shard)} has {len(table)} rows in {len(sizes)} row groups, the manifest says {rows} in "
+            f"{len(entry.row_groups)}; prepare the set again"
         )
     first = 0
     for number, group in enumerate(entry.row_groups):
@@ -165,11 +167,7 @@ def _index_rows(uri: str, entry: Shard) -> pa.Table:
                 "shard, or prepare the set again"
             )
         first += group.rows
-    paths = [
-        f"{shard}#{group}/{row}"
-        for group in range(footer.num_row_groups)
-        for row in range(footer.row_group(group).num_rows)
-    ]
+    paths = [f"{shard}#{group}/{row}" for group, size in enumerate(sizes) for row in range(size)]
     return table.append_column("path", pa.array(paths, pa.string()))
 
 
