@@ -7,11 +7,13 @@ from cmcgns.data.prepare.config import PrepareJobConfig
 
 
 def main(config: PrepareJobConfig) -> int:
-    """Exit status of a prepare, or of the check of a prepared set."""
+    """Exit status of a prepare, or of the check of a prepared set or an export."""
     if config.prepare.check:
         from cmcgns.data.prepare.check import check_set
+        from cmcgns.data.prepare.check_export import check_export, export_folder
 
-        return check_set(config.prepare.out)
+        export = export_folder(config.prepare.out)
+        return check_export(export) if export else check_set(config.prepare.out)
     from cmcgns.data.prepare.run import prepare
 
     return prepare(config)

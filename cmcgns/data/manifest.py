@@ -12,6 +12,7 @@ import pyarrow as pa
 import xxhash
 
 from cmcgns import storage
+from cmcgns.data.record import PREPARED_INDEX
 from cmcgns.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -20,6 +21,8 @@ PLAN = "plan.json"
 VERSION = 2
 """2 since row groups have hashes of their columns and the manifest one of itself; sets of version 1 are read unverified."""
 SPLITS = ("train", "valid", "test")
+HASHED_COLUMNS = (*PREPARED_INDEX, "report", "sentences", "image")
+"""Columns that are read by themselves."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class RowGroup:
     content_hash: str
     """Of all columns, as `--prepare.check` computes it."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Hash of each of the columns that are read by themselves; empty in version 1."""
+    """Hash of each of ``HASHED_COLUMNS``; empty in version 1."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,12 @@ def self_hash(fields: dict[str, Any]) -> str:
     rest = {name: value for name, value in fields.items() if name != "hash"}
     as_read = json.loads(json.dumps(rest))  # keys that are numbers become strings
     return xxhash.xxh3_128_hexdigest(json.dumps(as_read, sort_keys=True).encode())
+
+
+def describe_row_group(number: int, rows: pa.Table, studies: int) -> RowGroup:
+    """The manifest's entry for group ``number`` of a split, whose ``rows`` are those of ``studies`` studies."""
+    columns = {name: column_hash(rows[name]) for name in HASHED_COLUMNS}
+    return RowGroup(number, len(rows), studies, content_hash(rows), columns)
 
 
 def column_hash(values: pa.ChunkedArray) -> str:

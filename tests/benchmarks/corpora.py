@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cmcgns.data.manifest import Manifest, RowGroup, Shard, content_hash, joint_hash
+from cmcgns.data.manifest import Manifest, Shard, describe_row_group, joint_hash
 from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import parse_report
 from cmcgns.phantom import PhantomCorpus
@@ -65,7 +65,7 @@ def prepared_set(folder: Path, studies: int, side: int = 256) -> str:
                 numbers = range(group * GROUP, min((group + 1) * GROUP, studies))
                 rows = pa.Table.from_pylist([row(number) for number in numbers], schema=PREPARED_SCHEMA)
                 writer.write_table(rows, row_group_size=len(rows))
-                row_groups.append(RowGroup(group, len(rows), len(rows), content_hash(rows)))
+                row_groups.append(describe_row_group(group, rows, len(rows)))
         shards.append(Shard(name, "train", (folder / name).stat().st_size, row_groups))
     joint = joint_hash(group.content_hash for shard in shards for group in shard.row_groups)
     manifest = Manifest(studies, studies, joint, {"train": groups}, shards, {}, {}, 0, {})

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cmcgns.data.manifest import Manifest, RowGroup, Shard, column_hash, content_hash, joint_hash
-from cmcgns.data.record import PREPARED_INDEX, PREPARED_SCHEMA
+from cmcgns.data.manifest import Manifest, Shard, describe_row_group, joint_hash
+from cmcgns.data.record import PREPARED_SCHEMA
 
 SIDE = 8
 
@@ -33,8 +33,7 @@ def write_prepared_set(folder: Path, train: pa.Table, written: pa.Table | None =
     folder.mkdir()
     name = "train-00000.parquet"
     pq.write_table(train if written is None else written, folder / name)
-    whole = content_hash(train)
-    columns = {each: column_hash(train[each]) for each in (*PREPARED_INDEX, "report", "sentences", "image")}
-    shard = Shard(name, "train", (folder / name).stat().st_size, [RowGroup(0, len(train), len(train), whole, columns)])
-    manifest = Manifest(len(train), len(train), joint_hash([whole]), {"train": 1}, [shard], {}, {}, 0, {})
+    group = describe_row_group(0, train, len(train))
+    shard = Shard(name, "train", (folder / name).stat().st_size, [group])
+    manifest = Manifest(len(train), len(train), joint_hash([group.content_hash]), {"train": 1}, [shard], {}, {}, 0, {})
     (folder / "manifest.json").write_text(manifest.to_json())

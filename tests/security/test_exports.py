@@ -1,6 +1,7 @@
 """Damage: the export of a run lacks a file, a bit or half of its weights, or holds numbers that are none."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
 from cmcgns.cli import to_yaml
+from cmcgns.data.prepare.check_export import check_export, export_folder
 from cmcgns.errors import UserError
 from cmcgns.evaluate.encoders import open_run
 from cmcgns.methods.base import load_method
@@ -105,3 +107,46 @@ def test_a_folder_of_an_encoder_without_some_weights_is_refused(tmp_path: Path) 
     with pytest.raises(UserError, match=r"lacks 1 weights of its architecture: layernorm\.weight"):
         build_image_backbone(str(tmp_path), 64, 0.0)
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
+
+
+def check(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    folder = export_folder(str(run))
+    assert folder == str(run / "export") == export_folder(folder)
+    status = check_export(folder)
+    return status, " ".join(capsys.readouterr().out.split())
+
+
+def test_the_check_of_an_export_names_files_with_identifiers_and_never_what_it_found(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = check(run, capsys)
+    assert status == 0
+    assert said.endswith("is unchanged and has no identifier that the rules find")
+
+    vocabulary = run / "export" / "tokenizer" / "tokenizer.json"
+    values = json.loads(vocabulary.read_text())
+    values["model"]["vocab"] |= {"mrn4711": 10_000, "##20240314": 10_001}
+    vocabulary.write_text(json.dumps(values))
+    (run / "export" / "preprocess.json").write_text(
+        json.dumps({"source": "/data/ward", "note": "dictated by Anna Smith, 3/14/2024"})
+    )
+    (run / "export" / EXPORT_HASHES).unlink()
+    write_hashes(run / "export", EXPORT_HASHES)
+    status, said = check(run, capsys)
+    assert status == 0
+    assert "identifier in export: 3" in said
+    assert "preprocess.json has date and name" in said
+    assert "preprocess.json has a path" in said
+    assert re.search(r"tokenizer/tokenizer.json has 2 words with digits among \d+", said)
+    assert not [secret for secret in ("Smith", "4711", "2024", "ward") if secret in said.replace(str(run), "")]
+
+
+def test_the_check_of_an_export_fails_on_files_that_do_not_belong_and_on_damage(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "export" / "reports.csv").write_text("id,report")
+    status, said = check(run, capsys)
+    assert (status, "reports.csv is no part of the export" in said) == (1, True)
+    (run / "export" / "heads.safetensors").write_bytes(b"")
+    status, said = check(run, capsys)
+    assert (status, "heads.safetensors is not what was written" in said) == (1, True)

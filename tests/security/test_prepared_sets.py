@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.manifest import read_manifest
@@ -72,6 +73,13 @@ def test_other_content_in_a_valid_file_is_refused(tmp_path: Path, column: str) -
     with pytest.raises(
         (BadRow, UserError), match=rf"column {column} .*(not what was prepared|not what the manifest says)"
     ):
+        read_all(tmp_path / "set")
+
+
+def test_the_same_rows_cut_into_other_row_groups_are_refused(tmp_path: Path) -> None:
+    write_prepared_set(tmp_path / "set", plain_rows())
+    pq.write_table(plain_rows(), tmp_path / "set" / "train-00000.parquet", row_group_size=2)
+    with pytest.raises(UserError, match="has 3 rows in 2 row groups, the manifest says 3 in 1; prepare the set again"):
         read_all(tmp_path / "set")
 
 

@@ -52,7 +52,7 @@ class Finding:
     def is_fault(self) -> bool:
         """Whether it fails the check; equal reports do not, because many reports of normal films are equal, nor do names and
         dates, which a set may keep on purpose."""
-        return self.kind not in ("report in two splits", "identifier in report")
+        return self.kind not in ("report in two splits", "identifier in report", "identifier in export")
 
 
 def leaks(facts: pd.DataFrame) -> list[Finding]:
@@ -249,13 +249,19 @@ def check_counts(manifest: Manifest, facts: pd.DataFrame, complete: bool) -> lis
     return findings
 
 
-def conclude(uri: str, manifest: Manifest, findings: list[Finding]) -> int:
-    """Print and store the findings; returns the exit status."""
+def print_findings(findings: list[Finding]) -> None:
+    """Print the first findings of each kind, and the number of all."""
     terminal = console()
     for kind, count in Counter(finding.kind for finding in findings).items():
         terminal.print(f"[yellow]{kind}: {count}[/yellow]", highlight=False)
         for finding in [each for each in findings if each.kind == kind][:SHOWN]:
             terminal.print(f"  {' and '.join(finding.ids)} {finding.what}", highlight=False, markup=False)
+
+
+def conclude(uri: str, manifest: Manifest, findings: list[Finding]) -> int:
+    """Print and store the findings; returns the exit status."""
+    terminal = console()
+    print_findings(findings)
     path = storage.join(uri, FINDINGS)
     if findings:
         lines = "".join(json.dumps(asdict(finding)) + "\n" for finding in findings)

@@ -29,7 +29,8 @@ class PrepareConfig(Section):
     """Remove dates, long numbers, names after titles and addresses from reports. Rules, which find no names without a title:
     docs/security.md."""
     check: bool = False
-    """Check the prepared set at `out` instead: counts, hashes, leaks between splits. `--check` is short for this."""
+    """Check the prepared set at `out` instead: counts, hashes, leaks between splits, identifiers; or an export, or the run that
+    has it: damage and identifiers. `--check` is short for this."""
 
 
 class PrepareJobConfig(Section):

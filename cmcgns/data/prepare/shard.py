@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from cmcgns import storage
 from cmcgns.data.image import shrink
-from cmcgns.data.manifest import RowGroup, Shard, column_hash, content_hash
+from cmcgns.data.manifest import RowGroup, Shard, describe_row_group
 from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.readers import Reader, Source
-from cmcgns.data.record import PREPARED_INDEX, PREPARED_SCHEMA, prepared_row
+from cmcgns.data.record import PREPARED_SCHEMA, prepared_row
 from cmcgns.data.reports import parse_report
 from cmcgns.data.scrub import scrub
 from cmcgns.errors import BadRow, UserError
@@ -170,10 +170,7 @@ class Maker:
                 lost += len(studies) - usable
                 if len(rows):
                     writer.write_table(rows, row_group_size=len(rows))
-                    columns = {
-                        name: column_hash(rows[name]) for name in (*PREPARED_INDEX, "report", "sentences", "image")
-                    }
-                    row_groups.append(RowGroup(number, len(rows), usable, content_hash(rows), columns))
+                    row_groups.append(describe_row_group(number, rows, usable))
                 _count(counters, rows)
             counts = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
             account = ShardAccount(row_groups, bad_rows, lost, **counts)
