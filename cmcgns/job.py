@@ -111,11 +111,16 @@ def run(job: Job, dry_run: bool = False) -> int:
             result = {"status": "finished"} | job.run(terminal)
         except KeyboardInterrupt:
             result = {"status": "stopped"}
+        except storage.FullDiskError as error:  # not a mistake in the settings, and something may be done already
+            result = {"status": "failed", "failure": cause(error)}
         except UserError:
             raise
         except Exception as error:  # Ray wraps errors of tasks and actors in several types
             result = {"status": "failed", "failure": job.reason(error)}
-        job.write_result(result)
+        try:
+            job.write_result(result)
+        except storage.FullDiskError as error:
+            result = {"failure": str(error)} | result | {"status": "failed"}
         job.report(terminal, result)
         return STATUS[result["status"]]
 

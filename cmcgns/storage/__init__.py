@@ -20,14 +20,24 @@ from cmcgns.storage import s3
 from cmcgns.storage.errors import (
     BrokenFileError,
     ForbiddenFileError,
+    FullDiskError,
     MissingFileError,
     explained,
+    is_full_disk,
     is_transient,
     retries,
     with_retries,
 )
 
-__all__ = ["BrokenFileError", "ForbiddenFileError", "MissingFileError", "explained", "retries"]
+__all__ = [
+    "BrokenFileError",
+    "ForbiddenFileError",
+    "FullDiskError",
+    "MissingFileError",
+    "explained",
+    "is_full_disk",
+    "retries",
+]
 ARROW_ATTEMPTS = 4
 """Attempts per request that Arrow makes itself when others use its file system."""
 SCRATCH, LOCK = "cmcgns-write-", "lock"
@@ -217,6 +227,9 @@ def delete_folder(uri: str) -> None:
     """Delete the folder at ``uri`` and its content if it exists."""
     files, path = filesystem(uri, attempts=1)
     with_retries(uri, lambda: files.delete_dir_contents(path, missing_dir_ok=True))
+    if not is_s3(uri):
+        with suppress(FileNotFoundError), explained(uri):
+            Path(path).rmdir()
 
 
 def upload_folder(local: Path, uri: str) -> None:

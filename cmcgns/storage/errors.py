@@ -40,6 +40,12 @@ class BrokenFileError(UserError):
     """A file is truncated or is not of the type that its name says."""
 
 
+class FullDiskError(UserError):
+    """There is no space left for a file. Unlike other errors of the user it may come in the middle of a run."""
+
+
+FULL = "the disk is full; free some space"
+NO_SPACE = os.strerror(errno.ENOSPC)
 DENIED = "access is denied; check the credentials (AWS_ACCESS_KEY_ID or AWS_PROFILE) and their rights"
 _EXPIRED = "the credentials have expired; renew them (AWS_SESSION_TOKEN or AWS_PROFILE) and start again"
 _NO_ANSWER = "the endpoint does not answer; check AWS_ENDPOINT_URL and the network"
@@ -170,6 +176,12 @@ def _shown(error: BaseException) -> str:
     return first_line(error)[:300]
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """True for an error of a write to a full disk or beyond a quota. Arrow and safetensors set no number."""
+    number = getattr(error, "errno", None)
+    return isinstance(error, FullDiskError) or number in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE in str(error)
+
+
 @contextmanager
 def explained(uri: str) -> Iterator[None]:
     """Turn errors of Arrow, boto3 and the operating system into one message with the URI and the fix."""
@@ -195,7 +207,9 @@ def explained(uri: str) -> Iterator[None]:
             raise BrokenFileError(f"{uri} is a circular symbolic link; fix it") from None
         if "is a directory" in str(error):  # Arrow's open of a local folder
             raise MissingFileError(f"{uri} is a folder; give a file") from None
-        fix = "the disk is full; free some space" if number == errno.ENOSPC else fix_for(error)
+        if is_full_disk(error):
+            raise FullDiskError(f"{uri}: {FULL}") from error
+        fix = fix_for(error)
         if fix is None and is_missing(error):
             raise MissingFileError(f"{uri} does not exist; give an existing file or folder") from None
         kind = ForbiddenFileError if fix == DENIED else UserError

@@ -5,6 +5,7 @@ folder can write the hashes too.
 """
 
 import json
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -19,8 +20,11 @@ HASH_THREADS = 4
 
 def hash_file(path: Path) -> str:
     """Hash of a local file."""
-    with path.open("rb") as file:
-        return _hash(file)
+    if not path.stat().st_size:  # cannot be mapped
+        return xxhash.xxh3_128_hexdigest(b"")
+    # mapped, not copied: twice as fast, and the hash runs beside other threads
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 def hash_uri(uri: str) -> str:

@@ -46,6 +46,7 @@ def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -
     if rank == 0:
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
         files |= {f"{name}.safetensors": tensors for name, tensors in parts.items()}
+    files = dict(sorted(files.items(), key=lambda file: -_size(file[1])))  # least is left to hash after the last
     with ThreadPoolExecutor(1) as beside:  # hash one file while the next one is written
         hashes = {"progress.json": beside.submit(hash_file, folder / "progress.json")} if rank == 0 else {}
         for name, tensors in files.items():
@@ -53,6 +54,10 @@ def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -
             hashes[name] = beside.submit(hash_file, folder / name)
         found = {name: each.result() for name, each in hashes.items()}
     (folder / hashes_of(rank)).write_text(json.dumps(found, indent=1))
+
+
+def _size(tensors: State) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def load_progress(folder: Path) -> Progress:

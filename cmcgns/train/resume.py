@@ -93,6 +93,18 @@ def find_checkpoint(folder: RunFolder, checkpoint_every: int) -> str | None:
     return None
 
 
+def delete_half_written(folder: RunFolder) -> None:
+    """Delete damaged checkpoints that Ray Train does not list: their writing failed, and they only take space."""
+    try:
+        listed = storage.read_bytes(folder.file(SNAPSHOT)).decode()
+    except storage.MissingFileError:
+        listed = ""
+    for name in list_checkpoints(folder):
+        if name not in listed and checkpoint_damage(folder.file(name), name) is not None:
+            storage.delete_folder(folder.file(name))
+            logger.warning("deleted %s, whose writing had failed", folder.file(name))
+
+
 def last_step(folder: RunFolder) -> int:
     """The last step in the run's metrics; 0 if there is none."""
     uri = folder.file("metrics.jsonl")

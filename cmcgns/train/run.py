@@ -34,7 +34,7 @@ from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.display import Display, stop_on_interrupt
-from cmcgns.train.resume import latest_checkpoint, write_snapshot
+from cmcgns.train.resume import delete_half_written, latest_checkpoint, write_snapshot
 from cmcgns.train.setup import Corpus, Pretraining, setup_pretraining, write_start
 
 
@@ -258,6 +258,8 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     account = read_account(coordinator, known_bad)
     if interrupted and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
+    if error is not None or account["failure"]:
+        delete_half_written(folder)
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
     return result | {
         "interrupted": interrupted,
@@ -305,6 +307,9 @@ def conclude(
         "failure": failure,
         "versions": {name: metadata.version(name) for name in PretrainJob.packages},
     }
-    folder.write_json("result.json", result)
-    write_bad_rows(folder.uri, account["bad_rows"])
+    try:
+        folder.write_json("result.json", result)
+        write_bad_rows(folder.uri, account["bad_rows"])
+    except storage.FullDiskError as full:
+        return result | {"status": "failed", "failure": failure or str(full)}
     return result

@@ -164,9 +164,15 @@ class PrefetchedBlocks:
 def work(assignment: Assignment) -> None:
     """The train loop of one rank. Errors that a restart can fix are raised; others are reported to the coordinator."""
     log_to_coordinator(assignment.coordinator)
+    if ray.get(assignment.coordinator.failure.remote()) is not None:
+        return  # started again after a failure that a restart does not fix
     try:
         _train(assignment)
     except Exception as error:
+        if storage.is_full_disk(error):
+            places = f"{assignment.folder} or {tempfile.gettempdir()} of {ray.util.get_node_ip_address()}"
+            ray.get(assignment.coordinator.fail.remote(f"the disk of {places} is full; free some space"))
+            raise  # so that the other ranks, which may be waiting in Ray Train, end too
         if isinstance(error, TrainingStoppedError):
             ray.get(assignment.coordinator.fail.remote(str(error)))
         if ray.get(assignment.coordinator.failure.remote()) is None:

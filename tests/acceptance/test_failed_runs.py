@@ -1,6 +1,9 @@
-"""A run whose films turn out to be broken ends by itself, with status 1 and one message."""
+"""Runs that fail by themselves, with status 1 and one message: broken films, a loss that is not finite, a full disk."""
 
 import csv
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,42 @@ def test_too_many_bad_rows_end_the_run_with_their_number_and_reasons(tmp_path: P
     assert len(found) + 1 > 0.05 * 240
     assert result(tmp_path / "run")["bad_rows"] == len(found)
     assert len(checkpoints(tmp_path / "run")) <= 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 20 MB: room for one checkpoint of the tiny model, and a part of a second one."""
+    if os.geteuid():
+        pytest.skip("needs root to mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_fails_the_run_keeps_the_last_whole_checkpoint_and_the_run_goes_on_with_more_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    plain = ("--method.name=infonce", "--train.stage2_steps=0", "--train.engine=torch", "--train.zero_stage=0")
+    storage = ("--run.name=full", f"--run.storage={small_disk}")
+    job = Job(tmp_path, *plain, *storage, "--train.stage1_steps=12", "--train.checkpoint_every=5")
+    said = job.wait()
+    assert job.process.returncode == 1, said[-3000:]
+    assert said.count("is full; free some space") == 1
+    assert "Traceback" not in said
+    assert "--run.resume=full" in said
+    run = small_disk / "full"
+    [checkpoint] = checkpoints(run)
+    assert result(run)["status"] == "failed"
+    assert result(run)["checkpoint"] == str(checkpoint)
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    job = Job(tmp_path, "--run.resume=full", f"--run.storage={small_disk}", config=None)
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    assert [row["step"] for row in rows(run)] == list(range(1, 13))
 
 
 def test_a_loss_that_is_not_finite_on_two_ranks_of_deepspeed_ends_the_run_without_a_restart(tmp_path: Path) -> None:

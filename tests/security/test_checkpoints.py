@@ -3,17 +3,26 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
-from cmcgns import distributed
+from cmcgns import distributed, storage
 from cmcgns.cluster import ray_private
 from cmcgns.errors import UserError
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.checkpoint import Progress, save_checkpoint
-from cmcgns.train.resume import SNAPSHOT, find_checkpoint, latest_checkpoint, list_checkpoints, write_snapshot
+from cmcgns.train.resume import (
+    SNAPSHOT,
+    delete_half_written,
+    find_checkpoint,
+    latest_checkpoint,
+    list_checkpoints,
+    write_snapshot,
+)
 
 OLD, NEW = "checkpoint_00000004_of_2_0a1b2c", "checkpoint_00000008_of_2_3d4e5f"
 PARTS = ("weights", "optimizer", "clustering", "best")
@@ -138,3 +147,36 @@ def test_ray_train_resumes_from_the_checkpoint_that_it_is_given(run: RunFolder) 
         assert manager.latest_checkpoint_result.checkpoint.path == run.file(chosen)
         assert [Path(each.checkpoint.path).name for each in manager._checkpoint_results] == known
     assert ray_private.checkpoint_snapshot([OLD]) == Path(run.file(SNAPSHOT)).read_text()
+
+
+def test_a_half_written_checkpoint_is_deleted_and_nothing_else(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = Path(run.file("checkpoint_00000012_of_2_777777"))
+    shutil.copytree(run.file(NEW), half)
+    (half / "weights.safetensors").write_bytes(b"")
+    whole = Path(run.file("checkpoint_00000010_of_2_888888"))
+    shutil.copytree(run.file(NEW), whole)  # whole, though Ray was not told of it
+    (Path(run.file(NEW)) / "weights.safetensors").write_bytes(b"")  # Ray lists it: someone damaged it later
+    delete_half_written(run)
+    assert sorted(list_checkpoints(run)) == [OLD, NEW, whole.name]
+    assert "checkpoint_00000012_of_2_777777, whose writing had failed" in caplog.text
+
+
+def full_disk(write: Callable[[], object]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        write()
+    return caught.value
+
+
+def test_errors_of_a_full_disk_are_told_from_others_whoever_writes() -> None:
+    writers = (
+        lambda: Path("/dev/full").write_text("x" * 100_000),
+        lambda: pafs.LocalFileSystem().open_output_stream("/dev/full", buffer_size=None).write(b"x" * 100_000),
+    )
+    for write in writers:
+        assert storage.is_full_disk(full_disk(write))
+    assert not storage.is_full_disk(full_disk(lambda: Path("/dev/null/x").write_text("x")))
+    message = r"^runs/result.json: the disk is full; free some space$"
+    with pytest.raises(storage.FullDiskError, match=message), storage.explained("runs/result.json"):
+        writers[0]()
