@@ -19,12 +19,13 @@ export PYTHONDONTWRITEBYTECODE :=
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
 
+# two processes: one for tests that start clusters, servers or ranks, one for the rest
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rs
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rs
 
-# no Ray, no S3 server, one process
+# no Ray, no S3 server, no ranks
 test-quick: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "not gpu and not ray and not s3 and not distributed and not cluster" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not ray and not s3 and not distributed and not cluster" \
 		--ignore=tests/acceptance --ignore=tests/benchmarks
 
 check: $(VENV)/.ready-test
