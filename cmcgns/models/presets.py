@@ -16,9 +16,33 @@ IMAGE_PRESETS: dict[str, dict[str, Any]] = {
         "layer_type": "basic",
     },
     "resnet-50": {},
+    # three stages: a patch is 16 pixels wide, not 32, so that a film has four times as many
+    "resnet-tiny-16": {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1], "layer_type": "basic"},
+    "resnet-small-16": {
+        "embedding_size": 64,
+        "hidden_sizes": [64, 128, 256],
+        "depths": [2, 2, 2],
+        "layer_type": "basic",
+    },
+    "resnet-50-16": {"hidden_sizes": [256, 512, 1024], "depths": [3, 4, 6]},
     "vit-tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768},
     "vit-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536},
     "vit-base": {},
+    # patches of 8 pixels, not 16
+    "vit-tiny-8": {
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "intermediate_size": 768,
+        "patch_size": 8,
+    },
+    "vit-small-8": {
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "intermediate_size": 1536,
+        "patch_size": 8,
+    },
 }
 
 TEXT_PRESETS: dict[str, dict[str, int]] = {
