@@ -5,7 +5,7 @@ Sizes are in studies (one image-report pair) and named for their owner; lengths 
 
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -88,9 +88,11 @@ class DataConfig(CorpusConfig):
 
 class ModelConfig(Section):
     image_encoder: str = "resnet-50"
-    """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50, vit-tiny, vit-small, vit-base), the local folder or
-    Hugging Face name of any image model (microsoft/resnet-50, facebook/dinov2-base, microsoft/rad-dino; untested: with timm
-    installed timm/densenet121.tv_in1k), or your own module as `package.module` or `path/to/file.py`.
+    """A preset trained from scratch (resnet-tiny, resnet-small, resnet-50; with patches of 16 instead of 32 pixels
+    resnet-tiny-16, resnet-small-16, resnet-50-16; vit-tiny, vit-small, vit-base; with patches of 8 instead of 16 pixels
+    vit-tiny-8, vit-small-8), the local folder or Hugging Face name of any image model (microsoft/resnet-50,
+    facebook/dinov2-base, microsoft/rad-dino; untested: with timm installed timm/densenet121.tv_in1k), or your own module as
+    `package.module` or `path/to/file.py`.
     Batch normalisation uses each rank's microbatch; on GPUs `train.sync_batchnorm` shares the statistics."""
     text_encoder: str = "bert-base"
     """A preset trained from scratch (bert-tiny, bert-mini, bert-base), a local folder, or a Hugging Face name
@@ -133,6 +135,38 @@ class Bank(NamedTuple):
     """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
     per_sentence: bool = True
     """One row per sentence; otherwise one per study."""
+
+
+class Ramp(Section):
+    """A weight that changes linearly: `{begin: 0.0, end: 0.3, first_step: 100, last_step: 400}`."""
+
+    begin: float = Field(ge=0.0)
+    """Weight until `first_step`."""
+    end: float = Field(ge=0.0)
+    """Weight from `last_step` on."""
+    first_step: int = Field(0, ge=0)
+    last_step: PositiveInt
+    """Steps count from the start of the run, over both stages."""
+
+    @model_validator(mode="after")
+    def check_steps(self) -> Self:
+        if self.last_step <= self.first_step:
+            raise ValueError(f"last_step {self.last_step} of a ramp must be after its first_step {self.first_step}")
+        return self
+
+    def at(self, step: int) -> float:
+        """The weight at ``step``."""
+        share = (step - self.first_step) / (self.last_step - self.first_step)
+        return self.begin + (self.end - self.begin) * min(max(share, 0.0), 1.0)
+
+
+LossWeight = Annotated[float, Field(ge=0.0)] | Ramp
+"""A fixed weight, or one that changes."""
+
+
+def weight_at(weight: LossWeight, step: int) -> float:
+    """The ``weight`` of a loss at a step."""
+    return weight.at(step) if isinstance(weight, Ramp) else weight
 
 
 class MethodSettings(Section):
@@ -282,6 +316,9 @@ class TrainConfig(Section):
     microbatch, so that results depend on microbatch_size."""
     log_every: PositiveInt = 10
     """Steps between writes to metrics.jsonl, which has a row for every step; values stay on the device until then."""
+    log_term_gradients: bool = False
+    """Also log the norm of each weighted loss term's gradient and the cosines between them, every `log_every` steps. Each term
+    costs a backward pass of its own. Not with ZeRO-3."""
     validate_every: PositiveInt | None = None
     """Steps between validations; each stage always ends with one."""
     checkpoint_every: PositiveInt = 500
@@ -392,6 +429,8 @@ class Config(RunSections):
             yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
         if train.overlap_comm and not train.zero_stage:
             yield "train.overlap_comm needs ZeRO: set train.zero_stage to 1, 2 or 3, or remove train.overlap_comm"
+        if train.log_term_gradients and train.zero_stage == 3:
+            yield "train.log_term_gradients needs whole parameters on each rank: set train.zero_stage to 2 or less"
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
             yield (
                 "train.engine torch supports neither ZeRO nor fp16: set train.zero_stage=0 and train.precision to fp32 or bf16"
@@ -414,11 +453,25 @@ class Config(RunSections):
 
 
 MEAN_RECALL = "mean_recall_at_1"
-MEASURES = (MEAN_RECALL, "i2t_recall_at_1", "t2i_recall_at_1", "i2t_recall_at_5", "t2i_recall_at_5")
+MEASURES = tuple(
+    f"{way}_{kind}recall_at_{depth}"
+    for kind in ("", "parts_", "combined_")
+    for way in ("mean", "i2t", "t2i")
+    for depth in (1, 5)
+)
+"""Metrics of a validation that can rank runs; `parts` and `combined` are those of methods that compare sentences with films."""
 
 
 def measure(metric: str, scores: dict[str, Any]) -> float:
-    """The value of ``metric`` in the scores of a validation; larger is better."""
-    if metric == MEAN_RECALL:
-        return float(scores["i2t_recall_at_1"] + scores["t2i_recall_at_1"]) / 2
-    return float(scores[metric])
+    """The value of ``metric`` in the scores of a validation; larger is better.
+
+    Raises:
+        UserError: the method does not report it.
+    """
+    ways = ("i2t", "t2i") if metric.startswith("mean_") else (metric[:3],)
+    names = [f"{way}_{metric.partition('_')[2]}" for way in ways]
+    if not set(names) <= scores.keys():
+        raise UserError(
+            f"{metric} is not reported by this method: it has no parts; choose a metric without parts or combined"
+        )
+    return float(sum(scores[name] for name in names)) / len(names)

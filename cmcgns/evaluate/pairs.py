@@ -1,6 +1,6 @@
 """Embeddings of a split of a run's corpus: films with their reports, and sentences with their attention on the film.
 
-N studies, n sentences of all of them, P patches, D embedding.
+N studies, M of them compared by parts, n sentences of all, P patches, D embedding.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -21,12 +21,16 @@ from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.films import center_crop
-from cmcgns.methods.base import Method, SentenceAttention
+from cmcgns.methods.base import Method, Parts, SentenceAttention
+from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder
+from cmcgns.models.retrieval import centred, mean_over_sentences
 
 Floats = NDArray[np.float32]
 FILMS = 64
+PART_STUDIES = 2048
+"""Studies that are compared by parts, whose patches have to fit into memory."""
 SplitName = Literal["train", "valid", "test"]
 
 
@@ -54,6 +58,8 @@ class Pairs:
     """Attention weight of each patch; (n, 0) for a method without attention."""
     film_MHW: NDArray[np.uint8]
     """Films of the first ``FILMS`` studies, as seen by the model."""
+    by_parts_MM: Floats | None = None
+    """Centred scores by parts of the first ``PART_STUDIES`` reports (rows) on their films; None for a method without parts."""
 
 
 @torch.inference_mode()
@@ -66,26 +72,43 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
     batch_of = Batcher(run.config, run.tokenizer.pad_id, torch.device("cpu"))
-    parts, held = list[Pairs](), 0
+    blocks, held, parts = list[Pairs](), 0, CollectedParts(PART_STUDIES)
     with stream.context():
         tables = stream.rows(VALIDATION_EPOCH, 0).iter_batches(
             batch_size=run.config.train.microbatch_size, batch_format="pyarrow"
         )
         for table in tables:
-            parts.append(_block_pairs(model, run.method, batch_of, table.combine_chunks(), source_split, FILMS - held))
-            held += len(parts[-1].film_MHW)
-    if not parts:
+            rows = table.combine_chunks()
+            blocks.append(_block_pairs(model, run.method, batch_of, rows, source_split, FILMS - held, parts))
+            held += len(blocks[-1].film_MHW)
+    if not blocks:
         raise UserError(f"{source_split.config.data.uri}: the {split} split has no usable study")
-    return _joined(parts)
+    return replace(_joined(blocks), by_parts_MM=_by_parts(run.method, parts.joined()))
+
+
+def _by_parts(method: Method[Any], parts: Parts | None) -> Floats | None:
+    if parts is None:
+        return None
+    studies = len(parts.films[0])
+    return centred(mean_over_sentences(method.part_scores(*parts[:2]), parts.study_n, studies)).numpy()
 
 
 def _block_pairs(
-    model: DualEncoder, method: Method[Any], batch_of: Batcher, table: pa.Table, split: Split, films: int
+    model: DualEncoder,
+    method: Method[Any],
+    batch_of: Batcher,
+    table: pa.Table,
+    split: Split,
+    films: int,
+    parts: CollectedParts,
 ) -> Pairs:
-    """Embeddings of one block, with its first ``films`` films."""
+    """Embeddings of one block, with its first ``films`` films; its parts are added to ``parts``."""
     block = to_block(table, split.config.data.resize)
     batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
     outputs = model(batch)
+    own_parts = None if parts.is_full else method.parts(outputs, batch)
+    if own_parts is not None:
+        parts.add(own_parts, len(block))
     attention = method.attention(model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
     real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().numpy()
     studies = split.studies.take(block.positions)
@@ -109,10 +132,14 @@ def _block_pairs(
     )
 
 
-def _joined(parts: list[Pairs]) -> Pairs:
-    """All parts concatenated; ``study_of_n`` is shifted to the new rows."""
-    starts = np.cumsum([0, *(len(part.study_N) for part in parts[:-1])])
-    moved = [replace(part, study_of_n=part.study_of_n + start) for part, start in zip(parts, starts, strict=True)]
+def _joined(blocks: list[Pairs]) -> Pairs:
+    """All blocks concatenated; ``study_of_n`` is shifted to the new rows."""
+    starts = np.cumsum([0, *(len(block.study_N) for block in blocks[:-1])])
+    moved = [replace(block, study_of_n=block.study_of_n + start) for block, start in zip(blocks, starts, strict=True)]
     return Pairs(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in moved]) for field in fields(Pairs)}
+        **{
+            field.name: np.concatenate([getattr(block, field.name) for block in moved])
+            for field in fields(Pairs)
+            if field.name != "by_parts_MM"
+        }
     )

@@ -30,6 +30,8 @@ class Losses(NamedTuple):
     """Values of ``Method.statistics`` in order, detached float32."""
     bank_rows: Mapping[str, Tensor] = {}
     """Normalised rows (n, D) of this microbatch by bank, detached."""
+    weighted: Mapping[str, Tensor] = {}
+    """The summands of ``total`` by term, for `train.log_term_gradients`; a method with one term may leave it empty."""
 
 
 class SentenceAttention(NamedTuple):
@@ -39,6 +41,17 @@ class SentenceAttention(NamedTuple):
     """Attended features; not normalised."""
     weight_BSP: Tensor
     """Attention weight of each patch."""
+
+
+class Parts(NamedTuple):
+    """What is compared when sentences look for themselves on films: late interaction."""
+
+    sentences: tuple[Tensor, ...]
+    """Tensors with one row for each of n sentences."""
+    films: tuple[Tensor, ...]
+    """Tensors with one row for each of B films."""
+    study_n: Tensor
+    """Study of each sentence among the B, ascending."""
 
 
 SettingsT = TypeVar("SettingsT", bound=MethodSettings)
@@ -97,6 +110,14 @@ class Method(ABC, Generic[SettingsT]):
     def attention(self, model: DualEncoder, outputs: Any) -> SentenceAttention | None:
         """Sentence attention, for grounding, clusters and embeddings; None for a method without attention."""
         return None
+
+    def parts(self, outputs: Any, batch: ImageReportBatch) -> Parts | None:
+        """What ``part_scores`` needs of a batch, float32; None for a method that compares whole films and reports alone."""
+        return None
+
+    def part_scores(self, sentences: tuple[Tensor, ...], films: tuple[Tensor, ...]) -> Tensor:
+        """How well each sentence finds itself on each film, (n, B); both are of ``Parts``."""
+        raise NotImplementedError
 
 
 def load_method(config: Config) -> Method[Any]:

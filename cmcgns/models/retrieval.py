@@ -1,10 +1,16 @@
 """Retrieval between films and reports: recall in both directions, and the rank of each query's first hit.
 
+By the embeddings of whole films and reports, by parts (each sentence finds itself on a film), and by both together.
+
 N studies, D embedding.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+DEPTHS = (1, 5)
 
 
 def recall(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk: int = 1024) -> dict[str, float]:
@@ -12,15 +18,22 @@ def recall(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk: in
 
     A hit is any item whose report has the same text; chance accounts for duplicates.
     """
-    number, scores = len(report_hash_N), dict[str, float]()
-    for direction, rank_N in first_hits(image_ND, report_ND, report_hash_N, chunk).items():
-        for depth in (1, 5):
-            scores[f"{direction}_recall_at_{depth}"] = float((rank_N < depth).sum()) / max(number, 1)
+    number = len(report_hash_N)
+    scores = recall_of(first_hits(image_ND, report_ND, report_hash_N, chunk))
     _, count_n = report_hash_N.unique(return_counts=True)
     return scores | {
         "chance_recall_at_1": float((count_n**2).sum()) / max(number, 1) ** 2,
         "studies": number,
         "distinct_reports": len(count_n),
+    }
+
+
+def recall_of(hits: Mapping[str, Tensor], kind: str = "") -> dict[str, float]:
+    """Recall at ``DEPTHS`` from the ranks of first hits by direction, such as `i2t_recall_at_1`."""
+    return {
+        f"{direction}_{kind}recall_at_{depth}": float((rank_N < depth).sum()) / max(len(rank_N), 1)
+        for direction, rank_N in hits.items()
+        for depth in DEPTHS
     }
 
 
@@ -32,8 +45,34 @@ def first_hits(image_ND: Tensor, report_ND: Tensor, report_hash_N: Tensor, chunk
         rows = slice(start, start + chunk)
         right_cN = report_hash_N[rows].unsqueeze(1) == report_hash_N
         for direction, query_ND, item_ND in (("i2t", image_ND, report_ND), ("t2i", report_ND, image_ND)):
-            similarity_cN = query_ND[rows] @ item_ND.T
-            best_c1 = similarity_cN.masked_fill(~right_cN, -torch.inf).amax(1, keepdim=True)
-            # not `>=`: NaN features must retrieve nothing either
-            ranks[direction].append((~(similarity_cN < best_c1) & ~right_cN).sum(1))
+            ranks[direction].append(_first_hit(query_ND[rows] @ item_ND.T, right_cN))
     return {direction: torch.cat(parts) if parts else report_hash_N for direction, parts in ranks.items()}
+
+
+def first_hits_by_score(score_RF: Tensor, report_hash_N: Tensor) -> dict[str, Tensor]:
+    """``first_hits`` by a matrix of scores whose rows are reports and whose columns are films."""
+    right_NN = report_hash_N.unsqueeze(1) == report_hash_N
+    return {"i2t": _first_hit(score_RF.T, right_NN), "t2i": _first_hit(score_RF, right_NN)}
+
+
+def _first_hit(similarity_cN: Tensor, right_cN: Tensor) -> Tensor:
+    best_c1 = similarity_cN.masked_fill(~right_cN, -torch.inf).amax(1, keepdim=True)
+    # not `>=`: NaN features must retrieve nothing either
+    return (~(similarity_cN < best_c1) & ~right_cN).sum(1)
+
+
+def mean_over_sentences(score_nF: Tensor, report_of_n: Tensor, reports: int) -> Tensor:
+    """Scores of reports on films, (R, F), from those of their sentences; ``report_of_n`` is the report of each sentence."""
+    total_RF = score_nF.new_zeros(reports, score_nF.shape[1]).index_add_(0, report_of_n, score_nF)
+    return total_RF / torch.bincount(report_of_n, minlength=reports).clamp(min=1).unsqueeze(1)
+
+
+def centred(score_RF: Tensor) -> Tensor:
+    """Scores without what a report has in common with all films: else some reports would be the best of most films."""
+    return score_RF - score_RF.mean(1, keepdim=True)
+
+
+def with_global(centred_RF: Tensor, image_FD: Tensor, report_RD: Tensor) -> Tensor:
+    """Scores by parts and cosines of whole films and reports, each divided by its standard deviation, in one sum."""
+    cosine_RF = report_RD @ image_FD.T
+    return centred_RF / centred_RF.std().clamp(min=1e-12) + cosine_RF / cosine_RF.std().clamp(min=1e-12)

@@ -29,6 +29,7 @@ from cmcgns.train.engine import Engine, State, average_buffers, build_engine
 from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
+from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class Trainer:
         waited_s, stage = self.watch.lap(), self.progress.stage
         pool_waited_s = self.banks.waited_s
         losses: list[Losses] = []
+        gradients: dict[str, float] = {}
         for i, batch in enumerate(data.microbatches):
             outputs = self.engine(batch, stage)
             losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
@@ -130,6 +132,8 @@ class Trainer:
             last = i == len(data.microbatches) - 1
             if last:
                 self.finite.start(self.method.terms(stage), torch.stack([each.terms for each in losses]))
+                if self.config.train.log_term_gradients and is_due(step, self.config.train.log_every):
+                    gradients = term_gradients(self.engine.module, losses[-1].weighted)
             self.engine.backward(losses[-1].total, last)
         self.finite.check(step)  # before the weights change
         self.engine.step(self.learning_rate(step))
@@ -147,6 +151,7 @@ class Trainer:
             "data_wait_s": waited_s,
             "pool_wait_s": self.banks.waited_s - pool_waited_s,
             "step_s": step_s,
+            **gradients,
         }
         self.metrics.record(facts, losses)
 

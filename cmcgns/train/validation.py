@@ -1,6 +1,7 @@
 """Validation: losses and retrieval over the whole validation split, and a picture of the reconstruction.
 
-B studies, N validation studies, D embedding. Nothing here changes weights, statistics or centroids.
+B studies, N validation studies, n sentences, R reports and F films that are compared by parts, D embedding. Nothing here changes
+weights, statistics or centroids.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,20 @@ from torch import Tensor
 from cmcgns import distributed
 from cmcgns.config import MEAN_RECALL, measure
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.base import Method
-from cmcgns.models.retrieval import recall
+from cmcgns.methods.base import Method, Parts
+from cmcgns.methods.parts import CollectedParts
+from cmcgns.models.retrieval import (
+    centred,
+    first_hits_by_score,
+    mean_over_sentences,
+    recall,
+    recall_of,
+    with_global,
+)
 from cmcgns.train.engine import Engine
+
+PART_STUDIES = 1024
+"""Studies that are compared by parts: patches of more would take too much memory."""
 
 
 @dataclass
@@ -40,6 +52,7 @@ class _Collected:
     hashes: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     partial: list[Tensor] = field(default_factory=list)
+    parts: CollectedParts = field(default_factory=lambda: CollectedParts(PART_STUDIES // distributed.world_size()))
     picture_1HW: Tensor | None = None
 
 
@@ -63,10 +76,18 @@ def validate(
         collected.images.append(outputs.image_BD[:real].float())
         collected.reports.append(outputs.report_BD[:real].float())
         collected.hashes.append(batch.report_hash_B[:real])
+        if not collected.parts.is_full:
+            parts = method.parts(outputs, batch)
+            if parts is not None:
+                collected.parts.add(parts, real)
         if collected.picture_1HW is None:
             collected.picture_1HW = method.picture(outputs, batch)
     engine.module.train()
-    return Validation(_scores(collected, (*method.terms(stage), *method.statistics)), collected.picture_1HW)
+    scores = _scores(collected, (*method.terms(stage), *method.statistics))
+    parts = collected.parts.joined()
+    if parts is not None:
+        scores |= _scores_by_parts(parts, collected, method)
+    return Validation(scores, collected.picture_1HW)
 
 
 def _scores(collected: _Collected, names: Sequence[str]) -> dict[str, Any]:
@@ -81,3 +102,24 @@ def _scores(collected: _Collected, names: Sequence[str]) -> dict[str, Any]:
         distributed.ragged_all_gather(rows, counts) for rows in (image_nD, report_nD, hash_n)
     )
     return scores | recall(image_ND, report_ND, hash_N)
+
+
+def _scores_by_parts(parts: Parts, collected: _Collected, method: Method[Any]) -> dict[str, float]:
+    """Recall by parts, and by parts and whole films together, over the studies whose parts were kept. Collective."""
+    studies = collected.parts.studies
+    counts = distributed.exchange([len(parts.study_n), studies])
+    sentence_counts, film_counts = zip(*counts, strict=True)
+    first = sum(film_counts[: distributed.rank()])
+    sentences = tuple(distributed.ragged_all_gather(rows, sentence_counts) for rows in parts.sentences)
+    report_N = distributed.ragged_all_gather(parts.study_n + first, sentence_counts)
+    own_RF = mean_over_sentences(method.part_scores(sentences, parts.films), report_N, sum(film_counts))
+    # each rank has the columns of its own films
+    centred_RF = centred(distributed.ragged_all_gather(own_RF.T.contiguous(), film_counts).T)
+    image_FD, report_RD, hash_R = (
+        distributed.ragged_all_gather(torch.cat(rows)[:studies], film_counts)
+        for rows in (collected.images, collected.reports, collected.hashes)
+    )
+    return {
+        **recall_of(first_hits_by_score(centred_RF, hash_R), "parts_"),
+        **recall_of(first_hits_by_score(with_global(centred_RF, image_FD, report_RD), hash_R), "combined_"),
+    }

@@ -14,6 +14,8 @@ COUNTED = 2
 """Studies of the batch whose operations are counted; but for the losses they grow with the studies."""
 STUDIES, SENTENCES, WIDTH, BYTES = 64, 6, 768, 4
 """Of a GPU's batch; of a study; numbers of a feature; bytes of a number (gradients, features and weights travel as fp32)."""
+PATCHES = 49
+"""Of a film, for film negatives: ResNet-50 at 224 pixels."""
 UTILISATION, WIRE = 0.35, 0.8
 """Assumed: share of the arithmetic peak that encoders reach, and of a card's rate that collectives reach."""
 BACKWARD = 2 / 3
@@ -85,6 +87,35 @@ def step(machine: Machine, gpus: int, operations: float, parameters: int) -> Ste
     )
 
 
+@dataclass(frozen=True)
+class FilmNegatives:
+    """What film negatives add to a step."""
+
+    losses_s: float
+    sentences_bytes: float
+    """Queries and sentences of all ranks come to each GPU, their gradients go back, and so do scores."""
+    patches_bytes: float
+    """If keys and values of the patches travelled instead."""
+    wire: float
+
+    @property
+    def gather_s(self) -> float:
+        return self.sentences_bytes / self.wire
+
+
+def film_negatives(machine: Machine, gpus: int) -> FilmNegatives:
+    """Per host, like the gathers of ``step``: its GPUs share what arrives."""
+    hosts = max(gpus // machine.gpus, 1)
+    across, rows = (hosts - 1) / hosts, STUDIES * SENTENCES
+    scores = 2 * rows * gpus * STUDIES * BYTES * machine.gpus
+    return FilmNegatives(
+        losses_s=3 * 2 * 2 * rows * gpus * STUDIES * PATCHES * WIDTH / (machine.plain * UTILISATION),
+        sentences_bytes=(2 * gpus * rows * 2 * WIDTH * BYTES + scores) * across,
+        patches_bytes=2 * gpus * STUDIES * PATCHES * 2 * WIDTH * BYTES * across,
+        wire=machine.network * WIRE,
+    )
+
+
 def clustering_s(threads: int) -> float:
     """Seconds of a whole re-clustering, beside the training, by the measured time of an iteration."""
     one = MEASURED_PASS_S * MEASURED_THREADS * (BANK / MEASURED_ROWS) * (WIDTH / MEASURED_WIDTH)
@@ -124,6 +155,15 @@ def main() -> None:
                 f"{films / MEASURED_DECODES:,.0f}", f"{films / MEASURED_PREPARED:,.1f}",
             ]  # fmt: skip
             print(f"| {' | '.join(cells)} |")
+        print(
+            "\n| GPUs | film losses, ms | gather, ms | sentences, MiB | keys and values, MiB |\n|---|---|---|---|---|"
+        )
+        for gpus in (8, 64, 512):
+            more = film_negatives(machine, gpus)
+            print(
+                f"| {gpus} | {1000 * more.losses_s:.0f} | {1000 * more.gather_s:.0f} | {more.sentences_bytes / 2**20:,.0f} | "
+                f"{more.patches_bytes / 2**20:,.0f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -186,13 +186,19 @@ def test_presets_work_at_several_image_sizes(name: str, size: int) -> None:
     assert pooled_BC.shape == (1, encoder.dim)
 
 
+def stride_of(preset: str) -> int:
+    """The patch of a preset in pixels: the number in its name, else 32 for a ResNet and 16 for a ViT."""
+    last = preset.rpartition("-")[2]
+    return int(last) if last in ("8", "16") else 32 if preset.startswith("resnet") else 16
+
+
 def test_the_standard_presets_have_their_published_shapes() -> None:
     with torch.device("meta"):
         encoders = {name: ImageEncoder(build_image_backbone(name, 224, 0.1), 224) for name in IMAGE_PRESETS}
     assert {name: encoder.patches for name, encoder in encoders.items()} == {
-        name: 49 if name.startswith("resnet") else 196 for name in IMAGE_PRESETS
+        name: (224 // stride_of(name)) ** 2 for name in IMAGE_PRESETS
     }
-    assert encoders["resnet-50"].dim == 2048
+    assert encoders["resnet-50"].dim == 2 * encoders["resnet-50-16"].dim == 2048
     assert encoders["vit-base"].dim == 768
 
 

@@ -31,21 +31,19 @@ def published_attention(numbers: dict[str, Tensor]) -> CrossModalAttention:
 
 def test_cross_attention_gives_the_published_numbers_both_ways(numbers: dict[str, Tensor]) -> None:
     sentences_BSD, mask_BS = padded_sentences(numbers)
-    image_to_text_BSD, text_to_image_BPD, hidden = published_attention(numbers)(
-        numbers["in.patches"], sentences_BSD, mask_BS
-    )
-    torch.testing.assert_close(image_to_text_BSD[mask_BS], numbers["out.image_to_text"], **EXACT)
-    torch.testing.assert_close(text_to_image_BPD, numbers["out.text_to_image"], **EXACT)
-    assert hidden is None
+    found = published_attention(numbers)(numbers["in.patches"], sentences_BSD, mask_BS)
+    torch.testing.assert_close(found.image_to_text_BSD[mask_BS], numbers["out.image_to_text"], **EXACT)
+    torch.testing.assert_close(found.text_to_image_BPD, numbers["out.text_to_image"], **EXACT)
+    assert found.hidden_B1D is None
 
 
 def test_a_hidden_patch_asks_the_text_what_any_patch_of_that_feature_would_ask(numbers: dict[str, Tensor]) -> None:
     sentences_BSD, mask_BS = padded_sentences(numbers)
     attention, patches_BPD = published_attention(numbers), numbers["in.patches"]
     token_D = patches_BPD[0, 3]
-    _, text_to_image_BPD, hidden_B1D = attention(patches_BPD, sentences_BSD, mask_BS, token_D)
-    assert hidden_B1D is not None
-    torch.testing.assert_close(hidden_B1D[0, 0], text_to_image_BPD[0, 3], **EXACT)
+    found = attention(patches_BPD, sentences_BSD, mask_BS, token_D)
+    assert found.hidden_B1D is not None
+    torch.testing.assert_close(found.hidden_B1D[0, 0], found.text_to_image_BPD[0, 3], **EXACT)
 
 
 def test_the_report_pool_gives_the_published_report_embeddings(numbers: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Retrieval on a test split: films query reports, and reports query films.
 
-N studies.
+N studies, M of them compared by parts.
 """
 
 from typing import Any
@@ -15,9 +15,10 @@ from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
 from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.models.dual_encoder import DualEncoder
-from cmcgns.models.retrieval import first_hits, recall
+from cmcgns.models.retrieval import first_hits, first_hits_by_score, recall, recall_of, with_global
 
 WAYS = {"i2t": "film to report", "t2i": "report to film"}
+BY_PARTS, COMBINED = ", by parts", ", combined"
 DEPTHS = (1, 5, 10)
 SHOWN_REPORTS = 3
 
@@ -30,35 +31,52 @@ def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
 
 def model_retrieval(model: DualEncoder, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
     """The same with ``model``, using settings and vocabulary of ``run``."""
-    return recall(*_tensors(embed_pairs(model, run, split)))
+    pairs = embed_pairs(model, run, split)
+    hits = _hits(pairs)
+    scores = recall(*_tensors(pairs))
+    for kind, name in ((BY_PARTS, "parts_"), (COMBINED, "combined_")):
+        if kind in hits:
+            scores |= recall_of(hits[kind], name)
+    return scores
 
 
 def retrieval_scores(
     pairs: Pairs, encoder: str, images: str, resamples: int, seed: int, shown: list[Figure] | None = None
 ) -> list[Score]:
     """Recall at each of ``DEPTHS`` in both directions, with intervals over the queries; a hit is any item with the same report.
+    Where the method has parts, also by parts and by both together.
 
     Appends some films with their nearest reports to ``shown``.
     """
     if shown is not None:
         shown.append(nearest_reports(pairs, f"{encoder}: films of {images} and the reports nearest to them"))
-    resampling, scores = Resampling.of(list(pairs.group_N), resamples, seed), []
-    for way, rank_N in first_hits(*_tensors(pairs)).items():
-        for depth in DEPTHS:
-            hit_N = (rank_N < depth).numpy().astype(np.float64)
-            scores.append(
-                Score(
-                    "retrieval",
-                    images,
-                    WAYS[way],
-                    f"recall@{depth}",
-                    encoder,
-                    float(hit_N.mean()),
-                    len(hit_N),
-                    resampling.mean(hit_N),
+    scores = []
+    for kind, hits in _hits(pairs).items():
+        number = len(hits["i2t"])
+        resampling = Resampling.of(list(pairs.group_N[:number]), resamples, seed)
+        for way, rank_N in hits.items():
+            for depth in DEPTHS:
+                hit_N = (rank_N < depth).numpy().astype(np.float64)
+                value, interval = float(hit_N.mean()), resampling.mean(hit_N)
+                scores.append(
+                    Score("retrieval", images, WAYS[way] + kind, f"recall@{depth}", encoder, value, number, interval)
                 )
-            )
     return scores
+
+
+def _hits(pairs: Pairs) -> dict[str, dict[str, Tensor]]:
+    """Ranks of first hits by the kind of similarity."""
+    image_ND, report_ND, hash_N = _tensors(pairs)
+    found = {"": first_hits(image_ND, report_ND, hash_N)}
+    if pairs.by_parts_MM is not None:
+        parts_MM = torch.from_numpy(pairs.by_parts_MM)
+        first = slice(len(parts_MM))
+        both_MM = with_global(parts_MM, image_ND[first], report_ND[first])
+        found |= {
+            BY_PARTS: first_hits_by_score(parts_MM, hash_N[first]),
+            COMBINED: first_hits_by_score(both_MM, hash_N[first]),
+        }
+    return found
 
 
 def nearest_reports(pairs: Pairs, title: str) -> Figure:

@@ -87,7 +87,7 @@ def patch_alignment_loss(
 
 
 class SentenceLoss(NamedTuple):
-    """The local report loss and its statistics, scaled so that the mean over ranks is the global value."""
+    """A loss over sentences and its statistics, scaled so that the mean over ranks is the global value."""
 
     loss: Tensor
     negatives_per_sentence: Tensor

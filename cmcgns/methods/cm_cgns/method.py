@@ -6,16 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmcgns.config import weight_at
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.base import Losses, Method, SentenceAttention, column, in_full_precision
-from cmcgns.methods.cm_cgns.losses import patch_alignment_loss, reconstruction_loss, sentence_alignment_loss
+from cmcgns.methods.base import Losses, Method, Parts, SentenceAttention, column, in_full_precision
+from cmcgns.methods.cm_cgns.films import Films, Questions, film_alignment_loss, film_scores
+from cmcgns.methods.cm_cgns.losses import (
+    SentenceLoss,
+    patch_alignment_loss,
+    reconstruction_loss,
+    sentence_alignment_loss,
+)
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel, CmCgnsOutputs
 from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.methods.contrastive import contrastive_loss
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder, build_encoders
 
-ALIGNMENT_TERMS = ("loss", "loss_global", "loss_local_image", "loss_local_report")
+LOCAL_TERMS = {
+    "sentences": ("loss_local_report",),
+    "films": ("loss_local_film",),
+    "both": ("loss_local_report", "loss_local_film"),
+}
+"""Names of the sentences' loss terms by `objective.local_negatives`."""
 PICTURE_STUDIES = 4
 
 
@@ -37,7 +49,8 @@ class CmCgns(Method[Settings]):
         return RECONSTRUCTION_PARTS if stage == 1 else ()
 
     def terms(self, stage: int) -> tuple[str, ...]:
-        return ALIGNMENT_TERMS if stage == 1 else (*ALIGNMENT_TERMS, "loss_reconstruction")
+        names = ("loss", "loss_global", "loss_local_image", *LOCAL_TERMS[self.settings.local_negatives])
+        return names if stage == 1 else (*names, "loss_reconstruction")
 
     def losses(
         self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
@@ -49,27 +62,55 @@ class CmCgns(Method[Settings]):
         patches = patch_alignment_loss(
             wide.patches_BPD, wide.text_to_image_BPD, wide.predicted_patches_BPD, wide.predicted_attended_BPD
         )
-        sentences = sentence_alignment_loss(
-            z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids["sentences"], own
-        )
-        total = (
-            own.global_weight * image_report
-            + own.local_image_weight * patches
-            + own.local_report_weight * sentences.loss
-        )
-        terms = [image_report, patches, sentences.loss]
+        local = self._local_losses(wide, z1_nD, z2_nD, batch, centroids["sentences"])
+        weights = {
+            "loss_global": own.global_weight,
+            "loss_local_image": own.local_image_weight,
+            "loss_local_report": own.local_report_weight,
+            "loss_local_film": own.local_film_weight,
+            "loss_reconstruction": own.reconstruction_weight,
+        }
+        terms = {"loss_global": image_report, "loss_local_image": patches}
+        terms |= {name: found.loss for name, found in local.items()}
         if stage == 2:
-            terms.append(self._reconstruction(wide, batch))
-            total = total + terms[-1]
+            terms["loss_reconstruction"] = self._reconstruction(wide, batch)
+        weighted = {name: weight_at(weights[name], step) * term for name, term in terms.items()}
+        total = sum(weighted.values(), start=torch.zeros_like(image_report))
+        # the reconstruction is logged with its weight, as it always was
+        logged = [weighted[name] if name == "loss_reconstruction" else term for name, term in terms.items()]
+        first = next(iter(local.values()))
         statistics = (
-            sentences.negatives_per_sentence,
-            sentences.rows_restored,
-            sentences.mean_cosine,
+            first.negatives_per_sentence,
+            first.rows_restored,
+            first.mean_cosine,
             spread(wide.patches_BPD),
             spread(unit(wide.text_to_image_BPD)),
             1 / wide.scale[0],
         )
-        return Losses(total, column(total, *terms), column(*statistics), {"sentences": z2_nD.detach()})
+        bank_rows = {"sentences": z2_nD.detach()}
+        return Losses(total, column(total, *logged), column(*statistics), bank_rows, weighted)
+
+    def _local_losses(
+        self,
+        wide: CmCgnsOutputs,
+        z1_nD: Tensor,
+        z2_nD: Tensor,
+        batch: ImageReportBatch,
+        centroids_KD: Tensor | None,
+    ) -> dict[str, SentenceLoss]:
+        """The losses of the sentences by name of their term."""
+        own, losses = self.settings, dict[str, SentenceLoss]()
+        if own.local_negatives != "films":
+            losses["loss_local_report"] = sentence_alignment_loss(
+                z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids_KD, own
+            )
+        if own.local_negatives != "sentences":
+            parts = self.parts(wide, batch)
+            losses["loss_local_film"] = film_alignment_loss(
+                Questions(*parts.sentences), Films(*parts.films), batch.sentence_hash_n, parts.study_n,
+                batch.rank_sentences, centroids_KD, own,
+            )  # fmt: skip
+        return losses
 
     def _reconstruction(self, outputs: CmCgnsOutputs, batch: ImageReportBatch) -> Tensor:
         rebuilt_B1HW = outputs.reconstruction_B1HW
@@ -77,8 +118,7 @@ class CmCgns(Method[Settings]):
         assert outputs.masked_BP is not None
         only_masked = self.settings.reconstruct == "masked"
         target_B1HW = batch.image_B1HW.to(rebuilt_B1HW.dtype)
-        error = reconstruction_loss(rebuilt_B1HW, target_B1HW, outputs.masked_BP, only_masked)
-        return self.settings.reconstruction_weight * error
+        return reconstruction_loss(rebuilt_B1HW, target_B1HW, outputs.masked_BP, only_masked)
 
     def picture(self, outputs: Any, batch: ImageReportBatch) -> Tensor | None:
         return None if outputs.reconstruction_B1HW is None else contact_sheet(batch, outputs)
@@ -87,6 +127,18 @@ class CmCgns(Method[Settings]):
         assert isinstance(model, CmCgnsModel)
         weight_BSP = model.cross_attention.sentence_weights(outputs.patches_BPD, outputs.sentences_BSD)
         return SentenceAttention(outputs.image_to_text_BSD, weight_BSP)
+
+    def parts(self, outputs: Any, batch: ImageReportBatch) -> Parts:
+        wide = in_full_precision(outputs)
+        rows = lambda values_BSD: values_BSD.flatten(0, 1).index_select(0, batch.sentence_row_n)
+        return Parts(
+            Questions(rows(wide.sentence_query_BSD), unit(rows(wide.sentences_BSD))),
+            Films(wide.patch_key_BPD, wide.patch_value_BPD),
+            batch.sentence_row_n // wide.sentences_BSD.shape[1],
+        )
+
+    def part_scores(self, sentences: tuple[Tensor, ...], films: tuple[Tensor, ...]) -> Tensor:
+        return film_scores(Questions(*sentences), Films(*films))
 
 
 METHOD = CmCgns

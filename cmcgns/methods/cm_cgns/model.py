@@ -39,6 +39,12 @@ class CmCgnsOutputs(NamedTuple):
     """SimSiam prediction from the patches."""
     predicted_attended_BPD: Tensor
     """SimSiam prediction from the attended sentences."""
+    sentence_query_BSD: Tensor
+    """Queries of the sentences, with which they can attend to any film."""
+    patch_key_BPD: Tensor
+    """Keys of the patches."""
+    patch_value_BPD: Tensor
+    """Values of the patches."""
     scale: Tensor
     """Inverse temperature of the global loss, shape (1,)."""
     masked_BP: Tensor | None
@@ -78,24 +84,27 @@ class CmCgnsModel(DualEncoder):
         features_BPC, image_BD = self.embed_images(batch.image_B1HW)
         patches_BPD = unit(self.patch_projection(features_BPC))
         sentences_BSD, report_BD = self.embed_reports(batch)
-        image_to_text_BSD, text_to_image_BPD, hidden_B1D = self.cross_attention(
+        attended = self.cross_attention(
             patches_BPD, sentences_BSD, batch.sentence_mask_BS, self.mask_token if stage == 2 else None
         )
         masked_BP, reconstruction_B1HW = None, None
-        if hidden_B1D is not None:
+        if attended.hidden_B1D is not None:
             masked_BP = mask_positions(batch.draw_key_B, features_BPC.shape[1], self.mask_ratio)
             visible_BPD = hide(patches_BPD, self.mask_token, masked_BP)
-            answered_BPD = hide(text_to_image_BPD, hidden_B1D, masked_BP)
+            answered_BPD = hide(attended.text_to_image_BPD, attended.hidden_B1D, masked_BP)
             reconstruction_B1HW = self.decoder(torch.cat([visible_BPD, answered_BPD], dim=-1))
         return CmCgnsOutputs(
             image_BD=image_BD,
             report_BD=report_BD,
             patches_BPD=patches_BPD,
             sentences_BSD=sentences_BSD,
-            image_to_text_BSD=image_to_text_BSD,
-            text_to_image_BPD=text_to_image_BPD,
+            image_to_text_BSD=attended.image_to_text_BSD,
+            text_to_image_BPD=attended.text_to_image_BPD,
             predicted_patches_BPD=self.predictor(patches_BPD),
-            predicted_attended_BPD=self.predictor(text_to_image_BPD),
+            predicted_attended_BPD=self.predictor(attended.text_to_image_BPD),
+            sentence_query_BSD=attended.sentence_query_BSD,
+            patch_key_BPD=attended.patch_key_BPD,
+            patch_value_BPD=attended.patch_value_BPD,
             scale=self.scale,
             masked_BP=masked_BP,
             reconstruction_B1HW=reconstruction_B1HW,
@@ -105,6 +114,18 @@ class CmCgnsModel(DualEncoder):
 def hide(rows_BPD: Tensor, replacement: Tensor, masked_BP: Tensor) -> Tensor:
     """``rows_BPD`` with ``replacement`` at masked positions."""
     return torch.where(masked_BP.unsqueeze(-1), replacement.to(rows_BPD.dtype), rows_BPD)
+
+
+class Attended(NamedTuple):
+    """Outputs of the cross-modal attention; each field as in ``CmCgnsOutputs``."""
+
+    image_to_text_BSD: Tensor
+    text_to_image_BPD: Tensor
+    sentence_query_BSD: Tensor
+    patch_key_BPD: Tensor
+    patch_value_BPD: Tensor
+    hidden_B1D: Tensor | None
+    """What a hidden patch attends to in the sentences."""
 
 
 class CrossModalAttention(nn.Module):
@@ -117,23 +138,20 @@ class CrossModalAttention(nn.Module):
 
     def forward(
         self, patches_BPD: Tensor, sentences_BSD: Tensor, sentence_mask_BS: Tensor, mask_token_D: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``image_to_text_BSD``, ``text_to_image_BPD`` and, with a mask token, what a hidden patch attends to (B1D)."""
+    ) -> Attended:
+        """What sentences and patches attend to, and with a mask token what a hidden patch attends to."""
         text_key_BSD, text_value_BSD = self.text["key"](sentences_BSD), self.text["value"](sentences_BSD)
-        image_to_text_BSD = sigmoid_attention(
-            self.text["query"](sentences_BSD), self.image["key"](patches_BPD), self.image["value"](patches_BPD)
-        )
+        query_BSD, key_BPD = self.text["query"](sentences_BSD), self.image["key"](patches_BPD)
+        value_BPD = self.image["value"](patches_BPD)
+        image_to_text_BSD = sigmoid_attention(query_BSD, key_BPD, value_BPD)
         text_to_image_BPD = sigmoid_attention(
             self.image["query"](patches_BPD), text_key_BSD, text_value_BSD, sentence_mask_BS
         )
-        if mask_token_D is None:
-            return image_to_text_BSD, text_to_image_BPD, None
-        query_B1D = self.image["query"](mask_token_D).expand(patches_BPD.shape[0], 1, -1)
-        return (
-            image_to_text_BSD,
-            text_to_image_BPD,
-            sigmoid_attention(query_B1D, text_key_BSD, text_value_BSD, sentence_mask_BS),
-        )
+        hidden_B1D = None
+        if mask_token_D is not None:
+            query_B1D = self.image["query"](mask_token_D).expand(patches_BPD.shape[0], 1, -1)
+            hidden_B1D = sigmoid_attention(query_B1D, text_key_BSD, text_value_BSD, sentence_mask_BS)
+        return Attended(image_to_text_BSD, text_to_image_BPD, query_BSD, key_BPD, value_BPD, hidden_B1D)
 
     def sentence_weights(self, patches_BPD: Tensor, sentences_BSD: Tensor) -> Tensor:
         """Attention weight of each sentence for each patch of its study's film, (B, S, P) between 0 and 1."""

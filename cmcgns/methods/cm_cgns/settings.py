@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cmcgns.config import Bank, MethodSettings, ModelConfig
+from cmcgns.config import Bank, LossWeight, MethodSettings, ModelConfig
 
 MAX_CLUSTERS, MIN_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 
@@ -21,6 +21,9 @@ class Settings(MethodSettings):
     """Temperature of the global InfoNCE; the initial value if it is learned."""
     learn_temperature: bool = True
     """Learn the global temperature; a sweep over `temperature` sets it to false."""
+    local_negatives: Literal["sentences", "films", "both"] = "sentences"
+    """What a sentence's attended features are compared with: those of other sentences (published), those of the same sentence
+    on other films, or both."""
     sentence_temperature: float = Field(0.1, gt=0.0)
     """Temperature of the sentence loss, never learned (published: 1.0)."""
     hard_negative_logit: float = 3.0
@@ -33,16 +36,24 @@ class Settings(MethodSettings):
     """Margin loss: a false negative's cosine must be at least the positive's minus this."""
     margin_weight: float = Field(1e-4, ge=0.0)
     """Weight of the margin loss in the local report loss."""
+    film_temperature: float = Field(0.1, gt=0.0)
+    """Temperature of the film loss, never learned."""
+    film_guidance: Literal["none", "exclude", "soft", "hard"] = "exclude"
+    """Films whose report has a sentence of the same cluster: negatives like others, left out, or weighted by the distance of the
+    clusters; `hard` leaves them out and adds `hard_negative_logit` to films with a sentence of the second-nearest cluster."""
     reconstruct: Literal["masked", "all"] = "masked"
     """Pixels in the reconstruction loss: those of masked patches, or all (published)."""
-    reconstruction_weight: float = Field(10.0, ge=0.0)
+    reconstruction_weight: LossWeight = 10.0
     """Weight of the L1 reconstruction error."""
-    global_weight: float = Field(1.0, ge=0.0)
-    """Weight of the global image-report loss."""
-    local_image_weight: float = Field(1.0, ge=0.0)
+    global_weight: LossWeight = 1.0
+    """Weight of the global image-report loss. This and the other weights of losses may be a ramp instead of a number:
+    `{begin: 0.0, end: 0.3, first_step: 100, last_step: 400}`."""
+    local_image_weight: LossWeight = 1.0
     """Weight of the patch alignment loss."""
-    local_report_weight: float = Field(1.0, ge=0.0)
-    """Weight of the sentence loss."""
+    local_report_weight: LossWeight = 1.0
+    """Weight of the sentence loss (`local_negatives` sentences or both)."""
+    local_film_weight: LossWeight = 0.3
+    """Weight of the film loss (`local_negatives` films or both)."""
 
     def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
         """Attended features of the sentences (z2)."""
