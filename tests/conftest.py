@@ -19,6 +19,7 @@ from tests.ray_head import RayHead, connected, running_head
 from tests.s3 import S3Server, running_server
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup`: what starts clusters, servers or ranks shares one process, and the rest runs beside it."""
     for item in items:

@@ -1,6 +1,7 @@
 """A run that is disturbed, beside one that is not."""
 
 from pathlib import Path
+from typing import Any
 
 from tests.jobs import Job, registered, result, rows
 
@@ -41,11 +42,16 @@ def compare(folder: Path, undisturbed: Path, same_ranks_until: int = LENGTH) -> 
     found, expected = rows(folder), rows(undisturbed)
     assert [row["step"] for row in found] == list(range(1, LENGTH + 1))
     assert [row["studies_digest"] for row in found] == [row["studies_digest"] for row in expected]
-    found, expected = found[:same_ranks_until], expected[:same_ranks_until]
+    same_steps(found[:same_ranks_until], expected[:same_ranks_until])
+    assert result(folder)["status"] == "finished"
+
+
+def same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same studies, losses and centroids at each step."""
     for row, wanted in zip(found, expected, strict=True):
+        assert (row["step"], row["studies_digest"]) == (wanted["step"], wanted["studies_digest"])
         assert abs(row["loss"] - wanted["loss"]) <= 1e-5 * wanted["loss"], row["step"]
         assert row["centroids_version"] == wanted["centroids_version"], row["step"]
-    assert result(folder)["status"] == "finished"
 
 
 def check_stopped(job: Job, folder: Path) -> int:
