@@ -19,14 +19,20 @@ export PYTHONDONTWRITEBYTECODE :=
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
 
-# two processes: one for tests that start clusters, servers or ranks, one for the rest
+MACHINE := ray or s3 or distributed or cluster
+SUITE := $(BIN)/python -m pytest --ignore=tests/acceptance --ignore=tests/benchmarks
+QUICK := $(SUITE) -n 2 --dist loadfile -m "not gpu and not ($(MACHINE))"
+
+# what starts clusters, servers or ranks, one test after the other; the rest beside it, shown at the end
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" --ignore=tests/acceptance --ignore=tests/benchmarks -rs
+	@mkdir -p .cache
+	$(QUICK) >.cache/test-quick.log 2>&1 & quick=$$!; \
+	$(SUITE) -m "not gpu and ($(MACHINE))" -rs; machine=$$?; \
+	wait $$quick; quick=$$?; cat .cache/test-quick.log; exit $$((machine ? machine : quick))
 
 # no Ray, no S3 server, no ranks
 test-quick: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not ray and not s3 and not distributed and not cluster" \
-		--ignore=tests/acceptance --ignore=tests/benchmarks
+	$(QUICK)
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -19,14 +19,6 @@ from tests.ray_head import RayHead, connected, running_head
 from tests.s3 import S3Server, running_server
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: what starts clusters, servers or ranks shares one process, and the rest runs beside it."""
-    for item in items:
-        if any(item.get_closest_marker(need) for need in ("distributed", "ray", "s3", "cluster")):
-            item.add_marker(pytest.mark.xdist_group("machine"))
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """The one S3 server of this session; its endpoint and keys are in the environment."""

@@ -228,7 +228,7 @@ def delete_folder(uri: str) -> None:
     files, path = filesystem(uri, attempts=1)
     with_retries(uri, lambda: files.delete_dir_contents(path, missing_dir_ok=True))
     if not is_s3(uri):
-        with suppress(FileNotFoundError), explained(uri):
+        with suppress(MissingFileError), explained(uri):
             Path(path).rmdir()
 
 

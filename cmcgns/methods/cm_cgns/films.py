@@ -51,7 +51,7 @@ def film_scores(questions: Questions, films: Films) -> Tensor:
     size, patches, _ = films.key_BPD.shape
     key_XD, value_XD = films.key_BPD.flatten(0, 1), films.value_BPD.flatten(0, 1)
     gram_BPP = films.value_BPD @ films.value_BPD.mT
-    rows = max(CHUNK_WEIGHTS // (size * patches), 1)
+    rows = max(CHUNK_WEIGHTS // max(size * patches, 1), 1)  # a rank may have no film in validation
     if len(questions.query_nD) <= rows:
         return _scores(*questions, key_XD, value_XD, gram_BPP)
     chunks = [
