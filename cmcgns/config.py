@@ -318,7 +318,7 @@ class TrainConfig(Section):
     """Steps between writes to metrics.jsonl, which has a row for every step; values stay on the device until then."""
     log_term_gradients: bool = False
     """Also log the norm of each weighted loss term's gradient and the cosines between them, every `log_every` steps. Each term
-    costs a backward pass of its own. Not with ZeRO-3."""
+    costs a backward pass of its own. Only with `engine` torch."""
     validate_every: PositiveInt | None = None
     """Steps between validations; each stage always ends with one."""
     checkpoint_every: PositiveInt = 500
@@ -429,8 +429,9 @@ class Config(RunSections):
             yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
         if train.overlap_comm and not train.zero_stage:
             yield "train.overlap_comm needs ZeRO: set train.zero_stage to 1, 2 or 3, or remove train.overlap_comm"
-        if train.log_term_gradients and train.zero_stage == 3:
-            yield "train.log_term_gradients needs whole parameters on each rank: set train.zero_stage to 2 or less"
+        if train.log_term_gradients and train.engine != "torch":
+            # DeepSpeed's hooks take every backward pass for one of the step
+            yield "train.log_term_gradients needs train.engine=torch and train.zero_stage=0, not DeepSpeed"
         if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
             yield (
                 "train.engine torch supports neither ZeRO nor fp16: set train.zero_stage=0 and train.precision to fp32 or bf16"

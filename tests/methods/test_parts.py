@@ -57,7 +57,7 @@ def slow_recall(batch: ImageReportBatch, combined: bool) -> dict[str, float]:
     scores = scores - scores.mean(1, keepdim=True)
     if combined:
         cosines = outputs.report_BD @ outputs.image_BD.T
-        scores = scores / scores.std() + cosines / cosines.std()
+        scores = 0.2 * scores / scores.std() + cosines / cosines.std()
     right = batch.report_hash_B.unsqueeze(1) == batch.report_hash_B
     kind, recalls = "combined" if combined else "parts", {}
     for way, table in (("t2i", scores), ("i2t", scores.T)):

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cmcgns import distributed
-from cmcgns.config import Config, Ramp, weight_at
+from cmcgns.config import Ramp, weight_at
+from cmcgns.methods.base import load_method
+from cmcgns.train.engine import build_engine
 from cmcgns.train.term_gradients import SHARED, term_gradients
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
@@ -52,13 +54,33 @@ def test_two_ranks_log_what_one_logs_for_the_whole_batch() -> None:
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_zero_3_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"log_term_gradients needs whole parameters on each rank: set train.zero_stage to 2 or less"
-    ):
-        Config.model_validate(
-            CONFIG.model_dump() | {"train": CONFIG.train.model_dump() | {"log_term_gradients": True, "zero_stage": 3}}
-        )
+def test_deepspeed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"log_term_gradients needs train.engine=torch and train.zero_stage=0"):
+        small_config(log_term_gradients=True)
+
+
+def trained(report: bool) -> list[float]:
+    """Loss of three steps of plain torch on two ranks."""
+    config = small_config(
+        objective__local_negatives="both", engine="torch", zero_stage=0, num_workers=2, log_term_gradients=report
+    )
+    rows = [slice(0, 4), slice(4, 8)]
+    engine = build_engine(small_model(config), config.train, torch.device("cpu"), load_method(config).frozen(1))
+    losses = []
+    for step in range(3):
+        batch = random_batch(config, rows[distributed.rank()], seed=step, ranks=rows)
+        found = losses_of(config, engine(batch, 1), batch, None)
+        if report:
+            assert term_gradients(engine.module, found.weighted)
+        engine.backward(found.total, True)
+        engine.step(1e-3)
+        losses.append(found.total.item())
+    return losses
+
+
+@pytest.mark.distributed
+def test_training_is_the_same_with_and_without_the_log() -> None:
+    assert run_on_ranks(2, trained, True) == run_on_ranks(2, trained, False)
 
 
 @pytest.mark.parametrize(("step", "weight"), [(1, 0.2), (100, 0.2), (150, 0.35), (200, 0.5), (999, 0.5)])
