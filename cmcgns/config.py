@@ -5,7 +5,7 @@ Sizes are in studies (one image-report pair) and named for their owner; lengths 
 
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -135,38 +135,6 @@ class Bank(NamedTuple):
     """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
     per_sentence: bool = True
     """One row per sentence; otherwise one per study."""
-
-
-class Ramp(Section):
-    """A weight that changes linearly: `{begin: 0.0, end: 0.3, first_step: 100, last_step: 400}`."""
-
-    begin: float = Field(ge=0.0)
-    """Weight until `first_step`."""
-    end: float = Field(ge=0.0)
-    """Weight from `last_step` on."""
-    first_step: int = Field(0, ge=0)
-    last_step: PositiveInt
-    """Steps count from the start of the run, over both stages."""
-
-    @model_validator(mode="after")
-    def check_steps(self) -> Self:
-        if self.last_step <= self.first_step:
-            raise ValueError(f"last_step {self.last_step} of a ramp must be after its first_step {self.first_step}")
-        return self
-
-    def at(self, step: int) -> float:
-        """The weight at ``step``."""
-        share = (step - self.first_step) / (self.last_step - self.first_step)
-        return self.begin + (self.end - self.begin) * min(max(share, 0.0), 1.0)
-
-
-LossWeight = Annotated[float, Field(ge=0.0)] | Ramp
-"""A fixed weight, or one that changes."""
-
-
-def weight_at(weight: LossWeight, step: int) -> float:
-    """The ``weight`` of a loss at a step."""
-    return weight.at(step) if isinstance(weight, Ramp) else weight
 
 
 class MethodSettings(Section):
@@ -451,28 +419,3 @@ class Config(RunSections):
             if (steps is None) == (epochs is None):
                 given = "neither" if steps is None else f"{steps} and {epochs}"
                 yield f"give exactly one of train.{pair}_steps and train.{pair}_epochs, not {given}"
-
-
-MEAN_RECALL = "mean_recall_at_1"
-MEASURES = tuple(
-    f"{way}_{kind}recall_at_{depth}"
-    for kind in ("", "parts_", "combined_")
-    for way in ("mean", "i2t", "t2i")
-    for depth in (1, 5)
-)
-"""Metrics of a validation that can rank runs; `parts` and `combined` are those of methods that compare sentences with films."""
-
-
-def measure(metric: str, scores: dict[str, Any]) -> float:
-    """The value of ``metric`` in the scores of a validation; larger is better.
-
-    Raises:
-        UserError: the method does not report it.
-    """
-    ways = ("i2t", "t2i") if metric.startswith("mean_") else (metric[:3],)
-    names = [f"{way}_{metric.partition('_')[2]}" for way in ways]
-    if not set(names) <= scores.keys():
-        raise UserError(
-            f"{metric} is not reported by this method: it has no parts; choose a metric without parts or combined"
-        )
-    return float(sum(scores[name] for name in names)) / len(names)

@@ -21,7 +21,7 @@ from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
 from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.films import center_crop
-from cmcgns.methods.base import Method, Parts, SentenceAttention
+from cmcgns.methods.base import ComparesParts, Method, SentenceAttention
 from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder
@@ -83,14 +83,14 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
             held += len(blocks[-1].film_MHW)
     if not blocks:
         raise UserError(f"{source_split.config.data.uri}: the {split} split has no usable study")
-    return replace(_joined(blocks), by_parts_MM=_by_parts(run.method, parts.joined()))
+    pairs = _joined(blocks)
+    return replace(pairs, by_parts_MM=_by_parts(run.method, parts)) if isinstance(run.method, ComparesParts) else pairs
 
 
-def _by_parts(method: Method[Any], parts: Parts | None) -> Floats | None:
-    if parts is None:
-        return None
-    studies = len(parts.films[0])
-    return centred(mean_over_sentences(method.part_scores(*parts[:2]), parts.study_n, studies)).numpy()
+def _by_parts(method: ComparesParts, collected: CollectedParts) -> Floats:
+    """Centred scores of reports (rows) on films."""
+    sentences, films, study_n = collected.joined()
+    return centred(mean_over_sentences(method.part_scores(sentences, films), study_n, collected.studies)).numpy()
 
 
 def _block_pairs(
@@ -106,9 +106,8 @@ def _block_pairs(
     block = to_block(table, split.config.data.resize)
     batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
     outputs = model(batch)
-    own_parts = None if parts.is_full else method.parts(outputs, batch)
-    if own_parts is not None:
-        parts.add(own_parts, len(block))
+    if isinstance(method, ComparesParts) and not parts.is_full:
+        parts.add(method.parts(outputs, batch), len(block))
     attention = method.attention(model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
     real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().numpy()
     studies = split.studies.take(block.positions)

@@ -31,7 +31,7 @@ class Losses(NamedTuple):
     bank_rows: Mapping[str, Tensor] = {}
     """Normalised rows (n, D) of this microbatch by bank, detached."""
     weighted: Mapping[str, Tensor] = {}
-    """The summands of ``total`` by term, for `train.log_term_gradients`; a method with one term may leave it empty."""
+    """The summands of ``total`` by term, for `train.log_term_gradients`; empty if there is only the total."""
 
 
 class SentenceAttention(NamedTuple):
@@ -111,13 +111,17 @@ class Method(ABC, Generic[SettingsT]):
         """Sentence attention, for grounding, clusters and embeddings; None for a method without attention."""
         return None
 
-    def parts(self, outputs: Any, batch: ImageReportBatch) -> Parts | None:
-        """What ``part_scores`` needs of a batch, float32; None for a method that compares whole films and reports alone."""
-        return None
 
+class ComparesParts(ABC):
+    """A method that also compares the sentences of reports with the patches of films: retrieval by parts (docs/methods.md)."""
+
+    @abstractmethod
+    def parts(self, outputs: Any, batch: ImageReportBatch) -> Parts:
+        """What ``part_scores`` needs of a batch, float32."""
+
+    @abstractmethod
     def part_scores(self, sentences: tuple[Tensor, ...], films: tuple[Tensor, ...]) -> Tensor:
         """How well each sentence finds itself on each film, (n, B); both are of ``Parts``."""
-        raise NotImplementedError
 
 
 def load_method(config: Config) -> Method[Any]:

@@ -25,10 +25,8 @@ class CollectedParts:
         self._kept.append(Parts(sentences, films, parts.study_n[:size] + self.studies))
         self.studies += real
 
-    def joined(self) -> Parts | None:
-        """The parts of all studies, with their index in the split; None if there are none."""
-        if not self._kept:
-            return None
+    def joined(self) -> Parts:
+        """The parts of all studies, with their index in the split. At least one batch must have been added."""
         sentences, films, study_n = zip(*self._kept, strict=True)
         return Parts(_joined(sentences), _joined(films), torch.cat(study_n))
 

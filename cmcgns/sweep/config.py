@@ -4,7 +4,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cmcgns.config import MEAN_RECALL, MEASURES, RUN_NAME, Config, Section
+from cmcgns.config import RUN_NAME, Config, Section
+from cmcgns.measures import MEAN_RECALL, MEASURES
 
 
 class SweepConfig(Section):

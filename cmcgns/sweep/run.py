@@ -14,9 +14,10 @@ from rich.console import Console
 from cmcgns import storage
 from cmcgns.cluster.placement import this_node
 from cmcgns.cluster.session import ONE_CPU
-from cmcgns.config import foreign_modules, measure
+from cmcgns.config import foreign_modules
 from cmcgns.errors import cause
 from cmcgns.job import Job
+from cmcgns.measures import measure
 from cmcgns.sweep.admission import TRIAL_CPUS, Capacity, build_scheduler, capacity_for, node_resources, trial_bundles
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger

@@ -9,6 +9,7 @@ from cmcgns.cli import to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.errors import UserError
 from cmcgns.faiss_install import check_faiss
+from cmcgns.measures import needs_parts, not_reported
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
@@ -72,6 +73,7 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     base = config.pretraining().model_copy(update={"run": RunConfig()})
     if base.banks:
         check_faiss(base.clustering.device)
+    check_metric(settings.metric, base)
     if settings.space is not None:
         read_space(settings.space, base)  # fails before the corpus is read
     prepared = prepare_corpus(without_cluster_limit(base, settings))
@@ -99,6 +101,15 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
             "sweep.trials or set --sweep.retry_failed=true"
         )
     return Sweep(config, base, folder, prepared, written, space, total, rungs, ledger, search)
+
+
+def check_metric(metric: str, base: Config) -> None:
+    """Raise ``UserError`` if the method of ``base`` does not report ``metric``."""
+    if needs_parts(metric):
+        from cmcgns.methods.base import ComparesParts, load_method  # lazy: imports torch
+
+        if not isinstance(load_method(base), ComparesParts):
+            raise UserError(f"sweep.metric {not_reported(metric)}")
 
 
 def without_cluster_limit(base: Config, settings: SweepConfig) -> Config:

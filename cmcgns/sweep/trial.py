@@ -17,8 +17,9 @@ from ray import tune
 
 from cmcgns import storage
 from cmcgns.cli import resolve
-from cmcgns.config import Config, measure
+from cmcgns.config import Config
 from cmcgns.errors import UserError, last_line
+from cmcgns.measures import measure
 from cmcgns.sweep.admission import RECHECK_S
 from cmcgns.sweep.search import LOST_TOO_OFTEN, apply_drawn
 from cmcgns.train.run import CpuShare

@@ -46,7 +46,9 @@ def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -
     if rank == 0:
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
         files |= {f"{name}.safetensors": tensors for name, tensors in parts.items()}
-    files = dict(sorted(files.items(), key=lambda file: -_size(file[1])))  # least is left to hash after the last
+    files = dict(
+        sorted(files.items(), key=lambda file: -_size(file[1]))
+    )  # largest first: little is left to hash at the end
     with ThreadPoolExecutor(1) as beside:  # hash one file while the next one is written
         hashes = {"progress.json": beside.submit(hash_file, folder / "progress.json")} if rank == 0 else {}
         for name, tensors in files.items():

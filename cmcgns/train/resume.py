@@ -7,6 +7,7 @@ list is a file in the run folder, which others may have changed: it is checked, 
 import json
 import logging
 import re
+from collections.abc import Collection
 
 from cmcgns import storage
 from cmcgns.cluster import ray_private
@@ -93,14 +94,15 @@ def find_checkpoint(folder: RunFolder, checkpoint_every: int) -> str | None:
     return None
 
 
-def delete_half_written(folder: RunFolder) -> None:
-    """Delete damaged checkpoints that Ray Train does not list: their writing failed, and they only take space."""
+def delete_half_written(folder: RunFolder, there_before: Collection[str]) -> None:
+    """Delete this attempt's checkpoints whose writing failed: damaged, not listed by Ray Train, and not ``there_before``, since
+    someone may still restore older ones."""
     try:
         listed = storage.read_bytes(folder.file(SNAPSHOT)).decode()
     except storage.MissingFileError:
         listed = ""
     for name in list_checkpoints(folder):
-        if name not in listed and checkpoint_damage(folder.file(name), name) is not None:
+        if name not in there_before and name not in listed and checkpoint_damage(folder.file(name), name) is not None:
             storage.delete_folder(folder.file(name))
             logger.warning("deleted %s, whose writing had failed", folder.file(name))
 

@@ -34,7 +34,7 @@ from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.display import Display, stop_on_interrupt
-from cmcgns.train.resume import delete_half_written, latest_checkpoint, write_snapshot
+from cmcgns.train.resume import delete_half_written, latest_checkpoint, list_checkpoints, write_snapshot
 from cmcgns.train.setup import Corpus, Pretraining, setup_pretraining, write_start
 
 
@@ -240,6 +240,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
 
     config, folder = setup.config, setup.folder
     write_start(folder, config, setup.corpus, setup.tokenizer)
+    there_before = list_checkpoints(folder) if folder.resumed else []
     if folder.resumed:
         write_snapshot(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
@@ -259,7 +260,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     if interrupted and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     if error is not None or account["failure"]:
-        delete_half_written(folder)
+        delete_half_written(folder, there_before)
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
     return result | {
         "interrupted": interrupted,

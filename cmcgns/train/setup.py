@@ -288,7 +288,8 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
         started: dict[str, Any] = yaml.safe_load(storage.read_bytes(folder.file("config.yaml")))
-        checkpoint = find_checkpoint(folder, started["train"]["checkpoint_every"])
+        every = started.get("train", {}).get("checkpoint_every", config.train.checkpoint_every)
+        checkpoint = find_checkpoint(folder, every)
     made = prepared or prepare_corpus(config, folder if folder.resumed else None)
     schedule = build_schedule(config.train, len(made.corpus.train))
     check_sizes(config, made.corpus, made.sentences)

@@ -133,7 +133,7 @@ class Trainer:
             if last:
                 self.finite.start(self.method.terms(stage), torch.stack([each.terms for each in losses]))
                 if self.config.train.log_term_gradients and is_due(step, self.config.train.log_every):
-                    gradients = term_gradients(self.engine.module, losses[-1].weighted)
+                    gradients = term_gradients(self.engine.module, losses[-1].weighted or {"loss": losses[-1].total})
             self.engine.backward(losses[-1].total, last)
         self.finite.check(step)  # before the weights change
         self.engine.step(self.learning_rate(step))

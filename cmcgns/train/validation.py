@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.config import MEAN_RECALL, measure
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.base import Method, Parts
+from cmcgns.measures import MEAN_RECALL, measure
+from cmcgns.methods.base import ComparesParts, Method
 from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.retrieval import (
     centred,
@@ -76,17 +76,14 @@ def validate(
         collected.images.append(outputs.image_BD[:real].float())
         collected.reports.append(outputs.report_BD[:real].float())
         collected.hashes.append(batch.report_hash_B[:real])
-        if not collected.parts.is_full:
-            parts = method.parts(outputs, batch)
-            if parts is not None:
-                collected.parts.add(parts, real)
+        if isinstance(method, ComparesParts) and not collected.parts.is_full:
+            collected.parts.add(method.parts(outputs, batch), real)
         if collected.picture_1HW is None:
             collected.picture_1HW = method.picture(outputs, batch)
     engine.module.train()
     scores = _scores(collected, (*method.terms(stage), *method.statistics))
-    parts = collected.parts.joined()
-    if parts is not None:
-        scores |= _scores_by_parts(parts, collected, method)
+    if isinstance(method, ComparesParts):
+        scores |= _scores_by_parts(collected, method)
     return Validation(scores, collected.picture_1HW)
 
 
@@ -104,9 +101,9 @@ def _scores(collected: _Collected, names: Sequence[str]) -> dict[str, Any]:
     return scores | recall(image_ND, report_ND, hash_N)
 
 
-def _scores_by_parts(parts: Parts, collected: _Collected, method: Method[Any]) -> dict[str, float]:
+def _scores_by_parts(collected: _Collected, method: ComparesParts) -> dict[str, float]:
     """Recall by parts, and by parts and whole films together, over the studies whose parts were kept. Collective."""
-    studies = collected.parts.studies
+    parts, studies = collected.parts.joined(), collected.parts.studies
     counts = distributed.exchange([len(parts.study_n), studies])
     sentence_counts, film_counts = zip(*counts, strict=True)
     first = sum(film_counts[: distributed.rank()])

@@ -119,6 +119,10 @@ def test_chunks_give_the_scores_and_gradients_of_one_piece(monkeypatch: pytest.M
     whole, parts = ([each.clone().requires_grad_() for each in tensors] for _ in range(2))
     expected_nB = film_scores(Questions(*whole[:2]), Films(*whole[2:]))
     monkeypatch.setattr(film_module, "CHUNK_WEIGHTS", 7 * STUDIES * PATCHES)
+    with torch.inference_mode():  # as evaluation does
+        assert torch.allclose(
+            film_scores(Questions(*tensors[:2]), Films(*tensors[2:])), expected_nB, rtol=0, atol=1e-12
+        )
     found_nB = film_scores(Questions(*parts[:2]), Films(*parts[2:]))
     torch.testing.assert_close(found_nB, expected_nB, rtol=0, atol=1e-12)
     for scores in (expected_nB, found_nB):

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.config import MEASURES, measure
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
+from cmcgns.measures import MEASURES, measure
 from cmcgns.methods.base import load_method
 from cmcgns.train.validation import validate
 from tests.ranks import run_on_ranks

@@ -158,8 +158,10 @@ def test_a_half_written_checkpoint_is_deleted_and_nothing_else(
     whole = Path(run.file("checkpoint_00000010_of_2_888888"))
     shutil.copytree(run.file(NEW), whole)  # whole, though Ray was not told of it
     (Path(run.file(NEW)) / "weights.safetensors").write_bytes(b"")  # Ray lists it: someone damaged it later
-    delete_half_written(run)
-    assert sorted(list_checkpoints(run)) == [OLD, NEW, whole.name]
+    older = Path(run.file("checkpoint_00000009_of_2_999999"))  # damaged before this attempt
+    shutil.copytree(half, older)
+    delete_half_written(run, [OLD, NEW, older.name])
+    assert sorted(list_checkpoints(run)) == [OLD, NEW, older.name, whole.name]
     assert "checkpoint_00000012_of_2_777777, whose writing had failed" in caplog.text
 
 

@@ -8,7 +8,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from cmcgns.config import MEAN_RECALL
+from cmcgns.measures import MEAN_RECALL
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.admission import build_scheduler
 from cmcgns.sweep.config import SweepConfig

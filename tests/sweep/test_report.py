@@ -9,7 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cmcgns.cli import load_config
-from cmcgns.config import MEAN_RECALL, Config
+from cmcgns.config import Config
+from cmcgns.measures import MEAN_RECALL
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.config import SweepConfig
 from cmcgns.sweep.ledger import Ledger

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from cmcgns.cli import validate
-from cmcgns.config import MEAN_RECALL, Config, measure
+from cmcgns.config import Config
+from cmcgns.measures import MEAN_RECALL, measure
 from tests.jobs import registered, result, rows
 from tests.ray_head import RayHead
 from tests.sweeping import SHORT, check_free, sweep, table, trials

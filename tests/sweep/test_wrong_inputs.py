@@ -54,6 +54,20 @@ def test_wrong_input_ends_with_status_2_and_one_message(
     assert not ray.is_initialized()
 
 
+def test_a_metric_that_the_method_does_not_report_is_refused_before_a_trial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--method.name=infonce", "--train.stage2_steps=0", "--sweep.metric=mean_parts_recall_at_1"]
+    given = ["--config", str(TINY), f"--run.storage={tmp_path}", *given]
+    assert run_job(lambda config: run(SweepJob(config)), SweepJobConfig, None, given) == 2
+    # the line before says which keys of the file do not apply to the method
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "error: sweep.metric mean_parts_recall_at_1 is not reported by this method, which compares no sentences with films; "
+        "choose mean_recall_at_1"
+    ]
+    assert not any(tmp_path.iterdir())
+
+
 def test_help_needs_no_heavy_modules() -> None:
     code = "import runpy, sys; sys.argv = ['jobs/sweep.py', '--help']\n"
     code += "try: runpy.run_path('jobs/sweep.py', run_name='__main__')\n"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cmcgns import distributed
-from cmcgns.config import Ramp, weight_at
 from cmcgns.methods.base import load_method
+from cmcgns.methods.loss_weights import Ramp, weight_at
 from cmcgns.train.engine import build_engine
 from cmcgns.train.term_gradients import SHARED, term_gradients
 from tests.ranks import run_on_ranks

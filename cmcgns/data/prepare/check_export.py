@@ -1,4 +1,4 @@
-"""Check of an export before it leaves the house: damaged or additional files, and what may name a patient or a machine."""
+"""Check of an export before it is given away: damaged or additional files, and text that may name a patient or a machine."""
 
 import json
 from collections.abc import Iterator
@@ -17,11 +17,12 @@ VOCABULARY = "tokenizer.json"
 TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".md", ".yaml")
 """Files that are searched for identifiers; weights are compared with their hashes alone."""
 LONG_WORD = 4
-"""Words of so many characters and with digits may be a date or a record number; every vocabulary has shorter ones."""
+"""A word of at least this many characters that has digits may be a date or a record number."""
 
 
 def export_folder(uri: str) -> str | None:
-    """The export that ``uri`` is, or has as the folder of a run; None if there is none."""
+    """The export at ``uri``, or in the folder of a run there; None if there is none."""
+    uri = storage.absolute("prepare.out", uri)
     folders = (uri, storage.join(uri, "export"))
     return next((each for each in folders if storage.exists(storage.join(each, EXPORT_HASHES))), None)
 
@@ -61,11 +62,12 @@ def _found_in(name: str, content: bytes) -> Iterator[str]:
         try:
             values = json.loads(content)
         except ValueError:
-            raise UserError(f"{name} of the export is not JSON; export the run again") from None
+            raise UserError(
+                f"{name} of the export is not JSON; copy the export again from where the run wrote it"
+            ) from None
         if name.endswith(VOCABULARY):
-            words = values.get("model", {}).pop("vocab", {})
-            bare = (word.removeprefix("##") for word in words)
-            numbered = sum(len(word) >= LONG_WORD and any(map(str.isdigit, word)) for word in bare)
+            words = _take_words(values)
+            numbered = sum(len(word) >= LONG_WORD and any(map(str.isdigit, word)) for word in words)
             if numbered:
                 yield f"{numbered} words with digits among {len(words)}"
         texts = list(_strings(values))
@@ -74,6 +76,14 @@ def _found_in(name: str, content: bytes) -> Iterator[str]:
         yield " and ".join(kinds)
     if any(text.startswith("/") or "://" in text for text in texts):
         yield "a path"
+
+
+def _take_words(tokenizer: Any) -> list[str]:
+    """The words of a tokenizers file, which are removed from it: some kinds map words to ids, others list words with scores."""
+    model = tokenizer.get("model") if isinstance(tokenizer, dict) else None
+    vocabulary = model.pop("vocab", ()) if isinstance(model, dict) else ()
+    entries = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary if entry)
+    return [str(word).removeprefix("##") for word in entries]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -55,7 +55,8 @@ def film_scores(questions: Questions, films: Films) -> Tensor:
     if len(questions.query_nD) <= rows:
         return _scores(*questions, key_XD, value_XD, gram_BPP)
     chunks = [
-        checkpoint(_scores, query_cD, z1_cD, key_XD, value_XD, gram_BPP, use_reentrant=False)
+        # nothing random in it, and to save a GPU's random state is to wait for the GPU
+        checkpoint(_scores, query_cD, z1_cD, key_XD, value_XD, gram_BPP, use_reentrant=False, preserve_rng_state=False)
         for query_cD, z1_cD in zip(questions.query_nD.split(rows), questions.z1_nD.split(rows), strict=True)
     ]
     return torch.cat(chunks)
@@ -141,10 +142,10 @@ def film_alignment_loss(
     bias_nG, restored_n = torch.zeros_like(score_nG), torch.zeros_like(label_n, dtype=torch.bool)
     if centroids_KD is not None and config.film_guidance != "none":
         nearest_n, second_n = cluster_n2.unbind(1)
-        same_nG = any_sentence(nearest_n.unsqueeze(1) == nearest_N, study_N, films_G)
         if config.film_guidance == "soft":
             bias_nG = soft_weights(centroids_KD.to(score_nG.dtype), nearest_n, nearest_N, study_N, films_G).log()
         else:
+            same_nG = any_sentence(nearest_n.unsqueeze(1) == nearest_N, study_N, films_G)
             left_n = films_G - (out_nG | same_nG).sum(1)  # without its own film, which has the same text
             restored_n = (left_n < MIN_NEGATIVES) & (same_nG & ~out_nG).any(1)
             out_nG = out_nG | (same_nG & ~restored_n.unsqueeze(1))

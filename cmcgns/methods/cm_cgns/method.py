@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmcgns.config import weight_at
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.base import Losses, Method, Parts, SentenceAttention, column, in_full_precision
+from cmcgns.methods.base import ComparesParts, Losses, Method, Parts, SentenceAttention, column, in_full_precision
 from cmcgns.methods.cm_cgns.films import Films, Questions, film_alignment_loss, film_scores
 from cmcgns.methods.cm_cgns.losses import (
     SentenceLoss,
@@ -19,6 +18,7 @@ from cmcgns.methods.cm_cgns.losses import (
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel, CmCgnsOutputs
 from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.methods.contrastive import contrastive_loss
+from cmcgns.methods.loss_weights import weight_at
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder, build_encoders
 
@@ -31,7 +31,7 @@ LOCAL_TERMS = {
 PICTURE_STUDIES = 4
 
 
-class CmCgns(Method[Settings]):
+class CmCgns(Method[Settings], ComparesParts):
     """Stage 1 aligns films and reports, stage 2 also reconstructs masked films."""
 
     statistics = (
@@ -56,13 +56,13 @@ class CmCgns(Method[Settings]):
         self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
     ) -> Losses:
         own, wide = self.settings, in_full_precision(outputs)
-        z1_nD = unit(wide.sentences_BSD.flatten(0, 1).index_select(0, batch.sentence_row_n))
+        parts = self.parts(wide, batch)
         z2_nD = unit(wide.image_to_text_BSD.flatten(0, 1).index_select(0, batch.sentence_row_n))
         image_report = contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale)
         patches = patch_alignment_loss(
             wide.patches_BPD, wide.text_to_image_BPD, wide.predicted_patches_BPD, wide.predicted_attended_BPD
         )
-        local = self._local_losses(wide, z1_nD, z2_nD, batch, centroids["sentences"])
+        local = self._local_losses(parts, z2_nD, batch, centroids["sentences"])
         weights = {
             "loss_global": own.global_weight,
             "loss_local_image": own.local_image_weight,
@@ -91,25 +91,19 @@ class CmCgns(Method[Settings]):
         return Losses(total, column(total, *logged), column(*statistics), bank_rows, weighted)
 
     def _local_losses(
-        self,
-        wide: CmCgnsOutputs,
-        z1_nD: Tensor,
-        z2_nD: Tensor,
-        batch: ImageReportBatch,
-        centroids_KD: Tensor | None,
+        self, parts: Parts, z2_nD: Tensor, batch: ImageReportBatch, centroids_KD: Tensor | None
     ) -> dict[str, SentenceLoss]:
         """The losses of the sentences by name of their term."""
         own, losses = self.settings, dict[str, SentenceLoss]()
+        questions, films = Questions(*parts.sentences), Films(*parts.films)
         if own.local_negatives != "films":
             losses["loss_local_report"] = sentence_alignment_loss(
-                z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids_KD, own
+                questions.z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids_KD, own
             )
         if own.local_negatives != "sentences":
-            parts = self.parts(wide, batch)
             losses["loss_local_film"] = film_alignment_loss(
-                Questions(*parts.sentences), Films(*parts.films), batch.sentence_hash_n, parts.study_n,
-                batch.rank_sentences, centroids_KD, own,
-            )  # fmt: skip
+                questions, films, batch.sentence_hash_n, parts.study_n, batch.rank_sentences, centroids_KD, own
+            )
         return losses
 
     def _reconstruction(self, outputs: CmCgnsOutputs, batch: ImageReportBatch) -> Tensor:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cmcgns.config import Bank, LossWeight, MethodSettings, ModelConfig
+from cmcgns.config import Bank, MethodSettings, ModelConfig
+from cmcgns.methods.loss_weights import LossWeight
 
 MAX_CLUSTERS, MIN_CLUSTERS, SENTENCES_PER_CLUSTER = 1024, 16, 4
 
