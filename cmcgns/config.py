@@ -113,6 +113,8 @@ class ModelConfig(Section):
     """Dropout of the preset encoders."""
     fixed_batch_statistics: bool = False
     """Use the running statistics of batch normalisation also while training (for pretrained ResNets and small microbatches)."""
+    channels_last: bool = False
+    """Convolutions compute in the memory format channels_last, which is faster; last digits of the losses differ."""
 
 
 class MethodConfig(Section):

@@ -195,7 +195,13 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
 class ImageEncoder(nn.Module):
     """A backbone that returns patches in raster order and a global feature: its CLS token, or attention pooling without one."""
 
-    def __init__(self, backbone: PreTrainedModel, image_size: int, fixed_batch_statistics: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        image_size: int,
+        fixed_batch_statistics: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.dim, self.stride, self.prefix, self.is_convolutional = read_layout(backbone)
@@ -210,6 +216,8 @@ class ImageEncoder(nn.Module):
         if not self.prefix:
             self.pool = AttentionPool(self.dim, positions=self.patches)
         self.fixed_batch_statistics = fixed_batch_statistics
+        # of the pixels only: convolutions hand it on, and DeepSpeed's flat buffers would undo it for weights
+        self.pixel_format = torch.channels_last if channels_last else torch.contiguous_format
         resized = getattr(getattr(backbone, "config", None), "image_size", image_size) not in (
             image_size,
             [image_size, image_size],
@@ -225,6 +233,8 @@ class ImageEncoder(nn.Module):
     def forward(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
         """``features_BPC`` and ``pooled_BC``; the grey channel is repeated three times."""
         pixels_B3HW = image_B1HW.to(next(self.parameters()).dtype).expand(-1, 3, -1, -1)
+        if self.pixel_format != torch.contiguous_format:
+            pixels_B3HW = pixels_B3HW.contiguous(memory_format=self.pixel_format)
         hidden = self.backbone(pixel_values=pixels_B3HW, **self.forward_options).last_hidden_state
         # transpose, not view: a patch is all channels of one position
         features_BPC = hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]

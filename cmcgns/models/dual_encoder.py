@@ -90,6 +90,6 @@ def build_encoders(config: Config, vocabulary_size: int) -> tuple[ImageEncoder, 
             if backbone.supports_gradient_checkpointing:
                 backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return (
-        ImageEncoder(image_backbone, data.image_size, model.fixed_batch_statistics),
+        ImageEncoder(image_backbone, data.image_size, model.fixed_batch_statistics, model.channels_last),
         TextEncoder(text_backbone, model.embed_dim),
     )

@@ -1,5 +1,6 @@
 """Encoders by preset, folder or name, and the message if there is none."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,25 @@ def test_an_image_encoder_saved_to_a_folder_gives_the_same_features_again(name: 
     image_B1HW = torch.rand(2, 1, 64, 64) * 2 - 1
     for ours, theirs in zip(first(image_B1HW), second(image_B1HW), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet-tiny-16", "vit-tiny"])
+def test_channels_last_changes_neither_features_nor_gradients(name: str) -> None:
+    backbone, image_B1HW = build_image_backbone(name, 64, 0.0), torch.rand(4, 1, 64, 64) * 2 - 1
+    torch.manual_seed(0)
+    usual = ImageEncoder(backbone, 64).double()
+    torch.manual_seed(0)
+    last = ImageEncoder(deepcopy(backbone), 64, channels_last=True).double()
+    for encoder in (usual, last):
+        for rows in (found := encoder(image_B1HW)):
+            rows.square().sum().backward(retain_graph=rows is found[0])
+    torch.testing.assert_close(last(image_B1HW), usual(image_B1HW))
+    for ours, theirs in zip(last.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    pixels_B3HW = torch.rand(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    hidden = last.backbone(pixel_values=pixels_B3HW)
+    if last.is_convolutional:  # the format goes through to the end
+        assert hidden.last_hidden_state.is_contiguous(memory_format=torch.channels_last)
 
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4}
