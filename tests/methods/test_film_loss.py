@@ -1,4 +1,4 @@
-"""The film loss against a loop over sentences and films, in chunks and on several ranks."""
+"""The film loss and the loss by parts against loops over sentences and films, in chunks and on several ranks."""
 
 import pytest
 import torch
@@ -8,7 +8,15 @@ from torch.nn import functional as F
 from cmcgns import distributed
 from cmcgns.distributed import all_reduce
 from cmcgns.methods.cm_cgns import films as film_module
-from cmcgns.methods.cm_cgns.films import Films, Questions, all_film_scores, film_alignment_loss, film_scores
+from cmcgns.methods.cm_cgns.films import (
+    AllScores,
+    Films,
+    Questions,
+    all_film_scores,
+    film_alignment_loss,
+    film_scores,
+    parts_loss,
+)
 from cmcgns.methods.cm_cgns.losses import SentenceLoss
 from cmcgns.methods.cm_cgns.settings import Settings
 from tests.ranks import run_on_ranks
@@ -16,6 +24,8 @@ from tests.ranks import run_on_ranks
 STUDIES, PATCHES, DIM, TEMPERATURE, HARD = 12, 5, 8, 0.2, 1.5
 SENTENCES = (3, 1, 2, 4, 2, 1, 3, 3, 2, 1, 2, 4)
 """Sentences of each study; on two and three ranks each rank has another number."""
+REPORTS = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7, 8, 9, 2, 11])
+"""Hashes of the reports: two pairs of studies have the same text."""
 GUIDANCE = ("none", "exclude", "soft", "hard")
 
 
@@ -96,9 +106,8 @@ def test_the_loss_its_masks_and_gradients_are_those_of_a_loop(guidance: str, tex
 
 def fast_loss(tensors, hash_N, study_N, centroids_KD, guidance) -> SentenceLoss:  # type: ignore[no-untyped-def]
     query, z1, key, value = tensors
-    return film_alignment_loss(
-        Questions(query, z1), Films(key, value), hash_N, study_N, (len(study_N),), centroids_KD, settings(guidance)
-    )
+    score_nG = film_scores(Questions(query, z1), Films(key, value))
+    return film_alignment_loss(score_nG, z1, hash_N, study_N, (len(study_N),), centroids_KD, settings(guidance))
 
 
 def test_exclude_restores_rows_that_would_keep_too_few_films() -> None:
@@ -140,6 +149,34 @@ def test_a_film_whose_values_are_zero_has_no_score_and_no_gradient_that_is_not_f
     assert all(bool(each.grad.isfinite().all()) for each in (query, z1, key, value))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("reports", [REPORTS, torch.arange(STUDIES), torch.zeros(STUDIES, dtype=torch.int64)])
+def test_the_loss_by_parts_is_that_of_a_loop_over_reports_and_films(reports: Tensor) -> None:
+    *tensors, _, study_N, _ = corpus(6)
+    slow, fast = ([each.clone().requires_grad_() for each in tensors] for _ in range(2))
+    query, z1, key, value = slow
+    members = [[i for i in range(len(study_N)) if study_N[i] == r] for r in range(STUDIES)]
+    score = [
+        [
+            torch.stack([slow_score(query[i], z1[i], key[f], value[f]) for i in members[r]]).mean()
+            for f in range(STUDIES)
+        ]
+        for r in range(STUDIES)
+    ]
+    losses = []
+    for own in range(STUDIES):
+        others = [j for j in range(STUDIES) if j != own and reports[j] != reports[own]]
+        for row in ([score[own][j] for j in (own, *others)], [score[j][own] for j in (own, *others)]):
+            losses.append(F.cross_entropy(torch.stack(row) / TEMPERATURE, torch.tensor(0)))
+    expected = torch.stack(losses).mean()
+    scores = film_scores(Questions(*fast[:2]), Films(*fast[2:]))
+    found = parts_loss(AllScores(scores, scores), study_N, reports, (len(study_N),), TEMPERATURE)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+    expected.backward()
+    found.backward()
+    for one, other in zip(slow, fast, strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=1e-10)
+
+
 def on_ranks() -> dict[str, tuple[float, list[float], list[Tensor], Tensor]]:
     """Loss, statistics, gradients of all studies and scores of all sentences, by guidance."""
     *tensors, hash_N, study_N, centroids_KD = corpus(6)
@@ -152,15 +189,17 @@ def on_ranks() -> dict[str, tuple[float, list[float], list[Tensor], Tensor]]:
     for guidance in GUIDANCE:
         leaves = [each.clone().requires_grad_() for each in tensors]
         questions, films = Questions(leaves[0][rows], leaves[1][rows]), Films(leaves[2][own], leaves[3][own])
+        scores, study_n = all_film_scores(questions, films, counts), study_N[rows] - own.start
         found = film_alignment_loss(
-            questions, films, hash_N[rows], study_N[rows] - own.start, counts, centroids_KD, settings(guidance)
+            scores.of_own_sentences_nG, questions.z1_nD, hash_N[rows], study_n, counts, centroids_KD, settings(guidance)
         )
-        (found.loss / ranks).backward()
+        by_parts = parts_loss(scores, study_n, REPORTS[own], counts, TEMPERATURE)
+        total = found.loss + by_parts
+        (total / ranks).backward()
         gradients = [all_reduce(leaf.grad) for leaf in leaves]  # type: ignore[arg-type]
         statistics = [float(all_reduce(each.double()) / ranks) for each in found[1:]]
-        scores_nG = all_film_scores(questions, films, counts).detach()
-        all_scores_NG = distributed.ragged_all_gather(scores_nG, counts)
-        results[guidance] = (float(all_reduce(found.loss) / ranks), statistics, gradients, all_scores_NG)
+        all_scores_NG = distributed.ragged_all_gather(scores.of_own_sentences_nG.detach(), counts)
+        results[guidance] = (float(all_reduce(total.detach()) / ranks), statistics, gradients, all_scores_NG)
     return results
 
 

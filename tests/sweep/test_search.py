@@ -81,6 +81,14 @@ def test_no_more_clusters_are_drawn_than_a_quarter_of_the_sentences(sentences: i
     assert Settings().sweep_space(sentences)["objective.num_clusters"] == {"choice": clusters}
 
 
+@pytest.mark.parametrize(
+    ("negatives", "used"), [("sentences", {"sentence"}), ("films", {"film"}), ("both", {"sentence", "film"})]
+)
+def test_temperatures_are_drawn_only_for_losses_in_use(negatives: str, used: set[str]) -> None:
+    space = Settings.model_validate({"local_negatives": negatives}).sweep_space(4000)
+    assert {key for key in space if key.endswith("_temperature")} == {f"objective.{name}_temperature" for name in used}
+
+
 def test_a_drawn_temperature_is_not_learnt() -> None:
     config = apply_drawn(BASE, {"objective.temperature": 0.07})
     assert (config.objective.temperature, config.objective.learn_temperature) == (0.07, False)

@@ -1,10 +1,10 @@
-"""Film negatives: what a sentence attends to on its own film, against what the same sentence attends to on other films.
+"""Losses over what a sentence attends to on each film: film negatives, and InfoNCE of films and reports by parts.
 
 The published sentence loss compares attended features of different sentences, and attention lets the asking sentence through:
 it can be lowered without looking at the film. Here the sentence is the same on both sides, so that only the film differs.
-Formula: docs/methods.md.
+Formulas: docs/methods.md.
 
-n sentences of this rank, N of all ranks; B films of this rank, G of all ranks; P patches, K centroids, D embedding.
+n sentences of this rank, N of all ranks; B studies of this rank, G of all ranks; P patches, K centroids, D embedding.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cmcgns import distributed
-from cmcgns.distributed import all_reduce, ragged_all_gather
+from cmcgns.distributed import all_gather, all_reduce, ragged_all_gather
 from cmcgns.methods.cm_cgns.losses import MIN_NEGATIVES, SentenceLoss, nearest_two
 from cmcgns.methods.cm_cgns.settings import Settings
+from cmcgns.methods.contrastive import same_text_mask
+from cmcgns.models.retrieval import mean_over_sentences
 
 CHUNK_WEIGHTS = 2**25
 """Attention weights (sentences x films x patches) of one chunk. A larger problem is computed in chunks that the backward pass
@@ -73,17 +75,26 @@ def _scores(query_nD: Tensor, z1_nD: Tensor, key_XD: Tensor, value_XD: Tensor, g
     return dot_nB * square_nB.clamp(min=1e-24).rsqrt()
 
 
-def all_film_scores(questions: Questions, films: Films, rank_sentences: tuple[int, ...]) -> Tensor:
-    """``film_scores`` of this rank's sentences on the films of all ranks, (n, G). Collective.
+class AllScores(NamedTuple):
+    """Cosine of sentences and what they attend to on films, for one side from this rank and the other from all."""
+
+    of_own_sentences_nG: Tensor
+    """This rank's sentences on the films of all ranks."""
+    on_own_films_NB: Tensor
+    """The sentences of all ranks on this rank's films."""
+
+
+def all_film_scores(questions: Questions, films: Films, rank_sentences: tuple[int, ...]) -> AllScores:
+    """``film_scores`` of the sentences of all ranks on the films of all ranks. Collective.
 
     Sentences travel and films stay: a report has some six sentences, a film 49 patches and more. Each rank answers the
     sentences of all ranks for its own films, and sends the scores back.
     """
     if distributed.world_size() == 1:
-        return film_scores(questions, films)
+        return AllScores(*[film_scores(questions, films)] * 2)
     both_NE = ragged_all_gather(torch.cat(questions, dim=1), rank_sentences, with_grad=True)
     score_NB = film_scores(Questions(*both_NE.chunk(2, dim=1)), films)
-    return _ToSentences.apply(score_NB, rank_sentences)
+    return AllScores(_ToSentences.apply(score_NB, rank_sentences), score_NB)
 
 
 class _ToSentences(torch.autograd.Function):
@@ -114,8 +125,8 @@ def _all_to_all(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> T
 
 
 def film_alignment_loss(
-    questions: Questions,
-    films: Films,
+    score_nG: Tensor,
+    z1_nD: Tensor,
     hash_n: Tensor,
     study_n: Tensor,
     rank_sentences: tuple[int, ...],
@@ -129,15 +140,13 @@ def film_alignment_loss(
     weight 1 - cos of the clusters, ``hard`` leaves them out and adds ``hard_negative_logit`` to films with a sentence of the
     second-nearest cluster. ``study_n``: index among this rank's studies. Sentences without a negative do not count.
     """
-    size = films.key_BPD.shape[0]
-    score_nG = all_film_scores(questions, films, rank_sentences)
-    label_n = study_n + distributed.rank() * size
+    films_G, ranks = score_nG.shape[1], len(rank_sentences)
+    label_n = study_n + distributed.rank() * (films_G // ranks)
     cluster_n2 = torch.zeros_like(label_n).unsqueeze(1).expand(-1, 2)
     if centroids_KD is not None:
-        cluster_n2 = nearest_two(questions.z1_nD @ centroids_KD.to(score_nG.dtype).T).flat()
+        cluster_n2 = nearest_two(z1_nD @ centroids_KD.to(score_nG.dtype).T).flat()
     own = torch.cat([torch.stack([hash_n, label_n], dim=1), cluster_n2], dim=1)
     hash_N, study_N, nearest_N, _ = ragged_all_gather(own, rank_sentences).unbind(1)
-    films_G = score_nG.shape[1]
     out_nG = any_sentence(hash_n.unsqueeze(1) == hash_N, study_N, films_G)
     bias_nG, restored_n = torch.zeros_like(score_nG), torch.zeros_like(label_n, dtype=torch.bool)
     if centroids_KD is not None and config.film_guidance != "none":
@@ -158,7 +167,6 @@ def film_alignment_loss(
     negatives_n = (logits_nG > -torch.inf).sum(1) - 1
     counts_n = negatives_n > 0
     counted = all_reduce(counts_n.sum()).clamp(min=1)
-    ranks = len(rank_sentences)
     nll_n = F.cross_entropy(logits_nG, label_n, reduction="none")
     return SentenceLoss(
         loss=ranks * torch.where(counts_n, nll_n, 0.0).sum() / counted,
@@ -166,6 +174,32 @@ def film_alignment_loss(
         rows_restored=ranks * restored_n.sum().to(nll_n.dtype),
         mean_cosine=ranks * score_nG.detach().sum() / (sum(rank_sentences) * films_G),
     )
+
+
+def parts_loss(
+    scores: AllScores,
+    study_n: Tensor,
+    report_hash_B: Tensor,
+    rank_sentences: tuple[int, ...],
+    temperature: float,
+) -> Tensor:
+    """Symmetric InfoNCE of films and reports, where a report's score on a film is the mean of its sentences' scores.
+
+    Each sentence gives evidence for or against a film; their mean is late interaction (FILIP, Yao et al. 2022) over sentences
+    instead of tokens. Studies whose reports have the same text are no negatives of each other.
+    """
+    size, total = len(report_hash_B), scores.of_own_sentences_nG.shape[1]
+    offset = distributed.rank() * size
+    study_N = ragged_all_gather(study_n + offset, rank_sentences)
+    report_to_film_BG = mean_over_sentences(scores.of_own_sentences_nG, study_n, size) / temperature
+    film_to_report_BG = mean_over_sentences(scores.on_own_films_NB, study_N, total).T / temperature
+    same_text_BG = same_text_mask(report_hash_B, all_gather(report_hash_B), offset)
+    label_B = torch.arange(offset, offset + size, device=report_hash_B.device)
+    losses = [
+        F.cross_entropy(each_BG.masked_fill(same_text_BG, -torch.inf), label_B)
+        for each_BG in (report_to_film_BG, film_to_report_BG)
+    ]
+    return torch.stack(losses).mean()
 
 
 def any_sentence(true_nN: Tensor, study_N: Tensor, studies: int) -> Tensor:

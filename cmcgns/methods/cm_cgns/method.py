@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.methods.base import ComparesParts, Losses, Method, Parts, SentenceAttention, column, in_full_precision
-from cmcgns.methods.cm_cgns.films import Films, Questions, film_alignment_loss, film_scores
+from cmcgns.methods.cm_cgns.films import Films, Questions, all_film_scores, film_alignment_loss, film_scores, parts_loss
 from cmcgns.methods.cm_cgns.losses import (
     SentenceLoss,
     patch_alignment_loss,
@@ -49,40 +49,43 @@ class CmCgns(Method[Settings], ComparesParts):
         return RECONSTRUCTION_PARTS if stage == 1 else ()
 
     def terms(self, stage: int) -> tuple[str, ...]:
-        names = ("loss", "loss_global", "loss_local_image", *LOCAL_TERMS[self.settings.local_negatives])
+        own = self.settings
+        names = ("loss", "loss_global", "loss_local_image", *LOCAL_TERMS[own.local_negatives])
+        if own.parts_weight != 0.0:
+            names = (*names, "loss_parts")
         return names if stage == 1 else (*names, "loss_reconstruction")
 
     def losses(
         self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
     ) -> Losses:
         own, wide = self.settings, in_full_precision(outputs)
-        parts = self.parts(wide, batch)
         z2_nD = unit(wide.image_to_text_BSD.flatten(0, 1).index_select(0, batch.sentence_row_n))
-        image_report = contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale)
-        patches = patch_alignment_loss(
-            wide.patches_BPD, wide.text_to_image_BPD, wide.predicted_patches_BPD, wide.predicted_attended_BPD
-        )
-        local = self._local_losses(parts, z2_nD, batch, centroids["sentences"])
+        terms = {
+            "loss_global": contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale),
+            "loss_local_image": patch_alignment_loss(
+                wide.patches_BPD, wide.text_to_image_BPD, wide.predicted_patches_BPD, wide.predicted_attended_BPD
+            ),
+        }
+        by_sentences, local = self._sentence_losses(wide, z2_nD, batch, centroids["sentences"])
+        terms |= by_sentences
+        if stage == 2:
+            terms["loss_reconstruction"] = self._reconstruction(wide, batch)
         weights = {
             "loss_global": own.global_weight,
             "loss_local_image": own.local_image_weight,
             "loss_local_report": own.local_report_weight,
             "loss_local_film": own.local_film_weight,
+            "loss_parts": own.parts_weight,
             "loss_reconstruction": own.reconstruction_weight,
         }
-        terms = {"loss_global": image_report, "loss_local_image": patches}
-        terms |= {name: found.loss for name, found in local.items()}
-        if stage == 2:
-            terms["loss_reconstruction"] = self._reconstruction(wide, batch)
         weighted = {name: weight_at(weights[name], step) * term for name, term in terms.items()}
-        total = sum(weighted.values(), start=torch.zeros_like(image_report))
+        total = sum(weighted.values(), start=torch.zeros_like(terms["loss_global"]))
         # the reconstruction is logged with its weight, as it always was
         logged = [weighted[name] if name == "loss_reconstruction" else term for name, term in terms.items()]
-        first = next(iter(local.values()))
         statistics = (
-            first.negatives_per_sentence,
-            first.rows_restored,
-            first.mean_cosine,
+            local.negatives_per_sentence,
+            local.rows_restored,
+            local.mean_cosine,
             spread(wide.patches_BPD),
             spread(unit(wide.text_to_image_BPD)),
             1 / wide.scale[0],
@@ -90,21 +93,30 @@ class CmCgns(Method[Settings], ComparesParts):
         bank_rows = {"sentences": z2_nD.detach()}
         return Losses(total, column(total, *logged), column(*statistics), bank_rows, weighted)
 
-    def _local_losses(
-        self, parts: Parts, z2_nD: Tensor, batch: ImageReportBatch, centroids_KD: Tensor | None
-    ) -> dict[str, SentenceLoss]:
-        """The losses of the sentences by name of their term."""
+    def _sentence_losses(
+        self, outputs: CmCgnsOutputs, z2_nD: Tensor, batch: ImageReportBatch, centroids_KD: Tensor | None
+    ) -> tuple[dict[str, Tensor], SentenceLoss]:
+        """The losses of the sentences by name of their term, and the one whose statistics are logged."""
         own, losses = self.settings, dict[str, SentenceLoss]()
+        parts = self.parts(outputs, batch)
         questions, films = Questions(*parts.sentences), Films(*parts.films)
         if own.local_negatives != "films":
             losses["loss_local_report"] = sentence_alignment_loss(
                 questions.z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids_KD, own
             )
+        if own.compares_films:
+            scores = all_film_scores(questions, films, batch.rank_sentences)
         if own.local_negatives != "sentences":
             losses["loss_local_film"] = film_alignment_loss(
-                questions, films, batch.sentence_hash_n, parts.study_n, batch.rank_sentences, centroids_KD, own
+                scores.of_own_sentences_nG, questions.z1_nD, batch.sentence_hash_n, parts.study_n,
+                batch.rank_sentences, centroids_KD, own,
+            )  # fmt: skip
+        terms = {name: found.loss for name, found in losses.items()}
+        if own.parts_weight != 0.0:
+            terms["loss_parts"] = parts_loss(
+                scores, parts.study_n, batch.report_hash_B, batch.rank_sentences, own.parts_temperature
             )
-        return losses
+        return terms, next(iter(losses.values()))
 
     def _reconstruction(self, outputs: CmCgnsOutputs, batch: ImageReportBatch) -> Tensor:
         rebuilt_B1HW = outputs.reconstruction_B1HW

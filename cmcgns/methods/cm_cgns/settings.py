@@ -42,6 +42,8 @@ class Settings(MethodSettings):
     film_guidance: Literal["none", "exclude", "soft", "hard"] = "exclude"
     """Films whose report has a sentence of the same cluster: negatives like others, left out, or weighted by the distance of the
     clusters; `hard` leaves them out and adds `hard_negative_logit` to films with a sentence of the second-nearest cluster."""
+    parts_temperature: float = Field(0.02, gt=0.0)
+    """Temperature of the loss by parts, never learned. Less than `film_temperature`: a mean over sentences varies less."""
     reconstruct: Literal["masked", "all"] = "masked"
     """Pixels in the reconstruction loss: those of masked patches, or all (published)."""
     reconstruction_weight: LossWeight = 10.0
@@ -56,17 +58,27 @@ class Settings(MethodSettings):
     local_film_weight: LossWeight = 0.3
     """Weight of the film loss (`local_negatives` films or both)."""
 
+    parts_weight: LossWeight = 0.0
+    """Weight of InfoNCE between films and reports by parts: the score of a report on a film is the mean over its sentences of how
+    well each finds itself there (ours)."""
+
+    @property
+    def compares_films(self) -> bool:
+        """True if sentences are compared with the films of other studies."""
+        return self.local_negatives != "sentences" or self.parts_weight != 0.0
+
     def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
         """Attended features of the sentences (z2)."""
         return (Bank("sentences", self.num_clusters, model.embed_dim, "objective.num_clusters", "mean_cosine"),)
 
     def sweep_space(self, sentences: int) -> dict[str, Any]:
-        """Mask ratio, number of clusters (powers of two with at least 4 sentences per cluster) and both temperatures."""
+        """Mask ratio, number of clusters (powers of two with at least 4 sentences per cluster) and the temperatures in use."""
         most = max(min(MAX_CLUSTERS, sentences // SENTENCES_PER_CLUSTER), MIN_CLUSTERS)
         powers = [2**power for power in range(int(math.log2(MIN_CLUSTERS)), int(math.log2(most)) + 1)]
+        used = {"sentences": ["sentence"], "films": ["film"], "both": ["sentence", "film"]}[self.local_negatives]
         return {
             "objective.mask_ratio": {"uniform": [0.25, 0.85]},
             "objective.num_clusters": {"choice": powers},
             "objective.temperature": {"log_uniform": [0.02, 0.5]},
-            "objective.sentence_temperature": {"log_uniform": [0.02, 0.5]},
+            **{f"objective.{name}_temperature": {"log_uniform": [0.02, 0.5]} for name in used},
         }
