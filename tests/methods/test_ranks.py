@@ -20,6 +20,9 @@ CONFIGS = {
         "model__image_encoder": "resnet-tiny", "model__fixed_batch_statistics": True,
         "data__image_size": 64, "data__resize": 72,
     },
+    "films": {
+        "objective__local_negatives": "both", "objective__parts_weight": 0.5, "objective__balance": "uncertainty",
+    },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
 

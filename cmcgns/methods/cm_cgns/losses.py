@@ -169,3 +169,23 @@ def reconstruction_loss(
     error_BP = F.avg_pool2d(error_B1HW, error_B1HW.shape[-1] // grid).flatten(1)
     # every study masks the same number of patches of one size, so the mean over patches is the mean over pixels
     return (error_BP * masked_BP).sum() / masked_BP.sum()
+
+
+LEAST_LEVEL = 1e-3
+"""A loss below this counts as this, so that a loss near 0 does not take over."""
+SHIFTS = {"loss_local_image": 1.0}
+"""Added to losses that may be negative: the patch loss is a negative cosine."""
+
+
+def by_logarithm(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Terms whose mean over ranks is log(L) and whose gradient is that of L divided by L, with L the mean over ranks.
+
+    With a learned variance v for each loss, L / v + log v is least for v = L (uncertainty weights, Kendall et al. 2018), where its
+    gradient is the one here; there is nothing to learn then, and nothing lags behind.
+    """
+    shifted = {name: term + SHIFTS.get(name, 0.0) for name, term in terms.items()}
+    local_L = torch.stack([term.detach() for term in shifted.values()])
+    levels = (all_reduce(local_L) / distributed.world_size()).clamp(min=LEAST_LEVEL).unbind()
+    return {
+        name: term / level - 1 + level.log() for (name, term), level in zip(shifted.items(), levels, strict=True)
+    }

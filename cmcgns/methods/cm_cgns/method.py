@@ -11,6 +11,7 @@ from cmcgns.methods.base import ComparesParts, Losses, Method, Parts, SentenceAt
 from cmcgns.methods.cm_cgns.films import Films, Questions, all_film_scores, film_alignment_loss, film_scores, parts_loss
 from cmcgns.methods.cm_cgns.losses import (
     SentenceLoss,
+    by_logarithm,
     patch_alignment_loss,
     reconstruction_loss,
     sentence_alignment_loss,
@@ -78,10 +79,12 @@ class CmCgns(Method[Settings], ComparesParts):
             "loss_parts": own.parts_weight,
             "loss_reconstruction": own.reconstruction_weight,
         }
-        weighted = {name: weight_at(weights[name], step) * term for name, term in terms.items()}
+        weight = {name: weight_at(weights[name], step) for name in terms}
+        levelled = terms if own.balance == "fixed" else by_logarithm(terms)
+        weighted = {name: weight[name] * term for name, term in levelled.items()}
         total = sum(weighted.values(), start=torch.zeros_like(terms["loss_global"]))
         # the reconstruction is logged with its weight, as it always was
-        logged = [weighted[name] if name == "loss_reconstruction" else term for name, term in terms.items()]
+        logged = [weight[name] * term if name == "loss_reconstruction" else term for name, term in terms.items()]
         statistics = (
             local.negatives_per_sentence,
             local.rows_restored,

@@ -46,6 +46,10 @@ class Settings(MethodSettings):
     """Temperature of the loss by parts, never learned. Less than `film_temperature`: a mean over sentences varies less."""
     reconstruct: Literal["masked", "all"] = "masked"
     """Pixels in the reconstruction loss: those of masked patches, or all (published)."""
+    balance: Literal["fixed", "uncertainty"] = "fixed"
+    """`uncertainty`: each loss counts by its logarithm, so that its gradient is divided by the loss itself. This is what learned
+    uncertainty weights (Kendall et al. 2018) come to when they fit the losses of each step. Weights stay factors: set
+    `reconstruction_weight` to about 1 with it."""
     reconstruction_weight: LossWeight = 10.0
     """Weight of the L1 reconstruction error."""
     global_weight: LossWeight = 1.0
