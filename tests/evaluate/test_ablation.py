@@ -26,21 +26,15 @@ def score(encoder: str, value: float, shift: float = 0.0) -> Score:
 
 def test_the_file_that_we_ship_holds_the_parts_of_the_method_in_turn() -> None:
     ablation = read_ablation(str(REPOSITORY / "jobs" / "ablation.yaml"))
-    assert len(ablation.variants) == 6
     assert len(ablation.seeds) == 3
     lengths = {config.train.stage1_steps + config.train.stage2_steps for config in ablation.variants.values()}  # type: ignore[operator]
-    assert lengths == {380}  # all variants train for the same number of steps
-    first, *_, last = ablation.variants.values()
-    assert (first.objective.local_image_weight, first.objective.local_report_weight, first.train.stage2_steps) == (
-        0,
-        0,
-        0,
-    )
-    assert (last.objective.local_report_weight, last.objective.false_negatives, last.train.stage2_steps) == (
-        1,
-        "both",
-        80,
-    )
+    assert len(lengths) == 1  # all variants train for the same number of steps
+    first, *others = ablation.variants.values()
+    assert first.objective.local_image_weight == first.objective.local_film_weight == first.train.stage2_steps == 0
+    assert (first.objective.local_negatives, first.clustering.start_step) == ("films", 1000000)
+    assert all(other.objective.local_film_weight > 0 for other in others)
+    assert {other.objective.film_guidance for other in others} == {"exclude", "soft", "hard"}
+    assert [bool(other.train.stage2_steps) for other in others] == [False] * (len(others) - 1) + [True]
 
 
 def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:

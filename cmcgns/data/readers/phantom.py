@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cmcgns.phantom import PhantomCorpus
 
 MAX_STUDIES = 10**7
-CACHE_BYTES = 64 * 2**20
+CACHE_BYTES = 192 * 2**20
 """Rendered films cached by each process, so that a small corpus is not rendered again in each epoch."""
 
 
