@@ -180,12 +180,10 @@ SHIFTS = {"loss_local_image": 1.0}
 def by_logarithm(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Terms whose mean over ranks is log(L) and whose gradient is that of L divided by L, with L the mean over ranks.
 
-    With a learned variance v for each loss, L / v + log v is least for v = L (uncertainty weights, Kendall et al. 2018), where its
-    gradient is the one here; there is nothing to learn then, and nothing lags behind.
+    Uncertainty weights (Kendall et al. 2018) learn a variance v for each loss: L / v + log v is least for v = L, where its
+    gradient is the one here. Nothing has to be learned then, and nothing lags behind.
     """
     shifted = {name: term + SHIFTS.get(name, 0.0) for name, term in terms.items()}
     local_L = torch.stack([term.detach() for term in shifted.values()])
     levels = (all_reduce(local_L) / distributed.world_size()).clamp(min=LEAST_LEVEL).unbind()
-    return {
-        name: term / level - 1 + level.log() for (name, term), level in zip(shifted.items(), levels, strict=True)
-    }
+    return {name: term / level - 1 + level.log() for (name, term), level in zip(shifted.items(), levels, strict=True)}
