@@ -50,7 +50,7 @@ class CorpusConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
     """Largest share of studies that may be unusable before the run stops (for training: of training and validation studies)."""
     seed: int = 0
-    """Seed of the order of the studies, the choice of a study's film, crops, masks and random splits."""
+    """Seed of the order of the studies, the choice of a study's film, crops, augmentation, masks and random splits."""
     phantom_studies: PositiveInt = 4000
     """Studies of the generated corpus, over all splits."""
     phantom_size: PositiveInt = 256
@@ -69,6 +69,15 @@ class DataConfig(CorpusConfig):
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256
     """Side in pixels of the padded square to which films are resized; training takes crops of image_size from it."""
+    augment_rotation: float = Field(0.0, ge=0.0, le=45.0)
+    """Training turns each film by up to this many degrees either way. This and the other augmentations are drawn for each film
+    and epoch, like crops, on the training device. Films are never mirrored, because reports name sides."""
+    augment_scale: float = Field(0.0, ge=0.0, le=0.5)
+    """Training enlarges or shrinks each film by up to this fraction: 0.1 is a factor from 1 / 1.1 to 1.1."""
+    augment_brightness: float = Field(0.0, ge=0.0, le=1.0)
+    """Training raises grey values, between 0 and 1, to a power from 1 / (1 + this) to 1 + this; black and white stay."""
+    augment_contrast: float = Field(0.0, ge=0.0, le=0.5)
+    """Training changes the contrast at mid-grey by up to this fraction: 0.2 is a factor from 0.8 to 1.2; black and white stay."""
     max_tokens: int = Field(256, ge=8)
     """Maximum length of a report in tokens, including [CLS] and [SEP]; sentences that do not fit completely are dropped."""
     max_sentences: PositiveInt = 32
