@@ -280,6 +280,11 @@ class TrainConfig(Section):
     """Adam with weight decay in the gradient (published), or AdamW. Norms and biases have no weight decay."""
     learning_rate: float = Field(1e-4, gt=0.0)
     """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
+    image_encoder_rate: float = Field(1.0, ge=0.0)
+    """Factor on `learning_rate`, warm-up included, for the image encoder: below 1 for a pretrained one. 0 freezes it: no
+    gradient, no optimizer state, no dropout, fixed statistics of batch normalisation. Pooling and projection keep factor 1."""
+    text_encoder_rate: float = Field(1.0, ge=0.0)
+    """The same for the text encoder."""
     warmup_learning_rate: float = Field(1e-7, ge=0.0)
     """Learning rate at the first step of the warm-up."""
     weight_decay: float = Field(1e-6, ge=0.0)
