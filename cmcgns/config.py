@@ -113,6 +113,9 @@ class ModelConfig(Section):
     """Entries of a vocabulary trained on the corpus."""
     vocabulary_reports: PositiveInt = 20_000
     """Training reports from which that vocabulary is trained."""
+    subwords: bool = False
+    """Fill that vocabulary, at least a quarter of it, with pieces of words: words without an entry are then read in pieces, not
+    letter by letter. Pieces follow the same rule as words: see `vocabulary_patients`."""
     vocabulary_patients: PositiveInt = 10
     """A word is an entry of that vocabulary if the reports of so many patients have it and it has no digit, so that exports hold
     no names or numbers of single patients. 1: every word that occurs twice. Not for generated corpora."""
