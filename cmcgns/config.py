@@ -50,7 +50,7 @@ class CorpusConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0.0, le=1.0)
     """Largest share of studies that may be unusable before the run stops (for training: of training and validation studies)."""
     seed: int = 0
-    """Seed of the order of the studies, the choice of a study's film, crops, masks and random splits."""
+    """Seed of the order of the studies, the choice of a study's film, crops, augmentation, masks and random splits."""
     phantom_studies: PositiveInt = 4000
     """Studies of the generated corpus, over all splits."""
     phantom_size: PositiveInt = 256
@@ -69,6 +69,15 @@ class DataConfig(CorpusConfig):
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256
     """Side in pixels of the padded square to which films are resized; training takes crops of image_size from it."""
+    augment_rotation: float = Field(0.0, ge=0.0, le=45.0)
+    """Training turns each film by up to this many degrees either way. This and the other augmentations are drawn for each film
+    and epoch, like crops, on the training device. Films are never mirrored, because reports name sides."""
+    augment_scale: float = Field(0.0, ge=0.0, le=0.5)
+    """Training enlarges or shrinks each film by up to this fraction: 0.1 is a factor from 1 / 1.1 to 1.1."""
+    augment_brightness: float = Field(0.0, ge=0.0, le=1.0)
+    """Training raises grey values, between 0 and 1, to a power from 1 / (1 + this) to 1 + this; black and white stay."""
+    augment_contrast: float = Field(0.0, ge=0.0, le=0.5)
+    """Training changes the contrast at mid-grey by up to this fraction: 0.2 is a factor from 0.8 to 1.2; black and white stay."""
     max_tokens: int = Field(256, ge=8)
     """Maximum length of a report in tokens, including [CLS] and [SEP]; sentences that do not fit completely are dropped."""
     max_sentences: PositiveInt = 32
@@ -104,6 +113,9 @@ class ModelConfig(Section):
     """Entries of a vocabulary trained on the corpus."""
     vocabulary_reports: PositiveInt = 20_000
     """Training reports from which that vocabulary is trained."""
+    subwords: bool = False
+    """Fill that vocabulary, at least a quarter of it, with pieces of words: words without an entry are then read in pieces, not
+    letter by letter. Pieces follow the same rule as words: see `vocabulary_patients`."""
     vocabulary_patients: PositiveInt = 10
     """A word is an entry of that vocabulary if the reports of so many patients have it and it has no digit, so that exports hold
     no names or numbers of single patients. 1: every word that occurs twice. Not for generated corpora."""
@@ -273,6 +285,11 @@ class TrainConfig(Section):
     """Adam with weight decay in the gradient (published), or AdamW. Norms and biases have no weight decay."""
     learning_rate: float = Field(1e-4, gt=0.0)
     """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
+    image_encoder_rate: float = Field(1.0, ge=0.0)
+    """Factor on `learning_rate`, warm-up included, for the image encoder: below 1 for a pretrained one. 0 freezes it: no
+    gradient, no optimizer state, no dropout, fixed statistics of batch normalisation. Pooling and projection keep factor 1."""
+    text_encoder_rate: float = Field(1.0, ge=0.0)
+    """The same for the text encoder."""
     warmup_learning_rate: float = Field(1e-7, ge=0.0)
     """Learning rate at the first step of the warm-up."""
     weight_decay: float = Field(1e-6, ge=0.0)

@@ -1,13 +1,15 @@
-"""From blocks of studies to batches on the training device: crop, normalise, pad."""
+"""From blocks of studies to batches on the training device: crop, augment, normalise, pad."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from cmcgns.config import Config
+from cmcgns.config import Config, DataConfig
 
 if TYPE_CHECKING:
     from cmcgns.data.record import Block  # a model alone does not need Arrow
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 CROP_STREAM = 1
 MASK_STREAM = 2
+AUGMENT_STREAM = 3
 
 # splitmix64 (Steele, Lea and Flood, 2014); int64 arithmetic wraps around, so the constants are written as signed
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -51,7 +54,7 @@ def crop(image_B1RR: Tensor, size: int, key_B: Tensor | None) -> Tensor:
     room = stored - size
     if key_B is None:
         return image_B1RR[:, :, room // 2 : room // 2 + size, room // 2 : room // 2 + size]
-    offset_B2 = (keyed_uniform(key_B, 2, CROP_STREAM) * (room + 1)).to(torch.int64).clamp_(max=room)
+    offset_B2 = _crop_offsets(key_B, room)
     place_H = torch.arange(size, device=image_B1RR.device)
     row_BH1 = (offset_B2[:, :1] + place_H)[:, :, None]
     column_B1W = (offset_B2[:, 1:] + place_H)[:, None, :]
@@ -59,8 +62,59 @@ def crop(image_B1RR: Tensor, size: int, key_B: Tensor | None) -> Tensor:
     return image_B1RR[study_B11, 0, row_BH1, column_B1W][:, None]
 
 
+def _crop_offsets(key_B: Tensor, room: int) -> Tensor:
+    """Row and column of each crop's corner, int64 (B, 2) in [0, room]."""
+    return (keyed_uniform(key_B, 2, CROP_STREAM) * (room + 1)).to(torch.int64).clamp_(max=room)
+
+
+def augmented_crop(image_B1RR: Tensor, data: DataConfig, key_B: Tensor) -> Tensor:
+    """The crop of each film by its key, turned, scaled and toned by ``data.augment_*``; grey values from 0 to 255.
+
+    Films are never mirrored: reports name the side of a finding. With all strengths 0 it is ``crop``, bit for bit.
+    """
+    turn_B, zoom_B, gamma_B, contrast_B = (keyed_uniform(key_B, 4, AUGMENT_STREAM) * 2 - 1).unbind(dim=1)
+    if data.augment_rotation or data.augment_scale:
+        angle_B = turn_B.double() * math.radians(data.augment_rotation)
+        zoom_B = (zoom_B.double() * math.log1p(data.augment_scale)).exp()
+        cropped_B1HW = turned_crop(image_B1RR, data.image_size, key_B, angle_B, zoom_B)
+    else:
+        cropped_B1HW = crop(image_B1RR, data.image_size, key_B)
+    if not (data.augment_brightness or data.augment_contrast):
+        return cropped_B1HW
+    gamma_B = (gamma_B * math.log1p(data.augment_brightness)).exp()
+    return toned(cropped_B1HW, gamma_B, contrast_B * data.augment_contrast)
+
+
+def turned_crop(image_B1RR: Tensor, size: int, key_B: Tensor, angle_B: Tensor, zoom_B: Tensor) -> Tensor:
+    """Each crop turned counter-clockwise by ``angle_B`` radians and enlarged by ``zoom_B`` about its own centre.
+
+    It is sampled once from the stored film, so that corners show what lies beside the crop; outside the film is black.
+    """
+    stored, middle = image_B1RR.shape[-1], (size - 1) / 2
+    # float64: the float32 results are then the same in any batch
+    across_B, down_B = angle_B.double().cos() / zoom_B, angle_B.double().sin() / zoom_B
+    across_B11, down_B11 = across_B.float()[:, None, None], down_B.float()[:, None, None]
+    top_B11, left_B11 = _crop_offsets(key_B, stored - size)[:, :, None, None].unbind(dim=1)
+    place_W = torch.arange(size, device=image_B1RR.device) - middle
+    place_H1 = place_W[:, None]
+    column_BHW = left_B11 + middle + across_B11 * place_W - down_B11 * place_H1
+    row_BHW = top_B11 + middle + down_B11 * place_W + across_B11 * place_H1
+    grid_BHW2 = (torch.stack([column_BHW, row_BHW], dim=-1) * 2 + 1) / stored - 1
+    return F.grid_sample(image_B1RR.float(), grid_BHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def toned(image_B1HW: Tensor, gamma_B: Tensor, contrast_B: Tensor) -> Tensor:
+    """Grey values to the power ``gamma_B``, then with the slope 1 + ``contrast_B`` at mid-grey.
+
+    Black and white stay what they are, so padding stays black and nothing is clipped.
+    """
+    grey_B1HW = (image_B1HW.float() / 255) ** gamma_B[:, None, None, None]
+    curved_B1HW = grey_B1HW * grey_B1HW * (3 - 2 * grey_B1HW)  # slope 1.5 at mid-grey, 0 at both ends
+    return torch.lerp(grey_B1HW, curved_B1HW, 2 * contrast_B[:, None, None, None]) * 255
+
+
 def normalise(image: Tensor) -> Tensor:
-    """float32 in [-1, 1] of a uint8 image."""
+    """float32 in [-1, 1] of an image with grey values from 0 to 255."""
     return image.to(torch.float32) / 127.5 - 1.0
 
 
@@ -80,7 +134,7 @@ class ImageReportBatch(NamedTuple):
     """One film and one report per row. A NamedTuple, because ZeRO-3's hooks handle no other class."""
 
     image_B1HW: Tensor
-    """Grey films in [-1, 1] (float), cropped."""
+    """Grey films in [-1, 1] (float), cropped and in training augmented."""
     token_BT: Tensor
     """Token ids, int64, padded."""
     token_mask_BT: Tensor
@@ -96,7 +150,7 @@ class ImageReportBatch(NamedTuple):
     report_hash_B: Tensor
     """64-bit hash of each report's words."""
     draw_key_B: Tensor
-    """64-bit key of the random draws of a study (crop, masks), the same on any rank."""
+    """64-bit key of the random draws of a study (crop, augmentation, masks), the same on any rank."""
     rank_sentences: tuple[int, ...]
     """Real sentences of every rank, known on the host."""
     by_length_B: Tensor | None = None
@@ -161,7 +215,7 @@ def _rounded(tokens: int) -> int:
 
 
 class Batcher:
-    """Turns blocks into batches on the device: crop, normalise, pad."""
+    """Turns blocks into batches on the device: crop, augment in training, normalise, pad."""
 
     def __init__(self, config: Config, pad_id: int, device: torch.device) -> None:
         self.config, self.pad_id, self.device = config, pad_id, device
@@ -176,8 +230,9 @@ class Batcher:
         }
         key_B = self._to_device(torch.from_numpy(block.draw_keys.copy()))
         stored_B1RR = self._to_device(torch.from_numpy(block.images_BRR.copy()).unsqueeze(1))
+        film_B1HW = augmented_crop(stored_B1RR, data, key_B) if training else crop(stored_B1RR, data.image_size, None)
         return ImageReportBatch(
-            image_B1HW=normalise(crop(stored_B1RR, data.image_size, key_B if training else None)),
+            image_B1HW=normalise(film_B1HW),
             **text,
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),

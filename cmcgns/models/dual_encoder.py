@@ -39,6 +39,13 @@ class DualEncoder(nn.Module):
         """Create the modules after the encoders; an override must create ``image_projection`` too."""
         self.image_projection = linear(self.image_encoder.dim, dim)
 
+    def train(self, mode: bool = True) -> "DualEncoder":
+        super().train(mode)
+        for backbone in (self.image_encoder.backbone, self.text_encoder.backbone):
+            if not any(parameter.requires_grad for parameter in backbone.parameters()):
+                backbone.eval()  # frozen: neither dropout nor new running statistics
+        return self
+
     def embed_images(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
         """Patch features ``features_BPC`` and the normalised ``image_BD``."""
         features_BPC, pooled_BC = self.image_encoder(image_B1HW)

@@ -28,6 +28,9 @@ OVERLAPPING_BUCKET = 10_000_000
 """Gradient elements per bucket when reduction overlaps the backward pass. DeepSpeed's default of 500 million holds a whole model
 of ours, so that nothing would overlap."""
 
+BACKBONES = {"image_encoder.backbone.": "image_encoder_rate", "text_encoder.backbone.": "text_encoder_rate"}
+"""Name prefixes of the parameters that have a factor on the learning rate of their own, and its setting."""
+
 State = dict[str, Tensor]
 """Tensors on the CPU by name: weights by parameter name, averages as MOMENT.NAME, and ``optimizer_steps``."""
 
@@ -44,7 +47,8 @@ class Engine(Protocol):
         """Accumulate the gradients of one microbatch; ``last`` is true for the last one of the step."""
 
     def step(self, learning_rate: float) -> None:
-        """Clip the mean gradient over microbatches and ranks, and update the weights. Collective."""
+        """Clip the mean gradient over microbatches and ranks, and update the weights. Encoders with a rate of their own take that
+        factor of ``learning_rate``. Collective."""
 
     def weights(self) -> State:
         """Whole float32 weights and buffers. Collective; only rank 0 needs to keep them."""
@@ -57,9 +61,9 @@ class Engine(Protocol):
 
 
 def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, frozen: tuple[str, ...] = ()) -> Engine:
-    """A new engine for ``model``; parameters whose name starts with one of ``frozen`` are not trained."""
+    """A new engine for ``model``. It trains no parameters whose name starts with one of ``frozen`` and no encoders of rate 0."""
     for name, parameter in model.named_parameters():
-        if name.startswith(frozen or ("\0",)):
+        if name.startswith(frozen or ("\0",)) or not rate_of(name, config):
             parameter.requires_grad_(False)
     if config.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -69,14 +73,33 @@ def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, fr
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW with weight decay on matrices and convolutions, and without on norms, biases and scalars."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Adam or AdamW with weight decay on matrices and convolutions, and without on norms, biases and scalars: two groups for each
+    factor on the learning rate, which is the group's ``rate``."""
+    trained: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained.setdefault(rate_of(name, config), []).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "rate": rate}
+        for rate, those in trained.items()
+        for parameters, decay in (
+            ([p for p in those if p.dim() > 1], config.weight_decay),
+            ([p for p in those if p.dim() <= 1], 0.0),
+        )
     ]
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.learning_rate)
+
+
+def rate_of(name: str, config: TrainConfig) -> float:
+    """The factor on the learning rate of the parameter ``name``."""
+    return next((float(getattr(config, key)) for prefix, key in BACKBONES.items() if name.startswith(prefix)), 1.0)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give each group its factor of ``learning_rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["rate"]
 
 
 class DeepSpeedEngine:
@@ -102,8 +125,7 @@ class DeepSpeedEngine:
             self.engine.step()  # only counts the microbatch
 
     def step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.engine.step()
 
     def weights(self) -> State:
@@ -248,8 +270,7 @@ class TorchEngine:
         if self.gradient_clip:
             trained = [p for p in self.module.parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(trained, self.gradient_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
@@ -292,8 +313,12 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Average running statistics over ranks; call it before anything reads them. Collective."""
-    average_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+    """Average running statistics over ranks, except fixed ones. Call it in training mode, before anything reads them.
+
+    Collective.
+    """
+    buffers = [buffer for module in model.modules() if module.training for buffer in module.buffers(recurse=False)]
+    average_over_ranks([buffer for buffer in buffers if buffer.is_floating_point()])
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

@@ -131,6 +131,12 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
     """The tokenizer of ``config.model``; trained on ``sample`` if the text encoder is a preset."""
     model, limits = config.model, (config.data.max_tokens, config.data.max_sentences)
     if model.tokenizer != "auto" or model.text_encoder not in TEXT_PRESETS:
+        if model.subwords:
+            raise UserError(
+                f"model.subwords needs a vocabulary that is trained on the corpus, but model.tokenizer {model.tokenizer} with "
+                f"model.text_encoder {model.text_encoder} has one; remove model.subwords, or set model.tokenizer=auto and one of "
+                f"{', '.join(TEXT_PRESETS)}"
+            )
         return load_tokenizer(model.tokenizer, model.text_encoder, *limits)
     sentences = (
         (patient, sentence)
@@ -138,7 +144,7 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
         for sentence in report.sentences
     )
     patients = 1 if config.data.uri.split(":")[0] == "phantom" else model.vocabulary_patients
-    return train_tokenizer(sentences, model.vocabulary_size, *limits, patients)
+    return train_tokenizer(sentences, model.vocabulary_size, *limits, patients, model.subwords)
 
 
 def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:

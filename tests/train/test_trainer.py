@@ -293,6 +293,22 @@ def test_a_steady_step_reads_nothing_back_from_the_device(finished: Run, tmp_pat
     assert reads.found == ["aten::_local_scalar_dense"]
 
 
+def test_augmented_films_are_the_same_after_a_resume_and_read_nothing_back(tmp_path: Path) -> None:
+    strengths = {"rotation": 10.0, "scale": 0.1, "brightness": 0.3, "contrast": 0.3}
+    config = config_of(checkpoint_every=2, **{f"data__augment_{name}": value for name, value in strengths.items()})
+    whole = start(config, tmp_path / "whole")
+    for _ in range(2):
+        whole.trainer.next_step()
+    resumed = start(config, tmp_path / "resumed", 2, tmp_path / "whole")
+    batches = [run.trainer.reader.next_step().microbatches for run in (whole, resumed)]
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours.image_B1HW, theirs.image_B1HW)
+    [block, *_] = whole.trainer.parts.blocks.open(0, 0)
+    with HostReads(set()) as reads:
+        whole.trainer.parts.batcher(block, (1,), training=True)
+    assert reads.found == []
+
+
 def test_building_a_model_does_not_touch_the_ranks_own_dropout(finished: Run, tmp_path: Path) -> None:
     fresh = start(config_of(), tmp_path / "fresh")
     random = torch.get_rng_state()
