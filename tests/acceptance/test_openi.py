@@ -34,7 +34,7 @@ def scores(openi: Path, nih128: Path, lungmasks: Path, tmp_path_factory: pytest.
             *settings,
             config=RECIPE,
         )
-        said = run.wait()
+        said = run.wait(1800)
         assert run.process.returncode == 0, said[-3000:]
         print(f"\n{name}: {result(storage / name)['metrics']}")
     sets = f"labelled:openi: {openi}, labelled:nih128: {nih128}/labels.csv, masked: {lungmasks}/masked.csv"
@@ -43,7 +43,7 @@ def scores(openi: Path, nih128: Path, lungmasks: Path, tmp_path_factory: pytest.
         f"--evaluate.beside=[{storage}/infonce, random]", "--evaluate.split=valid", f"--evaluate.findings={PROBLEMS}",
         "--evaluate.tasks=[retrieval, classification, segmentation]", config=None, job="jobs/evaluate.py",
     )  # fmt: skip
-    said = job.wait()
+    said = job.wait(1800)
     print(f"\n{said}")
     assert job.process.returncode == 0, said[-3000:]
     return pd.DataFrame(json.loads((storage / "side-by-side" / "evaluation.json").read_text())["scores"])
