@@ -30,13 +30,36 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
+def local_folder(variable: str, name: str) -> Path:
+    """A folder of real data outside the repository; skips where it is not at hand."""
+    folder = Path(os.environ.get(variable) or Path(__file__).parents[2] / "shared" / name)
+    if not folder.is_dir():
+        pytest.skip(f"no real data: set {variable}, or put them at ../shared/{name}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
-    """Real films and reports for local tests, outside the repository; skips where they are not at hand."""
-    folder = Path(os.environ.get("CMCGNS_REALDATA") or Path(__file__).parents[2] / "shared" / "realdata")
-    if not folder.is_dir():
-        pytest.skip("no real data: set CMCGNS_REALDATA, or put them at ../shared/realdata")
-    return folder
+    """Real films and reports for local tests; skips where they are not at hand."""
+    return local_folder("CMCGNS_REALDATA", "realdata")
+
+
+@pytest.fixture(scope="session")
+def openi() -> Path:
+    """A few thousand real films with their reports and findings by hand, as a pairs.csv; skips where they are not at hand."""
+    return local_folder("CMCGNS_OPENI", "openi")
+
+
+@pytest.fixture(scope="session")
+def nih128() -> Path:
+    """Ten thousand real films with labels, as a labels.csv; skips where they are not at hand."""
+    return local_folder("CMCGNS_NIH128", "nih128")
+
+
+@pytest.fixture(scope="session")
+def lungmasks() -> Path:
+    """Some hundred real films with lung masks, as a masked.csv; skips where they are not at hand."""
+    return local_folder("CMCGNS_LUNGMASKS", "lungmasks")
 
 
 @pytest.fixture(scope="session")

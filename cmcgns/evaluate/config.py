@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cmcgns.config import RunConfig, Section
+from cmcgns.config import ListedFindings, RunConfig, Section
 
 
 class EmbedConfig(Section):
@@ -49,12 +49,19 @@ class EvaluateConfig(Section):
     options: dict[str, dict[str, Any]] = {}
     """Settings of your own tasks: `{NAME: {key: value}}`, with the name used in `tasks`."""
     sets: dict[str, str] = {}
-    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked) and folder
-    or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind: `{masked:a: ..., masked:b: ...}`."""
+    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked, labelled) and
+    folder or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind: `{masked:a: ..., masked:b: ...}`."""
+    findings: dict[str, ListedFindings] = {}
+    """How the tables of `labelled` list findings, by the name in `sets`: `{labelled: {column: problems, separator: ";",
+    commonest: 10}}`. By default a column `labels` with findings separated by `|`. Keys: column, separator, classes, commonest,
+    no_finding, unknown, patient, split (docs/evaluation.md)."""
     draw_splits: bool = False
-    """Ignore the splits in the table of `masked` and draw new ones by group."""
+    """Ignore the splits in the tables of `masked` and `labelled` and draw new ones by group."""
     corpus: bool = True
     """Evaluate on the run's own corpus too."""
+    split: Literal["valid", "test"] = "test"
+    """Split of the run's corpus on which tasks are measured; `valid` for a corpus without test films. Labels are then learned
+    from nine tenths of the training patients, and the probe's penalty is chosen on the other tenth."""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Fractions of the training labels for classification."""
     draws: int = Field(5, ge=1, le=1000)
@@ -112,6 +119,10 @@ class EvaluateJobConfig(Section):
             for share in getattr(self.evaluate, name):
                 if not 0.0 < share <= 1.0:
                     raise ValueError(f"evaluate.{name} {share} is not a fraction; give numbers above 0, up to 1")
+        for name in self.evaluate.findings:
+            if name not in self.evaluate.sets:
+                known = ", ".join(self.evaluate.sets) or "none"
+                raise ValueError(f"evaluate.findings {name}: no such set in evaluate.sets; given are: {known}")
         if self.run.resume is not None and self.evaluate.ablation is None:
             raise ValueError(
                 "run.resume: an evaluation cannot be resumed; remove run.resume. Stored features are reused"

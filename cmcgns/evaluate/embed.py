@@ -195,9 +195,9 @@ class EmbedJob(Job):
         }
 
 
-def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
-    """The studies of ``settings``, from the run's corpus or from ``embed.uri``."""
-    data, key = run.config.data, "embed.run"
+def open_split(run: PretrainedRun, settings: EmbedConfig, job: str = "embed") -> Split:
+    """The studies of ``settings``, from the run's corpus or from ``embed.uri``; messages name the settings of ``job``."""
+    data, key = run.config.data, f"{job}.run"
     if settings.uri is not None:
         key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
     config = with_absolute_paths(run.config.model_copy(update={"data": data}))
@@ -205,7 +205,7 @@ def open_split(run: PretrainedRun, settings: EmbedConfig) -> Split:
     studies = index.split(settings.split)
     if not len(studies):
         raise UserError(
-            f"embed.split {settings.split}: {data.uri} has no study in it, {len(index.table)} in all splits; give another split"
+            f"{job}.split {settings.split}: {data.uri} has no study in it, {len(index.table)} in all splits; give another split"
         )
     studies, arrangement = source.arrange(studies, config.data.group_studies)
     return Split(

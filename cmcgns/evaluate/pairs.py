@@ -65,7 +65,7 @@ class Pairs:
 @torch.inference_mode()
 def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pairs:
     """Embeddings of ``split`` of the run's corpus by ``model``, with settings and vocabulary of ``run``; on one CPU."""
-    source_split = open_split(run, EmbedConfig(run=run.uri, split=split))
+    source_split = open_split(run, EmbedConfig(run=run.uri, split=split), "evaluate")
     coordinator = start_coordinator(len(source_split.studies), source_split.config.data.max_bad_fraction, {})
     stream = stream_split(
         source_split.source, source_split.studies, source_split.arrangement, run.tokenizer, source_split.config.data, coordinator,

@@ -19,7 +19,7 @@ from cmcgns.config import Config
 from cmcgns.data.image import Target
 from cmcgns.data.labelled import open_set
 from cmcgns.data.labelled.base import SPLITS, ImageSet
-from cmcgns.data.labelled.corpus import labelled_set, phantom_set
+from cmcgns.data.labelled.corpus import labelled_set, phantom_set, with_valid_as_test
 from cmcgns.data.readers import PhantomSource, open_index
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.base import load_task, task_options
@@ -80,6 +80,8 @@ class EvaluateJob(Job):
             "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in evaluation.encoders),
             "tasks": ", ".join(evaluation.settings.tasks),
         }
+        if evaluation.settings.corpus:
+            facts["corpus"] = f"{evaluation.encoders[0].config.data.uri}, {evaluation.settings.split} split"
         for images in evaluation.sets:
             counts = ", ".join(f"{len(images.split(name))} {name} ({images.digest(name)})" for name in SPLITS)
             facts[images.name] = f"{counts}; {images.rule}"
@@ -121,6 +123,7 @@ class EvaluateJob(Job):
             "failures": evaluation.failures,
             "seconds": evaluation.seconds,
             "seed": evaluation.settings.seed,
+            "split": evaluation.settings.split,
             "tests": evaluation.tests(),
             "versions": {name: metadata.version(name) for name in self.packages},
         }
@@ -169,7 +172,8 @@ def open_sets(evaluation: Evaluation) -> None:
 
     def corpus() -> ImageSet | None:
         source, index = open_index("evaluate.run", with_absolute_paths(config).data, target)
-        return phantom_set(source) if isinstance(source, PhantomSource) else labelled_set(source, index)
+        images = phantom_set(source) if isinstance(source, PhantomSource) else labelled_set(source, index)
+        return with_valid_as_test(images, config.data.seed) if images and settings.split == "valid" else images
 
     openers: dict[str, Callable[[], ImageSet | None]] = {"the run's corpus": corpus} if settings.corpus else {}
 
@@ -177,7 +181,8 @@ def open_sets(evaluation: Evaluation) -> None:
         kind, uri = name.split(":")[0], storage.absolute("evaluate.sets", uri)
         # the run's seed: test images here were not in the run's random training split
         seed, borders = config.data.seed, config.data.crop_borders
-        return replace(open_set(kind, uri, seed, target, borders, settings.draw_splits), name=name)
+        opened = open_set(kind, uri, seed, target, borders, settings.draw_splits, settings.findings.get(name))
+        return replace(opened, name=name)
 
     for name, uri in settings.sets.items():
         openers[f"evaluate.sets {name}"] = partial(downstream, name, uri)

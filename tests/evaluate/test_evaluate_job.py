@@ -101,6 +101,10 @@ def test_every_task_is_measured_and_what_cannot_be_is_told(pretrained: Path, tmp
         (["--evaluate.run={run}", "--evaluate.prompts=none.yaml"], "none.yaml"),
         (["--evaluate.run={run}", "--evaluate.compare=[{run}]"], "contains no evaluation"),
         (["--evaluate.runs={run}"], "did you mean evaluate.run?"),
+        (
+            ["--evaluate.run={run}", "--evaluate.findings={{a: {{}}}}"],
+            "evaluate.findings a: no such set in evaluate.sets",
+        ),
     ],
 )
 def test_wrong_input_ends_with_status_2_and_one_message(

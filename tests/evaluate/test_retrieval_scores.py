@@ -8,7 +8,7 @@ import torch
 
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
-from cmcgns.evaluate.tasks.retrieval import DEPTHS, retrieval_scores
+from cmcgns.evaluate.tasks.retrieval import DEPTHS, chance, retrieval_scores
 from cmcgns.models.retrieval import first_hits
 
 
@@ -71,6 +71,18 @@ def test_recall_at_each_depth_is_the_share_of_queries_with_fewer_wrong_items_bef
             low, high = score.interval or (1.0, 0.0)
             assert low <= score.value <= high
     assert 0 < found["film to report", "recall@1"].value < found["film to report", "recall@10"].value
+
+
+def test_chance_is_the_recall_of_a_random_order() -> None:
+    hash_N = np.array([0, 0, 0, 1, 1, *range(2, 17)])
+    assert chance(hash_N, 1) == pytest.approx((9 + 4 + 15) / 20**2)
+    random = np.random.default_rng(0)
+    for depth in DEPTHS:
+        drawn = [(hash_N[random.permutation(20)[:depth]] == query).any() for query in hash_N for _ in range(400)]
+        assert chance(hash_N, depth) == pytest.approx(np.mean(drawn), abs=0.02)
+    assert chance(hash_N[:3], 10) == chance(np.arange(4), 10) == 1.0
+    note = measured(pairs_of(*coarse(40, 0)))["film to report", "recall@5"].note
+    assert note == f"chance {chance(coarse(40, 0)[2], 5):.4f}"
 
 
 def test_films_of_one_patient_are_drawn_together() -> None:

@@ -279,6 +279,13 @@ def split_by_hash(groups: pd.Series, seed: int, shares: dict[str, int]) -> pd.Se
     return groups.map(drawn)
 
 
+def tested_on_valid(split: pd.Series, groups: pd.Series, seed: int) -> tuple[pd.Series, str]:
+    """Splits of a set without test images, and the rule in words: valid is test, and a tenth of the training groups is valid."""
+    drawn = split_by_hash(groups, seed, {"train": 90, "valid": 10})
+    rule = f"valid is test, and a tenth of the train groups, drawn with seed {seed}, is valid"
+    return drawn.where(split == "train", split.replace("valid", "test")), rule
+
+
 def mask_on_image(mask_HW: NDArray[np.bool_], source: FileSource, path: str, image: CroppedImage) -> NDArray[np.bool_]:
     """A mask of the file at ``path``, in any resolution, moved to ``image``, which was read from that file."""
     # the frame lacks the size of the file, so it is read again; a JPEG at 1/8 of its scale

@@ -1,14 +1,16 @@
 """Downstream sets from a pretraining corpus: the generated one with its ground truth, or any corpus with labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cmcgns.data.image import CroppedImage
-from cmcgns.data.labelled.base import IMAGE_SCHEMA, Annotations, ImageSet, box
+from cmcgns.data.labelled.base import IMAGE_SCHEMA, Annotations, ImageSet, box, tested_on_valid
 from cmcgns.data.readers import PhantomSource, Source
 from cmcgns.data.record import StudyIndex, first_films
 from cmcgns.phantom import FINDINGS, PhantomCorpus
@@ -69,6 +71,16 @@ def labelled_set(source: Source, index: StudyIndex) -> ImageSet | None:
         classes=classes,
         filtered=dict(index.filtered),
     )
+
+
+def with_valid_as_test(images: ImageSet, seed: int) -> ImageSet:
+    """The set without its test films: its validation films are the test."""
+    table = images.table.filter(pc.not_equal(images.table["split"], "test"))
+    group, split = (pd.Series(table[name].to_pylist(), dtype=str) for name in ("group", "split"))
+    moved, rule = tested_on_valid(split, group, seed)
+    column = pa.array(moved.tolist(), pa.string())
+    table = table.set_column(table.schema.get_field_index("split"), "split", column)
+    return replace(images, table=table, rule=f"{images.rule}, but {rule}")
 
 
 def _table(studies: pa.Table, value_SC: NDArray[np.float32], annotations: list[Any]) -> pa.Table:

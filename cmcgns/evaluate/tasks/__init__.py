@@ -20,7 +20,7 @@ from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.films import Films, film_ids, load_films, make_films
-from cmcgns.evaluate.pairs import Pairs, embed_pairs
+from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
 from cmcgns.evaluate.scores import Score, percent
 from cmcgns.evaluate.tasks.classification import drawn_groups, finetune_scores
 from cmcgns.evaluate.tasks.detection import detection_scores
@@ -55,7 +55,7 @@ class Evaluation:
     """Reason for each unusable image, by set."""
     seconds: dict[str, float] = field(default_factory=dict)
     pairs_digest: str | None = None
-    """Digest of the corpus's test studies."""
+    """Digest of the corpus's studies in ``settings.split``."""
 
     def tests(self) -> dict[str, str]:
         """Digest of the test images of each set, and of the corpus's test studies."""
@@ -83,7 +83,7 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
             evaluation.skipped += [f"{name} by {encoder.name}: {reason}" for name in tasks if name not in own]
         if not own:
             continue
-        pairs = embed.remote(encoder)
+        pairs = embed.remote(encoder, settings.split)
         try:  # one at a time: each needs a CPU in addition to those for its data
             digest = ray.get(studies_digest.remote(pairs))
         except Exception as error:
@@ -194,9 +194,9 @@ class TaskResult:
 
 
 @ray.remote(num_cpus=1)
-def embed(encoder: EncoderSpec) -> Pairs:
-    """Embeddings of the corpus's test split by an encoder's model."""
-    return embed_pairs(encoder.load_model(), encoder.run, "test")
+def embed(encoder: EncoderSpec, split: SplitName) -> Pairs:
+    """Embeddings of a split of the corpus by an encoder's model."""
+    return embed_pairs(encoder.load_model(), encoder.run, split)
 
 
 @ray.remote(num_cpus=0)

@@ -1,4 +1,4 @@
-"""Retrieval on a test split: films query reports, and reports query films.
+"""Retrieval on one split of the corpus: films query reports, and reports query films.
 
 N studies, M of them compared by parts.
 """
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cmcgns.evaluate.base import Inputs, Task
@@ -44,7 +45,7 @@ def retrieval_scores(
     pairs: Pairs, encoder: str, images: str, resamples: int, seed: int, shown: list[Figure] | None = None
 ) -> list[Score]:
     """Recall at each of ``DEPTHS`` in both directions, with intervals over the queries; a hit is any item with the same report.
-    Where the method has parts, also by parts and by both together.
+    Where the method has parts, also by parts and by both together. Each note gives the recall of a random order.
 
     Appends some films with their nearest reports to ``shown``.
     """
@@ -54,14 +55,26 @@ def retrieval_scores(
     for kind, hits in _hits(pairs).items():
         number = len(hits["i2t"])
         resampling = Resampling.of(list(pairs.group_N[:number]), resamples, seed)
+        notes = {depth: f"chance {chance(pairs.report_hash_N[:number], depth):.4f}" for depth in DEPTHS}
         for way, rank_N in hits.items():
             for depth in DEPTHS:
                 hit_N = (rank_N < depth).numpy().astype(np.float64)
                 value, interval = float(hit_N.mean()), resampling.mean(hit_N)
+                setting, metric = WAYS[way] + kind, f"recall@{depth}"
                 scores.append(
-                    Score("retrieval", images, WAYS[way] + kind, f"recall@{depth}", encoder, value, number, interval)
+                    Score("retrieval", images, setting, metric, encoder, value, number, interval, notes[depth])
                 )
     return scores
+
+
+def chance(hash_N: NDArray[np.int64], depth: int) -> float:
+    """Mean recall at ``depth`` of a random order, in which every item with the query's text is a hit."""
+    _, index_N, count_n = np.unique(hash_N, return_inverse=True, return_counts=True)
+    wrong_N, number = len(hash_N) - count_n[index_N], len(hash_N)
+    miss_N = np.ones(number)
+    for place in range(min(depth, number)):
+        miss_N *= np.maximum(wrong_N - place, 0) / (number - place)
+    return float(1 - miss_N.mean())
 
 
 def _hits(pairs: Pairs) -> dict[str, dict[str, Tensor]]:
@@ -94,7 +107,7 @@ def _tensors(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Retrieval(Task):
-    """Recall in both directions on the corpus's test split."""
+    """Recall in both directions on the split of the corpus in `evaluate.split`."""
 
     reads = "pairs"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cmcgns.data.labelled import check_set, labelled_set, phantom_set
+from cmcgns.data.labelled.corpus import with_valid_as_test
 from cmcgns.data.readers import PhantomSource, open_source
 from cmcgns.data.record import StudyIndex, index_table
 from cmcgns.phantom import FINDINGS, PhantomCorpus
@@ -91,3 +92,13 @@ def test_any_generated_corpus_has_the_same_labels() -> None:
     order = [labelled.classes.index(name) for name in FINDINGS]
     values = np.array(labelled.table["labels"].to_pylist())
     assert (values[:, order] == np.array(drawn.table["labels"].to_pylist())).all()
+
+
+def test_a_corpus_may_be_tested_on_its_validation_films() -> None:
+    images = phantom_set(PhantomSource(400, 0, SIDE, SIDE))
+    moved = check_set(with_valid_as_test(images, seed=0))
+    assert moved.digest("test") == images.digest("valid")
+    train = set(moved.split("train")["image_id"].to_pylist()) | set(moved.split("valid")["image_id"].to_pylist())
+    assert train == set(images.split("train")["image_id"].to_pylist())
+    assert 0.03 < len(moved.split("valid")) / len(train) < 0.2
+    assert "valid is test, and a tenth of the train groups, drawn with seed 0, is valid" in moved.rule

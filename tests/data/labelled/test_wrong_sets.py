@@ -21,6 +21,7 @@ FIRST_FILE = {
     "covidx": "train.txt",
     "object-cxr": "train.csv",
     "masked": "pairs.csv",
+    "labelled": "pairs.csv",
 }
 BLANK = "," * 13
 NIH_ROW = "a.png,Mass,0,1,57,M,PA,1,1,1,1"
@@ -67,6 +68,10 @@ WRONG = [
     ("masked", {"pairs.csv": ["image,x_boxes", "a.png,b.json"],
      "b.json": [COCO % '{"image_id": 2, "category_id": 1, "bbox": [1, 2, 3, 4]}']}, "b.json is not a COCO file with boxes"),
     ("masked", {"pairs.csv": ["image,x_boxes", "c.png,b.json"], "b.json": [COCO % ""]}, "its tables have no rows"),
+    ("labelled", {"pairs.csv": ["image,problems", "a.png,Edema"]}, "has no column labels; labelled needs image, labels"),
+    ("labelled", {"pairs.csv": ["image,labels,split", "a.png,normal,train"]},
+     "no training film has any finding in column labels, split at '|'; the commonest entries are blank"),
+    ("labelled", {"pairs.csv": ["image,labels,split", "a.png,Edema,train"]}, "are missing, such as a.png"),
 ]  # fmt: skip
 
 

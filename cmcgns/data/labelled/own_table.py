@@ -1,4 +1,4 @@
-"""A user's own images with mask files or COCO boxes, listed in a table."""
+"""A user's own table of images: ``masked`` with mask files or COCO boxes, ``labelled`` with a list of findings."""
 
 import json
 from collections import Counter
@@ -9,9 +9,19 @@ from typing import Any
 import pandas as pd
 
 from cmcgns import storage
+from cmcgns.config import ListedFindings
 from cmcgns.data.decode import decode_image
 from cmcgns.data.image import CroppedImage
-from cmcgns.data.labelled.base import Annotations, Folder, ImageSet, box, image_table, mask_on_image, split_by_hash
+from cmcgns.data.labelled.base import (
+    Annotations,
+    Folder,
+    ImageSet,
+    box,
+    image_table,
+    mask_on_image,
+    split_by_hash,
+    tested_on_valid,
+)
 from cmcgns.data.readers import FileSource, PairsSource
 from cmcgns.data.readers.base import SPLIT_NAMES, decode_text
 from cmcgns.errors import BadRow, UserError
@@ -85,19 +95,20 @@ class MaskFileSet(ImageSet):
                 mask_HW |= mask_on_image(grey_HW > THRESHOLD, self.source, row["path"], image)
 
 
-def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
+def read_masked(source: FileSource, draw_splits: bool = False, findings: ListedFindings | None = None) -> ImageSet:
     """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at a CSV file.
 
-    ``draw_splits``: ignore its split column.
+    ``draw_splits``: ignore its split column. ``findings``: read labels too, and keep images with labels only.
     """
     at = PairsSource.at(source.uri, source.views, source.seed)
     source, name = replace(source, uri=at.uri), at.table_name
     folder = Folder.of(source)
-    table = folder.table(folder.label_file(name), ("image",))
+    table = _table(folder, name, findings)
     kinds = {ending: [each for each in table.columns if each.endswith(ending)] for ending in (MASK, BOXES)}
-    if not any(kinds.values()):
+    if not any(kinds.values()) and findings is None:
         raise UserError(f"{source.uri}/{name} has no column whose name ends in {MASK} or {BOXES}; add one")
-    table = table.drop_duplicates(["image", *kinds[MASK], *kinds[BOXES]])  # an image may be in several pairs
+    listed = [] if findings is None else [findings.column]
+    table = table.drop_duplicates(["image", *kinds[MASK], *kinds[BOXES], *listed])  # an image may be in several pairs
     boxes, box_classes = _boxes(folder, table, kinds[BOXES])
     films = pd.DataFrame(
         {
@@ -108,21 +119,68 @@ def read_masked(source: FileSource, draw_splits: bool = False) -> ImageSet:
             "masks": _masks(folder, table, kinds[MASK], name),
         }
     )
-    annotated = films["boxes"].notna() | films["masks"].notna()
-    films = films[annotated].assign(labels=[[]] * int(annotated.sum()))
+    annotated = films["boxes"].notna() | films["masks"].notna() | (findings is not None)
+    films = films[annotated]
     if draw_splits:
         table = table.drop(columns="split", errors="ignore")
     films["split"], rule = _splits(table[annotated], films["group"], f"{source.uri}/{name}", source.seed)
+    films["labels"], classes = _labels(table[annotated], films["split"], f"{source.uri}/{name}", findings)
     films, missing = folder.present(films, name)
     return MaskFileSet(
         name=source.format,
         source=source,
         table=image_table(films.to_dict("records")),
         rule=rule,
+        classes=classes,
         box_classes=box_classes,
         mask_classes=tuple(each.removesuffix(MASK) for each in kinds[MASK]),
         filtered=missing | ({"neither mask nor boxes": int((~annotated).sum())} if not annotated.all() else {}),
     )
+
+
+def read_labelled(source: FileSource, draw_splits: bool = False, findings: ListedFindings | None = None) -> ImageSet:
+    """The images of a table with a list of findings each, and their masks and boxes if it has any."""
+    return read_masked(source, draw_splits, findings or ListedFindings())
+
+
+def _table(folder: Folder, name: str, findings: ListedFindings | None) -> pd.DataFrame:
+    """The table, its columns of patients and splits renamed to ``patient`` and ``split``."""
+    needed = ("image",) if findings is None else ("image", findings.column)
+    table = folder.table(folder.label_file(name), needed)
+    if findings is None:
+        return table
+    for known, given in (("patient", findings.patient), ("split", findings.split)):
+        if given != known:
+            if given not in table.columns:
+                raise UserError(f"{folder.uri}/{name} has no column {given}, which is to name the {known}")
+            table = table.drop(columns=known, errors="ignore").rename(columns={given: known})
+    return table
+
+
+def _labels(
+    table: pd.DataFrame, split: pd.Series, file: str, findings: ListedFindings | None
+) -> tuple[pd.Series, tuple[str, ...]]:
+    """1 or 0 of each row for each class, NaN if unknown, and the classes."""
+    if findings is None:
+        return pd.Series([[]] * len(table), table.index, dtype=object), ()
+    none, unknown = ({each.lower() for each in names} for names in (findings.no_finding, findings.unknown))
+    lists = [[part.strip() for part in cell.split(findings.separator)] for cell in table[findings.column]]
+    lower = [{entry.lower() for entry in entries} for entries in lists]
+    found = [{entry for entry in entries if entry and entry.lower() not in none | unknown} for entries in lists]
+    counts = Counter(entry for entries, part in zip(found, split, strict=True) if part == "train" for entry in entries)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    absent = [name for name in findings.classes if name not in counts]
+    if absent or not names:
+        raise UserError(
+            f"{file}: no training film has {absent[0] if absent else 'any finding'} in column {findings.column}, split at "
+            f"'{findings.separator}'; the commonest entries are {', '.join(names[:8]) or 'blank'}"
+        )
+    classes = findings.classes or tuple(names[: findings.commonest])
+    labels = [
+        [float("nan") if entries & unknown else float(name in kept) for name in classes]
+        for entries, kept in zip(lower, found, strict=True)
+    ]
+    return pd.Series(labels, table.index, dtype=object), classes
 
 
 def _groups(table: pd.DataFrame) -> pd.Series:
@@ -181,4 +239,8 @@ def _splits(table: pd.DataFrame, groups: pd.Series, file: str, seed: int) -> tup
     rule = f"by the column split, otherwise 60/20/20 by group, drawn with seed {seed}"
     if conflicting:
         rule += f"; {conflicting} groups with several splits take the split of their first image"
-    return of_group.transform("first").fillna(drawn), rule
+    split = of_group.transform("first").fillna(drawn)
+    if (split == "test").any() or not (split == "valid").any():
+        return split, rule
+    split, instead = tested_on_valid(split, groups, seed)
+    return split, f"{rule}; without test films {instead}"
