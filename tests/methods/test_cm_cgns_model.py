@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
+from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import AttentionPool
 from cmcgns.models.backbones import ImageEncoder, build_image_backbone
 from cmcgns.models.dual_encoder import clamped_scale
 from cmcgns.models.presets import IMAGE_PRESETS
 from cmcgns.models.text import TextEncoder, sentence_means
-from tests.small import random_batch, small_config, small_model
+from tests.small import losses_of, random_batch, small_config, small_model
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -271,3 +272,16 @@ def test_the_text_encoder_masks_as_transformers_does() -> None:
     ours = backbone(input_ids=batch.token_BT, attention_mask=model.text_encoder._attention_mask(batch.token_mask_BT))
     theirs = backbone(input_ids=batch.token_BT, attention_mask=batch.token_mask_BT.long())
     assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_exactly_the_parameters_without_a_gradient_are_not_trained(weight: float, stage: int) -> None:
+    config = small_config(objective__local_negatives="films", objective__local_image_weight=weight)
+    model, batch = small_model(config), random_batch(config, slice(0, 6))
+    losses = losses_of(config, model(batch, stage), batch, None, stage=stage)
+    losses.total.backward()
+    untrained = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    frozen = load_method(config).frozen(stage)
+    assert untrained == {name for name, _ in model.named_parameters() if name.startswith(frozen or ("\0",))}
+    assert losses.terms[2] != 0  # the patch loss is logged all the same

@@ -16,7 +16,7 @@ from cmcgns.methods.cm_cgns.losses import (
     reconstruction_loss,
     sentence_alignment_loss,
 )
-from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel, CmCgnsOutputs
+from cmcgns.methods.cm_cgns.model import PATCH_ATTENTION, PREDICTOR, RECONSTRUCTION_PARTS, CmCgnsModel, CmCgnsOutputs
 from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.methods.contrastive import contrastive_loss
 from cmcgns.methods.loss_weights import weight_at
@@ -47,7 +47,10 @@ class CmCgns(Method[Settings], ComparesParts):
         return CmCgnsModel(*encoders, dim, own.temperature, own.learn_temperature, own.mask_ratio)
 
     def frozen(self, stage: int) -> tuple[str, ...]:
-        return RECONSTRUCTION_PARTS if stage == 1 else ()
+        untrained: tuple[str, ...] = RECONSTRUCTION_PARTS if stage == 1 else ()
+        if self.settings.local_image_weight == 0.0:
+            untrained += (*PREDICTOR, *PATCH_ATTENTION) if stage == 1 else PREDICTOR
+        return untrained
 
     def terms(self, stage: int) -> tuple[str, ...]:
         own = self.settings
@@ -69,6 +72,8 @@ class CmCgns(Method[Settings], ComparesParts):
         }
         by_sentences, local = self._sentence_losses(wide, z2_nD, batch, centroids["sentences"])
         terms |= by_sentences
+        if own.local_image_weight == 0.0:  # only logged: without a backward pass
+            terms["loss_local_image"] = terms["loss_local_image"].detach()
         if stage == 2:
             terms["loss_reconstruction"] = self._reconstruction(wide, batch)
         weights = {

@@ -19,6 +19,11 @@ from cmcgns.models.text import TextEncoder
 RECONSTRUCTION_PARTS = ("decoder.", "mask_token")
 """Name prefixes of the parameters that only stage 2 trains."""
 
+PREDICTOR = ("predictor.",)
+"""Name prefixes of the parameters that only the patch loss trains."""
+PATCH_ATTENTION = tuple(f"cross_attention.{part}." for part in ("image.query", "text.key", "text.value"))
+"""Those that only the patch loss and the reconstruction train: what a patch attends to in the report."""
+
 
 class CmCgnsOutputs(NamedTuple):
     """Outputs of the model for one microbatch."""
