@@ -64,33 +64,6 @@ class CorpusConfig(Section):
         return given
 
 
-class ListedFindings(Section):
-    """How a column of your own table lists the findings of each film."""
-
-    column: str = "labels"
-    """Column with the findings of a film, all in one cell. A blank cell has none."""
-    separator: str = Field("|", min_length=1)
-    """What stands between two findings."""
-    classes: tuple[str, ...] = ()
-    """Findings to classify; by default all that a training film has."""
-    commonest: PositiveInt | None = None
-    """Classify only this many findings, those of most training films."""
-    no_finding: tuple[str, ...] = ("No Finding", "normal")
-    """Entries that mean that there is none, in upper or lower case."""
-    unknown: tuple[str, ...] = ()
-    """Entries that mean that nobody looked: a film with one of them has no labels."""
-    patient: str = "patient"
-    """Column of the patient."""
-    split: str = "split"
-    """Column of the split."""
-
-    @model_validator(mode="after")
-    def one_choice_of_classes(self) -> Self:
-        if self.classes and self.commonest:
-            raise ValueError(f"give either classes or commonest {self.commonest}, not both")
-        return self
-
-
 class DataConfig(CorpusConfig):
     image_size: PositiveInt = 224
     """Side in pixels of the square that the image encoder sees."""
@@ -153,7 +126,7 @@ class ModelConfig(Section):
     fixed_batch_statistics: bool = False
     """Use the running statistics of batch normalisation also while training (for pretrained ResNets and small microbatches)."""
     channels_last: bool = False
-    """Convolutions compute in the memory format channels_last, which is faster; last digits of the losses differ."""
+    """Compute convolutions in the memory format channels_last, which is faster for ResNets; the last digits of losses differ."""
 
 
 class MethodConfig(Section):
@@ -313,8 +286,7 @@ class TrainConfig(Section):
     learning_rate: float = Field(1e-4, gt=0.0)
     """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
     stage2_learning_rate: float | None = Field(None, gt=0.0)
-    """Peak learning rate of stage 2, which warms up again; by default `learning_rate`. A short stage 2 keeps more of what stage 1
-    learned with less."""
+    """Peak learning rate of stage 2, which warms up again; by default `learning_rate`."""
     image_encoder_rate: float = Field(1.0, ge=0.0)
     """Factor on `learning_rate`, warm-up included, for the image encoder: below 1 for a pretrained one. 0 freezes it: no
     gradient, no optimizer state, no dropout, fixed statistics of batch normalisation. Pooling and projection keep factor 1."""

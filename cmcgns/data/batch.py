@@ -72,14 +72,17 @@ def augmented_crop(image_B1RR: Tensor, data: DataConfig, key_B: Tensor) -> Tenso
 
     Films are never mirrored: reports name the side of a finding. With all strengths 0 it is ``crop``, bit for bit.
     """
+    moved, toned_too = data.augment_rotation or data.augment_scale, data.augment_brightness or data.augment_contrast
+    if not (moved or toned_too):
+        return crop(image_B1RR, data.image_size, key_B)
     turn_B, zoom_B, gamma_B, contrast_B = (keyed_uniform(key_B, 4, AUGMENT_STREAM) * 2 - 1).unbind(dim=1)
-    if data.augment_rotation or data.augment_scale:
+    if moved:
         angle_B = turn_B.double() * math.radians(data.augment_rotation)
         zoom_B = (zoom_B.double() * math.log1p(data.augment_scale)).exp()
         cropped_B1HW = turned_crop(image_B1RR, data.image_size, key_B, angle_B, zoom_B)
     else:
         cropped_B1HW = crop(image_B1RR, data.image_size, key_B)
-    if not (data.augment_brightness or data.augment_contrast):
+    if not toned_too:
         return cropped_B1HW
     gamma_B = (gamma_B * math.log1p(data.augment_brightness)).exp()
     return toned(cropped_B1HW, gamma_B, contrast_B * data.augment_contrast)

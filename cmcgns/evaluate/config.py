@@ -5,7 +5,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cmcgns.config import ListedFindings, RunConfig, Section
+from cmcgns.config import RunConfig, Section
+from cmcgns.data.listed_findings import ListedFindings
 
 
 class EmbedConfig(Section):

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.config import ListedFindings
 from cmcgns.data.decode import decode_image
 from cmcgns.data.image import CroppedImage
 from cmcgns.data.labelled.base import (
@@ -22,6 +21,7 @@ from cmcgns.data.labelled.base import (
     split_by_hash,
     tested_on_valid,
 )
+from cmcgns.data.listed_findings import ListedFindings
 from cmcgns.data.readers import FileSource, PairsSource
 from cmcgns.data.readers.base import SPLIT_NAMES, decode_text
 from cmcgns.errors import BadRow, UserError

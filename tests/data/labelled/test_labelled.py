@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmcgns.config import ListedFindings
 from cmcgns.data.labelled import open_set
+from cmcgns.data.listed_findings import ListedFindings
 from cmcgns.errors import UserError
 from tests.data.labelled.trees import rows, save, shots, splits, write
 
