@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 LEAST, LEAD = 0.15, 0.1
 TRAINED, RANDOM, OTHER_FILM = "the trained model", "a random model", "another study's film"
 STEPS = 1200
-"""Four times the default run's stage 1, which ends after minutes: see README.md here for what that reaches."""
+"""Longer than the default run: see README.md here for what that reaches."""
 
 
 def run_job(name: str, *settings: str) -> str:
