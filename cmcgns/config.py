@@ -285,8 +285,9 @@ class TrainConfig(Section):
     """Adam with weight decay in the gradient (published), or AdamW. Norms and biases have no weight decay."""
     learning_rate: float = Field(1e-4, gt=0.0)
     """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
-    stage2_learning_rate: float | None = Field(None, gt=0.0)
-    """Peak learning rate of stage 2, which warms up again; by default `learning_rate`."""
+    stage2_learned_rate: float = Field(1.0, ge=0.0)
+    """Factor on `learning_rate` in stage 2 for all that stage 1 has trained; new parts, such as a decoder, keep factor 1.
+    0 freezes what stage 1 has trained."""
     image_encoder_rate: float = Field(1.0, ge=0.0)
     """Factor on `learning_rate`, warm-up included, for the image encoder: below 1 for a pretrained one. 0 freezes it: no
     gradient, no optimizer state, no dropout, fixed statistics of batch normalisation. Pooling and projection keep factor 1."""

@@ -1,11 +1,10 @@
 """Ablations: pretrain variants with several seeds each, and compare them with intervals over studies and seeds."""
 
 import copy
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from cmcgns.cluster.placement import run_bundles
 from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config, Section
 from cmcgns.errors import UserError
-from cmcgns.evaluate.config import EvaluateConfig, EvaluateJobConfig
+from cmcgns.evaluate.config import EvaluateJobConfig
 from cmcgns.evaluate.encoders import EncoderSpec, open_run
 from cmcgns.evaluate.figures import bars
 from cmcgns.evaluate.report import cell, gap, print_skipped_and_failed, without_nan, write_results
@@ -40,10 +39,12 @@ CORPUS = ("uri", "format", "views", "seed", "phantom_studies", "phantom_size")
 
 @dataclass(frozen=True)
 class Ablation:
-    """Settings by variant, in order; each variant is compared with the one before it."""
+    """Settings by variant, in order."""
 
     variants: dict[str, Config]
     seeds: tuple[int, ...]
+    compare_with: Literal["previous", "first"] = "previous"
+    """The variant with which each one is compared."""
 
     def config(self, folder: RunFolder, variant: str, seed: int) -> Config:
         """The settings of one run; resumes it if it has started."""
@@ -67,6 +68,8 @@ class AblationFile(Section):
     seeds: tuple[int, ...] = Field(min_length=1)
     variants: dict[str, dict[str, Any] | None] = Field(min_length=2)
     """Settings of each variant that differ from the base."""
+    compare_with: Literal["previous", "first"] = "previous"
+    """Compare each variant with the one before it, or all with the first."""
 
 
 def read_ablation(path: str) -> Ablation:
@@ -94,7 +97,7 @@ def read_ablation(path: str) -> Ablation:
     complaint = _complaint(configs, content.seeds)
     if complaint:
         raise UserError(f"evaluate.ablation {path}: {complaint}")
-    return Ablation(configs, content.seeds)
+    return Ablation(configs, content.seeds, content.compare_with)
 
 
 def _complaint(configs: dict[str, Config], seeds: tuple[int, ...]) -> str | None:
@@ -132,19 +135,17 @@ def _spread(own: Sequence[Score]) -> str:
     return f"{len(values)} seeds, standard deviation {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
 
 
-def increments(scores: Sequence[Score], variants: Sequence[str]) -> list[Difference]:
-    """Difference of each variant to the one before it, for each score."""
+def gains(scores: Sequence[Score], variants: Sequence[str], compare_with: str) -> list[Difference]:
+    """Difference of each variant to the `previous` or the `first` one, for each score."""
     by_name = {(score.encoder, score.key): score for score in scores}
+    earlier = variants[:-1] if compare_with == "previous" else [variants[0]] * (len(variants) - 1)
+    compared = list(zip(earlier, variants[1:], strict=True))
     return [
         Difference(by_name[after, key], by_name[before, key])
         for key in dict.fromkeys(score.key for score in scores)
-        for before, after in itertools.pairwise(variants)
+        for before, after in compared
         if (after, key) in by_name and (before, key) in by_name
     ]
-
-
-TASKS = ("retrieval", "classification", "clusters")
-"""Tasks that compare variants; all of them are fast."""
 
 
 class AblationJob(Job):
@@ -154,7 +155,7 @@ class AblationJob(Job):
     resumes_from = "the last finished run"
 
     def __init__(self, config: EvaluateJobConfig) -> None:
-        self.config, self.settings = config, keep_ablation_tasks(config.evaluate)
+        self.config, self.settings = config, config.evaluate
         assert self.settings.ablation is not None
         self.ablation, self.prompts = read_ablation(self.settings.ablation), read_prompts(self.settings)
         self.folder = find_folder(config.run, "ablation")
@@ -190,7 +191,7 @@ class AblationJob(Job):
             open_sets(evaluation)
             with log_on(terminal):  # pretraining has redirected the log to its coordinator
                 measure_all(evaluation, features_folder(self.settings, folder.uri))
-        write_comparison(terminal, folder, evaluation, variants)
+        write_comparison(terminal, folder, evaluation, variants, ablation.compare_with)
         return {"status": "failed" if evaluation.failures else "finished"}
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -220,18 +221,6 @@ def encoders_of(variants: dict[str, list[str]], folder: RunFolder) -> list[Encod
     runs = storage.join(folder.uri, RUNS)
     names = [name for each in variants.values() for name in each]
     return [EncoderSpec(name, open_run("evaluate.ablation", storage.join(runs, name)), "run") for name in names]
-
-
-def keep_ablation_tasks(settings: EvaluateConfig) -> EvaluateConfig:
-    """``settings`` with only those tasks that an ablation uses.
-
-    Raises:
-        UserError: no task remains.
-    """
-    tasks = tuple(task for task in settings.tasks if task in TASKS)
-    if not tasks:
-        raise UserError(f"evaluate.tasks {', '.join(settings.tasks)}: an ablation needs one of {', '.join(TASKS)}")
-    return settings.model_copy(update={"tasks": tasks})
 
 
 def pretrain_all(terminal: Console, ablation: Ablation, folder: RunFolder) -> list[str]:
@@ -270,11 +259,11 @@ def finished_runs(ablation: Ablation, folder: RunFolder) -> dict[str, list[str]]
 
 
 def write_comparison(
-    terminal: Console, folder: RunFolder, evaluation: Evaluation, variants: dict[str, list[str]]
+    terminal: Console, folder: RunFolder, evaluation: Evaluation, variants: dict[str, list[str]], compare_with: str
 ) -> None:
     """Write all scores and print their table."""
     scores = over_seeds(evaluation.scores, variants)
-    gains = increments(scores, list(variants))
+    gained = gains(scores, list(variants), compare_with)
     facts = {
         "sets": {},
         "tests": evaluation.tests(),
@@ -283,35 +272,35 @@ def write_comparison(
         "failures": evaluation.failures,
     }
     write_results(folder, evaluation.scores, facts)
-    folder.write_json("ablation.json", as_json(scores, gains))
+    folder.write_json("ablation.json", as_json(scores, gained))
     storage.write_bytes(
         folder.file("ablation.csv"), pd.DataFrame([score.row() for score in scores]).to_csv(index=False).encode()
     )
     means = [score for score in scores if OF_A_CLASS not in score.metric]
     if means:
         storage.write_bytes(folder.file("ablation.png"), bars(means))
-    show(terminal, means, gains)
+    show(terminal, means, gained, compare_with)
     print_skipped_and_failed(terminal, evaluation.skipped, evaluation.failures)
 
 
-def as_json(scores: Sequence[Score], gains: Sequence[Difference]) -> dict[str, Any]:
+def as_json(scores: Sequence[Score], gained: Sequence[Difference]) -> dict[str, Any]:
     """Content of ablation.json."""
     rows = [score.row() for score in scores]
     steps = [
         {"key": each.first.key, "variant": each.first.encoder, "before": each.second.encoder, "gain": each.value,
          "interval": each.interval}
-        for each in gains
+        for each in gained
     ]  # fmt: skip
     return without_nan({"scores": rows, "gains": steps})
 
 
-def show(terminal: Console, scores: Sequence[Score], gains: Sequence[Difference]) -> None:
-    """Print a row per score and variant, with the gain over the variant before it; a star if its interval excludes 0."""
-    gained = {(each.first.encoder, each.first.key): each for each in gains}
+def show(terminal: Console, scores: Sequence[Score], gained: Sequence[Difference], compare_with: str) -> None:
+    """Print a row per score and variant, with its gain over the variant it is compared with; a star if it excludes 0."""
+    of_variant = {(each.first.encoder, each.first.key): each for each in gained}
     table = Table(box=None, pad_edge=False)
-    for name in ("task", "setting", "metric", "variant", "mean over seeds", "gain over previous variant"):
+    for name in ("task", "setting", "metric", "variant", "mean over seeds", f"gain over {compare_with} variant"):
         table.add_column(name)
     for score in scores:
-        own = gained.get((score.encoder, score.key))
+        own = of_variant.get((score.encoder, score.key))
         table.add_row(score.task, score.setting, score.metric, score.encoder, cell(score), gap(own))
     terminal.print(table)

@@ -33,6 +33,8 @@ class EmbedConfig(Section):
 
 TaskName = Literal["retrieval", "zeroshot", "classification", "segmentation", "detection", "clusters", "grounding"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
+FAST_TASKS: tuple[TaskName, ...] = ("retrieval", "classification", "clusters")
+"""Tasks that train no heads on maps of patches."""
 
 
 class EvaluateConfig(Section):
@@ -41,9 +43,10 @@ class EvaluateConfig(Section):
     run under run.storage with an automatic name."""
     beside: tuple[str, ...] = ("random",)
     """Encoders to compare with: `random` (the run's model before training), folders of other runs, Hugging Face folders."""
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] | None = None
     """Tasks to run: retrieval, zeroshot, classification, segmentation, detection, clusters, grounding, and your own as
-    `package.module` or `path/to/file.py`. A task for which a set has no labels is skipped and reported."""
+    `package.module` or `path/to/file.py`. A task for which a set has no labels is skipped and reported. By default all, in an
+    ablation retrieval, classification and clusters."""
     trusted: tuple[str, ...] = ()
     """Modules and files of others' run settings (method, backbone, reader) that may be executed; ones that are not named here
     are refused."""
@@ -102,6 +105,13 @@ class EvaluateConfig(Section):
     features: str | None = None
     """Folder where features of frozen encoders are stored and reused; by default `features/` in run.storage."""
 
+    @property
+    def chosen_tasks(self) -> tuple[str, ...]:
+        """`tasks`, or the default of an evaluation or an ablation."""
+        if self.tasks is not None:
+            return self.tasks
+        return FAST_TASKS if self.ablation else TASKS
+
 
 class EvaluateJobConfig(Section):
     """All settings of the job."""
@@ -111,7 +121,7 @@ class EvaluateJobConfig(Section):
 
     @model_validator(mode="after")
     def parts_work_together(self) -> Self:
-        for task in self.evaluate.tasks:
+        for task in self.evaluate.chosen_tasks:
             if task not in TASKS and "." not in task:
                 near = difflib.get_close_matches(task, TASKS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""

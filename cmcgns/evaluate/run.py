@@ -60,7 +60,7 @@ class EvaluateJob(Job):
         self.evaluation = Evaluation(settings, encoders, [], read_prompts(settings))
         self.others = {uri: read_results("evaluate.compare", uri) for uri in settings.compare}
         self.folder = open_folder(config.run, "evaluate", resume_key="")
-        for name in settings.tasks:
+        for name in settings.chosen_tasks:
             if name not in HEAD_TASKS:
                 task_options(load_task(name), name, settings)  # refuse wrong options before anything is computed
         open_sets(self.evaluation)
@@ -78,7 +78,7 @@ class EvaluateJob(Job):
         facts = {
             "evaluation": self.folder.uri,
             "encoders": ", ".join(f"{encoder.name} ({encoder.origin})" for encoder in evaluation.encoders),
-            "tasks": ", ".join(evaluation.settings.tasks),
+            "tasks": ", ".join(evaluation.settings.chosen_tasks),
         }
         if evaluation.settings.corpus:
             facts["corpus"] = f"{evaluation.encoders[0].config.data.uri}, {evaluation.settings.split} split"
@@ -94,7 +94,7 @@ class EvaluateJob(Job):
         names = Counter(Path(uri).name for uri in self.others)
         for uri, results in self.others.items():
             add_other_evaluation(evaluation, Path(uri).name if names[Path(uri).name] == 1 else uri, results)
-        order = [*TASKS, *evaluation.settings.tasks]
+        order = [*TASKS, *evaluation.settings.chosen_tasks]
         evaluation.scores.sort(key=lambda score: (order.index(score.task), score.images))
         facts = self._facts()
         write_results(self.folder, evaluation.scores, facts)
@@ -216,7 +216,7 @@ def measure_all(evaluation: Evaluation, cache: str) -> None:
     settings = evaluation.settings
     logging.getLogger("cmcgns").setLevel(logging.INFO)  # to log the end of each task
     waiting: dict[Any, str] = {}
-    tasks = {name: load_task(name) for name in settings.tasks if name not in HEAD_TASKS}
+    tasks = {name: load_task(name) for name in settings.chosen_tasks if name not in HEAD_TASKS}
     on_pairs = {name: task for name, task in tasks.items() if task.reads == "pairs"}
     on_features = {name: task for name, task in tasks.items() if task.reads == "features"}
     if settings.corpus and on_pairs:
@@ -224,7 +224,7 @@ def measure_all(evaluation: Evaluation, cache: str) -> None:
     if on_features:
         for images in evaluation.sets:
             waiting |= start_feature_tasks(evaluation, on_features, images, cache)
-    if set(FILM_HEADS) & set(settings.tasks):
+    if set(FILM_HEADS) & set(settings.chosen_tasks):
         for images in evaluation.sets:
             waiting |= start_film_head_tasks(evaluation, images, cache)
     while waiting:

@@ -47,8 +47,9 @@ class Engine(Protocol):
         """Accumulate the gradients of one microbatch; ``last`` is true for the last one of the step."""
 
     def step(self, learning_rate: float) -> None:
-        """Clip the mean gradient over microbatches and ranks, and update the weights. Encoders with a rate of their own take that
-        factor of ``learning_rate``. Collective."""
+        """Clip the mean gradient over microbatches and ranks, and update the weights. Collective.
+
+        Parameters with a rate of their own take that factor of ``learning_rate``."""
 
     def weights(self) -> State:
         """Whole float32 weights and buffers. Collective; only rank 0 needs to keep them."""
@@ -60,25 +61,37 @@ class Engine(Protocol):
         """Load a whole optimizer state, which every rank passes in. Collective."""
 
 
-def build_engine(model: nn.Module, config: TrainConfig, device: torch.device, frozen: tuple[str, ...] = ()) -> Engine:
-    """A new engine for ``model``. It trains no parameters whose name starts with one of ``frozen`` and no encoders of rate 0."""
+def build_engine(
+    model: nn.Module,
+    config: TrainConfig,
+    device: torch.device,
+    frozen: tuple[str, ...] = (),
+    new_parts: tuple[str, ...] | None = None,
+) -> Engine:
+    """A new engine for ``model``. It trains no parameters whose name starts with one of ``frozen``, and none of rate 0.
+
+    In stage 2 ``new_parts`` are the name prefixes of what stage 1 has not trained: all else has `stage2_learned_rate`.
+    """
     for name, parameter in model.named_parameters():
-        if name.startswith(frozen or ("\0",)) or not rate_of(name, config):
+        if starts_with(name, frozen) or not rate_of(name, config, new_parts):
             parameter.requires_grad_(False)
     if config.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     accumulation = config.global_batch_size // (config.microbatch_size * distributed.world_size())
     kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
-    return kind(model.to(device), config, accumulation, device)
+    optimizer = build_optimizer(model.to(device), config, new_parts)
+    return kind(model, optimizer, config, accumulation, device)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, new_parts: tuple[str, ...] | None = None
+) -> torch.optim.Optimizer:
     """Adam or AdamW with weight decay on matrices and convolutions, and without on norms, biases and scalars: two groups for each
-    factor on the learning rate, which is the group's ``rate``."""
+    factor on the learning rate, which is the group's ``rate``. ``new_parts`` as in ``build_engine``."""
     trained: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            trained.setdefault(rate_of(name, config), []).append(parameter)
+            trained.setdefault(rate_of(name, config, new_parts), []).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay, "rate": rate}
         for rate, those in trained.items()
@@ -91,9 +104,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return kind(groups, lr=config.learning_rate)
 
 
-def rate_of(name: str, config: TrainConfig) -> float:
-    """The factor on the learning rate of the parameter ``name``."""
-    return next((float(getattr(config, key)) for prefix, key in BACKBONES.items() if name.startswith(prefix)), 1.0)
+def rate_of(name: str, config: TrainConfig, new_parts: tuple[str, ...] | None) -> float:
+    """The factor on the learning rate of the parameter ``name``; ``new_parts`` as in ``build_engine``."""
+    rate = next((float(getattr(config, key)) for prefix, key in BACKBONES.items() if name.startswith(prefix)), 1.0)
+    learned = new_parts is not None and not starts_with(name, new_parts)
+    return rate * config.stage2_learned_rate if learned else rate
+
+
+def starts_with(name: str, prefixes: tuple[str, ...]) -> bool:
+    """True if ``name`` starts with one of ``prefixes``."""
+    return any(name.startswith(prefix) for prefix in prefixes)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -105,13 +125,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 class DeepSpeedEngine:
     """DeepSpeed ZeRO 0-3."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, accumulation: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
         deepspeed = import_deepspeed(device)
         self.module = model
         self.zero_stage = config.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config),
+            optimizer=optimizer,
             config=deepspeed_settings(config, accumulation),
             dist_init_required=False,
         )
@@ -249,10 +276,16 @@ def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]
 class TorchEngine:
     """Plain torch: autocast, and one all-reduce of the whole gradient per step."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, accumulation: int, device: torch.device) -> None:
-        self.module = model
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        self.module, self.optimizer = model, optimizer
         self.accumulation, self.gradient_clip = accumulation, config.gradient_clip
-        self.optimizer = build_optimizer(model, config)
         self.steps = 0
         dtype = AUTOCAST.get(config.precision)
         self.autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()

@@ -158,10 +158,7 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""
         train = self.config.train
-        peak = train.learning_rate
-        if self.parts.schedule.stage(step) == 2:
-            peak = train.stage2_learning_rate or peak
-        return self.parts.schedule.learning_rate(step, peak, train.warmup_learning_rate)
+        return self.parts.schedule.learning_rate(step, train.learning_rate, train.warmup_learning_rate)
 
     def _advance(self, step: int, data: StepData) -> None:
         self.progress.step = step
@@ -245,7 +242,8 @@ class Trainer:
         if weights is not None:
             model.load_state_dict(weights)
         frozen = self.method.frozen(self.progress.stage)
-        self.engine = build_engine(model, self.config.train, self.parts.device, frozen)
+        new_parts = self.method.frozen(1) if self.progress.stage == 2 else None
+        self.engine = build_engine(model, self.config.train, self.parts.device, frozen, new_parts)
         self.engine.module.train()
 
     def save(self) -> None:

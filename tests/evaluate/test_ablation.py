@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cmcgns.errors import UserError
-from cmcgns.evaluate.ablation import increments, over_seeds, read_ablation, run_name
+from cmcgns.evaluate.ablation import gains, over_seeds, read_ablation, run_name
 from cmcgns.evaluate.scores import Score
 from cmcgns.run_folder import RunFolder
 from tests.evaluate.test_embed_job import write_run
@@ -70,6 +70,7 @@ def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
             "variant B: there is no setting 'train.sed'",
         ),
         ({"seeds": [0], "variants": {"A +": LENGTH, "a": LENGTH}}, "two variants would have the same folder"),
+        ({"seeds": [0], "variants": {"A": {}, "B": {}}, "compare_with": "last"}, "compare_with: Input should be"),
         ({"seeds": [0], "base": "none.yaml", "variants": {"A": {}, "B": {}}}, "none.yaml"),
     ],
 )
@@ -94,10 +95,17 @@ def test_an_interval_over_seeds_is_wider_where_seeds_differ() -> None:
 
 def test_each_variant_is_compared_with_the_one_before_it() -> None:
     scores = [score("A", 0.2), score("B", 0.5), score("C", 0.4)]
-    found = increments(scores, ["A", "B", "C"])
+    found = gains(scores, ["A", "B", "C"], "previous")
     assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "B")]
     assert [each.value for each in found] == pytest.approx([0.3, -0.1])
     assert found[0].interval == pytest.approx((0.3, 0.3))  # paired: the same resamples
+
+
+def test_or_all_with_the_first() -> None:
+    scores = [score("A", 0.2), score("B", 0.5), score("C", 0.4)]
+    found = gains(scores, ["A", "B", "C"], "first")
+    assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "A")]
+    assert [each.value for each in found] == pytest.approx([0.3, 0.2])
 
 
 @pytest.mark.ray
@@ -110,20 +118,27 @@ def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path)
     path = tmp_path / "ablation.yaml"
     base = config.model_dump(mode="json", exclude={"run"})
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    path.write_text(yaml.safe_dump({"base": "base.yaml", "seeds": [0], "variants": {"A": {}, "B": {"train.seed": 5}}}))
+    content = {
+        "base": "base.yaml",
+        "seeds": [0],
+        "compare_with": "first",
+        "variants": {"A": {}, "B": {"train.seed": 5}},
+    }
+    path.write_text(yaml.safe_dump(content))
     for variant in "AB":
         folder = runs / run_name(variant, 0)
         write_run(folder, config)
         (folder / "result.json").write_text(json.dumps({"status": "finished"}))
     done = run_here(
         tmp_path, "evaluate", f"--evaluate.ablation={path}", "--run.name=ablation",
+        "--evaluate.tasks=[retrieval, segmentation, grounding]", "--evaluate.head_steps=2",
         "--evaluate.fractions=[1.0]", "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 1" not in done.stdout
     found = json.loads((tmp_path / "runs" / "ablation" / "ablation.json").read_text())
     scores = pd.DataFrame(found["scores"])
-    assert set(scores["task"]) == {"retrieval", "classification", "clusters"}
+    assert set(scores["task"]) == {"retrieval", "segmentation", "grounding"}
     assert set(scores["encoder"]) == {"A", "B"}
     # write_run gives both the same weights: the gain and its interval are 0
     assert all(gain["gain"] == 0 and gain["interval"] == [0, 0] for gain in found["gains"])

@@ -18,7 +18,7 @@ from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
 from cmcgns.methods.base import load_method
-from cmcgns.methods.cm_cgns.model import CmCgnsModel
+from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel
 from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import build_schedule
@@ -293,12 +293,29 @@ def test_a_steady_step_reads_nothing_back_from_the_device(finished: Run, tmp_pat
     assert reads.found == ["aten::_local_scalar_dense"]
 
 
-def test_stage_2_has_a_peak_of_its_own_where_given(tmp_path: Path) -> None:
-    trainer = start(config_of(stage2_learning_rate=2e-5), tmp_path / "run").trainer
-    schedule, train = trainer.parts.schedule, trainer.config.train
-    rates = [trainer.learning_rate(step) for step in range(1, schedule.total + 1)]
-    assert max(rates[: schedule.stage1]) == train.learning_rate != 2e-5
-    assert max(rates[schedule.stage1 :]) == 2e-5
+@pytest.mark.parametrize("factor", [0.25, 0.0])
+def test_in_stage_2_what_stage_1_has_trained_moves_by_its_factor_and_the_decoder_by_the_whole_rate(
+    factor: float, tmp_path: Path
+) -> None:
+    config = config_of(
+        stage1_steps=2, stage2_steps=1, warmup_steps=0, stage2_learned_rate=factor, weight_decay=0.0, model__dropout=0.0
+    )
+    trainer = start(config, tmp_path / "run").trainer
+    for _ in range(2):
+        trainer.next_step()
+    before = trainer.engine.weights()
+    trainer.next_step()
+    moved = {name: float((value - before[name]).abs().max()) for name, value in trainer.engine.weights().items()}
+    # Adam's first step moves a weight by the learning rate, whatever the size of its gradient
+    full = config.train.learning_rate
+    assert moved["decoder.exit.weight"] == pytest.approx(full, rel=0.01)
+    assert moved["image_projection.weight"] == pytest.approx(full * factor, rel=0.01)
+    assert moved["text_encoder.projection.weight"] == pytest.approx(full * factor, rel=0.01)
+    learned = {name for name in before if not name.startswith(RECONSTRUCTION_PARTS)}
+    if not factor:
+        assert all(moved[name] == 0.0 for name in learned)
+    saved = {name.split(".", 1)[1] for name in trainer.engine.optimizer_state() if "." in name}
+    assert saved.isdisjoint(learned) == (factor == 0.0)
 
 
 def test_augmented_films_are_the_same_after_a_resume_and_read_nothing_back(tmp_path: Path) -> None:

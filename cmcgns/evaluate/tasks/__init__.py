@@ -142,7 +142,7 @@ def start_film_head_tasks(evaluation: Evaluation, images: ImageSet, cache: str) 
         "classification": settings.fractions,
     }
     classes = {"segmentation": images.mask_classes, "detection": images.box_classes, "classification": images.classes}
-    asked = [task for task in FILM_HEADS if task in settings.tasks]
+    asked = [task for task in FILM_HEADS if task in settings.chosen_tasks]
     if "tuned" not in settings.encoder and "classification" in asked:
         asked.remove("classification")
     empty = {task: _empty_split(images, FILM_HEADS[task]) for task in asked if classes[task]}
