@@ -1,10 +1,11 @@
 """Ablations: pretrain variants with several seeds each, and compare them with intervals over studies and seeds."""
 
 import copy
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,8 +44,8 @@ class Ablation:
 
     variants: dict[str, Config]
     seeds: tuple[int, ...]
-    compare_with: Literal["previous", "first"] = "previous"
-    """The variant with which each one is compared."""
+    compared_with: dict[str, str]
+    """The other variant with which one is compared."""
 
     def config(self, folder: RunFolder, variant: str, seed: int) -> Config:
         """The settings of one run; resumes it if it has started."""
@@ -68,8 +69,8 @@ class AblationFile(Section):
     seeds: tuple[int, ...] = Field(min_length=1)
     variants: dict[str, dict[str, Any] | None] = Field(min_length=2)
     """Settings of each variant that differ from the base."""
-    compare_with: Literal["previous", "first"] = "previous"
-    """Compare each variant with the one before it, or all with the first."""
+    compare_with: dict[str, str] = {}
+    """The variant with which one is compared: `{variant: other}`; by default the one before it."""
 
 
 def read_ablation(path: str) -> Ablation:
@@ -94,14 +95,16 @@ def read_ablation(path: str) -> Ablation:
             configs[name] = resolve(copy.deepcopy(base), dict(settings or {}), Config)
         except UserError as error:
             raise UserError(f"evaluate.ablation {path}: variant {name}: {error}") from None
-    complaint = _complaint(configs, content.seeds)
+    complaint = _complaint(configs, content)
     if complaint:
         raise UserError(f"evaluate.ablation {path}: {complaint}")
-    return Ablation(configs, content.seeds, content.compare_with)
+    before = {later: earlier for earlier, later in itertools.pairwise(configs)}
+    return Ablation(configs, content.seeds, before | content.compare_with)
 
 
-def _complaint(configs: dict[str, Config], seeds: tuple[int, ...]) -> str | None:
+def _complaint(configs: dict[str, Config], content: AblationFile) -> str | None:
     """Why the variants cannot be compared."""
+    seeds = content.seeds
     if len(set(seeds)) < len(seeds):
         return f"seeds {', '.join(map(str, seeds))}: a seed appears twice; remove it"
     different = [key for key in CORPUS if len({str(getattr(config.data, key)) for config in configs.values()}) > 1]
@@ -109,6 +112,9 @@ def _complaint(configs: dict[str, Config], seeds: tuple[int, ...]) -> str | None
         return f"data.{different[0]} differs between variants; all need the same test studies"
     if len({run_name(name, seeds[0]) for name in configs}) < len(configs):
         return "two variants would have the same folder; give them names that differ in letters or digits"
+    unknown = [name for pair in content.compare_with.items() for name in pair if name not in configs]
+    if unknown:
+        return f"compare_with: there is no variant {unknown[0]}; the variants are: {'; '.join(configs)}"
     return None
 
 
@@ -135,16 +141,14 @@ def _spread(own: Sequence[Score]) -> str:
     return f"{len(values)} seeds, standard deviation {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
 
 
-def gains(scores: Sequence[Score], variants: Sequence[str], compare_with: str) -> list[Difference]:
-    """Difference of each variant to the `previous` or the `first` one, for each score."""
+def gains(scores: Sequence[Score], compared_with: dict[str, str]) -> list[Difference]:
+    """Difference of each variant to the one it is compared with, for each score."""
     by_name = {(score.encoder, score.key): score for score in scores}
-    earlier = variants[:-1] if compare_with == "previous" else [variants[0]] * (len(variants) - 1)
-    compared = list(zip(earlier, variants[1:], strict=True))
     return [
-        Difference(by_name[after, key], by_name[before, key])
+        Difference(by_name[variant, key], by_name[other, key])
         for key in dict.fromkeys(score.key for score in scores)
-        for before, after in compared
-        if (after, key) in by_name and (before, key) in by_name
+        for variant, other in compared_with.items()
+        if (variant, key) in by_name and (other, key) in by_name
     ]
 
 
@@ -191,7 +195,7 @@ class AblationJob(Job):
             open_sets(evaluation)
             with log_on(terminal):  # pretraining has redirected the log to its coordinator
                 measure_all(evaluation, features_folder(self.settings, folder.uri))
-        write_comparison(terminal, folder, evaluation, variants, ablation.compare_with)
+        write_comparison(terminal, folder, evaluation, variants, ablation.compared_with)
         return {"status": "failed" if evaluation.failures else "finished"}
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -259,11 +263,15 @@ def finished_runs(ablation: Ablation, folder: RunFolder) -> dict[str, list[str]]
 
 
 def write_comparison(
-    terminal: Console, folder: RunFolder, evaluation: Evaluation, variants: dict[str, list[str]], compare_with: str
+    terminal: Console,
+    folder: RunFolder,
+    evaluation: Evaluation,
+    variants: dict[str, list[str]],
+    compared_with: dict[str, str],
 ) -> None:
     """Write all scores and print their table."""
     scores = over_seeds(evaluation.scores, variants)
-    gained = gains(scores, list(variants), compare_with)
+    gained = gains(scores, compared_with)
     facts = {
         "sets": {},
         "tests": evaluation.tests(),
@@ -279,7 +287,7 @@ def write_comparison(
     means = [score for score in scores if OF_A_CLASS not in score.metric]
     if means:
         storage.write_bytes(folder.file("ablation.png"), bars(means))
-    show(terminal, means, gained, compare_with)
+    show(terminal, means, gained)
     print_skipped_and_failed(terminal, evaluation.skipped, evaluation.failures)
 
 
@@ -287,20 +295,21 @@ def as_json(scores: Sequence[Score], gained: Sequence[Difference]) -> dict[str, 
     """Content of ablation.json."""
     rows = [score.row() for score in scores]
     steps = [
-        {"key": each.first.key, "variant": each.first.encoder, "before": each.second.encoder, "gain": each.value,
+        {"key": each.first.key, "variant": each.first.encoder, "over": each.second.encoder, "gain": each.value,
          "interval": each.interval}
         for each in gained
     ]  # fmt: skip
     return without_nan({"scores": rows, "gains": steps})
 
 
-def show(terminal: Console, scores: Sequence[Score], gained: Sequence[Difference], compare_with: str) -> None:
+def show(terminal: Console, scores: Sequence[Score], gained: Sequence[Difference]) -> None:
     """Print a row per score and variant, with its gain over the variant it is compared with; a star if it excludes 0."""
     of_variant = {(each.first.encoder, each.first.key): each for each in gained}
     table = Table(box=None, pad_edge=False)
-    for name in ("task", "setting", "metric", "variant", "mean over seeds", f"gain over {compare_with} variant"):
+    for name in ("task", "setting", "metric", "variant", "mean over seeds", "gain", "over"):
         table.add_column(name)
     for score in scores:
         own = of_variant.get((score.encoder, score.key))
-        table.add_row(score.task, score.setting, score.metric, score.encoder, cell(score), gap(own))
+        over = own.second.encoder if own is not None else ""
+        table.add_row(score.task, score.setting, score.metric, score.encoder, cell(score), gap(own), over)
     terminal.print(table)

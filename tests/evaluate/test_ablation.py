@@ -70,7 +70,11 @@ def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:
             "variant B: there is no setting 'train.sed'",
         ),
         ({"seeds": [0], "variants": {"A +": LENGTH, "a": LENGTH}}, "two variants would have the same folder"),
-        ({"seeds": [0], "variants": {"A": {}, "B": {}}, "compare_with": "last"}, "compare_with: Input should be"),
+        ({"seeds": [0], "variants": {"A": {}, "B": {}}, "compare_with": "A"}, "compare_with: Input should be"),
+        (
+            {"seeds": [0], "variants": {"A": LENGTH, "B": LENGTH}, "compare_with": {"B": "C"}},
+            "compare_with: there is no variant C; the variants are: A; B",
+        ),
         ({"seeds": [0], "base": "none.yaml", "variants": {"A": {}, "B": {}}}, "none.yaml"),
     ],
 )
@@ -93,19 +97,16 @@ def test_an_interval_over_seeds_is_wider_where_seeds_differ() -> None:
     assert apart[0].note == "2 seeds, standard deviation 0.2828"
 
 
-def test_each_variant_is_compared_with_the_one_before_it() -> None:
-    scores = [score("A", 0.2), score("B", 0.5), score("C", 0.4)]
-    found = gains(scores, ["A", "B", "C"], "previous")
-    assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "B")]
-    assert [each.value for each in found] == pytest.approx([0.3, -0.1])
-    assert found[0].interval == pytest.approx((0.3, 0.3))  # paired: the same resamples
-
-
-def test_or_all_with_the_first() -> None:
-    scores = [score("A", 0.2), score("B", 0.5), score("C", 0.4)]
-    found = gains(scores, ["A", "B", "C"], "first")
+def test_a_variant_is_compared_with_the_one_before_it_or_with_one_that_the_file_names(tmp_path: Path) -> None:
+    path = tmp_path / "ablation.yaml"
+    content = {"seeds": [0], "variants": dict.fromkeys("ABCD", LENGTH), "compare_with": {"C": "A"}}
+    path.write_text(yaml.safe_dump(content))
+    compared_with = read_ablation(str(path)).compared_with
+    assert compared_with == {"B": "A", "C": "A", "D": "C"}
+    found = gains([score("A", 0.2), score("B", 0.5), score("C", 0.4)], compared_with)
     assert [(each.first.encoder, each.second.encoder) for each in found] == [("B", "A"), ("C", "A")]
     assert [each.value for each in found] == pytest.approx([0.3, 0.2])
+    assert found[0].interval == pytest.approx((0.3, 0.3))  # paired: the same resamples
 
 
 @pytest.mark.ray
@@ -121,7 +122,7 @@ def test_runs_that_have_finished_are_evaluated_and_not_run_again(tmp_path: Path)
     content = {
         "base": "base.yaml",
         "seeds": [0],
-        "compare_with": "first",
+        "compare_with": {"B": "A"},
         "variants": {"A": {}, "B": {"train.seed": 5}},
     }
     path.write_text(yaml.safe_dump(content))
