@@ -32,6 +32,11 @@ CONFIGS = {
     "siglip positives": {
         "method__name": "siglip", "objective__same_text": "positives", "objective__text_pooling": "mean",
     },
+    "gloria published": {
+        "method__name": "gloria", "objective__regions": "before_last", "objective__word_layers": 2,
+        "objective__same_text": "negatives", "objective__caption": "sentence", "model__image_encoder": "resnet-tiny",
+        "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
+    },
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
     "resnet": {
