@@ -10,7 +10,7 @@ from cmcgns.cli import load_config, resolve
 from cmcgns.config import METHODS, Config, MethodConfig, method_settings
 from cmcgns.errors import UserError
 from tests.jobs import REPOSITORY
-from tests.train.test_trainer import config_of, start
+from tests.train.test_trainer import HostReads, config_of, start
 
 DEFAULT = MethodConfig().name
 PHANTOM = REPOSITORY / "jobs" / "configs" / "phantom.yaml"
@@ -50,6 +50,19 @@ def test_a_resumed_run_of_every_method_matches_the_uninterrupted_one(name: str, 
         for term in ("step", "loss", "studies_digest", "temperature", "i2t_recall_at_1"):
             assert ours.get(term) == theirs.get(term), (ours["step"], term)
     assert [row["step"] for row in resumed.rows()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != DEFAULT])
+def test_a_steady_step_of_every_method_reads_nothing_back_from_the_device(name: str, tmp_path: Path) -> None:
+    drawn = {"objective__caption": "sentence"} if "caption" in method_settings(name).model_fields else {}
+    config = config_of(method__name=name, microbatch_size=8, global_batch_size=8, stage2_steps=0, **drawn)
+    trainer = start(config, tmp_path / "run").trainer
+    trainer.train_step(1, trainer.reader.next_step())
+    data = trainer.reader.next_step()
+    # Adam's step counts are on the host, also on a GPU
+    with HostReads({slot["step"].data_ptr() for slot in trainer.engine.optimizer.state.values()}) as reads:
+        trainer.train_step(2, data)
+    assert reads.found == []
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != DEFAULT])
