@@ -5,6 +5,7 @@ tyro 1.0 renames keys to hyphens. Neither knows a section whose keys depend on a
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -179,8 +180,11 @@ def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         raise UserError(f"{section}.{name} = {first['input']!r} {wanted} ({' '.join(meaning.split())})") from None
 
 
-def read_yaml(path: str, key: str = "--config") -> dict[str, Any]:
-    """The settings in a YAML file, local or on S3, not validated; ``key`` is the setting that names the file."""
+def read_yaml(path: str, key: str = "--config", above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings in a YAML file, local or on S3, over those that it extends; not validated.
+
+    ``key`` is the setting that names the file, ``above`` the files that extend it.
+    """
     try:
         settings = yaml.safe_load(_read_text(path, key))
     except OSError as error:
@@ -189,7 +193,31 @@ def read_yaml(path: str, key: str = "--config") -> dict[str, Any]:
         raise UserError(f"{key} {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings or {}, dict):
         raise UserError(f"{key} {path} has no sections; see --print-config for the layout")
-    return settings or {}
+    base = (settings or {}).pop("extends", None)
+    if base is None:
+        return settings or {}
+    if not isinstance(base, str):
+        raise UserError(f"{key} {path}: extends: {base!r} is no name; give a config that we ship, or a .yaml file")
+    if base.endswith(".yaml") and not base.startswith(("/", "s3://")):  # relative to this file
+        folder = path.rpartition("/")[0]
+        base = f"{folder}/{base}" if folder.startswith("s3://") else os.path.normpath(Path(folder) / base)
+    chain = (*above, path)
+    if base in chain:
+        raise UserError(f"{key} {path}: extends: these extend each other: {' -> '.join((*chain, base))}; remove one")
+    return extended(read_yaml(base, f"{key} {path}: extends", chain), settings)
+
+
+def extended(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``settings`` on top; without its `objective` if that belongs to another method."""
+    same_method = _method_of(base | settings) == _method_of(base)
+    whole = {section: values for section, values in base.items() if same_method or section != "objective"}
+    for section, values in settings.items():
+        below = whole.get(section)
+        if isinstance(values, dict) and isinstance(below, dict):
+            replaced = {_other_unit(name) for name in values}
+            values = {name: value for name, value in below.items() if name not in replaced} | values
+        whole[section] = values
+    return whole
 
 
 def _read_text(path: str, key: str) -> str:
@@ -281,11 +309,9 @@ def _check_key(key: str, section: type[Section], prefix: str = "", method: str =
     if key in section.model_fields:
         return
     dotted = f"{prefix}.{key}" if prefix else key
-    owner = next(
-        (name for name in METHODS if prefix == "objective" and key in method_settings(name).model_fields), None
-    )
-    if owner is not None:
-        raise UserError(f"{dotted} is a setting of method {owner}, but method.name is {method}; remove it")
+    owners = [name for name in METHODS if prefix == "objective" and key in method_settings(name).model_fields]
+    if owners:
+        raise UserError(f"{dotted} is a setting of method {', '.join(owners)}, but method.name is {method}; remove it")
     near = difflib.get_close_matches(key, section.model_fields, n=1)
     hint = f"did you mean {prefix + '.' if prefix else ''}{near[0]}?" if near else "--help lists every key"
     raise UserError(f"there is no setting '{dotted}'; {hint}")

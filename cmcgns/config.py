@@ -3,7 +3,8 @@
 Sizes are in studies (one image-report pair) and named for their owner; lengths in pixels, tokens or steps.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -23,6 +24,8 @@ from cmcgns.plugins import is_plugin, load_plugin
 
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
 """Supported layouts of a corpus."""
+METHODS: Mapping[str, str] = import_module("cmcgns.methods").METHODS
+"""Modules of the built-in methods by name: their table, which imports none of them."""
 MIN_BANK = 1024
 """Minimum number of sentence features in the bank before clustering may start, even with few clusters."""
 
@@ -130,9 +133,11 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    name: str = "cm-cgns"
-    """Pretraining method: `cm-cgns`, `infonce`, or your own as `package.module` or `path/to/file.py` (docs/methods.md).
-    It defines the keys of `objective`."""
+    name: str = Field(
+        "cm-cgns",
+        description=f"Pretraining method: {', '.join(METHODS)}, or your own as `package.module` or `path/to/file.py` "
+        "(docs/methods.md). It defines the keys of `objective`.",
+    )
 
 
 class Bank(NamedTuple):
@@ -168,10 +173,6 @@ class MethodSettings(Section):
     def sweep_space(self, sentences: int) -> dict[str, Any]:
         """Default search space of a sweep, in the form of `sweep.space`, for a corpus with ``sentences`` training sentences."""
         return {"objective.temperature": {"log_uniform": [0.02, 0.5]}} if hasattr(self, "temperature") else {}
-
-
-METHODS = {"cm-cgns": "cmcgns.methods.cm_cgns", "infonce": "cmcgns.methods.infonce"}
-"""Modules of the built-in methods, by name."""
 
 
 def foreign_modules(settings: dict[str, Any]) -> dict[str, str]:

@@ -61,6 +61,38 @@ def ragged_all_gather(rows_n: Tensor, counts: Sequence[int], with_grad: bool = F
     return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts, strict=True)])
 
 
+def to_owners(score_NB: Tensor, counts: Sequence[int]) -> Tensor:
+    """From all ranks' N rows on this rank's B columns to this rank's n rows on all ranks' G columns, with gradients.
+
+    ``counts[r]`` of the rows belong to rank r; every rank has the same number of columns.
+    """
+    return score_NB if world_size() == 1 else _ToOwners.apply(score_NB, tuple(counts))
+
+
+class _ToOwners(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, score_NB: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+        number, size, ranks = counts[rank()], score_NB.shape[1], len(counts)
+        flat = _all_to_all(score_NB.flatten(), [each * size for each in counts], [number * size] * ranks)
+        return flat.view(ranks, number, size).transpose(0, 1).reshape(number, ranks * size)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nG: Tensor) -> tuple[Tensor, None]:
+        counts: tuple[int, ...] = ctx.counts
+        ranks, number = len(counts), len(grad_nG)
+        size = grad_nG.shape[1] // ranks
+        by_rank = grad_nG.reshape(number, ranks, size).transpose(0, 1).flatten()
+        flat = _all_to_all(by_rank, [number * size] * ranks, [each * size for each in counts])
+        return flat.view(-1, size), None
+
+
+def _all_to_all(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    found = flat.new_empty(sum(received))
+    dist.all_to_all_single(found, flat.contiguous(), list(received), list(sent))
+    return found
+
+
 def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """``tensor`` summed (or ``op``) over all ranks, without gradient and not in place."""
     if world_size() == 1:

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
-from cmcgns.config import Config
+from cmcgns.config import Config, method_settings
 from cmcgns.data.batch import ImageReportBatch, pad_reports
 from cmcgns.methods.base import Losses, load_method
-from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.train.banks import Banks
 
 VOCABULARY = 120
@@ -28,13 +27,20 @@ def small_config(**train: object) -> Config:
             "learning_rate": 1e-4,
         },
     }  # fmt: skip
+    if "method__name" in train:
+        own = method_settings(str(train["method__name"]))
+        settings["method"] = {}
+        settings["objective"] = {
+            name: value for name, value in settings["objective"].items() if name in own.model_fields
+        }
+        settings["train"]["stage2_steps"] = 4 if own.stages == 2 else 0
     for key, value in train.items():
         section, _, name = key.rpartition("__")
         settings[section or "train"][name] = value
     return Config.model_validate(settings)
 
 
-def small_model(config: Config, seed: int = 0) -> CmCgnsModel:
+def small_model(config: Config, seed: int = 0) -> Any:
     """The model of ``config`` with weights from ``seed``."""
     torch.manual_seed(seed)
     return load_method(config).build_model(VOCABULARY)
@@ -43,15 +49,18 @@ def small_model(config: Config, seed: int = 0) -> CmCgnsModel:
 def losses_of(
     config: Config, outputs: Any, batch: ImageReportBatch, centroids_KD: torch.Tensor | None, stage: int = 1
 ) -> Losses:
-    """The losses of CM-CGNS under ``centroids_KD``."""
-    return load_method(config).losses(outputs, batch, {"sentences": centroids_KD}, stage, 1)
+    """The losses of the method, every bank of which has ``centroids_KD``."""
+    centroids = {bank.name: centroids_KD for bank in config.banks}
+    return load_method(config).losses(outputs, batch, centroids, stage, 1)
 
 
 def banks_of(config: Config, pool: Pool, device: str = "cpu") -> Banks:
-    """The method's one bank over ``pool``."""
-    method, [bank] = load_method(config), config.banks
-    centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum)
-    return Banks([bank], [OnlineClustering(config.clustering, centroids, pool)], method.statistics)
+    """The method's one bank over ``pool``, if it has one."""
+    method, clusterings = load_method(config), list[OnlineClustering]()
+    for bank in config.banks:
+        centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum)
+        clusterings.append(OnlineClustering(config.clustering, centroids, pool))
+    return Banks(config.banks, clusterings, method.statistics)
 
 
 def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[slice] | None = None) -> ImageReportBatch:

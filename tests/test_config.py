@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from cmcgns.cli import read_yaml, validate
 from cmcgns.config import Config
+from cmcgns.errors import UserError
 from tests.small import small_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -18,7 +19,7 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     config = validate(read_yaml(str(path)), Config)
     train = config.train
     assert train.accumulation * train.microbatch_size * train.num_workers == train.global_batch_size
-    assert config.clustering.bank_size >= max(4 * config.objective.num_clusters, 1024)
+    assert all(config.clustering.bank_size >= max(4 * bank.num_clusters, 1024) for bank in config.banks)
 
 
 def test_the_published_settings_are_those_of_the_paper() -> None:
@@ -76,3 +77,51 @@ def test_every_key_says_what_it_means() -> None:
         assert info.annotation is not None
         for name, key in info.annotation.model_fields.items():
             assert len(key.description or "") > 15, f"{section}.{name}"
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_config_may_extend_another_one_key_by_key(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        ours="extends: theirs.yaml\ntrain: {stage1_epochs: 2, seed: 3}",
+        theirs="extends: phantom-tiny\ntrain: {seed: 5, weight_decay: 0.5}\nobjective: {mask_ratio: 0.25}",
+    )
+    tiny, found = read_yaml("phantom-tiny"), read_yaml(str(tmp_path / "ours.yaml"))
+    assert found["data"] == tiny["data"]
+    assert found["objective"] == tiny["objective"] | {"mask_ratio": 0.25}
+    train = tiny["train"] | {"seed": 3, "weight_decay": 0.5, "stage1_epochs": 2}
+    del train["stage1_steps"]  # the same length in the other unit
+    assert found["train"] == train
+    assert validate(found, Config).train.seed == 3
+
+
+def test_an_extended_config_of_another_method_leaves_its_objective_behind(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        ours="extends: phantom\nmethod: {name: infonce}\nobjective: {temperature: 0.2}\ntrain: {stage2_steps: 0}",
+    )
+    found = read_yaml(str(tmp_path / "ours.yaml"))
+    assert found["objective"] == {"temperature": 0.2}
+    write(tmp_path, next="extends: ours.yaml\ntrain: {seed: 4}")
+    config = validate(read_yaml(str(tmp_path / "next.yaml")), Config)
+    assert (config.method.name, config.objective.temperature, config.train.seed) == ("infonce", 0.2, 4)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("phantomm", r"ours.yaml: extends phantomm: No such file or directory; check the path"),
+        ("other.yaml", r"ours.yaml: extends .*other.yaml: No such file or directory"),
+        ("ours.yaml", r"ours.yaml: extends: these extend each other: .*ours.yaml -> .*ours.yaml; remove one"),
+        ("back.yaml", r"back.yaml: extends: these extend each other: .*ours.yaml -> .*back.yaml -> .*ours.yaml; remove one"),
+        ("[phantom]", r"ours.yaml: extends: \['phantom'\] is no name; give a config that we ship, or a .yaml file"),
+    ],
+)  # fmt: skip
+def test_a_config_that_extends_nothing_or_itself_is_refused(base: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, ours=f"extends: {base}", back="extends: ../" + tmp_path.name + "/ours.yaml")
+    with pytest.raises(UserError, match=message):
+        read_yaml(str(tmp_path / "ours.yaml"))

@@ -58,7 +58,7 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
     trained = Job(
         tmp_path, f"--data.uri={tmp_path / 'corpus'}", *SHORT,
         f"--data.format={plugins / 'folders_reader.py'}", f"--model.image_encoder={plugins / 'patchify.py'}",
-        f"--method.name={plugins / 'siglip.py'}", "--run.name=own",
+        f"--method.name={plugins / 'hardest_negative.py'}", "--run.name=own",
         env=ray_head.environment,
     )  # fmt: skip
     said = trained.wait()
@@ -66,11 +66,13 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
     run = tmp_path / "own"
     assert [row["step"] for row in rows(run)] == [1, 2, 3]
     assert not any("centroids_version" in row for row in rows(run))
-    assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == str(plugins / "siglip.py")
+    assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == str(plugins / "hardest_negative.py")
     assert "layers.0.weight" in load_file(run / "export" / "image_encoder" / "model.safetensors")
     task = plugins / "alignment_task.py"
-    files = [str(plugins / f"{name}.py") for name in ("siglip", "patchify", "folders_reader")]
-    with pytest.raises(UserError, match=r"siglip.py \(method.name\), which would be executed here.*evaluate.trusted"):
+    files = [str(plugins / f"{name}.py") for name in ("hardest_negative", "patchify", "folders_reader")]
+    with pytest.raises(
+        UserError, match=r"hardest_negative.py \(method.name\), which would be executed here.*evaluate.trusted"
+    ):
         open_run("evaluate.run", str(run), trusted=files[1:])
     measured = run_here(
         tmp_path, "evaluate", f"--run.storage={tmp_path}", f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CROP_STREAM = 1
 MASK_STREAM = 2
 AUGMENT_STREAM = 3
+SENTENCE_STREAM = 4
 
 # splitmix64 (Steele, Lea and Flood, 2014); int64 arithmetic wraps around, so the constants are written as signed
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -170,6 +171,30 @@ class ImageReportBatch(NamedTuple):
         """The same batch on ``device``; copies from pinned memory do not wait."""
         moved = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
         return ImageReportBatch(*moved)  # type: ignore[arg-type]
+
+
+def with_one_sentence(batch: ImageReportBatch) -> ImageReportBatch:
+    """``batch`` with one sentence of each report, drawn by the study's key, as its whole report: [CLS], its tokens, [SEP]."""
+    count_B = batch.sentence_mask_BS.sum(1)
+    uniform_B = keyed_uniform(batch.draw_key_B, 1, SENTENCE_STREAM)[:, 0]
+    drawn_B = torch.minimum((uniform_B * count_B).long(), count_B - 1)
+    of_none_BT = batch.token_mask_BT & (batch.sentence_of_token_BT < 0)
+    kept_BT = (batch.sentence_of_token_BT == drawn_B.unsqueeze(1)) | of_none_BT
+    # kept tokens move to the front in their order: the encoder gives them the positions that a lone sentence has
+    order_BT = (~kept_BT).int().argsort(dim=1, stable=True)
+    mask_BT = kept_BT.gather(1, order_BT)
+    of_sentence_BT = mask_BT & ~of_none_BT.gather(1, order_BT)
+    hash_B = batch.sentence_hash_n[count_B.cumsum(0) - count_B + drawn_B]
+    return batch._replace(
+        token_BT=batch.token_BT.gather(1, order_BT),
+        token_mask_BT=mask_BT,
+        sentence_of_token_BT=of_sentence_BT.long() - 1,
+        sentence_mask_BS=torch.ones_like(count_B, dtype=torch.bool).unsqueeze(1),
+        sentence_row_n=torch.arange(len(count_B), device=count_B.device),
+        sentence_hash_n=hash_B,
+        report_hash_B=hash_B,
+        rank_sentences=(batch.studies,) * len(batch.rank_sentences),
+    )
 
 
 class PaddedReports(NamedTuple):

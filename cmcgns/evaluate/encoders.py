@@ -232,7 +232,8 @@ class EncoderSpec:
         if self.kind == RANDOM:
             # weights are drawn in the method's order and those of the text encoder before the heads, so both affect the heads
             drawn = [self.seed, torch.__version__, self.run.vocabulary_size, data.max_tokens, self.config.method.name]
-            digest.update(f"{drawn} {self.config.model.model_dump_json()}".encode())
+            sections = (self.config.model, self.config.objective)
+            digest.update(f"{drawn} {' '.join(section.model_dump_json() for section in sections)}".encode())
         else:
             folder = self.run.export if self.kind == "run" else self.folder
             for name in storage.list_files(folder):

@@ -11,18 +11,35 @@ from cmcgns import distributed
 from cmcgns.distributed import all_gather, all_gather_with_grad
 
 
-def contrastive_loss(image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(
+    image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor | None, scale: Tensor, film_weight: float = 0.5
+) -> Tensor:
     """Symmetric InfoNCE of this rank's studies against the studies of every rank.
 
-    Studies whose reports have the same text are neither negatives nor positives of each other.
+    Studies whose reports have the same text are neither negatives nor positives of each other. ``film_weight``: the share of the
+    direction in which each film has to find its report.
+    """
+    film_loss, report_loss = directed_losses(image_BD, report_BD, report_hash_B, scale)
+    return film_weight * film_loss + (1 - film_weight) * report_loss
+
+
+def directed_losses(
+    image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of films among the reports of every rank, and of reports among the films.
+
+    Without hashes every other study is a negative.
     """
     image_GD, report_GD = all_gather_with_grad(torch.cat([image_BD, report_BD], dim=1)).chunk(2, dim=1)
     offset = distributed.rank() * image_BD.shape[0]  # the global rank: labels are columns of all ranks
-    same_text_BG = same_text_mask(report_hash_B, all_gather(report_hash_B), offset)
     label_B = torch.arange(offset, offset + image_BD.shape[0], device=image_BD.device)
-    image_to_report_BG = (scale * image_BD @ report_GD.T).masked_fill(same_text_BG, -torch.inf)
-    report_to_image_BG = (scale * report_BD @ image_GD.T).masked_fill(same_text_BG, -torch.inf)
-    return (F.cross_entropy(image_to_report_BG, label_B) + F.cross_entropy(report_to_image_BG, label_B)) / 2
+    film_to_report_BG = scale * image_BD @ report_GD.T
+    report_to_film_BG = scale * report_BD @ image_GD.T
+    if report_hash_B is not None:
+        same_text_BG = same_text_mask(report_hash_B, all_gather(report_hash_B), offset)
+        film_to_report_BG = film_to_report_BG.masked_fill(same_text_BG, -torch.inf)
+        report_to_film_BG = report_to_film_BG.masked_fill(same_text_BG, -torch.inf)
+    return F.cross_entropy(film_to_report_BG, label_B), F.cross_entropy(report_to_film_BG, label_B)
 
 
 def same_text_mask(own_hash_n: Tensor, hash_N: Tensor, offset: int) -> Tensor:

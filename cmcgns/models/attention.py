@@ -4,6 +4,7 @@ B studies, P patches, S sentences (padded), L parts (patches or sentences), D em
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ def linear(dim_in: int, dim_out: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=dim_in**-0.5)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def projection(kind: Literal["linear", "mlp"], dim_in: int, dim_out: int) -> nn.Module:
+    """A projection to the shared space: one linear layer, or two with a ReLU between them."""
+    if kind == "linear":
+        return linear(dim_in, dim_out)
+    return nn.Sequential(linear(dim_in, dim_in), nn.ReLU(), linear(dim_in, dim_out))
 
 
 def sigmoid_attention(query_BLD: Tensor, key_BMD: Tensor, value_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:

@@ -232,10 +232,37 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
         """``features_BPC`` and ``pooled_BC``; the grey channel is repeated three times."""
+        hidden = self.backbone(pixel_values=self._pixels(image_B1HW), **self.forward_options).last_hidden_state
+        return self._features(hidden)
+
+    def before_last(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of the feature map before the last stage, (B, P, C), and ``pooled_BC``."""
+        pixels_B3HW = self._pixels(image_B1HW)
+        found = self.backbone(pixel_values=pixels_B3HW, output_hidden_states=True, **self.forward_options)
+        return found.hidden_states[-2].flatten(2).transpose(1, 2), self._features(found.last_hidden_state)[1]
+
+    @property
+    def dim_before_last(self) -> int:
+        """Channels of the feature map before the last stage.
+
+        Raises:
+            UserError: the encoder has no stages.
+        """
+        widths = getattr(getattr(self.backbone, "config", None), "hidden_sizes", [])
+        if not self.is_convolutional or len(widths) < 2:
+            raise UserError(
+                f"objective.regions before_last: a {type(self.backbone).__name__} has no stages; give a ResNet, or "
+                "objective.regions=last"
+            )
+        return int(widths[-2])
+
+    def _pixels(self, image_B1HW: Tensor) -> Tensor:
         pixels_B3HW = image_B1HW.to(next(self.parameters()).dtype).expand(-1, 3, -1, -1)
         if self.pixel_format != torch.contiguous_format:
             pixels_B3HW = pixels_B3HW.contiguous(memory_format=self.pixel_format)
-        hidden = self.backbone(pixel_values=pixels_B3HW, **self.forward_options).last_hidden_state
+        return pixels_B3HW
+
+    def _features(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # transpose, not view: a patch is all channels of one position
         features_BPC = hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
         return features_BPC, hidden[:, 0] if self.pool is None else self.pool(features_BPC)

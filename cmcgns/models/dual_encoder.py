@@ -4,10 +4,12 @@ B studies, P patches, S sentences (padded), C channels of the image backbone, D 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
@@ -37,7 +39,7 @@ class DualEncoder(nn.Module):
 
     def add_parts(self, dim: int) -> None:
         """Create the modules after the encoders; an override must create ``image_projection`` too."""
-        self.image_projection = linear(self.image_encoder.dim, dim)
+        self.image_projection: nn.Module = linear(self.image_encoder.dim, dim)
 
     def train(self, mode: bool = True) -> "DualEncoder":
         super().train(mode)
@@ -87,8 +89,15 @@ def clamped_scale(log_scale: Tensor) -> Tensor:
     return _PassThroughClamp.apply(wide.exp())
 
 
-def build_encoders(config: Config, vocabulary_size: int) -> tuple[ImageEncoder, TextEncoder]:
-    """Both encoders of ``config`` on the CPU, with weights drawn from torch's current generator."""
+def build_encoders(
+    config: Config,
+    vocabulary_size: int,
+    text_encoder: Callable[[PreTrainedModel, int], TextEncoder] = TextEncoder,
+) -> tuple[ImageEncoder, TextEncoder]:
+    """Both encoders of ``config`` on the CPU, with weights drawn from torch's current generator.
+
+    ``text_encoder`` makes one of a backbone and the dimension D.
+    """
     model, data = config.model, config.data
     image_backbone = build_image_backbone(model.image_encoder, data.image_size, model.dropout)
     text_backbone = build_text_backbone(model.text_encoder, vocabulary_size, data.max_tokens, model.dropout)
@@ -98,5 +107,5 @@ def build_encoders(config: Config, vocabulary_size: int) -> tuple[ImageEncoder, 
                 backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return (
         ImageEncoder(image_backbone, data.image_size, model.fixed_batch_statistics, model.channels_last),
-        TextEncoder(text_backbone, model.embed_dim),
+        text_encoder(text_backbone, model.embed_dim),
     )

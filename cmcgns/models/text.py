@@ -3,20 +3,23 @@
 B studies, T tokens, S sentences (padded), C channels of the backbone, D embedding.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from cmcgns.models.attention import AttentionPool, linear, unit
+from cmcgns.models.attention import AttentionPool, masked_mean, projection, unit
 
 
 class TextEncoder(nn.Module):
     """Projects token states to D and normalises them; a sentence is the mean of its tokens, a report pools its sentences."""
 
-    def __init__(self, backbone: PreTrainedModel, dim: int) -> None:
+    def __init__(self, backbone: PreTrainedModel, dim: int, head: Literal["linear", "mlp"] = "linear") -> None:
         super().__init__()
         self.backbone = backbone
-        self.projection = linear(backbone.config.hidden_size, dim)
+        self.projection = projection(head, backbone.config.hidden_size, dim)
         self.pool = AttentionPool(dim)
 
     def forward(
@@ -65,6 +68,83 @@ class TextEncoder(nn.Module):
         if (config.model_type, config._attn_implementation) != ("bert", "sdpa"):
             return token_mask_BT.long()
         return token_mask_BT[:, None, None, :].expand(-1, 1, token_mask_BT.shape[1], -1)
+
+
+class PooledTextEncoder(TextEncoder):
+    """Pools token states over the whole report, then projects: [CLS], the maximum or the mean of all real tokens.
+
+    A sentence is pooled from its own tokens; with ``cls`` it is their mean.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        dim: int,
+        pooling: Literal["cls", "max", "mean"],
+        head: Literal["linear", "mlp"] = "linear",
+        layers: int = 1,
+    ) -> None:
+        """``layers``: how many last layers are summed to the state of a token."""
+        super().__init__(backbone, dim, head)
+        del self.pool  # of projected sentences
+        self.pooling, self.layers = pooling, layers
+
+    def forward(
+        self,
+        token_BT: Tensor,
+        token_mask_BT: Tensor,
+        sentence_of_token_BT: Tensor,
+        sentence_mask_BS: Tensor,
+        by_length_B: Tensor | None = None,
+        slice_tokens: tuple[int, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        hidden_BTC = self.token_states(token_BT, token_mask_BT, by_length_B, slice_tokens)
+        return self.embed(hidden_BTC, token_mask_BT, sentence_of_token_BT, sentence_mask_BS)
+
+    def embed(
+        self, hidden_BTC: Tensor, token_mask_BT: Tensor, sentence_of_token_BT: Tensor, sentence_mask_BS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``sentences_BSD`` and ``report_BD`` of token states, both of length 1, sentences zero where padded."""
+        size_S = sentence_mask_BS.shape[1]
+        if self.pooling == "max":
+            # one row more, for tokens of no sentence
+            owner_BTC = sentence_of_token_BT.remainder(size_S + 1).unsqueeze(-1).expand_as(hidden_BTC)
+            lowest_BSC = hidden_BTC.new_full((len(hidden_BTC), size_S + 1, hidden_BTC.shape[-1]), -torch.inf)
+            sentences_BSC = lowest_BSC.scatter_reduce(1, owner_BTC, hidden_BTC, "amax")[:, :size_S]
+            sentences_BSC = sentences_BSC.masked_fill(~sentence_mask_BS.unsqueeze(-1), 0.0)
+            report_BC = hidden_BTC.masked_fill(~token_mask_BT.unsqueeze(-1), -torch.inf).amax(1)
+        else:
+            sentences_BSC = sentence_means(hidden_BTC, sentence_of_token_BT, size_S)
+            report_BC = hidden_BTC[:, 0] if self.pooling == "cls" else masked_mean(hidden_BTC, token_mask_BT)
+        both_BXD = unit(self.projection(torch.cat([report_BC.unsqueeze(1), sentences_BSC], dim=1)))
+        return both_BXD[:, 1:] * sentence_mask_BS.unsqueeze(-1), both_BXD[:, 0]
+
+    def token_states(
+        self,
+        token_BT: Tensor,
+        token_mask_BT: Tensor,
+        by_length_B: Tensor | None = None,
+        slice_tokens: tuple[int, ...] = (),
+    ) -> Tensor:
+        """Sum of the last ``layers`` hidden states, (B, T, C); padding has any values."""
+        if by_length_B is None:
+            return self._token_states(token_BT, token_mask_BT)
+        parts = [
+            F.pad(
+                self._token_states(token_BT[rows_b, :size_t], token_mask_BT[rows_b, :size_t]),
+                (0, 0, 0, token_BT.shape[1] - size_t),
+            )
+            for rows_b, size_t in zip(by_length_B.tensor_split(len(slice_tokens)), slice_tokens, strict=True)
+        ]
+        sorted_BTC = torch.cat(parts)
+        return torch.zeros_like(sorted_BTC).index_copy(0, by_length_B, sorted_BTC)
+
+    def _token_states(self, token_BT: Tensor, token_mask_BT: Tensor) -> Tensor:
+        mask = self._attention_mask(token_mask_BT)
+        if self.layers == 1:
+            return self.backbone(input_ids=token_BT, attention_mask=mask).last_hidden_state
+        hidden = self.backbone(input_ids=token_BT, attention_mask=mask, output_hidden_states=True).hidden_states
+        return torch.stack(hidden[-self.layers :]).sum(0)
 
 
 def sentence_means(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:

@@ -199,7 +199,7 @@ class PretrainJob(Job):
         has_trained = "clustering_started_at" in result and result["status"] != "failed"
         if has_trained and self.config.banks and result["clustering_started_at"] is None:
             terminal.print(
-                "[yellow]clustering never started[/yellow]: the losses are plain InfoNCE. See clustering.start_cosine, "
+                "[yellow]clustering never started[/yellow]: the losses are those without clusters. See clustering.start_cosine, "
                 f"refresh_every and {self.config.banks[0].setting}",
                 highlight=False,
             )

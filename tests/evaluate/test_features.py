@@ -169,6 +169,9 @@ def test_an_untrained_encoder_is_known_by_all_that_its_weights_are_drawn_after()
     assert spec.digest() != other.digest()
     alone = spec.config.model_copy(update={"method": MethodConfig(name="infonce")})
     assert spec.digest() != replace(spec, run=replace(spec.run, config=alone)).digest()
+    settings = spec.config.objective.model_copy(update={"mask_ratio": 0.25})  # of a method, it may change what is built
+    same = spec.config.model_copy(update={"objective": settings})
+    assert spec.digest() != replace(spec, run=replace(spec.run, config=same)).digest()
 
 
 @pytest.mark.ray

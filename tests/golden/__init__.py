@@ -1,4 +1,4 @@
-"""Numbers of the published method: inputs, weights and outputs of its pieces, float64, run once on a CPU."""
+"""Numbers of published methods: inputs, weights and outputs of their pieces, float64, run once on a CPU."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ EXACT = {"rtol": 0.0, "atol": 1e-9}
 """Float64 sums in another order differ by about 1e-14 here; a wrong term by far more than 1e-9."""
 
 
-def golden() -> dict[str, Tensor]:
-    """Every number by its key (see the README beside the file these came from)."""
-    with np.load(Path(__file__).parent / "cmcgns_published.npz") as file:
+def golden(name: str = "cmcgns_published") -> dict[str, Tensor]:
+    """Every number of one method by its key (see the README beside the file these came from)."""
+    with np.load(Path(__file__).parent / f"{name}.npz") as file:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmcgns.methods.contrastive import contrastive_loss
+from cmcgns.methods.contrastive import contrastive_loss, directed_losses
+from tests.golden import golden
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
+GOLDEN = {"rtol": 0.0, "atol": 1e-12}
 
 
 def random_pairs(number: int) -> tuple[Tensor, Tensor]:
@@ -59,3 +61,49 @@ def test_studies_that_all_share_one_text_cost_nothing() -> None:
     image_BD, report_BD = random_pairs(4)
     loss = contrastive_loss(image_BD, report_BD, torch.zeros(4, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
     assert float(loss) == 0.0
+
+
+def test_equal_weights_give_the_plain_mean_bit_for_bit() -> None:
+    hash_B, scale = torch.tensor([5, 1, 5, 2, 3, 1, 5, 4]), torch.tensor([7.0], requires_grad=True)
+    both = [[part.float().requires_grad_() for part in random_pairs(8)] for _ in range(2)]
+    loss = contrastive_loss(*both[0], hash_B, scale)
+    films, reports = directed_losses(*both[1], hash_B, scale)
+    plain = (films + reports) / 2  # as it was before there were weights
+    assert torch.equal(loss, plain)
+    ours = torch.autograd.grad(loss, [*both[0], scale])
+    assert all(map(torch.equal, ours, torch.autograd.grad(plain, [*both[1], scale])))
+
+
+def test_without_hashes_equal_texts_are_negatives_like_all_others() -> None:
+    image_BD, report_BD = random_pairs(4)
+    scale = torch.full((1,), 5.0, dtype=torch.float64)
+    every = contrastive_loss(image_BD, report_BD, None, scale)
+    assert torch.equal(every, contrastive_loss(image_BD, report_BD, torch.arange(4), scale))
+    assert every > contrastive_loss(image_BD, report_BD, torch.tensor([1, 1, 2, 3]), scale)
+
+
+def weighted(film_weight: float, temperature: float) -> tuple[Tensor, list[Tensor]]:
+    """The loss of the golden features and its gradients."""
+    numbers = golden("convirt")
+    raw = [numbers["in.image_BD"].requires_grad_(), numbers["in.report_BD"].requires_grad_()]
+    units = [F.normalize(rows_BD, dim=1) for rows_BD in raw]
+    scale = torch.full((1,), 1 / temperature, dtype=torch.float64)
+    loss = contrastive_loss(units[0], units[1], torch.arange(6), scale, film_weight)
+    return loss.detach(), list(torch.autograd.grad(loss, raw))
+
+
+def test_convirts_weighted_loss_and_gradients_are_the_published_ones() -> None:
+    numbers = golden("convirt")
+    for name, film_weight in (("weighted", 0.75), ("image_to_report", 1.0), ("report_to_image", 0.0)):
+        loss, gradients = weighted(film_weight, 0.1)
+        torch.testing.assert_close(loss, numbers[f"paper.loss_{name}"], **GOLDEN)
+        for part, gradient in zip(("image_BD", "report_BD"), gradients, strict=True):
+            torch.testing.assert_close(gradient, numbers[f"paper.grad_{name}.{part}"], **GOLDEN)
+
+
+def test_mgcas_convirt_baseline_is_twice_our_loss_at_its_temperature() -> None:
+    numbers = golden("convirt")
+    loss, gradients = weighted(0.5, 0.07)
+    torch.testing.assert_close(2 * loss, numbers["mgca_repo.loss_sum_007"], **GOLDEN)
+    for part, gradient in zip(("image_BD", "report_BD"), gradients, strict=True):
+        torch.testing.assert_close(2 * gradient, numbers[f"mgca_repo.grad.{part}"], **GOLDEN)

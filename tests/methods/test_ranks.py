@@ -1,19 +1,42 @@
-"""The whole model and objective on one, two and three ranks: the same global batch, the same loss and gradient."""
+"""Every method on several ranks: one global batch gives one loss and gradient, and every ZeRO stage trains alike."""
+
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertModel
 
 from cmcgns import distributed
-from cmcgns.config import Config
+from cmcgns.config import METHODS, Config, MethodConfig
 from cmcgns.methods.base import load_method
+from cmcgns.methods.siglip import sigmoid_loss
+from cmcgns.train.engine import build_engine
+from tests.jobs import REPOSITORY
 from tests.ranks import run_on_ranks
-from tests.small import losses_of, random_batch, small_config, small_model
+from tests.small import VOCABULARY, losses_of, random_batch, small_config, small_model
 
-GLOBAL_BATCH = 6
+GLOBAL_BATCH, STEPS = 6, 20
+OTHERS = [name for name in METHODS if name != MethodConfig().name]
+"""Methods but the default, whose engines are compared in tests/train/test_engine.py and whose variants are below."""
 CONFIGS = {
+    **{name: {"method__name": name} for name in OTHERS},
+    "convirt published": {
+        "method__name": "convirt", "objective__same_text": "negatives", "objective__heads": "mlp",
+        "objective__text_pooling": "max", "objective__caption": "sentence",
+    },
+    "clip by [CLS]": {"method__name": "clip", "objective__text_pooling": "cls"},
+    "siglip positives": {
+        "method__name": "siglip", "objective__same_text": "positives", "objective__text_pooling": "mean",
+    },
+    "gloria published": {
+        "method__name": "gloria", "objective__regions": "before_last", "objective__word_layers": 2,
+        "objective__same_text": "negatives", "objective__caption": "sentence", "model__image_encoder": "resnet-tiny",
+        "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
+    },
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
     "resnet": {
@@ -25,62 +48,159 @@ CONFIGS = {
     },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {"engine": "torch", "zero_stage": 0},
+    **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 2, 3)},
+}
+Found = tuple[float, list[float], dict[str, Tensor]]
 
 
-def config_of(name: str) -> Config:
-    return small_config(**CONFIGS[name])
+def config_of(name: str, **more: Any) -> Config:
+    return small_config(**CONFIGS[name], **more)
 
 
-def loss_and_gradients(name: str) -> tuple[float, list[float], dict[str, Tensor]]:
+def centroids() -> Tensor:
+    return F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(1)), dim=1)
+
+
+def rows_of_ranks() -> list[slice]:
+    """The studies of each rank's part of the global batch."""
+    size = GLOBAL_BATCH // distributed.world_size()
+    return [slice(rank * size, (rank + 1) * size) for rank in range(distributed.world_size())]
+
+
+def loss_and_gradients(name: str) -> Found:
     """Mean over ranks of the loss, its float32 parts, and the gradients as DeepSpeed averages them."""
     config = config_of(name)
     model, world = small_model(config).double(), distributed.world_size()
     model.train()
-    size = GLOBAL_BATCH // world
-    rows = [slice(rank * size, (rank + 1) * size) for rank in range(world)]
+    rows, stage = rows_of_ranks(), config.objective.stages
     batch = random_batch(config, rows[distributed.rank()], ranks=rows)
-    centroids_KD = F.normalize(torch.randn(6, 32, generator=torch.Generator().manual_seed(1)), dim=1)
-    losses = losses_of(config, model(batch, 2), batch, centroids_KD, stage=2)
+    losses = losses_of(config, model(batch, stage), batch, centroids(), stage)
     losses.total.backward()
     gradients = {}
     for key, parameter in model.named_parameters():
-        gradients[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if world > 1:
-            dist.all_reduce(gradients[key])
+        if parameter.requires_grad:  # a temperature may be fixed
+            gradients[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if world > 1:
+                dist.all_reduce(gradients[key])
     parts = distributed.all_reduce(torch.cat([losses.terms, losses.statistics])) / world
     total = distributed.all_reduce(losses.total) / world
     return float(total), parts.tolist(), {key: value / world for key, value in gradients.items()}
 
 
-def all_of_them() -> dict[str, tuple[float, list[float], dict[str, Tensor]]]:
+def all_of_them() -> dict[str, Found]:
     return {name: loss_and_gradients(name) for name in CONFIGS}
 
 
+def trained(name: str, engine: str, text_encoder: str) -> list[float]:
+    """The loss of each step of one method with one engine, from a stream of batches that repeats after four."""
+    world = distributed.world_size()
+    config = small_config(
+        method__name=name, num_workers=world, microbatch_size=GLOBAL_BATCH // world, global_batch_size=GLOBAL_BATCH,
+        model__image_encoder=str(REPOSITORY / "examples" / "patchify.py"), model__text_encoder=text_encoder, **ENGINES[engine],
+    )  # fmt: skip
+    built = build_engine(small_model(config), config.train, torch.device("cpu"), load_method(config).frozen(1))
+    built.module.train()
+    losses, rows = [], rows_of_ranks()
+    for step in range(STEPS):
+        batch = random_batch(config, rows[distributed.rank()], step % 4, rows)
+        loss = losses_of(config, built(batch, 1), batch, centroids()).total
+        built.backward(loss, last=True)
+        built.step(1e-4)
+        losses.append(float(distributed.all_reduce(loss)) / world)
+    return losses
+
+
+class LargestBlock(TorchDispatchMode):
+    """The largest number of films x texts of any tensor with one row a film and one column a text."""
+
+    pairs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.dim() == 2 and 32 not in made.shape:
+            self.pairs = max(self.pairs, made.numel())
+        return made
+
+
+def largest_block() -> int:
+    """Pairs of the largest block of logits on this rank, in the forward and backward pass of SigLIP's loss for 5 studies."""
+    image_BD, report_BD = (torch.randn(5, 32, requires_grad=True) for _ in range(2))
+    with LargestBlock() as seen:
+        sigmoid_loss(
+            image_BD, report_BD, torch.arange(5), torch.ones(1), torch.zeros(1), "left_out"
+        ).backward()  # fmt: skip
+    return seen.pairs
+
+
+def on_two_ranks(text_encoder: str) -> tuple[dict[str, Found], dict[str, dict[str, list[float]]], int]:
+    steps = {name: {engine: trained(name, engine, text_encoder) for engine in ENGINES} for name in OTHERS}
+    return all_of_them(), steps, largest_block()
+
+
 @pytest.fixture(scope="module", name="single")
-def fixture_single() -> dict[str, tuple[float, list[float], dict[str, Tensor]]]:
+def fixture_single() -> dict[str, Found]:
     return all_of_them()
+
+
+@pytest.fixture(scope="module", name="two")
+def fixture_two(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[dict[str, Found], dict[str, dict[str, list[float]]], int]]:
+    folder = tmp_path_factory.mktemp("text")
+    # the smallest encoder: DeepSpeed takes its time for every parameter
+    tiny = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(tiny, add_pooling_layer=False).save_pretrained(folder)
+    return run_on_ranks(2, on_two_ranks, str(folder))
+
+
+@pytest.fixture(scope="module", name="found")
+def fixture_found(two: list[tuple[dict[str, Found], Any, int]]) -> dict[int, list[dict[str, Found]]]:
+    """What each rank of two and of three has."""
+    return {2: [rank[0] for rank in two], 3: run_on_ranks(3, all_of_them)}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
-    ranks: int, single: dict[str, tuple[float, list[float], dict[str, Tensor]]]
+    name: str, ranks: int, single: dict[str, Found], found: dict[int, list[dict[str, Found]]]
 ) -> None:
-    for found in run_on_ranks(ranks, all_of_them):
-        for name, (total, parts, gradients) in found.items():
-            expected_total, expected_parts, expected = single[name]
-            assert total == pytest.approx(expected_total, rel=1e-12), name
-            method = load_method(config_of(name))
-            for part, theirs, ours in zip((*method.terms(2), *method.statistics), expected_parts, parts, strict=True):
-                if part not in ("patches_std", "attended_std"):  # per-rank statistics: their mean is close, not equal
-                    assert ours == pytest.approx(theirs, rel=1e-5), (name, part)  # logged as float32
-            for key, gradient in gradients.items():
-                # float64: sums in another order differ by about 1e-15 of the largest
-                assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-10), (name, key)
+    expected_total, expected_parts, expected = single[name]
+    method, stage = load_method(config_of(name)), config_of(name).objective.stages
+    for total, parts, gradients in (rank[name] for rank in found[ranks]):
+        assert total == pytest.approx(expected_total, rel=1e-12)
+        for part, theirs, ours in zip((*method.terms(stage), *method.statistics), expected_parts, parts, strict=True):
+            if part not in ("patches_std", "attended_std"):  # per-rank statistics: their mean is close, not equal
+                assert ours == pytest.approx(theirs, rel=1e-5), part  # logged as float32
+        for key, gradient in gradients.items():
+            # float64: sums in another order differ by about 1e-15 of the largest
+            assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-10), key
 
 
-def test_every_parameter_takes_part_in_stage_2(single: dict[str, tuple[float, list[float], dict[str, Tensor]]]) -> None:
-    for name, (_, _, gradients) in single.items():
-        still = [key for key, gradient in gradients.items() if not gradient.any()]
-        # attention is invariant to a bias that is equal for all keys
-        assert all(key.endswith(("key.bias", "k_proj.bias")) for key in still), (name, still)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_takes_part_in_the_last_stage(name: str, single: dict[str, Found]) -> None:
+    still = [key for key, gradient in single[name][2].items() if not gradient.any()]
+    # attention is invariant to a bias that is equal for all keys
+    assert all(key.endswith(("key.bias", "k_proj.bias")) for key in still), still
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_zero_stage_trains_every_method_like_plain_torch(
+    name: str, two: list[tuple[Any, dict[str, dict[str, list[float]]], int]]
+) -> None:
+    for _, steps, _ in two:
+        plain = steps[name]["torch"]
+        assert plain[-4:] < plain[:4]
+        for engine, losses in steps[name].items():
+            assert losses == pytest.approx(plain, rel=1e-4), engine
+
+
+@pytest.mark.distributed
+def test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time(two: list[tuple[Any, Any, int]]) -> None:
+    assert [pairs for _, _, pairs in two] == [5 * 5, 5 * 5]

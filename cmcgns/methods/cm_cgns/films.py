@@ -7,17 +7,15 @@ Formulas: docs/methods.md.
 n sentences of this rank, N of all ranks; B studies of this rank, G of all ranks; P patches, K centroids, D embedding.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cmcgns import distributed
-from cmcgns.distributed import all_gather, all_reduce, ragged_all_gather
+from cmcgns.distributed import all_gather, all_reduce, ragged_all_gather, to_owners
 from cmcgns.methods.cm_cgns.losses import MIN_NEGATIVES, SentenceLoss, nearest_two
 from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.methods.contrastive import same_text_mask
@@ -94,34 +92,7 @@ def all_film_scores(questions: Questions, films: Films, rank_sentences: tuple[in
         return AllScores(*[film_scores(questions, films)] * 2)
     both_NE = ragged_all_gather(torch.cat(questions, dim=1), rank_sentences, with_grad=True)
     score_NB = film_scores(Questions(*both_NE.chunk(2, dim=1)), films)
-    return AllScores(_ToSentences.apply(score_NB, rank_sentences), score_NB)
-
-
-class _ToSentences(torch.autograd.Function):
-    """From (N, B), all sentences on this rank's films, to (n, G), this rank's sentences on all films."""
-
-    @staticmethod
-    def forward(ctx, score_NB: Tensor, rank_sentences: tuple[int, ...]) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.rank_sentences = rank_sentences
-        number, size, ranks = rank_sentences[distributed.rank()], score_NB.shape[1], len(rank_sentences)
-        sent = [each * size for each in rank_sentences]
-        flat = _all_to_all(score_NB.flatten(), sent, [number * size] * ranks)
-        return flat.view(ranks, number, size).transpose(0, 1).reshape(number, ranks * size)
-
-    @staticmethod
-    def backward(ctx, grad_nG: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        rank_sentences: tuple[int, ...] = ctx.rank_sentences
-        ranks, number = len(rank_sentences), len(grad_nG)
-        size = grad_nG.shape[1] // ranks
-        by_rank = grad_nG.view(number, ranks, size).transpose(0, 1).flatten()
-        flat = _all_to_all(by_rank, [number * size] * ranks, [each * size for each in rank_sentences])
-        return flat.view(-1, size), None
-
-
-def _all_to_all(flat: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    found = flat.new_empty(sum(received))
-    dist.all_to_all_single(found, flat.contiguous(), list(received), list(sent))
-    return found
+    return AllScores(to_owners(score_NB, rank_sentences), score_NB)
 
 
 def film_alignment_loss(
