@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from cmcgns.clustering.bank import RefreshRequest, recluster
 from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
-from cmcgns.clustering.online_clustering import RefreshRequest, recluster
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import UserError

@@ -12,7 +12,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
-from cmcgns.clustering.bank_pool import PoolHandles
+from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
 from cmcgns.data.stream import Stream, stream_split

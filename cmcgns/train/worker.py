@@ -24,7 +24,8 @@ from ray.util import get_current_placement_group
 from cmcgns import distributed, storage
 from cmcgns.bad_rows import write_bad_rows
 from cmcgns.cluster.coordinator import log_to_coordinator
-from cmcgns.clustering.bank_pool import PoolHandles, RayPool
+from cmcgns.clustering.bank import PoolHandles
+from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
 from cmcgns.config import Bank, Config
 from cmcgns.data.batch import Batcher

@@ -10,7 +10,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import distributed
-from cmcgns.clustering.bank_pool import PoolHandles, RayPool, start_pool
+from cmcgns.clustering.bank import PoolHandles, start_pool
+from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import LocalPool, Pool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher

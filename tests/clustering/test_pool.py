@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmcgns.clustering.bank_pool import PoolHandles, RayPool
+from cmcgns.clustering.bank import PoolHandles
+from cmcgns.clustering.bank_pool import RayPool
 from tests.clustering.delayed_actor import BrieflyDelayedActor, DelayedActor
 from tests.clustering.pool_run import run, settings
 
