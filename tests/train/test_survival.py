@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import checkpoints, result, rows
-from tests.survival import LENGTH, check_stopped, resume, same_steps, start
+from tests.survival import check_stopped, resume, same_steps, start
 
 pytestmark = pytest.mark.ray
+SHORT = ("--train.stage1_steps=8", "--train.stage2_steps=4", "--train.checkpoint_every=3", "--clustering.actors=1")
+LENGTH = 12
 
 
 def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    job = start(tmp_path, steps=6)
+    job = start(tmp_path, 4, *SHORT)
     before = rows(folder)
     job.workers()[0].kill()
-    job.wait_for(lambda: "resuming after step" in job.text() and len(rows(folder)) >= 11)
+    job.wait_for(lambda: "resuming after step" in job.text() and len(rows(folder)) >= 7)
     [step] = re.findall(r"resuming after step (\d+)", job.text())
     again = rows(folder)[int(step) : len(before)]
     assert again, f"killed after step {len(before)}, no step was repeated"
