@@ -41,7 +41,7 @@ def run_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> l
         output = [(folder / f"output_{rank}").read_text(errors="replace") for rank in range(ranks)]
         failed = [rank for rank, result in enumerate(results) if not result.exists()]
         # the rank that broke first; the others only lost their connection to it
-        failed.sort(key=lambda rank: "Connection closed" in output[rank])
+        failed.sort(key=lambda rank: any(f"Connection {end}" in output[rank] for end in ("closed", "reset")))
         assert not failed, f"ranks {failed} of {ranks} failed:\n{output[failed[0]][-3000:]}"
         return [pickle.loads(result.read_bytes()) for result in results]
 
