@@ -24,7 +24,8 @@ from tests.ray_head import RayHead
 EXAMPLES = REPOSITORY / "examples"
 SHORT = (
     "--train.stage1_steps=3", "--train.stage2_steps=0", "--train.warmup_steps=1", "--train.num_workers=1",
-    "--train.microbatch_size=8", "--train.global_batch_size=8", "--train.engine=torch", "--train.zero_stage=0",
+    "--train.threads_per_worker=1", "--train.microbatch_size=8", "--train.global_batch_size=8", "--train.engine=torch",
+    "--train.zero_stage=0",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp
     job.interrupt()
     steps = check_stopped(job, folder)
     assert checkpoints(folder)[-1].name.startswith(f"checkpoint_{steps:08d}_")
-    job = resume(tmp_path, "--train.num_workers=1", "--train.zero_stage=3")
+    job = resume(tmp_path, "--train.num_workers=1", "--train.threads_per_worker=1", "--train.zero_stage=3")
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
     assert [row["step"] for row in rows(folder)] == list(range(1, LENGTH + 1))
