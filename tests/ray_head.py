@@ -145,7 +145,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             each.terminate()
     _, left = psutil.wait_procs(owned, timeout=3)  # the autoscaler's process never ends when asked
     for each in left:
-        each.kill()
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     psutil.wait_procs(left, timeout=5)
     process.wait()
 
