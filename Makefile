@@ -19,20 +19,15 @@ export PYTHONDONTWRITEBYTECODE :=
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
 
-MACHINE := ray or s3 or distributed or cluster
-SUITE := $(BIN)/python -m pytest --ignore=tests/acceptance --ignore=tests/benchmarks
-QUICK := $(SUITE) -n 2 --dist loadfile -m "not gpu and not ($(MACHINE))"
+# two processes; a file's tests stay together, for they share a run, a cluster or a server
+SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/acceptance --ignore=tests/benchmarks
 
-# what starts clusters, servers or ranks, one test after the other; the rest beside it, shown at the end
 test: $(VENV)/.ready-test
-	@mkdir -p .cache
-	$(QUICK) >.cache/test-quick.log 2>&1 & quick=$$!; \
-	$(SUITE) -m "not gpu and ($(MACHINE))" -rs; machine=$$?; \
-	wait $$quick; quick=$$?; cat .cache/test-quick.log; exit $$((machine ? machine : quick))
+	$(SUITE) -m "not gpu" -rs
 
 # no Ray, no S3 server, no ranks
 test-quick: $(VENV)/.ready-test
-	$(QUICK)
+	$(SUITE) -m "not gpu and not ray and not s3 and not distributed and not cluster"
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .

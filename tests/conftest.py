@@ -18,6 +18,15 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 from tests.ray_head import RayHead, connected, running_head
 from tests.s3 import S3Server, running_server
 
+STARTING = {"ray", "s3", "distributed", "cluster"}
+"""Markers of tests that start clusters, servers or ranks."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start clusters, servers or ranks first: the quick ones fill what the last of them leaves of two processes."""
+    long = {item.path for item in items if any(mark.name in STARTING for mark in item.iter_markers())}
+    items.sort(key=lambda item: item.path not in long)
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:

@@ -1,5 +1,6 @@
 """A real S3 server for tests: Ceph's gateway on loopback, installed once into a cache folder, gone at the end."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -113,8 +114,16 @@ def _client_environment(printed: dict[str, str]) -> dict[str, str]:
 def install() -> Path:
     """The folder of the unpacked server; ``CMCGNS_S3_CACHE`` names another than ``.cache/ceph``."""
     root = Path(os.environ.get("CMCGNS_S3_CACHE") or CACHE)
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:  # another process of the tests may be unpacking it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _install(root)
+    return root
+
+
+def _install(root: Path) -> None:
     if (root / ".complete").exists():
-        return root
+        return
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         pytest.skip("the S3 server comes from Debian packages, and apt-get is not here")
     installed = subprocess.run([SCRIPT, "install", root], capture_output=True, text=True, check=False)
@@ -125,4 +134,3 @@ def install() -> Path:
         installed = subprocess.run([SCRIPT, "install", root], capture_output=True, text=True, check=False)
     if installed.returncode:
         pytest.skip(f"the S3 server cannot be installed: {installed.stderr.strip()[-300:]}")
-    return root

@@ -24,9 +24,9 @@ def run_undisturbed(storage: Path) -> Path:
     return storage / "run"
 
 
-def start(storage: Path, steps: int) -> Job:
+def start(storage: Path, steps: int, *more: str) -> Job:
     """A run that has done ``steps`` steps and can go on from a checkpoint."""
-    job = Job(storage, *STEPS)
+    job = Job(storage, *STEPS, *more)
     # Ray Train's controller counts a checkpoint a second or two after the ranks have written it
     job.wait_for(lambda: len(rows(storage / "run")) >= steps and registered(storage / "run"))
     return job

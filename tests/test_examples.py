@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from cmcgns.clustering.bank import RefreshRequest, recluster
 from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
-from cmcgns.clustering.online_clustering import RefreshRequest, recluster
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import UserError
@@ -24,7 +24,8 @@ from tests.ray_head import RayHead
 EXAMPLES = REPOSITORY / "examples"
 SHORT = (
     "--train.stage1_steps=3", "--train.stage2_steps=0", "--train.warmup_steps=1", "--train.num_workers=1",
-    "--train.microbatch_size=8", "--train.global_batch_size=8", "--train.engine=torch", "--train.zero_stage=0",
+    "--train.threads_per_worker=1", "--train.microbatch_size=8", "--train.global_batch_size=8", "--train.engine=torch",
+    "--train.zero_stage=0",
 )  # fmt: skip
 
 

@@ -1,157 +1,22 @@
-"""Clustering pool of a training run: actors with the bank of features, and a coordinator that runs k-means over them.
-
-The driver starts it, so that it survives a restart of the workers. The coordinator has no state between requests.
-"""
+"""A worker's client of the clustering pool of a training run."""
 
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.cluster.placement import list_nodes, pool_strategies
-from cmcgns.clustering.kmeans import Array
-from cmcgns.clustering.online_clustering import (
-    BankShard,
-    BankState,
-    RefreshRequest,
-    RefreshResult,
-    recluster,
-    serving_actor,
-)
-from cmcgns.clustering.pool import LOSS_ERRORS, PooledRows, ShardActor, actor_options, threads_per_actor
-from cmcgns.clustering.rows import RowArray
-from cmcgns.config import ClusteringConfig
+from cmcgns.clustering.bank import BankState, PoolHandles, RefreshRequest, RefreshResult, serving_actor
 from cmcgns.errors import first_line
-from cmcgns.faiss_install import check_faiss
 
 logger = logging.getLogger(__name__)
-ATTEMPTS = 3
-"""Attempts at one re-clustering if actors are lost."""
-
-
-class BankActor(ShardActor):
-    """One actor's part of the bank. Has several threads, to accept pushes during a pass."""
-
-    def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
-        super().__init__(device, threads)
-        self.index, self.actors, self.ranks = index, actors, ranks
-        self.changed = threading.Condition()
-        self.bank = BankShard()
-        # a restarted actor has lost its rows and waits for no pushes before its first request
-        self.lost = ray.get_runtime_context().was_current_actor_reconstructed
-        self.attempt, self.base_step = 0, 0
-        self.delivered: set[tuple[int, int]] = set()
-
-    def reset(self, attempt: int, base_step: int, rows_ND: Array, ordinals_N: Array) -> None:
-        """Replace all rows by ``rows_ND`` and expect the pushes of ``attempt`` for steps after ``base_step``."""
-        with self.changed:
-            self.bank, self.delivered, self.lost = BankShard(), set(), False
-            self.attempt, self.base_step = attempt, base_step
-            self.bank.restore(base_step, rows_ND, ordinals_N)
-            self.changed.notify_all()  # stop waiting for workers that have been replaced
-
-    @ray.method(max_task_retries=-1)  # a push lost by the network would block the next pass; a repeated one is harmless
-    def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
-        """Store the rows of ``rank`` at ``step``; rows of replaced workers are dropped."""
-        with self.changed:
-            if self.lost:
-                self.attempt = attempt
-            if attempt == self.attempt:
-                self.bank.push(step, rank, first_ordinal, rows_nD)
-                self.delivered.add((step, rank))
-                self.changed.notify_all()
-
-    def snapshot(self, step: int, first: int, stop: int) -> int:
-        """Number of rows in [first, stop), which the next passes use. Waits for the pushes of ``step`` by this actor's ranks."""
-        with self.changed:
-            if self.lost:
-                self.lost, self.base_step = False, step
-                logger.warning("clustering actor %d lost its rows and refills from step %d on", self.index, step)
-            attempt = self.attempt
-            self.changed.wait_for(lambda: attempt != self.attempt or self._expected(step) <= self.delivered)
-            if attempt != self.attempt:
-                raise RuntimeError(f"the workers that requested the rows of step {step} have been replaced")
-            self.base_step = max(self.base_step, step)
-            self.delivered = {(each, rank) for each, rank in self.delivered if each > self.base_step}
-            rows_ND, ordinals_N = self.bank.rows_between(first, stop)
-            self.bank.forget_before(first)
-        self.rows = RowArray(rows_ND, ordinals_N, self.assign_rows)
-        return len(self.rows)
-
-    def _expected(self, step: int) -> set[tuple[int, int]]:
-        """(step, rank) of all pushes that this actor needs before it has all rows up to ``step``."""
-        return {
-            (each, rank)
-            for each in range(self.base_step + 1, step + 1)
-            for rank in range(self.ranks)
-            if serving_actor(each, rank, self.ranks, self.actors) == self.index
-        }
-
-    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Rows in [first, stop) and their ordinals."""
-        with self.changed:
-            return self.bank.rows_between(first, stop)
-
-
-class BankCoordinator:
-    """Runs one re-clustering at a time. Each request is complete, so it may be restarted."""
-
-    def refit(
-        self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, request: RefreshRequest
-    ) -> RefreshResult:
-        """New centroids. After the loss of an actor, retries with the rows that are left."""
-        for attempt in range(ATTEMPTS):
-            try:
-                wanted = (request.step, request.first_ordinal, request.stop_ordinal)
-                counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
-                return recluster(PooledRows(shards, counts), request, config)
-            except LOSS_ERRORS as error:
-                lost = f"a clustering actor was lost: {first_line(error)}"
-                logger.warning("%s; attempt %d of %d", lost, attempt + 1, ATTEMPTS)
-        return RefreshResult(None, lost)
-
-
-@dataclass(frozen=True)
-class PoolHandles:
-    """The pool's actors, for the workers."""
-
-    shards: tuple[ActorHandle[Any], ...]
-    bank_coordinator: ActorHandle[Any]
-    config: ClusteringConfig
-
-    def stop(self) -> None:
-        """Kill all actors of the pool."""
-        for actor in (*self.shards, self.bank_coordinator):
-            ray.kill(actor)
-
-
-def start_pool(config: ClusteringConfig, ranks: int, shard_type: type[BankActor] = BankActor) -> PoolHandles:
-    """A pool of ``config.actors`` actors for ``ranks`` workers, and its coordinator, one process each."""
-    check_faiss(config.device)
-    threads = threads_per_actor(config)
-    # a push must never wait for a pass
-    options = {"max_restarts": -1, "max_concurrency": 8, **actor_options(config)}
-    # Ray places actors with GPUs
-    nodes = [] if config.gpus_per_actor else list_nodes()
-    shards = tuple(
-        ray.remote(shard_type)
-        .options(scheduling_strategy=strategy, **options)
-        .remote(i, config.actors, ranks, config.device, threads)
-        for i, strategy in enumerate(pool_strategies(nodes, config.actors, config.cpus_per_actor))
-    )
-    ray.get([shard.ready.remote() for shard in shards])
-    bank_coordinator = ray.remote(BankCoordinator).options(num_cpus=0, max_restarts=-1).remote()
-    return PoolHandles(shards, bank_coordinator, config)
 
 
 class RayPool:

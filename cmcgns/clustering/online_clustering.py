@@ -7,8 +7,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.clustering.kmeans import Array, Fit, Rows, numpy_assign
+from cmcgns.clustering.bank import BankShard, BankState, RefreshRequest, RefreshResult, recluster
+from cmcgns.clustering.kmeans import numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import MIN_BANK, ClusteringConfig
 from cmcgns.distributed import all_reduce
-from cmcgns.errors import UserError
-from cmcgns.plugins import load_plugin
 
 logger = logging.getLogger(__name__)
 CENTROIDS = "centroids."
@@ -101,32 +99,6 @@ def unnormalised_momentum_step(rows_KD: Tensor, means_KD: Tensor, momentum: floa
     return (1 - momentum) * rows_KD + momentum * means_KD
 
 
-class RefreshRequest(NamedTuple):
-    """One global re-clustering: which rows, from which centroids, as which version."""
-
-    version: int
-    step: int
-    first_ordinal: int
-    stop_ordinal: int
-    num_clusters: int
-    start_KD: Array | None
-    """Current centroids, so that cluster ids stay stable; None for farthest-point seeding."""
-
-
-class RefreshResult(NamedTuple):
-    """New centroids, or None and the reason in ``report``."""
-
-    rows_KD: Array | None
-    report: str
-
-
-class BankState(NamedTuple):
-    """Rows of the bank and their ordinals, for a checkpoint."""
-
-    rows_ND: Array
-    ordinals_N: Array
-
-
 class Pool(Protocol):
     """The bank and its re-clustering: Ray actors, or the twin in this process."""
 
@@ -144,51 +116,6 @@ class Pool(Protocol):
 
     def reset(self, step: int, state: BankState | None) -> None:
         """Replace the bank by ``state``, as of ``step``; None empties it. Collective."""
-
-
-def serving_actor(step: int, rank: int, ranks: int, actors: int) -> int:
-    """Index of the actor that stores what ``rank`` pushes at ``step``: rank mod actors. If there are more actors than ranks, each
-    rank alternates between its actors, so that none stays empty."""
-    if actors <= ranks:
-        return rank % actors
-    own = range(rank, actors, ranks)
-    return own[step % len(own)]
-
-
-@dataclass
-class BankShard:
-    """One actor's part of the bank: the last ``bank_size`` rows of the run.
-
-    A row's ordinal is its position in the run's sentences, ordered by (step, rank, row); it depends on neither the number of
-    actors nor that of ranks.
-    """
-
-    chunks: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
-    """(step, rank) -> float16 rows (n, D) and their int64 ordinals (n,)."""
-
-    def push(self, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
-        """Store the rows of ``rank`` at ``step``."""
-        ordinals_n = np.arange(first_ordinal, first_ordinal + len(rows_nD))
-        self.chunks[step, rank] = (rows_nD.astype(np.float16), ordinals_n)
-
-    def restore(self, step: int, rows_ND: Array, ordinals_N: Array) -> None:
-        """Store rows from a checkpoint, as of ``step``; ordinals may have gaps if an actor was lost."""
-        self.chunks[step, 0] = (rows_ND.astype(np.float16), ordinals_N.copy())
-
-    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
-        """Float16 rows and their ordinals in [first, stop), by ordinal."""
-        chunks = [chunk for chunk in self.chunks.values() if len(chunk[1])]
-        chunks.sort(key=lambda chunk: int(chunk[1][0]))
-        if not chunks:
-            return np.empty((0, 0), np.float16), np.empty(0, np.int64)
-        rows_ND = np.concatenate([rows for rows, _ in chunks])
-        ordinals_N = np.concatenate([ordinals for _, ordinals in chunks])
-        inside_N = (ordinals_N >= first) & (ordinals_N < stop)
-        return rows_ND[inside_N], ordinals_N[inside_N]
-
-    def forget_before(self, first: int) -> None:
-        """Drop chunks that end before ordinal ``first``; later re-clusterings do not need them."""
-        self.chunks = {key: chunk for key, chunk in self.chunks.items() if len(chunk[1]) and chunk[1][-1] >= first}
 
 
 class OnlineClustering:
@@ -325,20 +252,3 @@ class LocalPool:
         self.bank = BankShard()
         if state is not None:
             self.bank.restore(step, state.rows_ND, state.ordinals_N)
-
-
-def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> RefreshResult:
-    """New centroids for ``request`` from ``rows``, or the reason for their absence."""
-    before = time.perf_counter()
-    if not rows.count():  # every actor with rows was lost
-        return RefreshResult(None, "the pool has no rows of this bank left")
-    clusterer = load_plugin("clustering.clusterer", config.clusterer, {"kmeans": "cmcgns.clustering.kmeans"})
-    try:
-        found: Fit = clusterer.cluster(rows, request.start_KD, request.num_clusters, config)
-    except UserError as error:  # too few distinct rows
-        return RefreshResult(None, str(error))
-    return RefreshResult(
-        found.centroids_KD,
-        f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iteration} iterations, "
-        f"mean similarity {found.objective:.4f}, {found.reseeded} re-seeded, {time.perf_counter() - before:.2f} s",
-    )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from cmcgns.clustering.kmeans import (
     BLOCK_ROWS,
@@ -249,6 +248,8 @@ def check_rows(rows_ND: Array, name_row: Callable[[int], str], first: int = 0) -
 
 def add_members(sums_KD: Array, rows_MD: Array, nearest_M: Array, weights_M: Array | None) -> None:
     """Add each row, times its weight, to the float64 sum of its centroid, in place."""
+    import torch  # here: takes seconds, and the coordinator of a pool and actors that wait for rows do without
+
     sums, nearest = torch.from_numpy(sums_KD), torch.from_numpy(nearest_M)
     rows = torch.from_numpy(rows_MD)
     weights = None if weights_M is None else torch.from_numpy(weights_M.astype(np.float64, copy=False))[:, None]

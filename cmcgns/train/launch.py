@@ -1,9 +1,11 @@
 """Driver code of a pretraining run that needs torch: count parameters, build the workers' assignment, run the workers.
 
-Separate from ``run`` because torch and transformers take seconds to load, and settings errors are reported before that.
+Separate from ``run`` because torch takes seconds to load, and settings errors are reported before that. Transformers take as
+long again, and the driver of a sweep's trial does without.
 """
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -12,23 +14,42 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
-from cmcgns.clustering.bank_pool import PoolHandles
+from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
 from cmcgns.data.stream import Stream, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer
-from cmcgns.methods.base import load_method
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.run import CpuShare, studies_ahead, threads_per_worker
+from cmcgns.train.schedule import Schedule
 from cmcgns.train.setup import Pretraining
-from cmcgns.train.worker import Assignment, work
 
 GROUP_TIMEOUT_S = 1800
 """How long ranks wait for each other at most, for example for rank 0's export or a slow bucket."""
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver sends to every worker: settings, handles and small tables, no torch objects."""
+
+    config: Config
+    folder: str
+    """URI of the run folder."""
+    schedule: Schedule
+    train: Stream
+    valid: Stream
+    pools: dict[str, PoolHandles]
+    """Clustering actors of each bank."""
+    coordinator: Any
+    threads: int
+    verified: str | None
+    """Name of the checkpoint from which the run resumes, which the driver has verified."""
+
+
 def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     """Number of parameters of the model. Building it on the meta device also checks that the settings fit together."""
+    from cmcgns.methods.base import load_method  # lazy: imports transformers
+
     with torch.device("meta"):
         model = load_method(config).build_model(tokenizer.vocabulary_size)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -70,9 +91,15 @@ def fit(
     if shared_cluster:
         failures = FailureConfig(max_failures=0, max_preemption_failures=0)
     filesystem, path = storage.filesystem(folder.storage)
+
+    # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
+    def loop() -> None:
+        from cmcgns.train.worker import work  # on the workers
+
+        work(assignment)
+
     trainer = TorchTrainer(
-        # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
-        lambda: work(assignment),
+        loop,
         scaling_config=ScalingConfig(
             num_workers=config.train.num_workers,
             use_gpu=config.train.use_gpu,

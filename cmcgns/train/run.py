@@ -235,7 +235,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     Also contains ``interrupted`` (after a second Ctrl-C), ``permanent_failure`` (a retry would fail too) and the coordinator's
     ``marks``.
     """
-    from cmcgns.clustering.bank_pool import start_pool
+    from cmcgns.clustering.bank import start_pool
     from cmcgns.train.launch import assign, fit
 
     config, folder = setup.config, setup.folder

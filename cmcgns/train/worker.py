@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from ray.util import get_current_placement_group
 from cmcgns import distributed, storage
 from cmcgns.bad_rows import write_bad_rows
 from cmcgns.cluster.coordinator import log_to_coordinator
-from cmcgns.clustering.bank_pool import PoolHandles, RayPool
+from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
-from cmcgns.config import Bank, Config
+from cmcgns.config import Bank
 from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
@@ -36,9 +35,9 @@ from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import EXPORT_FORMAT, export_model, load_progress
+from cmcgns.train.launch import Assignment
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import checkpoint_damage
-from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import BlockSource
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
@@ -48,24 +47,6 @@ CLOSE_S, CLOSE_POLL_S = 5.0, 0.05
 """Longest wait for a stream to stop: its thread may be waiting for a film."""
 BLOCKS_AHEAD = 4
 """Decoded microbatches buffered on each rank's host."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the driver sends to every worker: settings, handles and small tables, no torch objects."""
-
-    config: Config
-    folder: str
-    """URI of the run folder."""
-    schedule: Schedule
-    train: Stream
-    valid: Stream
-    pools: dict[str, PoolHandles]
-    """Clustering actors of each bank."""
-    coordinator: Any
-    threads: int
-    verified: str | None
-    """Name of the checkpoint from which the run resumes, which the driver has verified."""
 
 
 class RayBlocks:

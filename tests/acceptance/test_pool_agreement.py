@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.clustering.delayed_actor import DelayedActor
-from tests.clustering.test_pool import check, local_ray
-
-__all__ = ["local_ray"]
+from tests.clustering.pool_run import settings
+from tests.clustering.test_pool import check
 
 
 @pytest.mark.ray
 def test_centroids_agree_on_every_rank_and_losses_equal_the_twin(local_ray: None, tmp_path: Path) -> None:
-    check(tmp_path, 60, DelayedActor)
+    check(tmp_path, settings(60), DelayedActor)

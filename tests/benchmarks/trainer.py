@@ -23,7 +23,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.clustering.bank_pool import RayPool, start_pool
+from cmcgns.clustering.bank import start_pool
+from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
 from cmcgns.data.record import Block

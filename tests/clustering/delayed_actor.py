@@ -4,7 +4,7 @@ import random
 import time
 from typing import Any
 
-from cmcgns.clustering.bank_pool import BankActor
+from cmcgns.clustering.bank import BankActor
 
 
 class DelayedActor(BankActor):

@@ -10,7 +10,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import distributed
-from cmcgns.clustering.bank_pool import PoolHandles, RayPool, start_pool
+from cmcgns.clustering.bank import PoolHandles, start_pool
+from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import LocalPool, Pool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
@@ -24,11 +25,11 @@ from tests.train.memory import MemoryBlocks
 STUDIES = 160
 
 
-def settings(steps: int) -> Config:
+def settings(steps: int, refresh_every: int = 8) -> Config:
     """Two ranks with accumulation, clustering live from the start."""
     return small_config(
         num_workers=2, cpus_per_worker=0.25, microbatch_size=8, global_batch_size=32, stage1_steps=steps, stage2_steps=0,
-        zero_stage=2, clustering__actors=3, clustering__iterations=4, clustering__refresh_every=8,
+        zero_stage=2, clustering__actors=3, clustering__iterations=4, clustering__refresh_every=refresh_every,
         objective__num_clusters=16,
     )  # fmt: skip
 
@@ -92,9 +93,8 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
     return {"seen": trainer.seen, "loss": [row["loss"] for row in rows.rows], "waited_s": parts.banks.first.waited_s}
 
 
-def run(folder: Path, steps: int, shard_type: type[DelayedActor]) -> dict[str, list[dict[str, Any]]]:
+def run(folder: Path, config: Config, shard_type: type[DelayedActor]) -> dict[str, list[dict[str, Any]]]:
     """Records of each rank with the Ray pool, whose last actor is slow, and with the twin."""
-    config = settings(steps)
     handles = start_pool(config.clustering, 2, shard_type=shard_type)
     check_processes(handles)
     TorchTrainer(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmcgns.clustering.online_clustering import BankShard, serving_actor
+from cmcgns.clustering.bank import BankShard, serving_actor
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
+from cmcgns.clustering.bank import RefreshRequest, recluster
 from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
-from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering, RefreshRequest, recluster
+from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from tests.ranks import run_on_ranks

@@ -5,27 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmcgns.clustering.bank_pool import PoolHandles, RayPool
+from cmcgns.clustering.bank import PoolHandles
+from cmcgns.clustering.bank_pool import RayPool
+from cmcgns.config import Config
 from tests.clustering.delayed_actor import BrieflyDelayedActor, DelayedActor
 from tests.clustering.pool_run import run, settings
 
 pytestmark = pytest.mark.ray
 
 
-def check(tmp_path: Path, steps: int, shard_type: type[DelayedActor]) -> None:
+def check(tmp_path: Path, config: Config, shard_type: type[DelayedActor]) -> None:
     """Ranks agree with each other, and with the in-process twin."""
-    pooled, twin = run(tmp_path, steps, shard_type).values()
+    pooled, twin = run(tmp_path, config, shard_type).values()
     assert pooled[0]["seen"] == pooled[1]["seen"]
     assert pooled[0]["seen"] == twin[0]["seen"]  # each step's version and centroids, bit for bit
     versions = [version for _, version, _ in pooled[0]["seen"]]
     assert max(versions) >= 2
     assert len({digest for _, version, digest in pooled[0]["seen"] if version}) > 2  # momentum moves them each step
     assert pooled[0]["loss"] == pytest.approx(twin[0]["loss"], rel=1e-5)
-    print(f"{steps} steps, {max(versions)} versions, waited {pooled[0]['waited_s']:.1f} s for the delayed actor")
+    print(f"{max(versions)} versions, waited {pooled[0]['waited_s']:.1f} s for the delayed actor")
 
 
 def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray: None, tmp_path: Path) -> None:
-    check(tmp_path, 40, BrieflyDelayedActor)
+    check(tmp_path, settings(24, refresh_every=4), BrieflyDelayedActor)
 
 
 class Unreachable:

@@ -121,8 +121,8 @@ def test_a_local_run_runs_no_code_beside_the_data_and_listens_on_loopback_alone(
     for name in BESIDE_THE_DATA:
         (place / f"{name}.py").write_text(f"open({str(marks / name)!r}, 'w').close()\nraise SystemExit('attacked')\n")
     job = InFolder(
-        place, str(TINY), f"--run.storage={home}", "--run.name=run", "--train.stage1_steps=12", "--train.stage2_steps=0",
-        "--train.warmup_steps=1", "--data.phantom_studies=130", "--train.validate_every=100",
+        place, str(TINY), f"--run.storage={home}", "--run.name=run", "--train.stage1_steps=3", "--train.stage2_steps=0",
+        "--train.warmup_steps=1", "--train.log_every=1", "--data.phantom_studies=130", "--clustering.actors=1",
     )  # fmt: skip
     job.wait_for(lambda: bool(rows(home / "run")))
     names = {

@@ -17,8 +17,11 @@ from tests.sweeping import SHORT, check_free, sweep, table, trials
 pytestmark = pytest.mark.ray
 
 GRID = "--sweep.space={objective.num_clusters: {choice: [16, 512, 12]}, objective.temperature: {choice: [0.1]}}"
-ONE_WORKER = ("--train.num_workers=1", "--train.engine=torch", "--train.zero_stage=0", "--train.cpus_per_worker=0.5")
-OPTIONS = (*SHORT, *ONE_WORKER, GRID, "--sweep.search=grid", "--sweep.scheduler=none", "--sweep.repeats=0")
+SMALL = (
+    "--train.num_workers=1", "--train.threads_per_worker=1", "--train.engine=torch", "--train.zero_stage=0",
+    "--train.cpus_per_worker=0.5", "--clustering.actors=1",
+)  # fmt: skip
+OPTIONS = (*SHORT, *SMALL, GRID, "--sweep.search=grid", "--sweep.scheduler=none", "--sweep.repeats=0")
 
 
 def test_a_killed_sweep_resumes_repeats_nothing_reports_failures_and_frees_everything(

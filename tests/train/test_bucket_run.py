@@ -19,6 +19,10 @@ from tests.streaming import Watched, fill_bucket, watch_run
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 STUDIES, STEPS = 500, 6
+SMALL = (
+    "--train.learning_rate=1e-7", "--train.warmup_steps=0", "--train.num_workers=1", "--train.threads_per_worker=1",
+    "--train.engine=torch", "--train.zero_stage=0", "--clustering.actors=1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +53,7 @@ def watched(
 ) -> Watched:
     uri, films = fill_bucket(s3_server, "streamed", STUDIES, tmp_path_factory.mktemp("corpus"), workers=1)
     models = [f"--model.{name}_encoder={os.path.relpath(folder / name, REPOSITORY)}" for name in encoders]
-    slow = ("--train.learning_rate=1e-7", "--train.warmup_steps=0")
-    return watch_run(ray_head, s3_server, uri, films, tmp_path_factory.mktemp("runs"), STEPS, *models, *slow)
+    return watch_run(ray_head, s3_server, uri, films, tmp_path_factory.mktemp("runs"), STEPS, *models, *SMALL)
 
 
 def test_the_first_step_comes_before_all_films_have_been_asked_for(watched: Watched) -> None:

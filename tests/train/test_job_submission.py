@@ -19,7 +19,7 @@ from tests.submission import check_submission
 SHORT = (
     "--method.name=infonce", "--train.stage1_steps=8", "--train.stage2_steps=0", "--train.warmup_steps=1",
     "--data.phantom_studies=200", "--train.log_every=1", "--train.num_workers=1", "--train.engine=torch",
-    "--train.zero_stage=0",
+    "--train.zero_stage=0", "--train.threads_per_worker=1",
 )  # fmt: skip
 
 

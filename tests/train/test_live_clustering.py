@@ -20,14 +20,14 @@ from tests.ranks import run_on_ranks
 from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks, Quiet
 
-STEPS, REFRESH, STUDIES, CPU = 20, 4, 400, torch.device("cpu")
+STEPS, REFRESH, STUDIES, CPU = 24, 4, 400, torch.device("cpu")
 STAGES = (0, 1, 2, 3)
 
 
 def config_of(engine: str, zero_stage: int) -> Config:
-    """About 180 sentences a step: the bank is full enough at step 8, and its centroids are adopted at step 12."""
+    """About 90 sentences a step: the bank is full enough at step 12, and its centroids are adopted at step 16."""
     return small_config(
-        num_workers=2, microbatch_size=32, global_batch_size=64, engine=engine, zero_stage=zero_stage,
+        num_workers=2, microbatch_size=16, global_batch_size=32, engine=engine, zero_stage=zero_stage,
         stage1_steps=STEPS, stage2_steps=0, clustering__refresh_every=REFRESH, clustering__momentum=0.01,
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_every_zero_stage_follows_plain_torch_with_live_clustering(
     assert [row["centroids_version"] for row in found] == [row["centroids_version"] for row in expected]
     assert expected[-1]["centroids_version"] == 3
     ours, theirs = [row["loss"] for row in found], [row["loss"] for row in expected]
-    # rounding can move a sentence to another cluster, so losses may differ slightly from step 13 on
+    # rounding can move a sentence to another cluster, so losses may differ slightly from step 17 on
     assert ours == pytest.approx(theirs, rel=1e-2)
     apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
     print(f"ZeRO-{stage}: losses of {STEPS} steps at most {apart:.1e} from plain torch")

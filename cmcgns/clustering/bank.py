@@ -1,0 +1,232 @@
+"""The bank of features on the side of its actors: one part each, and re-clusterings over all of them. Starts without torch.
+
+The driver starts the actors, so that they survive a restart of the workers; ``bank_pool`` is a worker's client. N rows, n rows of
+one rank at one step, K centroids, D embedding.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from cmcgns.cluster.placement import list_nodes, pool_strategies
+from cmcgns.clustering.kmeans import Array, Fit, Rows
+from cmcgns.clustering.pool import LOSS_ERRORS, PooledRows, ShardActor, actor_options, threads_per_actor
+from cmcgns.clustering.rows import RowArray
+from cmcgns.config import ClusteringConfig
+from cmcgns.errors import UserError, first_line
+from cmcgns.faiss_install import check_faiss
+from cmcgns.plugins import load_plugin
+
+logger = logging.getLogger(__name__)
+ATTEMPTS = 3
+"""Attempts at one re-clustering if actors are lost."""
+
+
+class RefreshRequest(NamedTuple):
+    """One global re-clustering: which rows, from which centroids, as which version."""
+
+    version: int
+    step: int
+    first_ordinal: int
+    stop_ordinal: int
+    num_clusters: int
+    start_KD: Array | None
+    """Current centroids, so that cluster ids stay stable; None for farthest-point seeding."""
+
+
+class RefreshResult(NamedTuple):
+    """New centroids, or None and the reason in ``report``."""
+
+    rows_KD: Array | None
+    report: str
+
+
+class BankState(NamedTuple):
+    """Rows of the bank and their ordinals, for a checkpoint."""
+
+    rows_ND: Array
+    ordinals_N: Array
+
+
+def serving_actor(step: int, rank: int, ranks: int, actors: int) -> int:
+    """Index of the actor that stores what ``rank`` pushes at ``step``: rank mod actors. If there are more actors than ranks, each
+    rank alternates between its actors, so that none stays empty."""
+    if actors <= ranks:
+        return rank % actors
+    own = range(rank, actors, ranks)
+    return own[step % len(own)]
+
+
+@dataclass
+class BankShard:
+    """One actor's part of the bank: the last ``bank_size`` rows of the run.
+
+    A row's ordinal is its position in the run's sentences, ordered by (step, rank, row); it depends on neither the number of
+    actors nor that of ranks.
+    """
+
+    chunks: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
+    """(step, rank) -> float16 rows (n, D) and their int64 ordinals (n,)."""
+
+    def push(self, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
+        """Store the rows of ``rank`` at ``step``."""
+        ordinals_n = np.arange(first_ordinal, first_ordinal + len(rows_nD))
+        self.chunks[step, rank] = (rows_nD.astype(np.float16), ordinals_n)
+
+    def restore(self, step: int, rows_ND: Array, ordinals_N: Array) -> None:
+        """Store rows from a checkpoint, as of ``step``; ordinals may have gaps if an actor was lost."""
+        self.chunks[step, 0] = (rows_ND.astype(np.float16), ordinals_N.copy())
+
+    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
+        """Float16 rows and their ordinals in [first, stop), by ordinal."""
+        chunks = [chunk for chunk in self.chunks.values() if len(chunk[1])]
+        chunks.sort(key=lambda chunk: int(chunk[1][0]))
+        if not chunks:
+            return np.empty((0, 0), np.float16), np.empty(0, np.int64)
+        rows_ND = np.concatenate([rows for rows, _ in chunks])
+        ordinals_N = np.concatenate([ordinals for _, ordinals in chunks])
+        inside_N = (ordinals_N >= first) & (ordinals_N < stop)
+        return rows_ND[inside_N], ordinals_N[inside_N]
+
+    def forget_before(self, first: int) -> None:
+        """Drop chunks that end before ordinal ``first``; later re-clusterings do not need them."""
+        self.chunks = {key: chunk for key, chunk in self.chunks.items() if len(chunk[1]) and chunk[1][-1] >= first}
+
+
+def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> RefreshResult:
+    """New centroids for ``request`` from ``rows``, or the reason for their absence."""
+    before = time.perf_counter()
+    if not rows.count():  # every actor with rows was lost
+        return RefreshResult(None, "the pool has no rows of this bank left")
+    clusterer = load_plugin("clustering.clusterer", config.clusterer, {"kmeans": "cmcgns.clustering.kmeans"})
+    try:
+        found: Fit = clusterer.cluster(rows, request.start_KD, request.num_clusters, config)
+    except UserError as error:  # too few distinct rows
+        return RefreshResult(None, str(error))
+    return RefreshResult(
+        found.centroids_KD,
+        f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iteration} iterations, "
+        f"mean similarity {found.objective:.4f}, {found.reseeded} re-seeded, {time.perf_counter() - before:.2f} s",
+    )
+
+
+class BankActor(ShardActor):
+    """One actor's part of the bank. Has several threads, to accept pushes during a pass."""
+
+    def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
+        super().__init__(device, threads)
+        self.index, self.actors, self.ranks = index, actors, ranks
+        self.changed = threading.Condition()
+        self.bank = BankShard()
+        # a restarted actor has lost its rows and waits for no pushes before its first request
+        self.lost = ray.get_runtime_context().was_current_actor_reconstructed
+        self.attempt, self.base_step = 0, 0
+        self.delivered: set[tuple[int, int]] = set()
+
+    def reset(self, attempt: int, base_step: int, rows_ND: Array, ordinals_N: Array) -> None:
+        """Replace all rows by ``rows_ND`` and expect the pushes of ``attempt`` for steps after ``base_step``."""
+        with self.changed:
+            self.bank, self.delivered, self.lost = BankShard(), set(), False
+            self.attempt, self.base_step = attempt, base_step
+            self.bank.restore(base_step, rows_ND, ordinals_N)
+            self.changed.notify_all()  # stop waiting for workers that have been replaced
+
+    @ray.method(max_task_retries=-1)  # a push lost by the network would block the next pass; a repeated one is harmless
+    def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
+        """Store the rows of ``rank`` at ``step``; rows of replaced workers are dropped."""
+        with self.changed:
+            if self.lost:
+                self.attempt = attempt
+            if attempt == self.attempt:
+                self.bank.push(step, rank, first_ordinal, rows_nD)
+                self.delivered.add((step, rank))
+                self.changed.notify_all()
+
+    def snapshot(self, step: int, first: int, stop: int) -> int:
+        """Number of rows in [first, stop), which the next passes use. Waits for the pushes of ``step`` by this actor's ranks."""
+        with self.changed:
+            if self.lost:
+                self.lost, self.base_step = False, step
+                logger.warning("clustering actor %d lost its rows and refills from step %d on", self.index, step)
+            attempt = self.attempt
+            self.changed.wait_for(lambda: attempt != self.attempt or self._expected(step) <= self.delivered)
+            if attempt != self.attempt:
+                raise RuntimeError(f"the workers that requested the rows of step {step} have been replaced")
+            self.base_step = max(self.base_step, step)
+            self.delivered = {(each, rank) for each, rank in self.delivered if each > self.base_step}
+            rows_ND, ordinals_N = self.bank.rows_between(first, stop)
+            self.bank.forget_before(first)
+        self.rows = RowArray(rows_ND, ordinals_N, self.assign_rows)
+        return len(self.rows)
+
+    def _expected(self, step: int) -> set[tuple[int, int]]:
+        """(step, rank) of all pushes that this actor needs before it has all rows up to ``step``."""
+        return {
+            (each, rank)
+            for each in range(self.base_step + 1, step + 1)
+            for rank in range(self.ranks)
+            if serving_actor(each, rank, self.ranks, self.actors) == self.index
+        }
+
+    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
+        """Rows in [first, stop) and their ordinals."""
+        with self.changed:
+            return self.bank.rows_between(first, stop)
+
+
+class BankCoordinator:
+    """Runs one re-clustering at a time. Each request is complete, so it may be restarted."""
+
+    def refit(
+        self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, request: RefreshRequest
+    ) -> RefreshResult:
+        """New centroids. After the loss of an actor, retries with the rows that are left."""
+        for attempt in range(ATTEMPTS):
+            try:
+                wanted = (request.step, request.first_ordinal, request.stop_ordinal)
+                counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
+                return recluster(PooledRows(shards, counts), request, config)
+            except LOSS_ERRORS as error:
+                lost = f"a clustering actor was lost: {first_line(error)}"
+                logger.warning("%s; attempt %d of %d", lost, attempt + 1, ATTEMPTS)
+        return RefreshResult(None, lost)
+
+
+@dataclass(frozen=True)
+class PoolHandles:
+    """The pool's actors, for the workers."""
+
+    shards: tuple[ActorHandle[Any], ...]
+    bank_coordinator: ActorHandle[Any]
+    config: ClusteringConfig
+
+    def stop(self) -> None:
+        """Kill all actors of the pool."""
+        for actor in (*self.shards, self.bank_coordinator):
+            ray.kill(actor)
+
+
+def start_pool(config: ClusteringConfig, ranks: int, shard_type: type[BankActor] = BankActor) -> PoolHandles:
+    """A pool of ``config.actors`` actors for ``ranks`` workers, and its coordinator, one process each."""
+    check_faiss(config.device)
+    threads = threads_per_actor(config)
+    # a push must never wait for a pass
+    options = {"max_restarts": -1, "max_concurrency": 8, **actor_options(config)}
+    # Ray places actors with GPUs
+    nodes = [] if config.gpus_per_actor else list_nodes()
+    shards = tuple(
+        ray.remote(shard_type)
+        .options(scheduling_strategy=strategy, **options)
+        .remote(i, config.actors, ranks, config.device, threads)
+        for i, strategy in enumerate(pool_strategies(nodes, config.actors, config.cpus_per_actor))
+    )
+    ray.get([shard.ready.remote() for shard in shards])
+    bank_coordinator = ray.remote(BankCoordinator).options(num_cpus=0, max_restarts=-1).remote()
+    return PoolHandles(shards, bank_coordinator, config)
