@@ -34,7 +34,7 @@ def test_make_pretrain_on_a_fresh_clone_ends_in_ten_minutes(tmp_path: Path) -> N
     assert runs, text[-3000:]
     assert result(runs[0])["status"] == "finished", text[-3000:]
     print(f"\nmake pretrain, installation included: {taken_s:.0f} s")
-    check_learned(runs[0])
+    check_learned(runs[0], least=60)
     check_grounded(clone)
     shutil.rmtree(clone)
     assert taken_s < LIMIT_S
