@@ -166,14 +166,15 @@ class CrossModalAttention(nn.Module):
 def build_decoder(dim: int, grid: int, stride: int, is_convolutional: bool) -> nn.Module:
     """Upsampling convolutions for a ResNet, a small transformer for a ViT."""
     if is_convolutional:
-        return ConvolutionalDecoder(dim, grid, stride)
+        # no wider than the embedding: with 256 channels it would cost three times as much as a small encoder
+        return ConvolutionalDecoder(dim, grid, stride, min(dim, 256))
     return TransformerDecoder(dim, grid, stride)
 
 
 class ConvolutionalDecoder(nn.Module):
     """Each stage doubles the side and halves the channels, until a patch is ``stride`` pixels wide."""
 
-    def __init__(self, dim: int, grid: int, stride: int, channels: int = 256) -> None:
+    def __init__(self, dim: int, grid: int, stride: int, channels: int) -> None:
         super().__init__()
         self.grid = grid
         widths = [max(channels >> stage, 16) for stage in range(int(math.log2(stride)) + 1)]
