@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from cmcgns.train import deepspeed_private
-from cmcgns.train.engine import DeepSpeedEngine
+from cmcgns.train.engine import DeepSpeedEngine, build_engine
 from tests.ranks import run_on_ranks
 from tests.small import small_config, small_model
 
 
 def engine_of(stage: int) -> DeepSpeedEngine:
     config = small_config(num_workers=1, microbatch_size=6, global_batch_size=6, zero_stage=stage)
-    return DeepSpeedEngine(small_model(config), config.train, 1, torch.device("cpu"))
+    engine = build_engine(small_model(config), config.train, torch.device("cpu"))
+    assert isinstance(engine, DeepSpeedEngine)
+    return engine
 
 
 def check(stage: int) -> None:
