@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 
 LEAST, LEAD = 0.15, 0.1
 TRAINED, RANDOM, OTHER_FILM = "the trained model", "a random model", "another study's film"
-STEPS = 1200
+STEPS = 1600
 """Longer than the default run: see README.md here for what that reaches."""
 
 
