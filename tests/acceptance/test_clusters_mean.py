@@ -1,4 +1,8 @@
-"""Clusters mean something: they follow finding, side and negation in sentences that training has never seen."""
+"""Clusters mean something: they follow finding, side and negation in sentences that training has never seen.
+
+What counts is the lead over another study's film. An agreement by itself also counts what a sentence says without its film: with
+the sentence loss it was 0.22, of which another film kept 0.14.
+"""
 
 import subprocess
 import sys
@@ -15,7 +19,7 @@ from tests.jobs import REPOSITORY, Job
 
 pytestmark = pytest.mark.ray
 
-LEAST, LEAD = 0.15, 0.1
+LEAD = 0.1
 TRAINED, RANDOM, OTHER_FILM = "the trained model", "a random model", "another study's film"
 STEPS = 1600
 """Longer than the default run: see README.md here for what that reaches."""
@@ -67,18 +71,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Agreement]:
 
 
 def test_clusters_follow_what_unseen_sentences_say(found: dict[str, Agreement]) -> None:
-    assert found[TRAINED].mutual_information >= LEAST
     assert found[TRAINED].purity > found[TRAINED].purity_by_chance
 
 
-@pytest.mark.parametrize(
-    "control",
-    [
-        RANDOM,
-        pytest.param(
-            OTHER_FILM, marks=pytest.mark.xfail(raises=AssertionError, strict=True, reason="a lead of 0.076 yet")
-        ),
-    ],
-)
+@pytest.mark.parametrize("control", [RANDOM, OTHER_FILM])
 def test_clusters_follow_it_more_than_those_of_a_control(found: dict[str, Agreement], control: str) -> None:
     assert found[TRAINED].mutual_information >= found[control].mutual_information + LEAD
