@@ -3,8 +3,7 @@
 Sizes are in studies (one image-report pair) and named for their owner; lengths in pixels, tokens or steps.
 """
 
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -20,12 +19,11 @@ from pydantic import (
 )
 
 from cmcgns.errors import UserError
+from cmcgns.methods import METHODS as METHODS
 from cmcgns.plugins import is_plugin, load_plugin
 
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
 """Supported layouts of a corpus."""
-METHODS: Mapping[str, str] = import_module("cmcgns.methods").METHODS
-"""Modules of the built-in methods by name: their table, which imports none of them."""
 MIN_BANK = 1024
 """Minimum number of sentence features in the bank before clustering may start, even with few clusters."""
 
@@ -286,8 +284,10 @@ class TrainConfig(Section):
     """Adam with weight decay in the gradient (published), or AdamW. Norms and biases have no weight decay."""
     learning_rate: float = Field(1e-4, gt=0.0)
     """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
+    stage2_learning_rate: float | None = Field(None, gt=0.0)
+    """Peak learning rate of stage 2, which warms up again; by default `learning_rate`."""
     stage2_learned_rate: float = Field(1.0, ge=0.0)
-    """Factor on `learning_rate` in stage 2 for all that stage 1 has trained; new parts, such as a decoder, keep factor 1.
+    """Factor on the learning rate of stage 2 for all that stage 1 has trained; new parts, such as a decoder, keep factor 1.
     0 freezes what stage 1 has trained."""
     image_encoder_rate: float = Field(1.0, ge=0.0)
     """Factor on `learning_rate`, warm-up included, for the image encoder: below 1 for a pretrained one. 0 freezes it: no

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from cmcgns.cli import read_yaml, validate
 from cmcgns.config import Config
 from cmcgns.errors import UserError
-from tests.small import small_config
+from tests.small import small_config, small_model
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
 
@@ -77,6 +77,14 @@ def test_every_key_says_what_it_means() -> None:
         assert info.annotation is not None
         for name, key in info.annotation.model_fields.items():
             assert len(key.description or "") > 15, f"{section}.{name}"
+
+
+def test_the_config_of_an_earlier_run_is_read_and_builds_the_model_of_its_weights() -> None:
+    """Its config.yaml has every key of its time, also those that nobody set."""
+    earlier = Path(__file__).parent / "golden" / "config_of_an_earlier_version.yaml"
+    config = validate(read_yaml(str(earlier)), Config)
+    shapes = {name: tuple(value.shape) for name, value in small_model(config).named_parameters()}
+    assert shapes["decoder.entry.weight"] == (256, 2 * config.model.embed_dim, 1, 1)
 
 
 def write(folder: Path, **files: str) -> None:

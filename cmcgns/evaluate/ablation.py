@@ -295,7 +295,7 @@ def as_json(scores: Sequence[Score], gained: Sequence[Difference]) -> dict[str, 
     """Content of ablation.json."""
     rows = [score.row() for score in scores]
     steps = [
-        {"key": each.first.key, "variant": each.first.encoder, "over": each.second.encoder, "gain": each.value,
+        {"key": each.first.key, "variant": each.first.encoder, "before": each.second.encoder, "gain": each.value,
          "interval": each.interval}
         for each in gained
     ]  # fmt: skip

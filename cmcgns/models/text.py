@@ -3,6 +3,8 @@
 B studies, T tokens, S sentences (padded), C channels of the backbone, D embedding.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,20 +37,9 @@ class TextEncoder(nn.Module):
 
         With ``by_length_B`` reports of similar length go through the backbone together, which saves padding.
         """
-        if by_length_B is None:
-            sentences_BSD = self._sentences(token_BT, token_mask_BT, sentence_of_token_BT, sentence_mask_BS.shape[1])
-        else:
-            parts = [
-                self._sentences(
-                    token_BT[rows_b, :size_t],
-                    token_mask_BT[rows_b, :size_t],
-                    sentence_of_token_BT[rows_b, :size_t],
-                    sentence_mask_BS.shape[1],
-                )
-                for rows_b, size_t in zip(by_length_B.tensor_split(len(slice_tokens)), slice_tokens, strict=True)
-            ]
-            sorted_BSD = torch.cat(parts)
-            sentences_BSD = torch.zeros_like(sorted_BSD).index_copy(0, by_length_B, sorted_BSD)
+        read = partial(self._sentences, size_S=sentence_mask_BS.shape[1])
+        tokens = token_BT, token_mask_BT, sentence_of_token_BT
+        sentences_BSD = in_slices(read, tokens, by_length_B, slice_tokens)
         return sentences_BSD, unit(self.pool(sentences_BSD, sentence_mask_BS))
 
     def _sentences(self, token_BT: Tensor, token_mask_BT: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:
@@ -127,24 +118,38 @@ class PooledTextEncoder(TextEncoder):
         slice_tokens: tuple[int, ...] = (),
     ) -> Tensor:
         """Sum of the last ``layers`` hidden states, (B, T, C); padding has any values."""
-        if by_length_B is None:
-            return self._token_states(token_BT, token_mask_BT)
-        parts = [
-            F.pad(
-                self._token_states(token_BT[rows_b, :size_t], token_mask_BT[rows_b, :size_t]),
-                (0, 0, 0, token_BT.shape[1] - size_t),
-            )
-            for rows_b, size_t in zip(by_length_B.tensor_split(len(slice_tokens)), slice_tokens, strict=True)
-        ]
-        sorted_BTC = torch.cat(parts)
-        return torch.zeros_like(sorted_BTC).index_copy(0, by_length_B, sorted_BTC)
+        read = partial(self._token_states, length=token_BT.shape[1])
+        return in_slices(read, (token_BT, token_mask_BT), by_length_B, slice_tokens)
 
-    def _token_states(self, token_BT: Tensor, token_mask_BT: Tensor) -> Tensor:
-        mask = self._attention_mask(token_mask_BT)
+    def _token_states(self, token_bt: Tensor, token_mask_bt: Tensor, length: int) -> Tensor:
+        """States of a slice, padded to ``length`` tokens."""
+        mask = self._attention_mask(token_mask_bt)
         if self.layers == 1:
-            return self.backbone(input_ids=token_BT, attention_mask=mask).last_hidden_state
-        hidden = self.backbone(input_ids=token_BT, attention_mask=mask, output_hidden_states=True).hidden_states
-        return torch.stack(hidden[-self.layers :]).sum(0)
+            state_btC = self.backbone(input_ids=token_bt, attention_mask=mask).last_hidden_state
+        else:
+            hidden = self.backbone(input_ids=token_bt, attention_mask=mask, output_hidden_states=True).hidden_states
+            state_btC = torch.stack(hidden[-self.layers :]).sum(0)
+        return F.pad(state_btC, (0, 0, 0, length - token_bt.shape[1]))
+
+
+def in_slices(
+    read: Callable[..., Tensor],
+    tokens: tuple[Tensor, ...],
+    by_length_B: Tensor | None,
+    slice_tokens: tuple[int, ...],
+) -> Tensor:
+    """``read`` of the ``tokens``, each (B, T). With ``by_length_B`` it reads slices of reports of similar length.
+
+    The result is in the batch's order.
+    """
+    if by_length_B is None:
+        return read(*tokens)
+    parts = [
+        read(*(each_BT[rows_b, :size_t] for each_BT in tokens))
+        for rows_b, size_t in zip(by_length_B.tensor_split(len(slice_tokens)), slice_tokens, strict=True)
+    ]
+    sorted_rows = torch.cat(parts)
+    return torch.zeros_like(sorted_rows).index_copy(0, by_length_B, sorted_rows)
 
 
 def sentence_means(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:

@@ -73,7 +73,7 @@ def build_engine(
     In stage 2 ``new_parts`` are the name prefixes of what stage 1 has not trained: all else has `stage2_learned_rate`.
     """
     for name, parameter in model.named_parameters():
-        if starts_with(name, frozen) or not rate_of(name, config, new_parts):
+        if name.startswith(frozen) or not rate_of(name, config, new_parts):
             parameter.requires_grad_(False)
     if config.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -107,13 +107,8 @@ def build_optimizer(
 def rate_of(name: str, config: TrainConfig, new_parts: tuple[str, ...] | None) -> float:
     """The factor on the learning rate of the parameter ``name``; ``new_parts`` as in ``build_engine``."""
     rate = next((float(getattr(config, key)) for prefix, key in BACKBONES.items() if name.startswith(prefix)), 1.0)
-    learned = new_parts is not None and not starts_with(name, new_parts)
+    learned = new_parts is not None and not name.startswith(new_parts)
     return rate * config.stage2_learned_rate if learned else rate
-
-
-def starts_with(name: str, prefixes: tuple[str, ...]) -> bool:
-    """True if ``name`` starts with one of ``prefixes``."""
-    return any(name.startswith(prefix) for prefix in prefixes)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -158,7 +158,10 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""
         train = self.config.train
-        return self.parts.schedule.learning_rate(step, train.learning_rate, train.warmup_learning_rate)
+        peak = train.learning_rate
+        if self.parts.schedule.stage(step) == 2:
+            peak = train.stage2_learning_rate or peak
+        return self.parts.schedule.learning_rate(step, peak, train.warmup_learning_rate)
 
     def _advance(self, step: int, data: StepData) -> None:
         self.progress.step = step

@@ -318,6 +318,14 @@ def test_in_stage_2_what_stage_1_has_trained_moves_by_its_factor_and_the_decoder
     assert saved.isdisjoint(learned) == (factor == 0.0)
 
 
+def test_stage_2_has_a_peak_of_its_own_where_given(tmp_path: Path) -> None:
+    trainer = start(config_of(stage2_learning_rate=2e-5), tmp_path / "run").trainer
+    schedule, train = trainer.parts.schedule, trainer.config.train
+    rates = [trainer.learning_rate(step) for step in range(1, schedule.total + 1)]
+    assert max(rates[: schedule.stage1]) == train.learning_rate != 2e-5
+    assert max(rates[schedule.stage1 :]) == 2e-5
+
+
 def test_augmented_films_are_the_same_after_a_resume_and_read_nothing_back(tmp_path: Path) -> None:
     strengths = {"rotation": 10.0, "scale": 0.1, "brightness": 0.3, "contrast": 0.3}
     config = config_of(checkpoint_every=2, **{f"data__augment_{name}": value for name, value in strengths.items()})

@@ -44,7 +44,7 @@ class CmCgns(Method[Settings], ComparesParts):
     def build_model(self, vocabulary_size: int) -> CmCgnsModel:
         encoders, own = build_encoders(self.config, vocabulary_size), self.settings
         dim = self.config.model.embed_dim
-        return CmCgnsModel(*encoders, dim, own.temperature, own.learn_temperature, own.mask_ratio)
+        return CmCgnsModel(*encoders, dim, own.temperature, own.learn_temperature, own.mask_ratio, own.decoder_channels)
 
     def frozen(self, stage: int) -> tuple[str, ...]:
         untrained: tuple[str, ...] = RECONSTRUCTION_PARTS if stage == 1 else ()

@@ -69,7 +69,9 @@ class CmCgnsModel(DualEncoder):
         temperature: float,
         learn_temperature: bool,
         mask_ratio: float,
+        decoder_channels: int = 256,
     ) -> None:
+        self.decoder_channels = decoder_channels  # add_parts reads it
         super().__init__(image_encoder, text_encoder, dim, temperature, learn_temperature)
         self.mask_ratio = mask_ratio
 
@@ -82,7 +84,8 @@ class CmCgnsModel(DualEncoder):
         # only for reconstruction; not in stage 1's optimizer. mask_token is on the root module, where ZeRO-3 gathers it
         self.mask_token = nn.Parameter(torch.randn(dim) / math.sqrt(dim))
         encoder = self.image_encoder
-        self.decoder = build_decoder(dim, encoder.grid, encoder.stride, encoder.is_convolutional)
+        kind = ConvolutionalDecoder if encoder.is_convolutional else TransformerDecoder
+        self.decoder = kind(dim, encoder.grid, encoder.stride, self.decoder_channels)
 
     def forward(self, batch: ImageReportBatch, stage: int = 1) -> CmCgnsOutputs:
         """Embeddings and attention of one microbatch; in stage 2 also films reconstructed from their visible patches."""
@@ -163,16 +166,8 @@ class CrossModalAttention(nn.Module):
         return attention_weights(self.text["query"](sentences_BSD), self.image["key"](patches_BPD))
 
 
-def build_decoder(dim: int, grid: int, stride: int, is_convolutional: bool) -> nn.Module:
-    """Upsampling convolutions for a ResNet, a small transformer for a ViT."""
-    if is_convolutional:
-        # no wider than the embedding: with 256 channels it would cost three times as much as a small encoder
-        return ConvolutionalDecoder(dim, grid, stride, min(dim, 256))
-    return TransformerDecoder(dim, grid, stride)
-
-
 class ConvolutionalDecoder(nn.Module):
-    """Each stage doubles the side and halves the channels, until a patch is ``stride`` pixels wide."""
+    """For a ResNet: each stage doubles the side and halves the channels, until a patch is ``stride`` pixels wide."""
 
     def __init__(self, dim: int, grid: int, stride: int, channels: int) -> None:
         super().__init__()
@@ -199,9 +194,9 @@ def upsampling_stage(width_in: int, width_out: int) -> nn.Module:
 
 
 class TransformerDecoder(nn.Module):
-    """Four transformer layers over all positions, then a square of pixels for each position."""
+    """For a ViT: four transformer layers over all positions, then a square of pixels for each position."""
 
-    def __init__(self, dim: int, grid: int, stride: int, width: int = 256, layers: int = 4) -> None:
+    def __init__(self, dim: int, grid: int, stride: int, width: int, layers: int = 4) -> None:
         super().__init__()
         self.grid = grid
         self.entry = nn.Linear(2 * dim, width)

@@ -18,6 +18,8 @@ class Settings(MethodSettings):
     """Centroids K of the sentence clustering."""
     mask_ratio: float = Field(0.5, gt=0.0, lt=1.0)
     """Fraction of the patches masked for the reconstruction in stage 2."""
+    decoder_channels: int = Field(256, ge=16, multiple_of=8)
+    """Width of the decoder that reconstructs films. With 256 it costs more than a small encoder."""
     temperature: float = Field(0.1, ge=0.01, le=1.0)
     """Temperature of the global InfoNCE; the initial value if it is learned."""
     learn_temperature: bool = True
