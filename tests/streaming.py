@@ -38,7 +38,7 @@ class Watched:
     """Films in the bucket."""
     films_before_first_step: int
     steady_mib: float
-    """Median memory of the second half of the steps; NaN where they were over before a sample was taken."""
+    """Median memory of the second half of the steps; NaN without a sample."""
     seconds: float
     folder: Path
     output: str
@@ -50,8 +50,10 @@ class Watched:
         return self.films_before_first_step / self.films
 
 
-def watch_run(head: RayHead, server: S3Server, uri: str, films: int, storage: Path, steps: int, *more: str) -> Watched:
-    """Train on the bucket for ``steps`` steps on the cluster ``head``, and watch."""
+def watch_run(
+    head: RayHead, server: S3Server, uri: str, films: int, storage: Path, steps: int, *more: str, memory: bool = True
+) -> Watched:
+    """Train on the bucket for ``steps`` steps on the cluster ``head``, and watch; sampling ``memory`` slows the run."""
     start = time.time()
     job = Job(
         storage,
@@ -61,18 +63,20 @@ def watch_run(head: RayHead, server: S3Server, uri: str, films: int, storage: Pa
         env=head.environment,
     )  # fmt: skip
     folder = storage / "watched"
-    watch = MemoryWatch(head, job)
+    watch = MemoryWatch(head, job) if memory else None
     job.wait_for(lambda: bool(rows(folder)))
     first_step = (folder / "metrics.jsonl").stat().st_mtime
     job.wait_for(lambda: len(rows(folder)) >= SETTLED * steps)
     settled = time.time()
     job.wait_for(lambda: len(rows(folder)) >= steps)
     ended = time.time()
-    watch.close()
+    if watch is not None:
+        watch.close()
     output = job.wait()
     assert job.process.returncode == 0, output[-3000:]
     assert result(folder)["status"] == "finished"
-    steady = [mib for when, mib in watch.samples if settled <= when <= ended]
+    samples = [] if watch is None else watch.samples
+    steady = [mib for when, mib in samples if settled <= when <= ended]
     bucket = uri.removeprefix("s3://")
     return Watched(
         films,
@@ -81,7 +85,7 @@ def watch_run(head: RayHead, server: S3Server, uri: str, films: int, storage: Pa
         time.time() - start,
         folder,
         output,
-        [(when - start, mib) for when, mib in watch.samples],
+        [(when - start, mib) for when, mib in samples],
     )
 
 

@@ -123,6 +123,7 @@ def test_a_local_run_runs_no_code_beside_the_data_and_listens_on_loopback_alone(
     job = InFolder(
         place, str(TINY), f"--run.storage={home}", "--run.name=run", "--train.stage1_steps=3", "--train.stage2_steps=0",
         "--train.warmup_steps=1", "--train.log_every=1", "--data.phantom_studies=130", "--clustering.actors=1",
+        "--train.num_workers=1", "--train.threads_per_worker=1", "--train.engine=torch", "--train.zero_stage=0",
     )  # fmt: skip
     job.wait_for(lambda: bool(rows(home / "run")))
     names = {

@@ -53,13 +53,12 @@ def watched(
 ) -> Watched:
     uri, films = fill_bucket(s3_server, "streamed", STUDIES, tmp_path_factory.mktemp("corpus"), workers=1)
     models = [f"--model.{name}_encoder={os.path.relpath(folder / name, REPOSITORY)}" for name in encoders]
-    return watch_run(ray_head, s3_server, uri, films, tmp_path_factory.mktemp("runs"), STEPS, *models, *SMALL)
+    runs = tmp_path_factory.mktemp("runs")
+    return watch_run(ray_head, s3_server, uri, films, runs, STEPS, *models, *SMALL, memory=False)
 
 
 def test_the_first_step_comes_before_all_films_have_been_asked_for(watched: Watched) -> None:
-    print(
-        f"\n{watched.films_before_first_step} of {watched.films} films before the first step; {watched.steady_mib:.0f} MiB"
-    )
+    print(f"\n{watched.films_before_first_step} of {watched.films} films before the first step")
     assert 0 < watched.share_before_first_step < 1
 
 
