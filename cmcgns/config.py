@@ -151,7 +151,9 @@ class Bank(NamedTuple):
     start_statistic: str
     """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
     per_sentence: bool = True
-    """One row per sentence; otherwise one per study."""
+    """Rows belong to sentences; otherwise to studies."""
+    rows_each: int = 1
+    """Rows of each sentence or study."""
 
 
 class MethodSettings(Section):

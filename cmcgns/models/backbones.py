@@ -241,6 +241,16 @@ class ImageEncoder(nn.Module):
         found = self.backbone(pixel_values=pixels_B3HW, output_hidden_states=True, **self.forward_options)
         return found.hidden_states[-2].flatten(2).transpose(1, 2), self._features(found.last_hidden_state)[1]
 
+    def with_attention(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``features_BPC``, ``pooled_BC``, and the attention of [CLS] to each patch in the last layer, the mean over heads (B, P).
+
+        The backbone must have a [CLS] and the attention implementation ``eager``.
+        """
+        pixels_B3HW = self._pixels(image_B1HW)
+        found = self.backbone(pixel_values=pixels_B3HW, output_attentions=True, **self.forward_options)
+        attention_BP = found.attentions[-1][:, :, 0, self.prefix :].mean(1)
+        return *self._features(found.last_hidden_state), attention_BP
+
     @property
     def dim_before_last(self) -> int:
         """Channels of the feature map before the last stage.

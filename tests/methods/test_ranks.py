@@ -37,6 +37,16 @@ CONFIGS = {
         "objective__same_text": "negatives", "objective__caption": "sentence", "model__image_encoder": "resnet-tiny",
         "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
     },
+    "mgca published": {
+        "method__name": "mgca", "objective__word_weights": "attention", "objective__separator": True,
+        "objective__regions": "before_last", "objective__heads": "mlp", "objective__text_layers": 1,
+        "objective__same_text": "negatives", "model__image_encoder": "resnet-tiny",
+        "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
+    },
+    "mgca vit": {
+        "method__name": "mgca", "objective__patch_weights": "attention", "objective__attended_patches": "raw",
+        "objective__prototype_source": "pool", "objective__num_prototypes": 6,
+    },
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
     "resnet": {
