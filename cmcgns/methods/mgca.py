@@ -229,7 +229,7 @@ class Mgca(Method[Settings]):
         studies = train.microbatch_size * train.num_workers
         if own.num_prototypes > studies and distributed.rank() == 0:
             logger.warning(
-                "objective.num_prototypes %d is more than the %d studies of a microbatch of all ranks: their codes cannot use all",
+                "objective.num_prototypes %d is more than the %d studies of a microbatch of all ranks: not all will be used",
                 own.num_prototypes, studies,
             )  # fmt: skip
         return MgcaModel(*encoders, model.embed_dim, own)

@@ -242,7 +242,7 @@ class ImageEncoder(nn.Module):
         return found.hidden_states[-2].flatten(2).transpose(1, 2), self._features(found.last_hidden_state)[1]
 
     def with_attention(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``features_BPC``, ``pooled_BC``, and the attention of [CLS] to each patch in the last layer, the mean over heads (B, P).
+        """``features_BPC``, ``pooled_BC``, and the attention of [CLS] to each patch (B, P): last layer, mean over heads.
 
         The backbone must have a [CLS] and the attention implementation ``eager``.
         """
@@ -273,9 +273,12 @@ class ImageEncoder(nn.Module):
         return pixels_B3HW
 
     def _features(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        # transpose, not view: a patch is all channels of one position
-        features_BPC = hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
+        features_BPC = self._patches(hidden)
         return features_BPC, hidden[:, 0] if self.pool is None else self.pool(features_BPC)
+
+    def _patches(self, hidden: Tensor) -> Tensor:
+        # transpose, not view: a patch is all channels of one position
+        return hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         super().train(mode)

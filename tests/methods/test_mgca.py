@@ -218,7 +218,9 @@ def test_words_and_patches_get_their_own_attention() -> None:
     )
     for study in range(17):
         length = int(batch.token_mask_BT[study].sum())
-        found = model.text_encoder.backbone(input_ids=batch.token_BT[study : study + 1, :length], output_attentions=True)
+        found = model.text_encoder.backbone(
+            input_ids=batch.token_BT[study : study + 1, :length], output_attentions=True
+        )
         for attention_H, weight in (
             (found.attentions[-1][0, :, 0, 1:-1], outputs.word_weight_BT[study, 1 : length - 1]),
             (films.attentions[-1][study, :, 0, 1:], outputs.patch_weight_BP[study]),
@@ -287,4 +289,9 @@ def test_what_an_encoder_does_not_have_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_method(small_config(method__name="mgca", **more)).build_model(100)
-    assert small_model(small_config(method__name="mgca", objective__text_layers=1)).text_encoder.backbone.config.num_hidden_layers == 1
+    assert (
+        small_model(
+            small_config(method__name="mgca", objective__text_layers=1)
+        ).text_encoder.backbone.config.num_hidden_layers
+        == 1
+    )

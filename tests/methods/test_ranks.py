@@ -47,6 +47,11 @@ CONFIGS = {
         "method__name": "mgca", "objective__patch_weights": "attention", "objective__attended_patches": "raw",
         "objective__prototype_source": "pool", "objective__num_prototypes": 6,
     },
+    "lovt published": {
+        "method__name": "lovt", "objective__norm": "none", "objective__same_text": "negatives",
+        "model__image_encoder": "resnet-tiny", "model__fixed_batch_statistics": True, "data__image_size": 64,
+        "data__resize": 72,
+    },
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
     "resnet": {
