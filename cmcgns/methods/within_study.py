@@ -26,7 +26,8 @@ def within_study_losses(
     losses = []
     for each_BLL, gone_BLL in ((logits_BLL, left_out_BLL), (logits_BLL.mT, left_out_BLL.mT)):
         if mask_BL is not None:
-            gone_BLL = gone_BLL | ~mask_BL.unsqueeze(1)
+            # a padded part keeps some column: its weight is 0, but not its gradient if it had none
+            gone_BLL = (gone_BLL & mask_BL.unsqueeze(2)) | ~mask_BL.unsqueeze(1)
         right_BL = each_BLL.diagonal(dim1=1, dim2=2) if target_LL is None else (target_LL * each_BLL).sum(-1)
         nll_BL = each_BLL.masked_fill(gone_BLL, -torch.inf).logsumexp(-1) - right_BL
         losses.append((weight_BL * nll_BL).sum(1).mean())

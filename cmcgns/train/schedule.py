@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from cmcgns.config import TrainConfig
 from cmcgns.errors import UserError
 
-
 STAGES = ("stage1", "stage2", "stage3")
 
 

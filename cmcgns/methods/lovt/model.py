@@ -52,8 +52,8 @@ class WeightedPool(nn.Module):
         super().__init__()
         if dim % heads:
             raise UserError(
-                f"method.name lovt pools with {heads} heads, which do not divide the {dim} channels of an encoder; give an encoder "
-                f"whose width is a multiple of {heads}"
+                f"method.name lovt pools with {heads} heads, which do not divide the {dim} channels of an encoder; give one with a "
+                f"multiple of {heads}"
             )
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))

@@ -54,7 +54,7 @@ class Prior(Method[Settings]):
         own, model = self.settings, self.config.model
         if model.embed_dim % own.decoder_heads:
             raise UserError(
-                f"objective.decoder_heads {own.decoder_heads} does not divide model.embed_dim {model.embed_dim}; give one that does"
+                f"objective.decoder_heads {own.decoder_heads} does not divide model.embed_dim {model.embed_dim}; give a divisor"
             )
         encoders = build_encoders(self.config, vocabulary_size, partial(PriorTextEncoder, settings=own))
         return PriorModel(*encoders, model.embed_dim, own, model.dropout)

@@ -170,7 +170,7 @@ class SentenceDecoderLayer(nn.Module):
 
 
 class SentenceDecoder(nn.Module):
-    """Generates Q rows from the patches of a film, all at once. Every row sees every other: the release lets none see later ones."""
+    """Generates Q rows from the patches of a film, all at once. Every row sees every other (the release: only earlier ones)."""
 
     def __init__(self, rows: int, dim: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
