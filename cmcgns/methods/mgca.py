@@ -223,9 +223,10 @@ class Mgca(Method[Settings]):
         check_attention(encoders[0], own)
         if own.text_layers:
             keep_first_layers(encoders[1], own.text_layers, model.text_encoder)
-        for encoder, kind in zip(encoders, (own.patch_weights, own.word_weights), strict=True):
+        backbones: tuple[Any, ...] = encoders[0].backbone, encoders[1].backbone
+        for backbone, kind in zip(backbones, (own.patch_weights, own.word_weights), strict=True):
             if kind == "attention":
-                encoder.backbone.set_attn_implementation("eager")
+                backbone.set_attn_implementation("eager")
         studies = train.microbatch_size * train.num_workers
         if own.num_prototypes > studies and distributed.rank() == 0:
             logger.warning(

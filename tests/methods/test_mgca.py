@@ -103,7 +103,10 @@ def slow_token_loss(patches: Tensor, words: list[Tensor], weights: list[Tensor])
     for patch_PD, word_tD, weight_t in zip(patches, words, weights, strict=True):
         seen = [F.normalize((patch_PD @ word / 0.1).softmax(0) @ patch_PD, dim=0) for word in word_tD]
         read = [F.normalize((word_tD @ patch / 0.1).softmax(0) @ word_tD, dim=0) for patch in patch_PD]
-        for own, found, weight in ((word_tD, seen, weight_t), (patch_PD, read, torch.full((len(patch_PD),), 0.1))):
+        for own, found, weight in (
+            (word_tD, seen, weight_t),
+            (patch_PD, read, torch.full((len(patch_PD),), 0.1, dtype=torch.float64)),
+        ):
             for each, share in enumerate(weight):
                 forth = torch.stack([own[each] @ other for other in found]) / 0.1
                 back = torch.stack([other @ found[each] for other in own]) / 0.1
@@ -118,9 +121,9 @@ def test_the_loss_of_words_and_patches_and_its_gradients_are_those_of_a_loop() -
     patches_BPD, words_BTD = (unit(each) for each in both[1])
     words = [words_BTD[b, REAL_BT[b]] for b in range(6)]
     expected = slow_token_loss(patches_BPD, words, [weight_BT[b, REAL_BT[b]] for b in range(6)])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)  # the loop's weights 0.1 are float32
+    torch.testing.assert_close(found, expected, **EXACT)
     for ours, theirs in zip(torch.autograd.grad(found, both[0]), torch.autograd.grad(expected, both[1]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+        torch.testing.assert_close(ours, theirs, **EXACT)
 
 
 def test_padding_never_matters() -> None:

@@ -5,6 +5,7 @@ C channels of a backbone, D embedding.
 """
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class WeightedPool(nn.Module):
         super().__init__()
         if dim % heads:
             raise UserError(
-                f"method.name lovt pools with {heads} heads, which do not divide the {dim} channels of an encoder; give one with a "
+                f"method.name lovt pools with {heads} heads, which do not divide an encoder's {dim} channels; give one with a "
                 f"multiple of {heads}"
             )
         self.heads = heads
@@ -203,8 +204,8 @@ class LovtTextEncoder(TextEncoder):
         by_length_B: Tensor | None,
         slice_tokens: tuple[int, ...],
     ) -> ReadReports:
-        maxima = lambda *each: self._sentences(*each, size_S=mask_BS.shape[1])
-        sentences_BSC = in_slices(maxima, tokens, by_length_B, slice_tokens)
+        read = partial(self._sentences, size_S=mask_BS.shape[1])
+        sentences_BSC = in_slices(read, tokens, by_length_B, slice_tokens)
         pooled_BC, weight_BS = self.pool(sentences_BSC, mask_BS)
         own_nD = self.projection(sentences_BSC.flatten(0, 1).index_select(0, row_n))
         return ReadReports(scattered(own_nD, row_n, mask_BS.shape), unit(self.report_projection(pooled_BC)), weight_BS)

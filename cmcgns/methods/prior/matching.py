@@ -12,8 +12,12 @@ from torch import Tensor
 @torch.no_grad()
 def matches(generated_BQD: Tensor, target_BQD: Tensor) -> Tensor:
     """Which generated row belongs to each target, (B, Q), with the least total L1 distance. Waits for the device once."""
-    wide = [rows if rows.dtype == torch.float64 else rows.float() for rows in (generated_BQD, target_BQD)]
-    cost_BQQ = torch.cdist(*wide, p=1.0).cpu().numpy()
+    cost_BQQ = torch.cdist(wide(generated_BQD), wide(target_BQD), p=1.0).cpu().numpy()
     columns = np.stack([linear_sum_assignment(cost_QQ)[1] for cost_QQ in cost_BQQ])
     # the solver gives the target of each generated row; the release takes this for its inverse
     return torch.from_numpy(np.argsort(columns, axis=1)).to(generated_BQD.device)
+
+
+def wide(rows: Tensor) -> Tensor:
+    """``rows`` in at least float32."""
+    return rows if rows.dtype == torch.float64 else rows.float()

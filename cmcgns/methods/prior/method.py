@@ -63,10 +63,8 @@ class Prior(Method[Settings]):
         return {1: (*BANK, *DECODERS), 2: DECODERS}.get(stage, ())
 
     def terms(self, stage: int) -> tuple[str, ...]:
-        names = ("loss", *ALIGNMENT)
-        if stage > 1:
-            names = (*names, "loss_prototypes")
-        return names if stage < 3 else (*names, *GENERATION)
+        later = (), ("loss_prototypes",), ("loss_prototypes", *GENERATION)
+        return ("loss", *ALIGNMENT, *later[stage - 1])
 
     def losses(
         self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int

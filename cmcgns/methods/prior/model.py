@@ -4,6 +4,7 @@ B studies, P patches, S sentences (padded), n real sentences of this rank, K pro
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ class PriorTextEncoder(TextEncoder):
     def read(self, batch: ImageReportBatch) -> Tensor:
         """Sentences (B, S, D), zero where padded."""
         tokens = batch.token_BT, batch.token_mask_BT, batch.sentence_of_token_BT
-        read = lambda *each: self._sentences(*each, size_S=batch.sentence_mask_BS.shape[1])
+        read = partial(self._sentences, size_S=batch.sentence_mask_BS.shape[1])
         return in_slices(read, tokens, batch.by_length_B, batch.slice_tokens)
 
     def forward(
@@ -124,7 +125,7 @@ class PriorTextEncoder(TextEncoder):
         by_length_B: Tensor | None = None,
         slice_tokens: tuple[int, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        read = lambda *each: self._sentences(*each, size_S=sentence_mask_BS.shape[1])
+        read = partial(self._sentences, size_S=sentence_mask_BS.shape[1])
         sentences_BSD = in_slices(read, (token_BT, token_mask_BT, sentence_of_token_BT), by_length_B, slice_tokens)
         if bool(self.bank.used):
             sentences_BSD = self.bank(sentences_BSD, None).rows_nD * sentence_mask_BS.unsqueeze(-1)
