@@ -73,6 +73,8 @@ CONFIGS = {
     },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
+FLOAT32 = ("mgca vit",)
+"""transformers computes the attention that it returns of a ViT with a softmax in float32."""
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {"engine": "torch", "zero_stage": 0},
     **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 2, 3)},
@@ -160,9 +162,8 @@ def largest_block() -> int:
     return seen.pairs
 
 
-def on_two_ranks(text_encoder: str) -> tuple[dict[str, Found], dict[str, dict[str, list[float]]], int]:
-    steps = {name: {engine: trained(name, engine, text_encoder) for engine in ENGINES} for name in OTHERS}
-    return all_of_them(), steps, largest_block()
+def with_every_engine(name: str, text_encoder: str) -> dict[str, list[float]]:
+    return {engine: trained(name, engine, text_encoder) for engine in ENGINES}
 
 
 @pytest.fixture(scope="module", name="single")
@@ -170,10 +171,8 @@ def fixture_single() -> dict[str, Found]:
     return all_of_them()
 
 
-@pytest.fixture(scope="module", name="two")
-def fixture_two(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[tuple[dict[str, Found], dict[str, dict[str, list[float]]], int]]:
+@pytest.fixture(scope="module", name="text_encoder")
+def fixture_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("text")
     # the smallest encoder: DeepSpeed takes its time for every parameter
     tiny = BertConfig(
@@ -181,13 +180,13 @@ def fixture_two(
         max_position_embeddings=64,
     )  # fmt: skip
     BertModel(tiny, add_pooling_layer=False).save_pretrained(folder)
-    return run_on_ranks(2, on_two_ranks, str(folder))
+    return str(folder)
 
 
 @pytest.fixture(scope="module", name="found")
-def fixture_found(two: list[tuple[dict[str, Found], Any, int]]) -> dict[int, list[dict[str, Found]]]:
+def fixture_found() -> dict[int, list[dict[str, Found]]]:
     """What each rank of two and of three has."""
-    return {2: [rank[0] for rank in two], 3: run_on_ranks(3, all_of_them)}
+    return {ranks: run_on_ranks(ranks, all_of_them) for ranks in (2, 3)}
 
 
 @pytest.mark.distributed
@@ -209,7 +208,7 @@ def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
                 assert ours == pytest.approx(theirs, rel=1e-5), part  # logged as float32
         for key, gradient in gradients.items():
             # float64: sums in another order differ by about 1e-15 of the largest
-            assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-10), key
+            assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-6 if name in FLOAT32 else 1e-10), key
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -221,16 +220,14 @@ def test_every_parameter_takes_part_in_the_last_stage(name: str, single: dict[st
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_zero_stage_trains_every_method_like_plain_torch(
-    name: str, two: list[tuple[Any, dict[str, dict[str, list[float]]], int]]
-) -> None:
-    for _, steps, _ in two:
-        plain = steps[name]["torch"]
+def test_every_zero_stage_trains_every_method_like_plain_torch(name: str, text_encoder: str) -> None:
+    for steps in run_on_ranks(2, with_every_engine, name, text_encoder):
+        plain = steps["torch"]
         assert plain[-4:] < plain[:4]
-        for engine, losses in steps[name].items():
+        for engine, losses in steps.items():
             assert losses == pytest.approx(plain, rel=1e-4), engine
 
 
 @pytest.mark.distributed
-def test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time(two: list[tuple[Any, Any, int]]) -> None:
-    assert [pairs for _, _, pairs in two] == [5 * 5, 5 * 5]
+def test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time() -> None:
+    assert run_on_ranks(2, largest_block) == [5 * 5, 5 * 5]
