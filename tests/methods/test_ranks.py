@@ -128,12 +128,13 @@ def trained(name: str, engine: str, text_encoder: str) -> list[float]:
         model__image_encoder=str(REPOSITORY / "examples" / "patchify.py"), model__text_encoder=text_encoder, **ENGINES[engine],
         **SMALLER.get(name, {}),
     )  # fmt: skip
-    built = build_engine(small_model(config), config.train, torch.device("cpu"), load_method(config).frozen(1))
+    stage = config.objective.stages  # the last one trains everything
+    built = build_engine(small_model(config), config.train, torch.device("cpu"), load_method(config).frozen(stage))
     built.module.train()
     losses, rows = [], rows_of_ranks()
     for step in range(STEPS):
         batch = random_batch(config, rows[distributed.rank()], step % 4, rows)
-        loss = losses_of(config, built(batch, 1), batch, centroids()).total
+        loss = losses_of(config, built(batch, stage), batch, centroids(), stage).total
         built.backward(loss, last=True)
         built.step(1e-4)
         losses.append(float(distributed.all_reduce(loss)) / world)
