@@ -19,7 +19,7 @@ from cmcgns.methods.cm_cgns.model import (
     TransformerDecoder,
     hide,
 )
-from cmcgns.methods.prior.matching import matches
+from cmcgns.methods.prior.matching import matches, wide
 from cmcgns.methods.prior.settings import Settings
 from cmcgns.models.attention import linear, unit
 from cmcgns.models.backbones import ImageEncoder
@@ -98,9 +98,12 @@ class PrototypeBank(nn.Module):
 
     def forward(self, rows_nD: Tensor, noise_nK: Tensor | None) -> Picked:
         """Products with the prototypes, with and without noise, and the rows that stand for the sentences."""
-        logits_nK = rows_nD @ self.weight.T
+        # products of some hundred, beside noise of about 1: bf16 would decide the choice by rounding
+        weight_KD = wide(self.weight)
+        logits_nK = wide(rows_nD) @ weight_KD.T
         noisy_nK = logits_nK if noise_nK is None else logits_nK + noise_nK.to(logits_nK.dtype)
-        return Picked(logits_nK, noisy_nK, (noisy_nK / self.temperature).softmax(-1) @ self.weight)
+        picked_nD = (noisy_nK / self.temperature).softmax(-1) @ weight_KD
+        return Picked(logits_nK, noisy_nK, picked_nD.to(rows_nD.dtype))
 
 
 class PriorTextEncoder(TextEncoder):
