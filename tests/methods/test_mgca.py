@@ -1,5 +1,6 @@
 """MGCA against the published functions, a loop over studies and words, and its rules about padding, attention and prototypes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from cmcgns.train.engine import build_engine
 from tests.golden import golden
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
+from tests.train.test_trainer import config_of as run_config
+from tests.train.test_trainer import start
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 NUMBERS = golden("mgca")
@@ -282,6 +285,21 @@ def test_centroids_of_the_pool_stand_in_for_prototypes_once_there_are_any() -> N
     scores = scores_of([outputs.image_BD, outputs.report_BD], centroids_KD)
     expected = swapped_loss(*scores, *(sinkhorn(each, 0.05, 3) for each in scores), 0.2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_run_clusters_films_and_reports_together(tmp_path: Path) -> None:
+    config = run_config(
+        method__name="mgca", objective__num_prototypes=6, objective__prototype_source="pool", stage2_steps=0,
+        checkpoint_every=24,
+    )  # fmt: skip
+    run = start(config, tmp_path / "run")
+    assert run.trainer.train()
+    clustering = run.trainer.parts.banks.first
+    assert clustering.pushed == 24 * 2 * 32
+    started = clustering.centroids.started_at
+    assert started == 20  # 1024 rows are in the pool at step 16, and centroids are adopted one interval later
+    for row in run.rows():
+        assert (row["loss_prototypes"] > 0) == (row["centroids_version"] > 0 and row["step"] > started)
 
 
 def test_what_an_encoder_does_not_have_is_refused() -> None:
