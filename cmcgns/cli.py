@@ -336,6 +336,6 @@ def _parse_value(key: str, text: str) -> Any:
 def _other_unit(name: str) -> str | None:
     """The key that gives the same length in the other unit: the command line's replaces the file's."""
     for ours, theirs in (("_steps", "_epochs"), ("_epochs", "_steps")):
-        if name.endswith(ours) and name.split("_")[0] in ("stage1", "stage2", "warmup"):
+        if name.endswith(ours) and name.split("_")[0] in ("stage1", "stage2", "stage3", "warmup"):
             return name.removesuffix(ours) + theirs
     return None

@@ -151,14 +151,16 @@ class Bank(NamedTuple):
     start_statistic: str
     """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
     per_sentence: bool = True
-    """One row per sentence; otherwise one per study."""
+    """Rows belong to sentences; otherwise to studies."""
+    rows_each: int = 1
+    """Rows of each sentence or study."""
 
 
 class MethodSettings(Section):
     """The section `objective` of one method. Its module exports a subclass as `Settings` (see ``cmcgns.methods.base``)."""
 
     stages: ClassVar[int] = 1
-    """Number of training stages, 1 or 2."""
+    """Number of training stages, 1 to 3."""
 
     def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
         """The banks that the method clusters; without banks no clustering actor starts."""
@@ -276,6 +278,10 @@ class TrainConfig(Section):
     """Optimizer steps of stage 2 (alignment and reconstruction); 0 skips it."""
     stage2_epochs: float | None = Field(None, ge=0.0)
     """Length of stage 2 in epochs; give exactly one of the two."""
+    stage3_steps: int | None = Field(None, ge=0)
+    """Optimizer steps of stage 3, of methods that have one; 0 skips it."""
+    stage3_epochs: float | None = Field(None, ge=0.0)
+    """Length of stage 3 in epochs; give exactly one of the two."""
     warmup_steps: int | None = Field(None, ge=0)
     """Linear warm-up at the start of each stage, in steps."""
     warmup_epochs: float | None = Field(None, ge=0.0)
@@ -286,6 +292,8 @@ class TrainConfig(Section):
     """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
     stage2_learning_rate: float | None = Field(None, gt=0.0)
     """Peak learning rate of stage 2, which warms up again; by default `learning_rate`."""
+    stage3_learning_rate: float | None = Field(None, gt=0.0)
+    """Peak learning rate of stage 3; by default that of stage 2."""
     stage2_learned_rate: float = Field(1.0, ge=0.0)
     """Factor on the learning rate of stage 2 for all that stage 1 has trained; new parts, such as a decoder, keep factor 1.
     0 freezes what stage 1 has trained."""
@@ -433,10 +441,16 @@ class Config(RunSections):
 
     def _stage_complaints(self) -> Iterable[str]:
         train = self.train
-        if self.objective.stages == 1 and (train.stage2_steps or train.stage2_epochs):
-            given = f"steps {train.stage2_steps}" if train.stage2_steps else f"epochs {train.stage2_epochs}"
-            yield f"method {self.method.name} has one stage, so train.stage2_{given} does not apply; set train.stage2_steps=0"
-        pairs = ("stage1", "stage2", "warmup") if self.objective.stages > 1 else ("stage1", "warmup")
+        stages = self.objective.stages
+        for stage in range(stages + 1, 4):
+            steps, epochs = (getattr(train, f"stage{stage}_{unit}") for unit in ("steps", "epochs"))
+            if steps or epochs:
+                given, has = f"steps {steps}" if steps else f"epochs {epochs}", ("one stage", "two stages")[stages - 1]
+                yield (
+                    f"method {self.method.name} has {has}, so train.stage{stage}_{given} does not apply; set "
+                    f"train.stage{stage}_steps=0"
+                )
+        pairs = (*(f"stage{stage}" for stage in range(1, stages + 1)), "warmup")
         for pair in pairs:
             steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")
             if (steps is None) == (epochs is None):

@@ -33,7 +33,8 @@ def small_config(**train: object) -> Config:
         settings["objective"] = {
             name: value for name, value in settings["objective"].items() if name in own.model_fields
         }
-        settings["train"]["stage2_steps"] = 4 if own.stages == 2 else 0
+        settings["train"]["stage2_steps"] = 4 if own.stages >= 2 else 0
+        settings["train"]["stage3_steps"] = 4 if own.stages == 3 else 0
     for key, value in train.items():
         section, _, name = key.rpartition("__")
         settings[section or "train"][name] = value

@@ -20,6 +20,8 @@ CROP_STREAM = 1
 MASK_STREAM = 2
 AUGMENT_STREAM = 3
 SENTENCE_STREAM = 4
+NOISE_STREAM = 5
+"""This and the following streams are noise of sentences."""
 
 # splitmix64 (Steele, Lea and Flood, 2014); int64 arithmetic wraps around, so the constants are written as signed
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -34,6 +36,19 @@ def keyed_uniform(key_B: Tensor, count: int, stream: int) -> Tensor:
     bits_BC = _mix(state_B1 + place_C * _GAMMA)
     # the upper 24 bits: as many as float32 holds exactly
     return _logical_shift(bits_BC, 40).to(torch.float32) * 2.0**-24
+
+
+def sentence_keys(key_B: Tensor, sentence_row_n: Tensor, size_S: int) -> Tensor:
+    """A 64-bit key for each real sentence, from its study's key and its place in the report alone."""
+    study_n, place_n = sentence_row_n.div(size_S, rounding_mode="floor"), sentence_row_n.remainder(size_S)
+    return _mix(key_B[study_n] + (place_n + 1) * _GAMMA)
+
+
+def keyed_gumbel(key_n: Tensor, count: int, stream: int) -> Tensor:
+    """float64 (n, count) of the standard Gumbel distribution, from key, stream and column alone."""
+    # in float32 the largest values would round to 1, and the noise to infinity
+    uniform_nK = keyed_uniform(key_n, count, stream).double() + 2.0**-25
+    return -(-uniform_nK.log()).log()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -137,6 +137,12 @@ def column(*values: Tensor) -> Tensor:
     return torch.stack([value.detach().float() for value in values])
 
 
+def spread(rows_BLD: Tensor) -> Tensor:
+    """sqrt(D) x mean standard deviation per dimension of normalised rows: about 1 when spread out, 0 when collapsed."""
+    rows_ND = rows_BLD.detach().flatten(0, -2)
+    return rows_ND.shape[1] ** 0.5 * rows_ND.std(dim=0).mean()
+
+
 def in_full_precision(outputs: Any) -> Any:
     """``outputs``, a NamedTuple, with bf16 and fp16 tensors converted to float32, in which all losses are computed."""
     half = (torch.bfloat16, torch.float16)

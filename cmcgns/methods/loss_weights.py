@@ -16,7 +16,7 @@ class Ramp(Section):
     """Weight from `last_step` on."""
     first_step: int = Field(0, ge=0)
     last_step: PositiveInt
-    """Steps count from the start of the run, over both stages."""
+    """Steps count from the start of the run, over all stages."""
 
     @model_validator(mode="after")
     def check_steps(self) -> Self:

@@ -241,6 +241,16 @@ class ImageEncoder(nn.Module):
         found = self.backbone(pixel_values=pixels_B3HW, output_hidden_states=True, **self.forward_options)
         return found.hidden_states[-2].flatten(2).transpose(1, 2), self._features(found.last_hidden_state)[1]
 
+    def with_attention(self, image_B1HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``features_BPC``, ``pooled_BC``, and the attention of [CLS] to each patch (B, P): last layer, mean over heads.
+
+        The backbone must have a [CLS] and the attention implementation ``eager``.
+        """
+        pixels_B3HW = self._pixels(image_B1HW)
+        found = self.backbone(pixel_values=pixels_B3HW, output_attentions=True, **self.forward_options)
+        attention_BP = found.attentions[-1][:, :, 0, self.prefix :].mean(1)
+        return *self._features(found.last_hidden_state), attention_BP
+
     @property
     def dim_before_last(self) -> int:
         """Channels of the feature map before the last stage.
@@ -263,9 +273,12 @@ class ImageEncoder(nn.Module):
         return pixels_B3HW
 
     def _features(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        # transpose, not view: a patch is all channels of one position
-        features_BPC = hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
+        features_BPC = self._patches(hidden)
         return features_BPC, hidden[:, 0] if self.pool is None else self.pool(features_BPC)
+
+    def _patches(self, hidden: Tensor) -> Tensor:
+        # transpose, not view: a patch is all channels of one position
+        return hidden.flatten(2).transpose(1, 2) if self.is_convolutional else hidden[:, self.prefix :]
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         super().train(mode)

@@ -93,6 +93,7 @@ def build_encoders(
     config: Config,
     vocabulary_size: int,
     text_encoder: Callable[[PreTrainedModel, int], TextEncoder] = TextEncoder,
+    image_encoder: type[ImageEncoder] = ImageEncoder,
 ) -> tuple[ImageEncoder, TextEncoder]:
     """Both encoders of ``config`` on the CPU, with weights drawn from torch's current generator.
 
@@ -106,6 +107,6 @@ def build_encoders(
             if backbone.supports_gradient_checkpointing:
                 backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return (
-        ImageEncoder(image_backbone, data.image_size, model.fixed_batch_statistics, model.channels_last),
+        image_encoder(image_backbone, data.image_size, model.fixed_batch_statistics, model.channels_last),
         text_encoder(text_backbone, model.embed_dim),
     )

@@ -98,11 +98,7 @@ class PooledTextEncoder(TextEncoder):
         """``sentences_BSD`` and ``report_BD`` of token states, both of length 1, sentences zero where padded."""
         size_S = sentence_mask_BS.shape[1]
         if self.pooling == "max":
-            # one row more, for tokens of no sentence
-            owner_BTC = sentence_of_token_BT.remainder(size_S + 1).unsqueeze(-1).expand_as(hidden_BTC)
-            lowest_BSC = hidden_BTC.new_full((len(hidden_BTC), size_S + 1, hidden_BTC.shape[-1]), -torch.inf)
-            sentences_BSC = lowest_BSC.scatter_reduce(1, owner_BTC, hidden_BTC, "amax")[:, :size_S]
-            sentences_BSC = sentences_BSC.masked_fill(~sentence_mask_BS.unsqueeze(-1), 0.0)
+            sentences_BSC = sentence_maxima(hidden_BTC, sentence_of_token_BT, size_S)
             report_BC = hidden_BTC.masked_fill(~token_mask_BT.unsqueeze(-1), -torch.inf).amax(1)
         else:
             sentences_BSC = sentence_means(hidden_BTC, sentence_of_token_BT, size_S)
@@ -157,3 +153,12 @@ def sentence_means(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int)
     sentence_S1 = torch.arange(size_S, device=token_BTD.device).unsqueeze(1)
     member_BST = (sentence_of_token_BT.unsqueeze(1) == sentence_S1).to(token_BTD.dtype)
     return member_BST @ token_BTD / member_BST.sum(-1, keepdim=True).clamp(min=1)
+
+
+def sentence_maxima(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:
+    """Maximum over each sentence's tokens, (B, S, D); zero for sentences without tokens."""
+    # one row more, for tokens of no sentence
+    owner_BTD = sentence_of_token_BT.remainder(size_S + 1).unsqueeze(-1).expand_as(token_BTD)
+    lowest_BSD = token_BTD.new_full((len(token_BTD), size_S + 1, token_BTD.shape[-1]), -torch.inf)
+    maxima_BSD = lowest_BSD.scatter_reduce(1, owner_BTD, token_BTD, "amax")[:, :size_S]
+    return maxima_BSD.masked_fill(maxima_BSD == -torch.inf, 0.0)

@@ -56,7 +56,8 @@ class Banks:
         """Push the step's rows, and refresh the centroids if due. Collective."""
         for bank, each in self.clusterings.items():
             ranks = zip(*(batch.rank_sentences for batch in microbatches), strict=True)
-            counts = [sum(column) if bank.per_sentence else sum(b.studies for b in microbatches) for column in ranks]
+            each_of = [sum(column) if bank.per_sentence else sum(b.studies for b in microbatches) for column in ranks]
+            counts = [bank.rows_each * number for number in each_of]
             each.push(step, [loss.bank_rows[bank.name] for loss in losses], counts)
             index = self.statistics.index(bank.start_statistic)
             each.refresh(step, warmed_up, torch.stack([loss.statistics[index] for loss in losses]).mean())

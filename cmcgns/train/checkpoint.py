@@ -25,7 +25,7 @@ class Progress:
     """Progress of a run: everything in a checkpoint that is not a tensor."""
 
     step: int = 0
-    """Optimizer steps done, over both stages."""
+    """Optimizer steps done, over all stages."""
     stage: int = 1
     epoch: int = 0
     position: int = 0
@@ -33,7 +33,7 @@ class Progress:
     studies_seen: int = 0
     ranks: int = 1
     best: dict[str, float] = field(default_factory=dict)
-    """Step and metrics of the best validation in stage 1."""
+    """Step and metrics of the best validation in stage 1; with three stages of this or the last one before the final one."""
     collapsed_steps: int = 0
     """Consecutive steps with collapsed features."""
     format: int = CHECKPOINT_FORMAT

@@ -162,8 +162,8 @@ class PretrainJob(Job):
             "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU{threads}, "
             f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, {train.global_batch_size} studies a step = "
             f"{train.num_workers} x {train.microbatch_size} x {train.accumulation}",
-            "method": f"{config.method.name}, {schedule.stage1}{f' + {schedule.stage2}' if schedule.stage2 else ''} steps, "
-            f"warm-up {schedule.warmup}{' each' if schedule.stage2 else ''}",
+            "method": f"{config.method.name}, {' + '.join(str(length) for length in schedule.lengths if length)} steps, "
+            f"warm-up {schedule.warmup}{' each' if schedule.last_stage > 1 else ''}",
         }
         for bank in config.banks:
             plan[f"clustering {bank.name}" if len(config.banks) > 1 else "clustering"] = (

@@ -1,4 +1,4 @@
-"""The training loop of both stages on one rank. It does not use Ray: everything it needs is in ``Parts``."""
+"""The training loop of all stages on one rank. It does not use Ray: everything it needs is in ``Parts``."""
 
 import logging
 import tempfile
@@ -70,7 +70,7 @@ class Parts:
 
 
 class Trainer:
-    """Stage 1, then stage 2 from stage 1's best weights."""
+    """Stage 1, then each later stage from the best weights of the one before."""
 
     def __init__(self, config: Config, parts: Parts, checkpoint: Path | None = None) -> None:
         self.config, self.parts = config, parts
@@ -104,13 +104,14 @@ class Trainer:
     def next_step(self) -> bool:
         """One optimizer step, and logging, validation and checkpoint if due. True if the user has asked to stop. Collective."""
         schedule, train = self.parts.schedule, self.config.train
-        if schedule.stage(self.progress.step + 1) != self.progress.stage:
-            self.start_stage2()
+        stage = schedule.stage(self.progress.step + 1)
+        if stage != self.progress.stage:
+            self.start_stage(stage)
         step = self.progress.step + 1
         data = self.reader.next_step()
         self.train_step(step, data)
         self._advance(step, data)
-        ends_stage = step in (schedule.stage1, schedule.total)
+        ends_stage = step in schedule.ends
         if is_due(step, train.log_every) or ends_stage:
             self.write_metrics()
         if is_due(step, train.validate_every) or ends_stage:
@@ -158,9 +159,8 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""
         train = self.config.train
-        peak = train.learning_rate
-        if self.parts.schedule.stage(step) == 2:
-            peak = train.stage2_learning_rate or peak
+        rates = train.learning_rate, train.stage2_learning_rate, train.stage3_learning_rate
+        peak = [rate for rate in rates[: self.parts.schedule.stage(step)] if rate is not None][-1]
         return self.parts.schedule.learning_rate(step, peak, train.warmup_learning_rate)
 
     def _advance(self, step: int, data: StepData) -> None:
@@ -190,7 +190,7 @@ class Trainer:
                 )  # fmt: skip
 
     def validate(self) -> None:
-        """Score the validation split; in stage 1 keep the best weights. Collective."""
+        """Score the validation split; keep the best weights for the next stage, if there can be one. Collective."""
         average_buffers(self.engine.module)
         size = self.config.train.microbatch_size
         batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
@@ -213,7 +213,7 @@ class Trainer:
             if validation.picture_1HW is not None:
                 self.parts.log.picture("reconstruction", validation.picture_1HW, self.progress.step)
         self.parts.display.update(facts | validation.scores)
-        if stage == 1:
+        if stage == 1 or stage < self.parts.schedule.last_stage:
             self._keep_if_best(validation)
         self.watch.lap()
 
@@ -228,16 +228,18 @@ class Trainer:
     def _rank(self, numbers: dict[str, float]) -> list[float]:
         return [-numbers[name[1:]] if name.startswith("-") else numbers[name] for name in self.method.ranked_by]
 
-    def start_stage2(self) -> None:
-        """Continue from stage 1's best weights and centroids with empty banks and a new engine. Collective."""
-        self.progress.stage = 2
+    def start_stage(self, stage: int) -> None:
+        """Continue from the last stage's best weights and centroids with empty banks and a new engine. Collective."""
+        self.progress.stage = stage
         self.banks.empty(self.progress.step)
         self.banks.load_centroids(unprefixed(CENTROIDS, self.best))
         weights = {name: value for name, value in self.best.items() if not name.startswith(CENTROIDS)}
         self._build_engine(weights)
         self.best = {}
         if distributed.rank() == 0:
-            logger.info("stage 2 starts from the weights of step %d", self.progress.best["step"])
+            logger.info("stage %d starts from the weights of step %d", stage, self.progress.best["step"])
+        if stage < self.parts.schedule.last_stage:
+            self.progress.best = {}
 
     def _build_engine(self, weights: State | None) -> None:
         with torch.random.fork_rng():  # the same weights on every rank, without consuming dropout RNG

@@ -14,8 +14,9 @@ NAMES = [name for name in METHODS if name != MethodConfig().name]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_pretrains_exports_and_evaluates(name: str, tmp_path: Path) -> None:
-    assert method_settings(name).stages == 1
-    short = ("--train.stage1_steps=6", "--train.stage2_steps=0", "--train.warmup_steps=1")
+    steps = {1: (6, 0), 3: (2, 2, 2)}[method_settings(name).stages]
+    lengths = [f"--train.stage{stage}_steps={each}" for stage, each in enumerate(steps, start=1)]
+    short = (*lengths, "--train.warmup_steps=1")
     job = Job(tmp_path, f"--method.name={name}", *short, "--run.name=run")
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]

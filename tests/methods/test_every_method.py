@@ -17,6 +17,11 @@ PHANTOM = REPOSITORY / "jobs" / "configs" / "phantom.yaml"
 PACKAGE = REPOSITORY / "cmcgns"
 
 
+def later_lengths(name: str) -> list[str]:
+    """Settings of the lengths of the stages after the first."""
+    return [f"stage{stage}_steps" for stage in range(2, max(method_settings(name).stages, 2) + 1)]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_misspelt_key_is_refused_with_the_nearest_one(name: str) -> None:
     key = next(iter(method_settings(name).model_fields))
@@ -40,7 +45,7 @@ def test_a_key_of_another_method_is_refused_with_the_methods_that_have_it(name: 
 def test_a_resumed_run_of_every_method_matches_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     config = config_of(
         method__name=name, microbatch_size=8, global_batch_size=16, stage1_steps=6, checkpoint_every=3, validate_every=3,
-        stage2_steps=0,
+        **dict.fromkeys(later_lengths(name), 0),
     )  # fmt: skip
     whole = start(config, tmp_path / "whole")
     assert whole.trainer.train()
@@ -55,7 +60,9 @@ def test_a_resumed_run_of_every_method_matches_the_uninterrupted_one(name: str, 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != DEFAULT])
 def test_a_steady_step_of_every_method_reads_nothing_back_from_the_device(name: str, tmp_path: Path) -> None:
     drawn = {"objective__caption": "sentence"} if "caption" in method_settings(name).model_fields else {}
-    config = config_of(method__name=name, microbatch_size=8, global_batch_size=8, stage2_steps=0, **drawn)
+    config = config_of(
+        method__name=name, microbatch_size=8, global_batch_size=8, **dict.fromkeys(later_lengths(name), 0), **drawn
+    )
     trainer = start(config, tmp_path / "run").trainer
     trainer.train_step(1, trainer.reader.next_step())
     data = trainer.reader.next_step()
@@ -71,8 +78,13 @@ def test_the_phantom_config_of_every_method_differs_from_the_default_in_the_meth
     assert own.method.name == name
     for section in ("data", "model", "clustering", "run"):
         assert getattr(own, section) == getattr(base, section)
-    steps = base.train.stage1_steps + base.train.stage2_steps
-    assert own.train == base.train.model_copy(update={"stage1_steps": steps, "stage2_steps": 0})
+    lengths = [f"stage{stage}_steps" for stage in (1, 2, 3)]
+    steps = [getattr(own.train, length) or 0 for length in lengths]
+    assert sum(steps) == base.train.stage1_steps + base.train.stage2_steps
+    assert sum(length > 0 for length in steps) == method_settings(name).stages
+    # the default's short stage 2 trains new parts almost alone
+    theirs = dict.fromkeys([*lengths, *(["stage2_learned_rate"] if method_settings(name).stages > 1 else [])])
+    assert own.train.model_copy(update=theirs) == base.train.model_copy(update=theirs)
 
 
 def named_methods(path: Path) -> set[str]:

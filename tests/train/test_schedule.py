@@ -37,6 +37,17 @@ def test_the_warm_up_ends_in_each_stage_anew() -> None:
     assert schedule.total == 30
 
 
+def test_a_third_stage_warms_up_anew_and_any_later_stage_may_be_skipped() -> None:
+    schedule = Schedule(stage1=4, stage2=0, warmup=1, stage3=6)
+    assert [schedule.stage(step) for step in (1, 4, 5, 10)] == [1, 1, 3, 3]
+    assert [step for step in range(1, 11) if not schedule.warmed_up(step)] == [1, 5]
+    assert (schedule.total, schedule.last_stage, schedule.ends) == (10, 3, (4, 4, 10))
+    assert schedule.learning_rate(6, 1.0, 0.2) == 1.0
+    assert Schedule(stage1=4, stage2=0, warmup=1).last_stage == 1
+    epochs = {"stage2_steps": 3, "stage3_epochs": 0.5}
+    assert build_schedule(train_config(**epochs), studies=80) == Schedule(stage1=10, stage2=3, warmup=2, stage3=5)
+
+
 def test_epochs_are_whole_global_batches() -> None:
     epochs = {"stage1_steps": None, "stage1_epochs": 2.5, "warmup_steps": None, "warmup_epochs": 1}
     schedule = build_schedule(train_config(**epochs), studies=39)  # 4 steps of 8; the last 7 studies are dropped

@@ -173,7 +173,7 @@ def test_stage_2_starts_from_the_best_weights_and_centroids_with_an_empty_bank(f
     with torch.no_grad():
         for parameter in trainer.engine.module.parameters():
             parameter.add_(1.0)
-    trainer.start_stage2()
+    trainer.start_stage(2)
     for name, value in trainer.engine.weights().items():
         assert torch.equal(value, best[name]), name
     assert torch.equal(guide.centroids.rows_KD, best["centroids.rows_KD"])
@@ -349,5 +349,5 @@ def test_building_a_model_does_not_touch_the_ranks_own_dropout(finished: Run, tm
     assert torch.equal(random, torch.get_rng_state())
     run = start(config_of(), tmp_path / "run", 24, finished.folder)
     random = torch.get_rng_state()
-    run.trainer.start_stage2()
+    run.trainer.start_stage(2)
     assert torch.equal(random, torch.get_rng_state())

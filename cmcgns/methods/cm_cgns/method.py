@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.base import ComparesParts, Losses, Method, Parts, SentenceAttention, column, in_full_precision
+from cmcgns.methods.base import (
+    ComparesParts,
+    Losses,
+    Method,
+    Parts,
+    SentenceAttention,
+    column,
+    in_full_precision,
+    spread,
+)
 from cmcgns.methods.cm_cgns.films import Films, Questions, all_film_scores, film_alignment_loss, film_scores, parts_loss
 from cmcgns.methods.cm_cgns.losses import (
     SentenceLoss,
@@ -156,12 +165,6 @@ class CmCgns(Method[Settings], ComparesParts):
 
 
 METHOD = CmCgns
-
-
-def spread(rows_BLD: Tensor) -> Tensor:
-    """sqrt(D) x mean standard deviation per dimension of normalised rows: about 1 when spread out, 0 when collapsed."""
-    rows_ND = rows_BLD.detach().flatten(0, -2)
-    return rows_ND.shape[1] ** 0.5 * rows_ND.std(dim=0).mean()
 
 
 def contact_sheet(batch: ImageReportBatch, outputs: CmCgnsOutputs) -> Tensor:

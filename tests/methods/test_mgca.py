@@ -1,0 +1,318 @@
+"""MGCA against the published functions, a loop over studies and words, and its rules about padding, attention and prototypes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmcgns import distributed
+from cmcgns.data.batch import ImageReportBatch
+from cmcgns.errors import UserError
+from cmcgns.methods.base import load_method
+from cmcgns.methods.contrastive import contrastive_loss, directed_losses
+from cmcgns.methods.mgca import MgcaOutputs, Prototypes, Settings, attended, clipped_weights, token_alignment_loss
+from cmcgns.methods.sinkhorn import codes_of_all_ranks, own_rows, sinkhorn, swapped_loss
+from cmcgns.methods.within_study import equal_weights, within_study_losses
+from cmcgns.models.attention import unit
+from cmcgns.train.engine import build_engine
+from tests.golden import golden
+from tests.ranks import run_on_ranks
+from tests.small import losses_of, random_batch, small_config, small_model
+from tests.train.test_trainer import config_of as run_config
+from tests.train.test_trainer import start
+
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+NUMBERS = golden("mgca")
+REAL_BT = ~NUMBERS["in.word_is_padding_BT"]
+
+
+def word_weights() -> Tensor:
+    """Weights by attention, which [SEP] and padding have none of."""
+    attention_BT = NUMBERS["in.word_attention_BT"]
+    return clipped_weights(attention_BT, attention_BT > 0)
+
+
+def patch_weights(kind: str) -> Tensor:
+    if kind == "resnet":
+        return torch.full((6, 10), 0.1, dtype=torch.float64)
+    attention_BP = NUMBERS["in.vit_attention_BHLL"][:, :, 0, 1:].mean(1)
+    return clipped_weights(attention_BP, torch.ones_like(attention_BP, dtype=torch.bool))
+
+
+def outputs_of(kind: str, raw: list[Tensor], mask_BT: Tensor, weight_BT: Tensor) -> MgcaOutputs:
+    patches_BPD, words_BTD = (unit(each) for each in raw)
+    return MgcaOutputs(
+        image_BD=unit(NUMBERS["in.image_BD"]), report_BD=unit(NUMBERS["in.report_BD"]),
+        sentences_BSD=torch.zeros(6, 1, 16), patches_BPD=patches_BPD, words_BTD=words_BTD, word_mask_BT=mask_BT,
+        word_weight_BT=weight_BT, patch_weight_BP=patch_weights(kind), sentence_of_word_BT=mask_BT.long() - 1,
+        score_2BK=None, fixed_score_2BK=None,
+    )  # fmt: skip
+
+
+def raw_parts() -> list[Tensor]:
+    return [NUMBERS[f"in.{name}"].clone().requires_grad_() for name in ("patches_BPD", "words_BTD")]
+
+
+OWN = {"resnet": Settings(), "vit": Settings(attended_patches="raw")}
+
+
+def test_the_global_loss_is_twice_ours_and_the_published_one() -> None:
+    raw = [NUMBERS[f"in.{name}"].clone().requires_grad_() for name in ("image_BD", "report_BD")]
+    units, scale = [unit(rows) for rows in raw], torch.full((1,), 1 / 0.07, dtype=torch.float64)
+    films, reports = directed_losses(units[0], units[1], None, scale)
+    torch.testing.assert_close(films + reports, NUMBERS["resnet.loss_ita"], **EXACT)
+    torch.testing.assert_close(films + reports, 2 * contrastive_loss(*units, torch.arange(6), scale), **EXACT)
+    for found, name in zip(torch.autograd.grad(films + reports, raw), ("image_BD", "report_BD"), strict=True):
+        torch.testing.assert_close(found, NUMBERS[f"resnet.grad_ita.{name}"], **EXACT)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_words_and_patches_give_the_published_numbers_if_padding_is_a_negative(kind: str) -> None:
+    raw, weight_BT = raw_parts(), word_weights()
+    patches_BPD, words_BTD = (unit(each) for each in raw)
+    seen_BTD, read_BPD = unit(attended(words_BTD, patches_BPD, 10.0)), attended(patches_BPD, words_BTD, 10.0, REAL_BT)
+    read_BPD = unit(read_BPD) if kind == "resnet" else read_BPD
+    for name, found in (
+        ("attended_words_BTD", seen_BTD), ("attended_patches_BPD", read_BPD),
+        ("word_weights_BT", weight_BT), ("patch_weights_BP", patch_weights(kind)),
+    ):  # fmt: skip
+        torch.testing.assert_close(found, NUMBERS[f"{kind}.{name}"], **EXACT)
+    words = within_study_losses(words_BTD, seen_BTD, weight_BT, 10.0)  # the defect: no mask
+    patches = within_study_losses(patches_BPD, read_BPD, patch_weights(kind), 10.0)
+    for name, pair in (("words", words), ("patches", patches)):
+        for number, found in enumerate(pair, start=1):
+            torch.testing.assert_close(found, NUMBERS[f"{kind}.loss_{name}_{number}"], **EXACT)
+    total = torch.stack([*words, *patches]).sum() / 2
+    torch.testing.assert_close(total, NUMBERS[f"{kind}.loss_cta"], **EXACT)
+    for found, name in zip(torch.autograd.grad(total, raw), ("patches_BPD", "words_BTD"), strict=True):
+        torch.testing.assert_close(found, NUMBERS[f"{kind}.grad_cta.{name}"], **EXACT)
+
+
+@pytest.mark.parametrize("weights", ["ours", "ours_uniform"])
+def test_without_padding_as_negatives_the_loss_is_smaller(weights: str) -> None:
+    weight_BT = word_weights() if weights == "ours" else equal_weights(REAL_BT, torch.float64)
+    outputs = outputs_of("resnet", raw_parts(), REAL_BT, weight_BT)
+    found, _ = token_alignment_loss(outputs, Settings())
+    torch.testing.assert_close(found, NUMBERS[f"{weights}.loss_cta"], **EXACT)
+    assert found < NUMBERS["resnet.loss_cta"] - 0.2
+
+
+def slow_token_loss(patches: Tensor, words: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """The loss of words and patches in a loop over studies and parts, at temperature 0.1."""
+    total = []
+    for patch_PD, word_tD, weight_t in zip(patches, words, weights, strict=True):
+        seen = [F.normalize((patch_PD @ word / 0.1).softmax(0) @ patch_PD, dim=0) for word in word_tD]
+        read = [F.normalize((word_tD @ patch / 0.1).softmax(0) @ word_tD, dim=0) for patch in patch_PD]
+        for own, found, weight in (
+            (word_tD, seen, weight_t),
+            (patch_PD, read, torch.full((len(patch_PD),), 0.1, dtype=torch.float64)),
+        ):
+            for each, share in enumerate(weight):
+                forth = torch.stack([own[each] @ other for other in found]) / 0.1
+                back = torch.stack([other @ found[each] for other in own]) / 0.1
+                nll = forth.logsumexp(0) + back.logsumexp(0) - 2 * own[each] @ found[each] / 0.1
+                total.append(share * nll / 2)
+    return torch.stack(total).sum() / len(patches)
+
+
+def test_the_loss_of_words_and_patches_and_its_gradients_are_those_of_a_loop() -> None:
+    both, weight_BT = [raw_parts(), raw_parts()], equal_weights(REAL_BT, torch.float64)
+    found, _ = token_alignment_loss(outputs_of("resnet", both[0], REAL_BT, weight_BT), Settings())
+    patches_BPD, words_BTD = (unit(each) for each in both[1])
+    words = [words_BTD[b, REAL_BT[b]] for b in range(6)]
+    expected = slow_token_loss(patches_BPD, words, [weight_BT[b, REAL_BT[b]] for b in range(6)])
+    torch.testing.assert_close(found, expected, **EXACT)
+    for ours, theirs in zip(torch.autograd.grad(found, both[0]), torch.autograd.grad(expected, both[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+def test_padding_never_matters() -> None:
+    weight_BT = equal_weights(REAL_BT, torch.float64)
+    patches_BPD, words_BTD = (each.detach() for each in raw_parts())
+    expected, _ = token_alignment_loss(outputs_of("resnet", [patches_BPD, words_BTD], REAL_BT, weight_BT), Settings())
+    rubbish_BTD = torch.where(REAL_BT.unsqueeze(-1), words_BTD, torch.randn_like(words_BTD))
+    longer = F.pad(rubbish_BTD, (0, 0, 0, 4), value=0.3), F.pad(REAL_BT, (0, 4)), F.pad(weight_BT, (0, 4))
+    for words, mask, weight in ((rubbish_BTD, REAL_BT, weight_BT), longer):
+        found, _ = token_alignment_loss(outputs_of("resnet", [patches_BPD, words], mask, weight), Settings())
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+def scores_of(raw: list[Tensor], prototypes_KD: Tensor) -> list[Tensor]:
+    return [unit(each) @ prototypes_KD.T for each in raw]
+
+
+def test_codes_and_the_loss_of_prototypes_are_the_published_ones() -> None:
+    raw = [NUMBERS[f"in.{name}"].clone().requires_grad_() for name in ("image_BD", "report_BD")]
+    module = Prototypes(12, 16).double()
+    module.weight.data = unit(NUMBERS["in.prototypes_KD"])
+    score_2BK, fixed_2BK = module(torch.cat([unit(each) for each in raw]))
+    assert torch.equal(score_2BK, fixed_2BK)
+    films, reports = score_2BK.chunk(2)
+    codes = codes_of_all_ranks((films, reports), 0.05, 3)
+    for code_BK, name, score_BK in zip(codes, ("image", "report"), (films, reports), strict=True):
+        torch.testing.assert_close((score_BK / 0.05).exp().T, NUMBERS[f"resnet.kernel_{name}_KB"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(code_BK, NUMBERS[f"resnet.codes_{name}_BK"], **EXACT)
+    loss = swapped_loss(films, reports, *codes, 0.2)
+    torch.testing.assert_close(loss, NUMBERS["resnet.loss_cpa"], **EXACT)
+    # the release rounds its codes to float32
+    torch.testing.assert_close(loss, NUMBERS["resnet_as_published.loss_cpa"], rtol=0, atol=1e-8)
+    *found, prototypes_KD = torch.autograd.grad(loss, [*raw, module.weight])
+    for each, name in zip(found, ("image_BD", "report_BD"), strict=True):
+        torch.testing.assert_close(each, NUMBERS[f"resnet.grad_cpa.{name}"], **EXACT)
+    # ours is the part along the sphere: rows have length 1 inside the module, not before it
+    published_KD, rows_KD = NUMBERS["resnet.grad_cpa.prototypes_KD"], module.weight.detach()
+    tangent_KD = published_KD - (published_KD * rows_KD).sum(1, keepdim=True) * rows_KD
+    torch.testing.assert_close(prototypes_KD, tangent_KD, **EXACT)
+
+
+def test_codes_of_halves_alone_are_others_and_more_rounds_balance_better() -> None:
+    films_BK, _ = scores_of([NUMBERS["in.image_BD"], NUMBERS["in.report_BD"]], unit(NUMBERS["in.prototypes_KD"]))
+    torch.testing.assert_close(sinkhorn(films_BK, 0.05, 3), NUMBERS["sinkhorn.whole_BK"], **EXACT)
+    halves_BK = torch.cat([sinkhorn(half_BK, 0.05, 3) for half_BK in films_BK.split(3)])
+    torch.testing.assert_close(halves_BK, NUMBERS["sinkhorn.two_halves_alone_BK"], **EXACT)
+    assert (halves_BK - NUMBERS["sinkhorn.whole_BK"]).abs().max() > 0.3
+    balanced_BK = sinkhorn(films_BK, 0.05, 2000)
+    torch.testing.assert_close(balanced_BK, NUMBERS["sinkhorn.many_iterations_BK"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(balanced_BK.sum(0), torch.full((12,), 0.5, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def own_codes() -> Tensor:
+    size = 6 // distributed.world_size()
+    films_BK = scores_of([NUMBERS["in.image_BD"]], unit(NUMBERS["in.prototypes_KD"]))[0]
+    mine_BK = films_BK.split(size)[distributed.rank()]
+    return own_rows(codes_of_all_ranks((mine_BK,), 0.05, 3)[0], size)
+
+
+@pytest.mark.distributed
+def test_two_ranks_have_the_codes_of_one_whole_batch() -> None:
+    torch.testing.assert_close(torch.cat(run_on_ranks(2, own_codes)), NUMBERS["sinkhorn.whole_BK"], **EXACT)
+
+
+def test_weights_1_1_1_give_the_published_total_and_films_and_reports_are_interchangeable() -> None:
+    config = small_config(method__name="mgca", objective__num_prototypes=12, objective__attended_patches="raw")
+    outputs = outputs_of("vit", raw_parts(), torch.ones_like(REAL_BT), word_weights())
+    films_BK, reports_BK = scores_of([outputs.image_BD, outputs.report_BD], unit(NUMBERS["in.prototypes_KD"]))
+    batch = random_batch(config, slice(0, 6))._replace(report_hash_B=torch.arange(6))
+    losses = []
+    for pair in ([films_BK, reports_BK], [reports_BK, films_BK]):
+        scores_2BK = torch.cat(pair)
+        swapped = outputs._replace(score_2BK=scores_2BK, fixed_score_2BK=scores_2BK)
+        losses.append(losses_of(config, swapped, batch, None).weighted)
+    torch.testing.assert_close(losses[0]["loss_prototypes"], losses[1]["loss_prototypes"], **EXACT)
+    published = NUMBERS["vit.loss_total_111"] - NUMBERS["vit.loss_cta"]
+    torch.testing.assert_close(losses[0]["loss_prototypes"] + losses[0]["loss_global"], published, **EXACT)
+    weighted = 0.7 * NUMBERS["vit.loss_cta"] + NUMBERS["vit.loss_ita"] + 0.5 * NUMBERS["vit.loss_cpa"]
+    torch.testing.assert_close(weighted, NUMBERS["vit.loss_total_1_07_05"], **EXACT)
+
+
+def model_and_batch(**more: Any) -> tuple[Any, Any, ImageReportBatch]:
+    config = small_config(method__name="mgca", **{"objective__num_prototypes": 6, **more})
+    return load_method(config), small_model(config).double().eval(), random_batch(config, slice(0, 17))
+
+
+@torch.no_grad()
+def test_words_and_patches_get_their_own_attention() -> None:
+    """The release gives each word the attention that the next one gets."""
+    weights = {"objective__word_weights": "attention", "objective__patch_weights": "attention"}
+    _, model, batch = model_and_batch(**weights)
+    outputs = model(batch)
+    films = model.image_encoder.backbone(
+        pixel_values=batch.image_B1HW.double().expand(-1, 3, -1, -1), output_attentions=True
+    )
+    for study in range(17):
+        length = int(batch.token_mask_BT[study].sum())
+        found = model.text_encoder.backbone(
+            input_ids=batch.token_BT[study : study + 1, :length], output_attentions=True
+        )
+        for attention_H, weight in (
+            (found.attentions[-1][0, :, 0, 1:-1], outputs.word_weight_BT[study, 1 : length - 1]),
+            (films.attentions[-1][study, :, 0, 1:], outputs.patch_weight_BP[study]),
+        ):
+            mean = attention_H.mean(0)
+            clipped = mean.clamp(torch.quantile(mean, 0.1), torch.quantile(mean, 0.9))
+            torch.testing.assert_close(weight, clipped / clipped.sum(), rtol=0, atol=1e-10)
+        assert not outputs.word_weight_BT[study, length - 1 :].any()
+        assert int(outputs.word_mask_BT[study].sum()) == length - 2  # neither [CLS] nor [SEP]
+    _, with_separator, _ = model_and_batch(objective__separator=True)
+    assert torch.equal(with_separator(batch).word_mask_BT.sum(1), outputs.word_mask_BT.sum(1) + 1)
+
+
+@torch.no_grad()
+def test_a_sentence_attends_as_its_words_do_on_average() -> None:
+    method, model, batch = model_and_batch()
+    outputs = model(batch)
+    attention = method.attention(model, outputs)
+    for study in range(17):
+        for s in range(int(batch.sentence_mask_BS[study].sum())):
+            words_tD = outputs.words_BTD[study, batch.sentence_of_token_BT[study] == s]
+            expected_P = (words_tD @ outputs.patches_BPD[study].T / 0.1).softmax(1).mean(0)
+            torch.testing.assert_close(attention.weight_BSP[study, s], expected_P, rtol=0, atol=1e-10)
+            expected_D = expected_P @ outputs.patches_BPD[study]
+            torch.testing.assert_close(attention.attended_BSD[study, s], expected_D, rtol=0, atol=1e-10)
+
+
+def test_prototypes_keep_their_direction_until_freeze_steps_and_then_turn() -> None:
+    config = small_config(
+        method__name="mgca", objective__num_prototypes=6, objective__freeze_steps=2, engine="torch", zero_stage=0,
+        weight_decay=0.1,
+    )  # fmt: skip
+    batch, method = random_batch(config, slice(0, 6)), load_method(config)
+    engine = build_engine(small_model(config), config.train, torch.device("cpu"), method.frozen(1))
+    start_KD, others = unit(engine.weights()["prototypes.weight"]), engine.weights()["patch_projection.weight"]
+    for step in (1, 2, 3):
+        losses = method.losses(engine(batch, 1), batch, {}, 1, step)
+        engine.backward(losses.total, last=True)
+        engine.step(1e-2)
+        turned = (unit(engine.weights()["prototypes.weight"]) - start_KD).abs().max()
+        assert turned < 1e-6 if step <= 2 else turned > 1e-3
+    assert not torch.equal(engine.weights()["patch_projection.weight"], others)
+
+
+def test_centroids_of_the_pool_stand_in_for_prototypes_once_there_are_any() -> None:
+    config = small_config(method__name="mgca", objective__num_prototypes=6, objective__prototype_source="pool")
+    method, model, batch = load_method(config), small_model(config).double(), random_batch(config, slice(0, 8))
+    assert [(bank.num_clusters, bank.rows_each, bank.per_sentence) for bank in method.banks] == [(6, 2, False)]
+    assert not any(name.startswith("prototypes") for name, _ in model.named_parameters())
+    outputs = model(batch)
+    before = losses_of(config, outputs, batch, None)
+    assert not float(before.weighted["loss_prototypes"].detach())
+    assert before.bank_rows["studies"].shape == (16, 32)
+    centroids_KD = F.normalize(torch.randn(6, 32, dtype=torch.float64), dim=1)
+    found = losses_of(config, outputs, batch, centroids_KD).weighted["loss_prototypes"]
+    scores = scores_of([outputs.image_BD, outputs.report_BD], centroids_KD)
+    expected = swapped_loss(*scores, *(sinkhorn(each, 0.05, 3) for each in scores), 0.2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_run_clusters_films_and_reports_together(tmp_path: Path) -> None:
+    config = run_config(
+        method__name="mgca", objective__num_prototypes=6, objective__prototype_source="pool", stage2_steps=0,
+        checkpoint_every=24,
+    )  # fmt: skip
+    run = start(config, tmp_path / "run")
+    assert run.trainer.train()
+    clustering = run.trainer.parts.banks.first
+    assert clustering.pushed == 24 * 2 * 32
+    started = clustering.centroids.started_at
+    assert started == 20  # 1024 rows are in the pool at step 16, and centroids are adopted one interval later
+    for row in run.rows():
+        assert (row["loss_prototypes"] > 0) == (row["centroids_version"] > 0 and row["step"] > started)
+
+
+def test_what_an_encoder_does_not_have_is_refused() -> None:
+    resnet = {"model__image_encoder": "resnet-tiny", "data__image_size": 64, "data__resize": 72}
+    for more, message in (
+        ({"objective__text_layers": 3}, "objective.text_layers 3: model.text_encoder bert-tiny has 2 layers"),
+        ({"objective__patch_weights": "attention", **resnet}, r"patch_weights attention: a ResNetModel has no \[CLS\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_method(small_config(method__name="mgca", **more)).build_model(100)
+    assert (
+        small_model(
+            small_config(method__name="mgca", objective__text_layers=1)
+        ).text_encoder.backbone.config.num_hidden_layers
+        == 1
+    )
