@@ -25,7 +25,7 @@ from cmcgns.plugins import is_plugin, load_plugin
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
 """Supported layouts of a corpus."""
 MIN_BANK = 1024
-"""Minimum number of sentence features in the bank before clustering may start, even with few clusters."""
+"""Minimum number of rows in a bank before clustering may start, even with few clusters."""
 
 
 class Section(BaseModel):
@@ -148,10 +148,13 @@ class Bank(NamedTuple):
     """Dimension D."""
     setting: str
     """Name of the setting that gives K, for messages."""
-    start_statistic: str
-    """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
+    start_statistic: str | None
+    """Clustering starts once this statistic of the method is at most `clustering.start_cosine`. None: as soon as the bank has
+    enough rows, whatever the warm-up and `clustering.start_step` say, since nothing is learned before."""
     per_sentence: bool = True
     """One row per sentence; otherwise one per study."""
+    moves: bool = True
+    """Each step moves the centroids by `clustering.momentum`; otherwise they only change with a new version."""
 
 
 class MethodSettings(Section):
@@ -229,7 +232,7 @@ class ClusteringConfig(PoolConfig):
     """What clusters a bank: `kmeans` (spherical, from farthest points), or a module of your own as `package.module` or
     `path/to/file.py`, which every node must have (docs/clustering.md)."""
     bank_size: PositiveInt = 65_536
-    """Number of recent sentence features kept in the pool, over all actors."""
+    """Number of recent rows (sentence or study features) of each bank kept in the pool, over all actors."""
     start_step: int = Field(0, ge=0)
     """First step at which clustering may start."""
     start_cosine: float = 0.4
@@ -371,8 +374,8 @@ class RunSections(Section):
 
     @property
     def pool_actors(self) -> int:
-        """Clustering actors of the run, over all banks."""
-        return self.clustering.actors * len(self.banks)
+        """Clustering actors of the run, which all banks share."""
+        return self.clustering.actors if self.banks else 0
 
 
 class Config(RunSections):

@@ -19,6 +19,15 @@ from cmcgns.errors import UserError
 from cmcgns.models.dual_encoder import DualEncoder
 
 
+class BankCentroids(dict[str, Tensor | None]):
+    """Centroids (K, D) by bank, None before clustering has started."""
+
+    def __init__(self, rows: Mapping[str, Tensor | None], counts: Mapping[str, Tensor]) -> None:
+        super().__init__(rows)
+        self.counts = counts
+        """Members of each centroid (K,) in the bank when its version was made, float32, by bank."""
+
+
 class Losses(NamedTuple):
     """Losses and statistics of one microbatch; the mean over ranks of each number is its global value."""
 
@@ -93,10 +102,8 @@ class Method(ABC, Generic[SettingsT]):
         """Names of the loss terms of ``stage``; the first is ``loss``, the total."""
 
     @abstractmethod
-    def losses(
-        self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
-    ) -> Losses:
-        """Losses of one microbatch. ``centroids``: (K, D) by bank, None before clustering has started. Collective."""
+    def losses(self, outputs: Any, batch: ImageReportBatch, centroids: BankCentroids, stage: int, step: int) -> Losses:
+        """Losses of one microbatch. Collective."""
 
     def picture(self, outputs: Any, batch: ImageReportBatch) -> Tensor | None:
         """A picture (1, H, W) in [0, 1] of a validation batch, for TensorBoard."""

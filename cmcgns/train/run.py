@@ -165,10 +165,11 @@ class PretrainJob(Job):
             "method": f"{config.method.name}, {schedule.stage1}{f' + {schedule.stage2}' if schedule.stage2 else ''} steps, "
             f"warm-up {schedule.warmup}{' each' if schedule.stage2 else ''}",
         }
-        for bank in config.banks:
-            plan[f"clustering {bank.name}" if len(config.banks) > 1 else "clustering"] = (
-                f"{bank.num_clusters} centroids, {clustering.actors} actors x {clustering.cpus_per_actor:g} CPU, bank of "
-                f"{clustering.bank_size}, every {clustering.refresh_every} steps"
+        if config.banks:
+            several = f" {', '.join(bank.name for bank in config.banks)}" if len(config.banks) > 1 else ""
+            plan["clustering"] = (
+                f"{config.banks[0].num_clusters} centroids{several and f' of each of{several}'}, {clustering.actors} actors x "
+                f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps"
             )
         return plan
 
@@ -246,15 +247,15 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
-    pools = {bank.name: start_pool(config.clustering, config.train.num_workers) for bank in config.banks}
+    pool = start_pool(config.clustering, config.train.num_workers) if config.banks else None
     interrupted = False
     try:
         with follow(coordinator):
-            checkpoint, error = fit(config, folder, assign(setup, pools, coordinator, cpus), cpus.shared_cluster)
+            checkpoint, error = fit(config, folder, assign(setup, pool, coordinator, cpus), cpus.shared_cluster)
     except KeyboardInterrupt:  # the second Ctrl-C
         checkpoint, error, interrupted = None, None, True
     finally:
-        for pool in pools.values():
+        if pool is not None:
             pool.stop()
     account = read_account(coordinator, known_bad)
     if interrupted and account["outcome"] is None:

@@ -4,7 +4,7 @@ B studies, N validation studies, n sentences, R reports and F films that are com
 weights, statistics or centroids.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from cmcgns import distributed
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.measures import MEAN_RECALL, measure
-from cmcgns.methods.base import ComparesParts, Method
+from cmcgns.methods.base import BankCentroids, ComparesParts, Method
 from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.retrieval import (
     centred,
@@ -61,7 +61,7 @@ def validate(
     engine: Engine,
     method: Method[Any],
     batches: Iterator[tuple[ImageReportBatch, int, bool]],
-    centroids: Mapping[str, Tensor | None],
+    centroids: BankCentroids,
     stage: int,
     step: int,
 ) -> Validation:
