@@ -2,6 +2,6 @@
 
 METHODS = {
     name: f"cmcgns.methods.{name.replace('-', '_')}"
-    for name in ("cm-cgns", "infonce", "convirt", "clip", "siglip", "gloria")
+    for name in ("cm-cgns", "infonce", "convirt", "clip", "siglip", "gloria", "xdc")
 }
 """Modules of the built-in methods, by name."""

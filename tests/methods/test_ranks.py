@@ -37,6 +37,8 @@ CONFIGS = {
         "objective__same_text": "negatives", "objective__caption": "sentence", "model__image_encoder": "resnet-tiny",
         "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
     },
+    **{f"xdc {each}": {"method__name": "xdc", "objective__variant": each} for each in ("sdc", "mdc", "cdc")},
+    "xdc hybrid": {"method__name": "xdc", "objective__global_weight": 0.5, "objective__class_weights": "none"},
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
     "resnet": {
