@@ -71,7 +71,7 @@ class Settings(MethodSettings):
                 None,
                 per_sentence=False,
                 moves=False,
-            )  # fmt: skip
+            )
             for name, times in wide.items()
             if name in used
         )
