@@ -66,6 +66,9 @@ class CorpusConfig(Section):
 
 
 class DataConfig(CorpusConfig):
+    reports: bool = True
+    """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films
+    alone. A `pairs-csv` then needs no column `report`."""
     image_size: PositiveInt = 224
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256
@@ -170,6 +173,10 @@ class MethodSettings(Section):
     def complaints(self) -> Iterable[str]:
         """Settings that conflict, one sentence each, with the fix."""
         return ()
+
+    def needs_reports(self) -> str | None:
+        """The setting because of which the method learns from reports; None if it learns from films alone."""
+        return "method.name"
 
     def sweep_space(self, sentences: int) -> dict[str, Any]:
         """Default search space of a sweep, in the form of `sweep.space`, for a corpus with ``sentences`` training sentences."""
@@ -401,6 +408,14 @@ class Config(RunSections):
             yield (
                 f"data.image_size {data.image_size} is larger than data.resize {data.resize}; lower data.image_size or raise "
                 "data.resize"
+            )
+        needs = self.objective.needs_reports()
+        if not data.reports and needs is not None:
+            section, _, key = needs.partition(".")
+            given = getattr(getattr(self, section), key)
+            yield (
+                f"data.reports false: {needs} {given} learns from reports; set data.reports=true, or choose one that learns from "
+                "films alone"
             )
         least_ahead = max(8 * block, 2 * train.global_batch_size, 2 * data.window_size)
         if data.studies_ahead is not None and data.studies_ahead < least_ahead:

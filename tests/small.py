@@ -79,6 +79,7 @@ def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[sli
         sum(_sentences(index, seed) for index in range(each.start, each.stop)) for each in (ranks or [rows])
     )
     key_B = torch.arange(rows.start, rows.stop)
+    views = load_method(config).views
     return ImageReportBatch(
         image_B1HW=torch.from_numpy(np.stack([s[0] for s in studies])).unsqueeze(1),
         **reports._asdict(),
@@ -86,7 +87,14 @@ def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[sli
         report_hash_B=torch.tensor([s[4] for s in studies]),
         draw_key_B=key_B,
         rank_sentences=rank_sentences,
+        view_VB1HW=None if views is None else _views(studies, views[0]),
     )
+
+
+def _views(studies: "Sequence[tuple[np.ndarray, ...]]", number: int) -> torch.Tensor:
+    """Films with different noise for each view."""
+    films = [np.stack([np.roll(study[0], view, axis=0) for study in studies]) for view in range(number)]
+    return torch.from_numpy(np.stack(films)).unsqueeze(2)
 
 
 def _sentences(index: int, seed: int) -> int:

@@ -2,6 +2,6 @@
 
 METHODS = {
     name: f"cmcgns.methods.{name.replace('-', '_')}"
-    for name in ("cm-cgns", "infonce", "convirt", "clip", "siglip", "gloria", "xdc")
+    for name in ("cm-cgns", "infonce", "convirt", "clip", "siglip", "gloria", "xdc", "images100m")
 }
 """Modules of the built-in methods, by name."""

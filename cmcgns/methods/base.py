@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmcgns.config import Bank, Config, MethodSettings, method_module
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.views import ViewSettings
 from cmcgns.errors import UserError
 from cmcgns.models.dual_encoder import DualEncoder
 
@@ -81,6 +82,11 @@ class Method(ABC, Generic[SettingsT]):
         self.settings: SettingsT = config.objective  # type: ignore[assignment]
 
     @property
+    def views(self) -> tuple[int, ViewSettings] | None:
+        """Number and strengths of the random views of each film, ``batch.view_VB1HW``; None for a method without views."""
+        return None
+
+    @property
     def banks(self) -> tuple[Bank, ...]:
         """Features that are clustered during training."""
         return self.config.banks
@@ -90,7 +96,8 @@ class Method(ABC, Generic[SettingsT]):
         """The whole model, with weights drawn from torch's current generator.
 
         Its forward takes (batch, stage) and returns a NamedTuple (ZeRO-3's hooks handle no other class) with at least
-        ``image_BD`` and ``report_BD``, both normalised, and ``sentences_BSD``, zero where padded.
+        ``image_BD`` and ``report_BD``, both normalised, and ``sentences_BSD``, zero where padded. What is not trained may be
+        None while training.
         """
 
     def frozen(self, stage: int) -> tuple[str, ...]:

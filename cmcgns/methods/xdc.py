@@ -27,7 +27,7 @@ from cmcgns.models.backbones import ImageEncoder
 from cmcgns.models.dual_encoder import DualEncoder, build_encoders
 from cmcgns.models.text import TextEncoder
 
-LABELLED_BY = {
+LABELLED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "xdc": {"films": ("reports",), "reports": ("films",)},
     "sdc": {"films": ("films",), "reports": ("reports",)},
     "mdc": {"films": ("films", "reports"), "reports": ("reports", "films")},

@@ -150,11 +150,12 @@ class PretrainJob(Job):
         setup, config, corpus, schedule = self.setup, self.config, self.setup.corpus, self.setup.schedule
         train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
         excluded = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
+        sentences = f"about {setup.prepared.sentences} training sentences" if config.data.reports else "no reports"
         threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
         plan = {
             "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
             "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
-            f"validation studies, about {setup.prepared.sentences} training sentences; films excluded: {excluded}; "
+            f"validation studies, {sentences}; films excluded: {excluded}; "
             f"studies rejected by the reader: {len(corpus.index.bad_rows)}; at most "
             f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
             "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
@@ -213,11 +214,16 @@ class PretrainJob(Job):
 
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
         scores = result["metrics"]
+        validation = {"loss": f"{scores['loss']:.3f} on {scores['studies']} validation studies"}
+        if self.config.data.reports:
+            validation = {
+                "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film, "
+                f"on {scores['studies']} validation studies (chance {scores['chance_recall_at_1']:.2%})"
+            }
         return {
             "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
             f"{result['centroids_version'] or 0} centroid versions",
-            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film, "
-            f"on {scores['studies']} validation studies (chance {scores['chance_recall_at_1']:.2%})",
+            **validation,
             "export": str(result["export"]),
             "checkpoint": str(result["checkpoint"]),
             "metrics": self.folder.file("metrics.jsonl"),

@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_a_loop_over_heads_and_studies(variant: str) -> None
     config, model, batch = setting(variant)
     outputs, centroids = model(batch), centroids_of(config)
     found = losses(config, outputs, batch, centroids)
-    assert float(found.total) == pytest.approx(slow_loss(config, outputs, centroids), rel=1e-12)
+    assert float(found.total.detach()) == pytest.approx(slow_loss(config, outputs, centroids), rel=1e-12)
     assert {name: rows.shape[1] for name, rows in found.bank_rows.items()} == {b.name: b.dim for b in config.banks}
     for rows in found.bank_rows.values():
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(12, dtype=torch.float64), **EXACT)
@@ -85,9 +85,11 @@ def test_the_loss_is_that_of_a_loop_over_heads_and_studies(variant: str) -> None
 
 
 def test_a_film_is_labelled_by_its_report() -> None:
-    config, model, batch = setting()
-    centroids = centroids_of(config)
+    _, model, batch = setting()
     outputs = model(batch)
+    # untrained features are all similar: the centroids tell their differences apart
+    features = {"films": outputs.image_BD.detach(), "reports": outputs.report_BD.detach()}
+    centroids = {name: F.normalize(rows - rows.mean(0), dim=1)[:6] for name, rows in features.items()}
     label_B = labels_of(outputs.report_BD.detach(), centroids["reports"])
     cosine_BK = outputs.report_BD.detach().numpy() @ centroids["reports"].numpy().T
     assert label_B.tolist() == cosine_BK.argmax(1).tolist()
@@ -134,9 +136,8 @@ def test_no_gradient_reaches_the_side_that_labels(variant: str) -> None:
     model.eval()  # the same features in both forwards
     centroids = centroids_of(config)
     losses(config, model(batch), batch, centroids).weighted["loss_films"].backward()
-    of_text = [name for name, each in model.named_parameters() if name.startswith("text_encoder")]
-    assert not [name for name in of_text if model.get_parameter(name).grad is not None]
     found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    assert not any(gradient.any() for name, gradient in found.items() if name.startswith("text_encoder"))
     assert any(gradient.any() for name, gradient in found.items() if name.startswith("image_encoder"))
     # the same loss with labels as integers
     model.zero_grad()

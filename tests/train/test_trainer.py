@@ -76,7 +76,7 @@ def start(
     parts = Parts(
         build_model=model,
         blocks=MemoryBlocks(config, STUDIES, validation=40),
-        batcher=batcher(config, 0, CPU),
+        batcher=batcher(config, 0, CPU, load_method(config).views),
         banks=banks_of(config),
         method=load_method(config),
         schedule=build_schedule(config.train, STUDIES),
