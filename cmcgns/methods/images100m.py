@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.config import Bank, MethodSettings, ModelConfig
@@ -238,8 +237,9 @@ class Images100M(Method[Settings]):
             if rows_KE is None:
                 return views_VBE, None
             scores_VBK = views_VBE @ rows_KE.to(views_VBE.dtype).T
-            nearest_AB = scores_VBK[:CODED].detach().argmax(-1)
-            return scores_VBK, F.one_hot(nearest_AB, own.prototypes).to(views_VBE.dtype)
+            coded_ABK = scores_VBK[:CODED].detach()
+            # not one_hot, which reads its input on the host
+            return scores_VBK, torch.zeros_like(coded_ABK).scatter(-1, coded_ABK.argmax(-1, keepdim=True), 1.0)
         rows_KE = outputs.prototypes_KE
         assert rows_KE is not None
         if step <= own.freeze_steps:

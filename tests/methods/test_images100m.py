@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
+from cmcgns.config import Config
 from cmcgns.methods.base import load_method
 from cmcgns.methods.codes import balanced_codes, sinkhorn, swapped_loss
 from cmcgns.methods.images100m import CODED, Images100MOutputs, statistics
@@ -20,7 +21,7 @@ from cmcgns.train.checkpoint import heads
 from tests.golden import EXACT, golden
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
-from tests.train.test_trainer import config_of, start
+from tests.train.test_trainer import HostReads, config_of, start
 
 ROUNDS = (1, 3, 10, 2000)
 
@@ -116,8 +117,12 @@ def test_the_swapped_loss_is_a_loop_over_pairs_of_views() -> None:
     assert float(swapped_loss(scores_VBK, codes_ABK, 0.1)) == pytest.approx(total, rel=1e-12)
 
 
+def model_config() -> Config:
+    return small_config(method__name="images100m", objective__queue=16)
+
+
 def on_a_rank() -> dict[str, Any]:
-    """Loss, codes and gradient of this rank's part of the golden batch."""
+    """Loss, codes and gradient of this rank's part of the golden batch, and the queue after three microbatches of 8 films."""
     numbers, world = golden("swav"), distributed.world_size()
     own = slice(distributed.rank() * 8 // world, (distributed.rank() + 1) * 8 // world)
     raw = [
@@ -129,7 +134,10 @@ def on_a_rank() -> dict[str, Any]:
     loss = swapped_loss(scores_VBK, codes_ABK, 0.1)
     of_views, of_prototypes = torch.autograd.grad(loss, raw)
     alone = sinkhorn(scores_VBK[0].detach(), 0.05, 3)
-    return {
+    model = forward(objective__queue=16)[1]
+    for seed in range(3):
+        model(random_batch(model_config(), slice(own.start, own.stop), seed))
+    return {"queue": model.queue_AQE.numpy()} | {
         name: each.detach().numpy()
         for name, each in zip(
             ("loss", "codes", "views", "prototypes", "alone"),
@@ -151,6 +159,8 @@ def test_two_ranks_have_the_codes_and_the_gradient_of_one_batch() -> None:
     np.testing.assert_allclose(joined["views"] / 2, whole["views"], rtol=0, atol=1e-12)
     mean = (ranks[0]["prototypes"] + ranks[1]["prototypes"]) / 2
     np.testing.assert_allclose(mean, whole["prototypes"], rtol=0, atol=1e-12)
+    for rank in ranks:
+        np.testing.assert_allclose(rank["queue"], whole["queue"], rtol=0, atol=1e-6)
     # each rank for itself is another method
     alone = np.concatenate([rank["alone"] for rank in ranks])
     np.testing.assert_allclose(alone, numbers["rank_local.codes_BK"], rtol=0, atol=1e-9)
@@ -281,6 +291,20 @@ def test_a_resumed_run_with_a_queue_matches_the_uninterrupted_one(tmp_path: Path
     queues = [run.trainer.engine.weights()["queue_AQE"] for run in (resumed, whole)]
     assert torch.equal(*queues)
     assert (queues[0].norm(dim=-1) > 0.99).all()
+
+
+@pytest.mark.parametrize("settings", [{"objective__queue": 8}, {"objective__codes": "kmeans", "objective__embed": 32}])
+def test_a_step_with_queue_or_centroids_reads_nothing_back(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of(method__name="images100m", microbatch_size=8, global_batch_size=8, stage2_steps=0, **settings)
+    trainer = start(config, tmp_path / "run").trainer
+    for each in trainer.banks.clusterings.values():
+        each.centroids.adopt(F.normalize(torch.randn(128, 32), dim=1), 1, 0, torch.ones(128))
+    trainer.train_step(1, trainer.reader.next_step())
+    data = trainer.reader.next_step()
+    assert trainer.method.uses_queue(2)
+    with HostReads({slot["step"].data_ptr() for slot in trainer.engine.optimizer.state.values()}) as reads:
+        trainer.train_step(2, data)
+    assert reads.found == []
 
 
 def test_more_prototypes_than_films_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from cmcgns.data.batch import ImageReportBatch
 from cmcgns.methods.base import BankCentroids, Losses, load_method
 from cmcgns.methods.xdc import LABELLED_BY, XdcOutputs, cluster_loss, even_weights, labels_of
 from tests.small import random_batch, small_config, small_model
-from tests.train.test_trainer import Run, config_of, start
+from tests.train.test_trainer import HostReads, Run, config_of, start
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 VARIANTS = tuple(LABELLED_BY)
@@ -250,6 +250,31 @@ def test_a_resumed_run_with_two_banks_matches_the_uninterrupted_one(tmp_path: Pa
         }  # fmt: skip
         assert len(digests) == 1
     assert whole.trainer.progress.best == {"step": 42}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_steady_step_with_centroids_reads_nothing_back(variant: str, tmp_path: Path) -> None:
+    config = config_of(
+        method__name="xdc", objective__variant=variant, microbatch_size=8, global_batch_size=8, stage2_steps=0
+    )
+    trainer = start(config, tmp_path / "run").trainer
+    for bank, each in trainer.banks.clusterings.items():
+        each.centroids.adopt(F.normalize(torch.randn(6, bank.dim), dim=1), 1, 0, torch.arange(6.0))
+    trainer.train_step(1, trainer.reader.next_step())
+    data = trainer.reader.next_step()
+    with HostReads({slot["step"].data_ptr() for slot in trainer.engine.optimizer.state.values()}) as reads:
+        trainer.train_step(2, data)
+    assert reads.found == []
+
+
+def test_all_banks_share_the_actors_and_no_bank_needs_none() -> None:
+    assert len(small_config(method__name="xdc").banks) == 2
+    actors = [
+        small_config(**settings).pool_actors for settings in ({}, {"method__name": "xdc"}, {"method__name": "infonce"})
+    ]
+    assert actors == [2, 2, 0]
+    assert small_config(method__name="images100m").pool_actors == 0
+    assert small_config(method__name="images100m", objective__codes="kmeans").pool_actors == 2
 
 
 def test_heads_learn_the_labels_of_the_other_side() -> None:
