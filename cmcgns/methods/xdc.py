@@ -42,6 +42,9 @@ class Settings(MethodSettings):
     those of film and report side by side (`cdc`)."""
     num_clusters: int = Field(128, ge=2)
     """Centroids K of each clustering, and classes of each head."""
+    centred: bool = True
+    """Cluster embeddings less their mean over the microbatch of all ranks. Untrained embeddings are all similar, and what they
+    have in common moves as they learn: without this all labels become one within a few steps."""
     head_temperature: float = Field(0.1, gt=0.0)
     """Temperature of the heads' softmax, never learned."""
     class_weights: Literal["inverse", "none"] = "inverse"
@@ -151,7 +154,7 @@ class Xdc(Method[Settings]):
 
     def losses(self, outputs: Any, batch: ImageReportBatch, centroids: BankCentroids, stage: int, step: int) -> Losses:
         own, wide = self.settings, in_full_precision(outputs)
-        rows = rows_of_banks(wide.image_BD, wide.report_BD, centroids)
+        rows = rows_of_banks(wide.image_BD, wide.report_BD, centroids, own.centred)
         labels = {name: labels_of(rows[name], centroids[name]) for name in rows}
         sides, accuracies, logits = dict[str, Tensor](), list[Tensor](), iter(wide.logits_HBK)
         for side, names in LABELLED_BY[own.variant].items():
@@ -181,10 +184,13 @@ class Xdc(Method[Settings]):
 METHOD = Xdc
 
 
-def rows_of_banks(image_BD: Tensor, report_BD: Tensor, names: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Unit rows of each of the banks ``names``, detached."""
-    both = torch.cat([image_BD, report_BD], dim=1) / 2**0.5
-    every = {"films": image_BD.detach(), "reports": report_BD.detach(), "joint": both.detach()}
+def rows_of_banks(image_BD: Tensor, report_BD: Tensor, names: Mapping[str, Any], centred: bool) -> dict[str, Tensor]:
+    """Unit rows of each of the banks ``names``, detached. Collective if they are ``centred``."""
+    both_BE = torch.cat([image_BD, report_BD], dim=1).detach()
+    if centred:
+        both_BE = both_BE - distributed.all_reduce(both_BE.mean(0)) / distributed.world_size()
+    films_BD, reports_BD = (unit(part) for part in both_BE.chunk(2, dim=1))
+    every = {"films": films_BD, "reports": reports_BD, "joint": torch.cat([films_BD, reports_BD], dim=1) / 2**0.5}
     return {name: every[name] for name in names}
 
 
