@@ -61,7 +61,8 @@ class Settings(MethodSettings):
     """Films of earlier microbatches of all ranks that are balanced together with those of this one; 0: none. It is used as soon
     as it is full."""
     queue_from_step: int = Field(0, ge=0)
-    """First step that may use the queue (published: epoch 15)."""
+    """First step that may use the queue (published: epoch 15). In the first steps features move so fast that those of the queue
+    are told apart from the new ones instead of films from each other."""
     views: ViewSettings = ViewSettings()
     """Strengths of the random views: `{rotation: 5, blur_share: 0}`. `data.augment_*` has no effect on views."""
     num_views: int = Field(2, ge=2)

@@ -13,7 +13,7 @@ from tests.s3 import S3Server
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 STEPS = 60
 SETTINGS = (
-    "--method.name=images100m", "--objective.prototypes=64", "--objective.queue=128", "--objective.freeze_steps=5",
+    "--method.name=images100m", "--objective.prototypes=32", "--objective.freeze_steps=5",
     "--data.reports=false", "--data.validation_studies=64", "--data.resize=112", "--data.image_size=96",
     "--train.num_workers=1", "--train.engine=torch", "--train.zero_stage=0", "--train.microbatch_size=32",
     "--train.global_batch_size=32", f"--train.stage1_steps={STEPS}", "--train.stage2_steps=0", "--train.warmup_steps=5",
