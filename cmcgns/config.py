@@ -25,7 +25,7 @@ from cmcgns.plugins import is_plugin, load_plugin
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
 """Supported layouts of a corpus."""
 MIN_BANK = 1024
-"""Minimum number of sentence features in the bank before clustering may start, even with few clusters."""
+"""Minimum number of rows in a bank before clustering may start, even with few clusters."""
 
 
 class Section(BaseModel):
@@ -66,6 +66,9 @@ class CorpusConfig(Section):
 
 
 class DataConfig(CorpusConfig):
+    reports: bool = True
+    """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films
+    alone. A `pairs-csv` then needs no column `report`."""
     image_size: PositiveInt = 224
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256
@@ -148,12 +151,15 @@ class Bank(NamedTuple):
     """Dimension D."""
     setting: str
     """Name of the setting that gives K, for messages."""
-    start_statistic: str
-    """Clustering starts once this statistic of the method is at most `clustering.start_cosine`."""
+    start_statistic: str | None
+    """Clustering starts once this statistic of the method is at most `clustering.start_cosine`. None: as soon as the bank has
+    enough rows, whatever the warm-up and `clustering.start_step` say, since nothing is learned before."""
     per_sentence: bool = True
     """Rows belong to sentences; otherwise to studies."""
     rows_each: int = 1
     """Rows of each sentence or study."""
+    moves: bool = True
+    """Each step moves the centroids by `clustering.momentum`; otherwise they only change with a new version."""
 
 
 class MethodSettings(Section):
@@ -169,6 +175,10 @@ class MethodSettings(Section):
     def complaints(self) -> Iterable[str]:
         """Settings that conflict, one sentence each, with the fix."""
         return ()
+
+    def needs_reports(self) -> str | None:
+        """The setting because of which the method learns from reports; None if it learns from films alone."""
+        return "method.name"
 
     def sweep_space(self, sentences: int) -> dict[str, Any]:
         """Default search space of a sweep, in the form of `sweep.space`, for a corpus with ``sentences`` training sentences."""
@@ -231,7 +241,7 @@ class ClusteringConfig(PoolConfig):
     """What clusters a bank: `kmeans` (spherical, from farthest points), or a module of your own as `package.module` or
     `path/to/file.py`, which every node must have (docs/clustering.md)."""
     bank_size: PositiveInt = 65_536
-    """Number of recent sentence features kept in the pool, over all actors."""
+    """Number of recent rows (sentence or study features) of each bank kept in the pool, over all actors."""
     start_step: int = Field(0, ge=0)
     """First step at which clustering may start."""
     start_cosine: float = 0.4
@@ -379,8 +389,8 @@ class RunSections(Section):
 
     @property
     def pool_actors(self) -> int:
-        """Clustering actors of the run, over all banks."""
-        return self.clustering.actors * len(self.banks)
+        """Clustering actors of the run, which all banks share."""
+        return self.clustering.actors if self.banks else 0
 
 
 class Config(RunSections):
@@ -406,6 +416,14 @@ class Config(RunSections):
             yield (
                 f"data.image_size {data.image_size} is larger than data.resize {data.resize}; lower data.image_size or raise "
                 "data.resize"
+            )
+        needs = self.objective.needs_reports()
+        if not data.reports and needs is not None:
+            section, _, key = needs.partition(".")
+            given = getattr(getattr(self, section), key)
+            yield (
+                f"data.reports false: {needs} {given} learns from reports; set data.reports=true, or choose one that learns from "
+                "films alone"
             )
         least_ahead = max(8 * block, 2 * train.global_batch_size, 2 * data.window_size)
         if data.studies_ahead is not None and data.studies_ahead < least_ahead:

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
+from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering, Pool
 from cmcgns.config import Config, method_settings
 from cmcgns.data.batch import ImageReportBatch, pad_reports
-from cmcgns.methods.base import Losses, load_method
+from cmcgns.methods.base import BankCentroids, Losses, load_method
 from cmcgns.train.banks import Banks
 
 VOCABULARY = 120
@@ -50,16 +50,23 @@ def small_model(config: Config, seed: int = 0) -> Any:
 def losses_of(
     config: Config, outputs: Any, batch: ImageReportBatch, centroids_KD: torch.Tensor | None, stage: int = 1
 ) -> Losses:
-    """The losses of the method, every bank of which has ``centroids_KD``."""
-    centroids = {bank.name: centroids_KD for bank in config.banks}
-    return load_method(config).losses(outputs, batch, centroids, stage, 1)
-
-
-def banks_of(config: Config, pool: Pool, device: str = "cpu") -> Banks:
-    """The method's one bank over ``pool``, if it has one."""
-    method, clusterings = load_method(config), list[OnlineClustering]()
+    """The losses of the method, every bank of which has ``centroids_KD``, repeated to its width, with uneven members."""
+    rows, counts = dict[str, torch.Tensor | None](), dict[str, torch.Tensor]()
     for bank in config.banks:
-        centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum)
+        rows[bank.name] = None
+        if centroids_KD is not None:
+            times = bank.dim // centroids_KD.shape[1]
+            rows[bank.name] = centroids_KD.repeat(1, times) / times**0.5
+        counts[bank.name] = torch.arange(bank.num_clusters) ** 2.0
+    return load_method(config).losses(outputs, batch, BankCentroids(rows, counts), stage, 1)
+
+
+def banks_of(config: Config, *pools: Pool, device: str = "cpu") -> Banks:
+    """The banks of the method, each over its own of the ``pools``; by default all over pools of this process."""
+    method, clusterings = load_method(config), list[OnlineClustering]()
+    own = pools or tuple(LocalPool(config.clustering) for _ in config.banks)
+    for bank, pool in zip(config.banks, own, strict=False):  # a method without banks uses no pool
+        centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum * bank.moves)
         clusterings.append(OnlineClustering(config.clustering, centroids, pool))
     return Banks(config.banks, clusterings, method.statistics)
 
@@ -73,6 +80,7 @@ def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[sli
         sum(_sentences(index, seed) for index in range(each.start, each.stop)) for each in (ranks or [rows])
     )
     key_B = torch.arange(rows.start, rows.stop)
+    views = load_method(config).views
     return ImageReportBatch(
         image_B1HW=torch.from_numpy(np.stack([s[0] for s in studies])).unsqueeze(1),
         **reports._asdict(),
@@ -80,7 +88,14 @@ def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[sli
         report_hash_B=torch.tensor([s[4] for s in studies]),
         draw_key_B=key_B,
         rank_sentences=rank_sentences,
+        view_VB1HW=None if views is None else _views(studies, views[0]),
     )
+
+
+def _views(studies: "Sequence[tuple[np.ndarray, ...]]", number: int) -> torch.Tensor:
+    """Films with different noise for each view."""
+    films = [np.stack([np.roll(study[0], view, axis=0) for study in studies]) for view in range(number)]
+    return torch.from_numpy(np.stack(films)).unsqueeze(2)
 
 
 def _sentences(index: int, seed: int) -> int:

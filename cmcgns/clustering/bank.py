@@ -1,7 +1,7 @@
-"""The bank of features on the side of its actors: one part each, and re-clusterings over all of them. Starts without torch.
+"""The banks of features on the side of their actors: a part of each bank on each actor, and re-clusterings over all of them.
 
-The driver starts the actors, so that they survive a restart of the workers; ``bank_pool`` is a worker's client. N rows, n rows of
-one rank at one step, K centroids, D embedding.
+The driver starts the actors, so that they survive a restart of the workers; ``bank_pool`` is a worker's client. Starts without
+torch. N rows, n rows of one rank at one step, K centroids, D embedding.
 """
 
 import logging
@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 
 from cmcgns.cluster.placement import list_nodes, pool_strategies
 from cmcgns.clustering.kmeans import Array, Fit, Rows
-from cmcgns.clustering.pool import LOSS_ERRORS, PooledRows, ShardActor, actor_options, threads_per_actor
+from cmcgns.clustering.pool import LOSS_ERRORS, PooledRows, RowsLost, ShardActor, actor_options, threads_per_actor
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import UserError, first_line
@@ -46,6 +46,8 @@ class RefreshResult(NamedTuple):
 
     rows_KD: Array | None
     report: str
+    counts_K: Array | None = None
+    """Members of each new centroid among the rows, int64."""
 
 
 class BankState(NamedTuple):
@@ -110,89 +112,116 @@ def recluster(rows: Rows, request: RefreshRequest, config: ClusteringConfig) -> 
         found: Fit = clusterer.cluster(rows, request.start_KD, request.num_clusters, config)
     except UserError as error:  # too few distinct rows
         return RefreshResult(None, str(error))
+    counts_K = rows.assign(found.centroids_KD).counts_K  # the fit's last pass was with the centroids before these
     return RefreshResult(
         found.centroids_KD,
         f"version {request.version} of step {request.step}: {rows.count()} rows, {found.iteration} iterations, "
         f"mean similarity {found.objective:.4f}, {found.reseeded} re-seeded, {time.perf_counter() - before:.2f} s",
+        counts_K,
     )
 
 
+@dataclass
+class BankPart:
+    """What an actor has of one bank, and whose pushes it waits for."""
+
+    lost: bool
+    """The actor has been restarted, has lost the rows, and waits for no pushes before the first request."""
+    shard: BankShard = field(default_factory=BankShard)
+    attempt: int = 0
+    base_step: int = 0
+    delivered: set[tuple[int, int]] = field(default_factory=set)
+    """(step, rank) of the pushes after ``base_step``."""
+    rows: RowArray | None = None
+    """Rows of the passes, as of the last snapshot."""
+
+
 class BankActor(ShardActor):
-    """One actor's part of the bank. Has several threads, to accept pushes during a pass."""
+    """One actor's part of every bank. Has several threads, to accept pushes during a pass."""
 
     def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
         super().__init__(device, threads)
         self.index, self.actors, self.ranks = index, actors, ranks
         self.changed = threading.Condition()
-        self.bank = BankShard()
-        # a restarted actor has lost its rows and waits for no pushes before its first request
-        self.lost = ray.get_runtime_context().was_current_actor_reconstructed
-        self.attempt, self.base_step = 0, 0
-        self.delivered: set[tuple[int, int]] = set()
+        self.parts: dict[str, BankPart] = {}
+        self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
 
-    def reset(self, attempt: int, base_step: int, rows_ND: Array, ordinals_N: Array) -> None:
+    def part(self, bank: str) -> BankPart:
+        """This actor's part of ``bank``; call it with ``changed`` held."""
+        return self.parts.setdefault(bank, BankPart(self.restarted))
+
+    def rows_of(self, bank: str) -> RowArray:
+        rows = self.parts[bank].rows if bank in self.parts else None
+        if rows is None:
+            raise RowsLost(f"this actor has no rows of bank {bank}")
+        return rows
+
+    def reset(self, bank: str, attempt: int, base_step: int, rows_ND: Array, ordinals_N: Array) -> None:
         """Replace all rows by ``rows_ND`` and expect the pushes of ``attempt`` for steps after ``base_step``."""
         with self.changed:
-            self.bank, self.delivered, self.lost = BankShard(), set(), False
-            self.attempt, self.base_step = attempt, base_step
-            self.bank.restore(base_step, rows_ND, ordinals_N)
+            part = self.part(bank)
+            part.shard, part.delivered, part.lost = BankShard(), set(), False
+            part.attempt, part.base_step = attempt, base_step
+            part.shard.restore(base_step, rows_ND, ordinals_N)
             self.changed.notify_all()  # stop waiting for workers that have been replaced
 
     @ray.method(max_task_retries=-1)  # a push lost by the network would block the next pass; a repeated one is harmless
-    def push(self, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
+    def push(self, bank: str, attempt: int, step: int, rank: int, first_ordinal: int, rows_nD: Array) -> None:
         """Store the rows of ``rank`` at ``step``; rows of replaced workers are dropped."""
         with self.changed:
-            if self.lost:
-                self.attempt = attempt
-            if attempt == self.attempt:
-                self.bank.push(step, rank, first_ordinal, rows_nD)
-                self.delivered.add((step, rank))
+            part = self.part(bank)
+            if part.lost:
+                part.attempt = attempt
+            if attempt == part.attempt:
+                part.shard.push(step, rank, first_ordinal, rows_nD)
+                part.delivered.add((step, rank))
                 self.changed.notify_all()
 
-    def snapshot(self, step: int, first: int, stop: int) -> int:
+    def snapshot(self, bank: str, step: int, first: int, stop: int) -> int:
         """Number of rows in [first, stop), which the next passes use. Waits for the pushes of ``step`` by this actor's ranks."""
         with self.changed:
-            if self.lost:
-                self.lost, self.base_step = False, step
+            part = self.part(bank)
+            if part.lost:
+                part.lost, part.base_step = False, step
                 logger.warning("clustering actor %d lost its rows and refills from step %d on", self.index, step)
-            attempt = self.attempt
-            self.changed.wait_for(lambda: attempt != self.attempt or self._expected(step) <= self.delivered)
-            if attempt != self.attempt:
+            attempt = part.attempt
+            self.changed.wait_for(lambda: attempt != part.attempt or self._expected(part, step) <= part.delivered)
+            if attempt != part.attempt:
                 raise RuntimeError(f"the workers that requested the rows of step {step} have been replaced")
-            self.base_step = max(self.base_step, step)
-            self.delivered = {(each, rank) for each, rank in self.delivered if each > self.base_step}
-            rows_ND, ordinals_N = self.bank.rows_between(first, stop)
-            self.bank.forget_before(first)
-        self.rows = RowArray(rows_ND, ordinals_N, self.assign_rows)
-        return len(self.rows)
+            part.base_step = max(part.base_step, step)
+            part.delivered = {(each, rank) for each, rank in part.delivered if each > part.base_step}
+            rows_ND, ordinals_N = part.shard.rows_between(first, stop)
+            part.shard.forget_before(first)
+        part.rows = RowArray(rows_ND, ordinals_N, self.assign_rows)
+        return len(part.rows)
 
-    def _expected(self, step: int) -> set[tuple[int, int]]:
+    def _expected(self, part: BankPart, step: int) -> set[tuple[int, int]]:
         """(step, rank) of all pushes that this actor needs before it has all rows up to ``step``."""
         return {
             (each, rank)
-            for each in range(self.base_step + 1, step + 1)
+            for each in range(part.base_step + 1, step + 1)
             for rank in range(self.ranks)
             if serving_actor(each, rank, self.ranks, self.actors) == self.index
         }
 
-    def rows_between(self, first: int, stop: int) -> tuple[Array, Array]:
+    def rows_between(self, bank: str, first: int, stop: int) -> tuple[Array, Array]:
         """Rows in [first, stop) and their ordinals."""
         with self.changed:
-            return self.bank.rows_between(first, stop)
+            return self.part(bank).shard.rows_between(first, stop)
 
 
 class BankCoordinator:
-    """Runs one re-clustering at a time. Each request is complete, so it may be restarted."""
+    """Runs one re-clustering at a time, of any bank. Each request is complete, so it may be restarted."""
 
     def refit(
-        self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, request: RefreshRequest
+        self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, bank: str, request: RefreshRequest
     ) -> RefreshResult:
-        """New centroids. After the loss of an actor, retries with the rows that are left."""
+        """New centroids of ``bank``. After the loss of an actor, retries with the rows that are left."""
         for attempt in range(ATTEMPTS):
             try:
-                wanted = (request.step, request.first_ordinal, request.stop_ordinal)
+                wanted = (bank, request.step, request.first_ordinal, request.stop_ordinal)
                 counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
-                return recluster(PooledRows(shards, counts), request, config)
+                return recluster(PooledRows(shards, counts, bank=bank), request, config)
             except LOSS_ERRORS as error:
                 lost = f"a clustering actor was lost: {first_line(error)}"
                 logger.warning("%s; attempt %d of %d", lost, attempt + 1, ATTEMPTS)
@@ -214,7 +243,7 @@ class PoolHandles:
 
 
 def start_pool(config: ClusteringConfig, ranks: int, shard_type: type[BankActor] = BankActor) -> PoolHandles:
-    """A pool of ``config.actors`` actors for ``ranks`` workers, and its coordinator, one process each."""
+    """A pool of ``config.actors`` actors for ``ranks`` workers and all their banks, and its coordinator, one process each."""
     check_faiss(config.device)
     threads = threads_per_actor(config)
     # a push must never wait for a pass

@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class RayPool:
-    """This rank's client of the pool. A thread sends the features, so that training never waits for a copy."""
+    """This rank's client of one bank of the pool. A thread sends the features, so that training never waits for a copy."""
 
-    def __init__(self, handles: PoolHandles) -> None:
-        self.handles = handles
+    def __init__(self, handles: PoolHandles, bank: str) -> None:
+        self.handles, self.bank = handles, bank
         self.attempt = 0
         self._outbox: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=256)
         self._pending: Any = None
@@ -56,29 +56,27 @@ class RayPool:
         def send() -> None:
             if copied is not None:
                 copied.synchronize()
-            shard.push.remote(attempt, step, rank, first_ordinal, host_nD.numpy())
+            shard.push.remote(self.bank, attempt, step, rank, first_ordinal, host_nD.numpy())
 
         self._outbox.put(send)
 
     def request(self, request: RefreshRequest) -> None:
-        self._pending = self.handles.bank_coordinator.refit.remote(self.handles.shards, self.handles.config, request)
+        pool = self.handles
+        self._pending = pool.bank_coordinator.refit.remote(pool.shards, pool.config, self.bank, request)
 
     def result(self) -> RefreshResult:
         try:
             found: RefreshResult = ray.get(self._pending)
         except RayActorError as error:
             return RefreshResult(None, f"the coordinator of the clustering pool was lost: {first_line(error)}")
-        logger.info("clustering: %s", found.report)
+        logger.info("clustering of %s: %s", self.bank, found.report)
         return found
 
     def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
         self._drain()
-        ray.get([shard.snapshot.remote(step, first_ordinal, stop_ordinal) for shard in self.handles.shards])
-        parts = [
-            p
-            for p in ray.get([s.rows_between.remote(first_ordinal, stop_ordinal) for s in self.handles.shards])
-            if len(p[1])
-        ]
+        shards, wanted = self.handles.shards, (first_ordinal, stop_ordinal)
+        ray.get([shard.snapshot.remote(self.bank, step, *wanted) for shard in shards])
+        parts = [part for part in ray.get([s.rows_between.remote(self.bank, *wanted) for s in shards]) if len(part[1])]
         if not parts:
             return BankState(np.empty((0, 0), np.float16), np.empty(0, np.int64))
         rows_ND, ordinals_N = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
@@ -98,7 +96,7 @@ class RayPool:
         bounds = np.linspace(0, len(bank.ordinals_N), len(self.handles.shards) + 1).astype(int)
         ray.get(
             [
-                shard.reset.remote(self.attempt, step, bank.rows_ND[start:stop], bank.ordinals_N[start:stop])
+                shard.reset.remote(self.bank, self.attempt, step, bank.rows_ND[start:stop], bank.ordinals_N[start:stop])
                 for shard, start, stop in zip(self.handles.shards, bounds[:-1], bounds[1:], strict=True)
             ]
         )

@@ -1,13 +1,13 @@
 """Clustering during training: the current centroids, the bank of recent features, and the rule of when ranks adopt new centroids.
 
-n sentences of this rank, K centroids, D embedding.
+n rows of this rank, K centroids, D embedding.
 """
 
 import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +26,20 @@ CENTROIDS = "centroids."
 """Prefix of the entries of ``Centroids`` in a checkpoint."""
 
 
+class Found(NamedTuple):
+    """Centroids of a re-clustering, and how many rows of the bank each has as members."""
+
+    rows_KD: Tensor
+    counts_K: Tensor
+
+
 class Centroids:
     """This rank's copy of the centroids; every rank adopts the same version at the same step."""
 
     def __init__(self, num_clusters: int, dim: int, device: torch.device | str, momentum: float) -> None:
         self.rows_KD = torch.zeros(num_clusters, dim, device=device)
+        self.counts_K = torch.zeros(num_clusters, device=device)
+        """Members of each centroid in the bank when this version was made; zeros if an earlier cmcgns made it."""
         self.momentum = momentum
         self.version = 0
         self.started_at: int | None = None
@@ -47,9 +56,10 @@ class Centroids:
         """``rows_KD`` for the objective; None before clustering has started."""
         return self.rows_KD if self.started else None
 
-    def adopt(self, rows_KD: Tensor, version: int, step: int) -> None:
+    def adopt(self, rows_KD: Tensor, version: int, step: int, counts_K: Tensor | None = None) -> None:
         """Use a new version from ``step`` on."""
         self.rows_KD = rows_KD.to(self.rows_KD.device, torch.float32)
+        self.counts_K = torch.zeros_like(self._counts_K) if counts_K is None else counts_K.to(self._counts_K)
         self.version = version
         self.started_at = step if self.started_at is None else self.started_at
 
@@ -76,13 +86,18 @@ class Centroids:
         return hashlib.blake2b(self.rows_KD.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Rows, version and the step at which clustering started (-1 before)."""
+        """Rows, members, version and the step at which clustering started (-1 before)."""
         started_at = -1 if self.started_at is None else self.started_at
-        return {"rows_KD": self.rows_KD.cpu(), "version_and_start": torch.tensor([self.version, started_at])}
+        return {
+            "rows_KD": self.rows_KD.cpu(),
+            "counts_K": self.counts_K.cpu(),
+            "version_and_start": torch.tensor([self.version, started_at]),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore ``state_dict``."""
         self.rows_KD = state["rows_KD"].to(self.rows_KD.device)
+        self.counts_K = state.get("counts_K", torch.zeros(len(self.rows_KD))).to(self._counts_K)
         self.version, started_at = (int(value) for value in state["version_and_start"])
         self.started_at = None if started_at < 0 else started_at
 
@@ -126,38 +141,54 @@ class OnlineClustering:
         self.centroids = centroids
         self.pool = pool
         self.pushed = 0
-        """Sentences of all ranks so far, which is the next ordinal."""
+        """Rows of all ranks so far, which is the next ordinal."""
+        self._pushed_before = 0  # without those of the last step
         self.waited_s = 0.0
         """Time spent waiting for centroids."""
         self._in_flight = False
-        self._received: list[Tensor | None] = []  # a result fetched early, for a checkpoint, and adopted at its step
+        self._received: list[Found | None] = []  # a result fetched early, for a checkpoint, and adopted at its step
 
     def push(self, step: int, attended: Sequence[Tensor], counts: Sequence[int]) -> None:
         """Add one optimizer step's z2 of this rank (one tensor per microbatch); ``counts`` are the rows of every rank."""
         first_ordinal = self.pushed + sum(counts[: distributed.rank()])
         self.pool.push(step, first_ordinal, torch.cat(list(attended)), counts)
-        self.pushed += sum(counts)
+        self._pushed_before, self.pushed = self.pushed, self.pushed + sum(counts)
 
-    def refresh(self, step: int, may_start: bool, mean_cosine: Tensor) -> None:
+    def refresh(self, step: int, may_start: bool, mean_cosine: Tensor | None) -> None:
         """Move the centroids; every ``refresh_every`` steps adopt the requested ones and request the next. Collective.
 
         Clustering starts once ``may_start`` (the warm-up is over), the mean cosine of all ranks is low enough and the
-        bank has max(4K, 1024) rows. The cosine is read on the host at these steps only, and only before the start.
+        bank has max(4K, 1024) rows. The cosine is read on the host at these steps only, and only before the start. Without a
+        cosine the first version is requested and adopted as soon as the bank has the rows.
         """
         self.centroids.move()
-        if step % self.config.refresh_every:
+        if step % self.config.refresh_every and not (mean_cosine is None and self._just_filled):
             return
         self._adopt_result(step)
-        num_clusters = len(self.centroids.rows_KD)
-        if min(self.pushed, self.config.bank_size) < max(4 * num_clusters, MIN_BANK):
+        if not self._is_filled(self.pushed):
             return
-        if self.centroids.started or self._can_start(step, may_start, mean_cosine):
-            start_KD = self.centroids.rows_KD.cpu().numpy() if self.centroids.started else None
-            self._in_flight = True
-            if distributed.rank() == 0:
-                self.pool.request(
-                    RefreshRequest(self.centroids.version + 1, step, *self._bank_range(), num_clusters, start_KD)
-                )
+        if mean_cosine is None and not self.centroids.started:
+            self._request(step)
+            self._adopt_result(step)
+        elif self.centroids.started or (mean_cosine is not None and self._can_start(step, may_start, mean_cosine)):
+            self._request(step)
+
+    def _is_filled(self, rows: int) -> bool:
+        """Whether ``rows`` are enough for a clustering."""
+        return min(rows, self.config.bank_size) >= max(4 * len(self.centroids.rows_KD), MIN_BANK)
+
+    @property
+    def _just_filled(self) -> bool:
+        """Whether this step's rows were the last that a first clustering needs."""
+        return not self.centroids.started and self._is_filled(self.pushed) and not self._is_filled(self._pushed_before)
+
+    def _request(self, step: int) -> None:
+        start_KD = self.centroids.rows_KD.cpu().numpy() if self.centroids.started else None
+        self._in_flight, num_clusters = True, len(self.centroids.rows_KD)
+        if distributed.rank() == 0:
+            self.pool.request(
+                RefreshRequest(self.centroids.version + 1, step, *self._bank_range(), num_clusters, start_KD)
+            )
 
     def _can_start(self, step: int, may_start: bool, mean_cosine: Tensor) -> bool:
         mean = float(distributed.all_reduce(mean_cosine)) / distributed.world_size()
@@ -169,12 +200,12 @@ class OnlineClustering:
     def _adopt_result(self, step: int) -> None:
         if not self._in_flight:
             return
-        rows_KD = self._received.pop() if self._received else self._fetch_result()
+        found = self._received.pop() if self._received else self._fetch_result()
         self._in_flight = False
-        if rows_KD is not None:
-            self.centroids.adopt(rows_KD, self.centroids.version + 1, step)
+        if found is not None:
+            self.centroids.adopt(found.rows_KD, self.centroids.version + 1, step, found.counts_K)
 
-    def _fetch_result(self) -> Tensor | None:
+    def _fetch_result(self) -> Found | None:
         """Rank 0's result from the pool, on every rank; None if the re-clustering failed."""
         before = time.perf_counter()
         result = self.pool.result() if distributed.rank() == 0 else None
@@ -182,10 +213,12 @@ class OnlineClustering:
             logger.warning("clustering: the centroids do not change: %s", result.report)
         received = None
         if distributed.broadcast_object(result is not None and result.rows_KD is not None):
-            received = torch.empty_like(self.centroids.rows_KD)
+            received = Found(torch.empty_like(self.centroids.rows_KD), torch.empty_like(self.centroids.counts_K))
             if result is not None:
-                received.copy_(torch.from_numpy(result.rows_KD))
-            distributed.broadcast(received)
+                received.rows_KD.copy_(torch.from_numpy(result.rows_KD))
+                received.counts_K.copy_(torch.from_numpy(result.counts_K))
+            for part in received:
+                distributed.broadcast(part)
         self.waited_s += time.perf_counter() - before
         return received
 
@@ -193,7 +226,7 @@ class OnlineClustering:
         """Drop all features (stage change) and keep the centroids. Collective."""
         if self._in_flight and not self._received:
             self._fetch_result()
-        self._in_flight, self._received, self.pushed = False, [], 0
+        self._in_flight, self._received, self.pushed, self._pushed_before = False, [], 0, 0
         self.pool.reset(step, None)
 
     def state_dict(self, step: int) -> dict[str, Tensor]:
@@ -203,7 +236,8 @@ class OnlineClustering:
         if self._in_flight:
             self._received = self._received or [self._fetch_result()]
             early = self._received[0]
-            state["in_flight_KD"] = torch.empty(0) if early is None else early.cpu()
+            state["in_flight_KD"] = torch.empty(0) if early is None else early.rows_KD.cpu()
+            state["in_flight_counts_K"] = torch.empty(0) if early is None else early.counts_K.cpu()
         if distributed.rank() == 0:
             rows_ND, ordinals_N = self.pool.save(step, *self._bank_range())
             state["bank.rows_ND"] = torch.from_numpy(np.ascontiguousarray(rows_ND))
@@ -217,8 +251,11 @@ class OnlineClustering:
         self.pushed = int(state["pushed"])
         self._in_flight = "in_flight_KD" in state
         if self._in_flight:
-            early = state["in_flight_KD"]
-            self._received = [early.to(self.centroids.rows_KD.device) if early.numel() else None]
+            early = Found(
+                state["in_flight_KD"], state.get("in_flight_counts_K", torch.zeros(len(state["in_flight_KD"])))
+            )
+            device = self.centroids.rows_KD.device
+            self._received = [Found(*(part.to(device) for part in early)) if early.rows_KD.numel() else None]
         self.pool.reset(step, BankState(state["bank.rows_ND"].numpy(), state["bank.ordinals_N"].numpy()))
 
 

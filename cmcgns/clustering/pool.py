@@ -49,12 +49,17 @@ class ShardActor:
     def ready(self) -> None:
         """Returns once the actor is up."""
 
-    def call(self, method: str, *arguments: Any) -> tuple[bool, Any]:
-        """Whether this shard has rows, and the result of ``RowArray.method``: two objects, so that the coordinator can check
-        for success without fetching the result."""
+    def rows_of(self, bank: str) -> RowArray:
+        """The rows of a pass; ``bank`` is "" for an actor with a single set of them."""
         if self.rows is None:
             raise RowsLost("this actor has no rows")
-        return (True, getattr(self.rows, method)(*arguments)) if len(self.rows) else (False, None)
+        return self.rows
+
+    def call(self, bank: str, method: str, *arguments: Any) -> tuple[bool, Any]:
+        """Whether this shard has rows, and the result of ``RowArray.method``: two objects, so that the coordinator can check
+        for success without fetching the result."""
+        rows = self.rows_of(bank)
+        return (True, getattr(rows, method)(*arguments)) if len(rows) else (False, None)
 
     def merge(self, merge: Callable[..., Any], *parts: Any) -> Any:
         """``merge`` of the answers of some shards, for the coordinator."""
@@ -66,12 +71,12 @@ Recover = Callable[[dict[int, Exception]], None]
 
 
 class PooledRows:
-    """The rows of all shards as one set. Without ``recover`` the caller handles the loss of a shard."""
+    """The rows of all shards as one set, or those of one ``bank``. Without ``recover`` the caller handles the loss of a shard."""
 
     def __init__(
-        self, shards: Sequence[ActorHandle[Any]], counts: Sequence[int], recover: Recover | None = None
+        self, shards: Sequence[ActorHandle[Any]], counts: Sequence[int], recover: Recover | None = None, bank: str = ""
     ) -> None:
-        self.shards, self.counts, self._recover = shards, counts, recover
+        self.shards, self.counts, self._recover, self.bank = shards, counts, recover, bank
 
     def count(self) -> int:
         return sum(self.counts)
@@ -133,7 +138,7 @@ class PooledRows:
         answers: dict[int, Any] = {}
 
         def send(i: int) -> Any:
-            has_rows, answers[i] = self.shards[i].call.options(num_returns=2).remote(method, *arguments)
+            has_rows, answers[i] = self.shards[i].call.options(num_returns=2).remote(self.bank, method, *arguments)
             return has_rows
 
         has_rows = call_all(send, len(self.shards), self._recover)

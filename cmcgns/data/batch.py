@@ -13,6 +13,7 @@ from cmcgns.config import Config, DataConfig
 
 if TYPE_CHECKING:
     from cmcgns.data.record import Block  # a model alone does not need Arrow
+    from cmcgns.data.views import ViewSettings
 
 # B studies on this rank, R pixels of the stored square, H = W pixels of the crop, C draws, P patches
 
@@ -176,6 +177,8 @@ class ImageReportBatch(NamedTuple):
     """The studies from the shortest report to the longest; None if reports are not sliced."""
     slice_tokens: tuple[int, ...] = ()
     """Tokens of the longest report in each slice; ``by_length_B`` is cut into that many equal slices. Known on the host."""
+    view_VB1HW: Tensor | None = None
+    """Random views of each film, like ``image_B1HW``; None unless the method asks for them."""
 
     @property
     def studies(self) -> int:
@@ -258,10 +261,12 @@ def _rounded(tokens: int) -> int:
 
 
 class Batcher:
-    """Turns blocks into batches on the device: crop, augment in training, normalise, pad."""
+    """Turns blocks into batches on the device: crop, augment in training, normalise, pad, and views if a method has them."""
 
-    def __init__(self, config: Config, pad_id: int, device: torch.device) -> None:
-        self.config, self.pad_id, self.device = config, pad_id, device
+    def __init__(
+        self, config: Config, pad_id: int, device: torch.device, views: "tuple[int, ViewSettings] | None" = None
+    ) -> None:
+        self.config, self.pad_id, self.device, self.views = config, pad_id, device, views
 
     def __call__(self, block: "Block", rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
         """The batch of one block; ``rank_sentences`` come from ``distributed.exchange``."""
@@ -274,9 +279,15 @@ class Batcher:
         key_B = self._to_device(torch.from_numpy(block.draw_keys.copy()))
         stored_B1RR = self._to_device(torch.from_numpy(block.images_BRR.copy()).unsqueeze(1))
         film_B1HW = augmented_crop(stored_B1RR, data, key_B) if training else crop(stored_B1RR, data.image_size, None)
+        view_VB1HW = None
+        if self.views is not None:
+            from cmcgns.data.views import random_views  # draws as this file does
+
+            view_VB1HW = random_views(stored_B1RR, data.image_size, key_B, *self.views)
         return ImageReportBatch(
             image_B1HW=normalise(film_B1HW),
             **text,
+            view_VB1HW=view_VB1HW,
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
             draw_key_B=key_B,

@@ -196,6 +196,11 @@ class StreamStudy(NamedTuple):
             report.sentences[: encoded.sentences],
         )
 
+    @classmethod
+    def without_report(cls, draw_key: int, image_RR: NDArray[np.uint8]) -> "StreamStudy":
+        """The study with one token in place of a report."""
+        return cls(draw_key, image_RR, np.zeros(1, np.int32), np.zeros(1, np.int16), [0], 0, [""])
+
 
 @lru_cache(maxsize=8)
 def stream_schema(resize: int, with_text: bool = False) -> pa.Schema:
@@ -296,6 +301,5 @@ def _ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 def blank_block(size: int, resize: int) -> Block:
     """``size`` blank studies, for a rank that has run out of validation studies before the others."""
-    token, owner, text = np.zeros(1, np.int32), np.zeros(1, np.int16), [0]
-    blank = StreamStudy(0, np.zeros((resize, resize), np.uint8), token, owner, text, 0, [])
+    blank = StreamStudy.without_report(0, np.zeros((resize, resize), np.uint8))
     return to_block(stream_table([0], [blank], resize), resize).padded(size)

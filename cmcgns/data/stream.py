@@ -261,10 +261,13 @@ def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Tabl
 def read_study(study: dict[str, Any], shown: int, reader: Reader, stream: Stream, epoch: int) -> StreamStudy | BadRow:
     """A study with the film that this epoch shows, or the reason why it cannot be used."""
     config, film = stream.config, study["films"][shown]
+    key = draw_key(config.seed, epoch, film["image_id"])
     try:
+        if not config.reports:
+            return StreamStudy.without_report(key, resize_image(reader.read_image(film["path"]).grey_HW, config.resize))
         report = reader.read_sentences(study, film["path"])
         encoded = stream.tokenizer.encode(report.sentences)
         square_RR = resize_image(reader.read_image(film["path"]).grey_HW, config.resize)
     except BadRow as reason:
         return reason
-    return StreamStudy.of(draw_key(config.seed, epoch, film["image_id"]), square_RR, report, encoded)
+    return StreamStudy.of(key, square_RR, report, encoded)

@@ -198,10 +198,12 @@ class EmbedJob(Job):
 def open_split(run: PretrainedRun, settings: EmbedConfig, job: str = "embed") -> Split:
     """The studies of ``settings``, from the run's corpus or from ``embed.uri``; messages name the settings of ``job``."""
     data, key = run.config.data, f"{job}.run"
+    if not data.reports:
+        raise UserError(f"{key} {run.uri} was trained with data.reports false: there are no sentences to read")
     if settings.uri is not None:
         key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
     config = with_absolute_paths(run.config.model_copy(update={"data": data}))
-    source, index = open_index(key, config.data, Target(config.data.resize, "longer"))
+    source, index = open_index(key, config.data, Target(config.data.resize, "longer"), config.data.reports)
     studies = index.split(settings.split)
     if not len(studies):
         raise UserError(

@@ -88,7 +88,7 @@ class PretrainedRun:
                 keys.missing_keys.extend(own.missing_keys)
                 keys.unexpected_keys.extend(own.unexpected_keys)
         # backbones that transformers loads are checked as they are loaded
-        missing = [name for name in keys.missing_keys if not name.startswith(BACKBONES)]
+        missing = [name for name in keys.missing_keys if not name.startswith((*BACKBONES, *model.training_only))]
         if missing or keys.unexpected_keys:
             raise UserError(
                 f"{self.export} does not fit the run's config.yaml: missing or unexpected "
@@ -205,8 +205,8 @@ class EncoderSpec:
 
     @property
     def has_reports(self) -> bool:
-        """True if it has a text encoder."""
-        return self.kind != "folder"
+        """True if it has a text encoder that has read reports."""
+        return self.kind != "folder" and self.config.data.reports
 
     def load_model(self) -> DualEncoder:
         """The whole model of a run, trained or untrained, on the CPU, in evaluation mode."""

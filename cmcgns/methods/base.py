@@ -15,8 +15,18 @@ from torch import Tensor
 
 from cmcgns.config import Bank, Config, MethodSettings, method_module
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.views import ViewSettings
 from cmcgns.errors import UserError
 from cmcgns.models.dual_encoder import DualEncoder
+
+
+class BankCentroids(dict[str, Tensor | None]):
+    """Centroids (K, D) by bank, None before clustering has started."""
+
+    def __init__(self, rows: Mapping[str, Tensor | None], counts: Mapping[str, Tensor]) -> None:
+        super().__init__(rows)
+        self.counts = counts
+        """Members of each centroid (K,) in the bank when its version was made, float32, by bank."""
 
 
 class Losses(NamedTuple):
@@ -72,6 +82,11 @@ class Method(ABC, Generic[SettingsT]):
         self.settings: SettingsT = config.objective  # type: ignore[assignment]
 
     @property
+    def views(self) -> tuple[int, ViewSettings] | None:
+        """Number and strengths of the random views of each film, ``batch.view_VB1HW``; None for a method without views."""
+        return None
+
+    @property
     def banks(self) -> tuple[Bank, ...]:
         """Features that are clustered during training."""
         return self.config.banks
@@ -81,7 +96,8 @@ class Method(ABC, Generic[SettingsT]):
         """The whole model, with weights drawn from torch's current generator.
 
         Its forward takes (batch, stage) and returns a NamedTuple (ZeRO-3's hooks handle no other class) with at least
-        ``image_BD`` and ``report_BD``, both normalised, and ``sentences_BSD``, zero where padded.
+        ``image_BD`` and ``report_BD``, both normalised, and ``sentences_BSD``, zero where padded. What is not trained may be
+        None while training.
         """
 
     def frozen(self, stage: int) -> tuple[str, ...]:
@@ -93,10 +109,8 @@ class Method(ABC, Generic[SettingsT]):
         """Names of the loss terms of ``stage``; the first is ``loss``, the total."""
 
     @abstractmethod
-    def losses(
-        self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
-    ) -> Losses:
-        """Losses of one microbatch. ``centroids``: (K, D) by bank, None before clustering has started. Collective."""
+    def losses(self, outputs: Any, batch: ImageReportBatch, centroids: BankCentroids, stage: int, step: int) -> Losses:
+        """Losses of one microbatch. Collective."""
 
     def picture(self, outputs: Any, batch: ImageReportBatch) -> Tensor | None:
         """A picture (1, H, W) in [0, 1] of a validation batch, for TensorBoard."""

@@ -5,7 +5,7 @@ B studies, P patches, S sentences (padded), C channels of the image backbone, D 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ MIN_SCALE, MAX_SCALE = 1.0, 100.0
 
 class DualEncoder(nn.Module):
     """Image encoder, text encoder, image projection and temperature. A method's model adds its own parts."""
+
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the buffers that only training needs: they are in checkpoints and not in the export."""
 
     def __init__(
         self,

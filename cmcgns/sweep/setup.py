@@ -104,7 +104,12 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
 
 
 def check_metric(metric: str, base: Config) -> None:
-    """Raise ``UserError`` if the method of ``base`` does not report ``metric``."""
+    """Raise ``UserError`` if the method of ``base`` does not report ``metric``, or there are no reports."""
+    if not base.data.reports:
+        raise UserError(
+            f"sweep.metric {metric} compares films with reports, and data.reports is false; set data.reports=true, or compare "
+            "runs with jobs/evaluate.py"
+        )
     if needs_parts(metric):
         from cmcgns.methods.base import ComparesParts, load_method  # lazy: imports torch
 

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cmcgns.clustering.online_clustering import OnlineClustering
 from cmcgns.config import Bank
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.base import Losses
+from cmcgns.methods.base import BankCentroids, Losses
 from cmcgns.train.engine import State
 
 
@@ -31,9 +30,12 @@ class Banks:
         return next(iter(self.clusterings.values()), None)
 
     @property
-    def centroids(self) -> Mapping[str, Tensor | None]:
-        """Current centroids by bank; None before clustering has started."""
-        return {bank.name: each.centroids.current for bank, each in self.clusterings.items()}
+    def centroids(self) -> BankCentroids:
+        """Current centroids and their members by bank."""
+        both = {bank.name: each.centroids for bank, each in self.clusterings.items()}
+        return BankCentroids(
+            {name: each.current for name, each in both.items()}, {name: each.counts_K for name, each in both.items()}
+        )
 
     @property
     def waited_s(self) -> float:
@@ -59,8 +61,11 @@ class Banks:
             each_of = [sum(column) if bank.per_sentence else sum(b.studies for b in microbatches) for column in ranks]
             counts = [bank.rows_each * number for number in each_of]
             each.push(step, [loss.bank_rows[bank.name] for loss in losses], counts)
-            index = self.statistics.index(bank.start_statistic)
-            each.refresh(step, warmed_up, torch.stack([loss.statistics[index] for loss in losses]).mean())
+            statistic = None
+            if bank.start_statistic is not None:
+                index = self.statistics.index(bank.start_statistic)
+                statistic = torch.stack([loss.statistics[index] for loss in losses]).mean()
+            each.refresh(step, warmed_up, statistic)
 
     def empty(self, step: int) -> None:
         """Drop all rows (new stage, replaced workers) and keep the centroids. Collective."""

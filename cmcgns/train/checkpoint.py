@@ -96,10 +96,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed * 100_003 + distributed.rank())
 
 
-def heads(weights: State) -> dict[str, Tensor]:
-    """All weights outside the two backbones: projections, pools, attention, predictor, decoder, temperature."""
-    backbones = ("image_encoder.backbone.", "text_encoder.backbone.")
-    return {name: value.contiguous() for name, value in weights.items() if not name.startswith(backbones)}
+def heads(weights: State, training_only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """All weights outside the two backbones: projections, pools, attention, predictor, decoder, temperature; and without those
+    that only training needs."""
+    others = ("image_encoder.backbone.", "text_encoder.backbone.", *training_only)
+    return {name: value.contiguous() for name, value in weights.items() if not name.startswith(others)}
 
 
 EXPORT_FORMAT = 2
@@ -123,7 +124,7 @@ def export_model(
         save_file(own, folder / "image_encoder" / "model.safetensors")
     model.text_encoder.backbone.save_pretrained(folder / "text_encoder")
     tokenizer.save(folder / "tokenizer")
-    save_file(heads(weights), folder / "heads.safetensors")
+    save_file(heads(weights, model.training_only), folder / "heads.safetensors")
     if centroids:
         save_file({key: value.contiguous() for key, value in centroids.items()}, folder / "centroids.safetensors")
     (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n")

@@ -21,6 +21,8 @@ def describe(row: dict[str, Any]) -> str:
     if not row:
         return "starting workers"
     if row["split"] == "val":
+        if "i2t_recall_at_1" not in row:  # films alone
+            return f"stage {row['stage']} validation: loss {row['loss']:.3f} on {row['studies']} studies"
         both = f"i2t {row['i2t_recall_at_1']:.1%} t2i {row['t2i_recall_at_1']:.1%}"
         return f"stage {row['stage']} validation: recall@1 {both} (chance {row['chance_recall_at_1']:.2%})"
     losses = " ".join(

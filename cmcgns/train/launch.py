@@ -38,8 +38,8 @@ class Assignment:
     schedule: Schedule
     train: Stream
     valid: Stream
-    pools: dict[str, PoolHandles]
-    """Clustering actors of each bank."""
+    pool: PoolHandles | None
+    """Clustering actors; None for a method without banks."""
     coordinator: Any
     threads: int
     verified: str | None
@@ -55,7 +55,7 @@ def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cpus: CpuShare) -> Assignment:
+def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: CpuShare) -> Assignment:
     """The assignment that every worker receives."""
     config, corpus = run.config, run.corpus
 
@@ -73,7 +73,7 @@ def assign(run: Pretraining, pools: dict[str, PoolHandles], coordinator: Any, cp
         run.schedule,
         train,
         valid,
-        pools,
+        pool,
         coordinator,
         threads_per_worker(config),
         run.checkpoint,

@@ -150,11 +150,12 @@ class PretrainJob(Job):
         setup, config, corpus, schedule = self.setup, self.config, self.setup.corpus, self.setup.schedule
         train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
         excluded = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
+        sentences = f"about {setup.prepared.sentences} training sentences" if config.data.reports else "no reports"
         threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
         plan = {
             "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
             "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
-            f"validation studies, about {setup.prepared.sentences} training sentences; films excluded: {excluded}; "
+            f"validation studies, {sentences}; films excluded: {excluded}; "
             f"studies rejected by the reader: {len(corpus.index.bad_rows)}; at most "
             f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
             "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
@@ -165,10 +166,11 @@ class PretrainJob(Job):
             "method": f"{config.method.name}, {' + '.join(str(length) for length in schedule.lengths if length)} steps, "
             f"warm-up {schedule.warmup}{' each' if schedule.last_stage > 1 else ''}",
         }
-        for bank in config.banks:
-            plan[f"clustering {bank.name}" if len(config.banks) > 1 else "clustering"] = (
-                f"{bank.num_clusters} centroids, {clustering.actors} actors x {clustering.cpus_per_actor:g} CPU, bank of "
-                f"{clustering.bank_size}, every {clustering.refresh_every} steps"
+        if config.banks:
+            several = f" {', '.join(bank.name for bank in config.banks)}" if len(config.banks) > 1 else ""
+            plan["clustering"] = (
+                f"{config.banks[0].num_clusters} centroids{several and f' of each of{several}'}, {clustering.actors} actors x "
+                f"{clustering.cpus_per_actor:g} CPU, bank of {clustering.bank_size}, every {clustering.refresh_every} steps"
             )
         return plan
 
@@ -212,11 +214,16 @@ class PretrainJob(Job):
 
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
         scores = result["metrics"]
+        validation = {"loss": f"{scores['loss']:.3f} on {scores['studies']} validation studies"}
+        if self.config.data.reports:
+            validation = {
+                "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film, "
+                f"on {scores['studies']} validation studies (chance {scores['chance_recall_at_1']:.2%})"
+            }
         return {
             "finished": f"{result['steps']} steps, {result['studies_seen']} studies, {result['bad_rows']} bad rows, "
             f"{result['centroids_version'] or 0} centroid versions",
-            "recall@1": f"{scores['i2t_recall_at_1']:.1%} film to report, {scores['t2i_recall_at_1']:.1%} report to film, "
-            f"on {scores['studies']} validation studies (chance {scores['chance_recall_at_1']:.2%})",
+            **validation,
             "export": str(result["export"]),
             "checkpoint": str(result["checkpoint"]),
             "metrics": self.folder.file("metrics.jsonl"),
@@ -246,15 +253,15 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
-    pools = {bank.name: start_pool(config.clustering, config.train.num_workers) for bank in config.banks}
+    pool = start_pool(config.clustering, config.train.num_workers) if config.banks else None
     interrupted = False
     try:
         with follow(coordinator):
-            checkpoint, error = fit(config, folder, assign(setup, pools, coordinator, cpus), cpus.shared_cluster)
+            checkpoint, error = fit(config, folder, assign(setup, pool, coordinator, cpus), cpus.shared_cluster)
     except KeyboardInterrupt:  # the second Ctrl-C
         checkpoint, error, interrupted = None, None, True
     finally:
-        for pool in pools.values():
+        if pool is not None:
             pool.stop()
     account = read_account(coordinator, known_bad)
     if interrupted and account["outcome"] is None:

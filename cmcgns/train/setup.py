@@ -71,7 +71,7 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of ``config.data`` with its training and validation split."""
     data = config.data
-    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
+    source, index = open_index("data.uri", data, Target(data.resize, "longer"), data.reports)
     train, train_arrangement = source.arrange(index.split("train"), data.group_studies)
     valid, valid_arrangement = source.arrange(index.split("valid"), data.group_studies)
     most = data.validation_studies
@@ -305,7 +305,7 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
 def prepare_corpus(config: Config, resumed: RunFolder | None = None) -> PreparedCorpus:
     """The corpus of ``config`` and its vocabulary; the vocabulary is read from ``resumed`` if given."""
     corpus = open_corpus(config)
-    sample = sample_reports(corpus, config.model.vocabulary_reports)
+    sample = sample_reports(corpus, config.model.vocabulary_reports if config.data.reports else 0)
     # before the vocabulary, which takes a while to train: raises if the corpus is too small
     build_schedule(config.train, len(corpus.train))
     check_sizes(config, corpus, sample.sentences)

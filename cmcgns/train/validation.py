@@ -4,7 +4,7 @@ B studies, N validation studies, n sentences, R reports and F films that are com
 weights, statistics or centroids.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from cmcgns import distributed
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.measures import MEAN_RECALL, measure
-from cmcgns.methods.base import ComparesParts, Method
+from cmcgns.methods.base import BankCentroids, ComparesParts, Method
 from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.retrieval import (
     centred,
@@ -39,14 +39,15 @@ class Validation:
 
     @property
     def mean_recall(self) -> float:
-        """Mean recall at 1 of both directions; checkpoints are ranked by it."""
-        return measure(MEAN_RECALL, self.scores)
+        """Mean recall at 1 of both directions; checkpoints are ranked by it. 0 without reports."""
+        return measure(MEAN_RECALL, self.scores) if "i2t_recall_at_1" in self.scores else 0.0
 
 
 @dataclass
 class _Collected:
     """Embeddings and losses that one rank collects over the split."""
 
+    studies: int = 0
     images: list[Tensor] = field(default_factory=list)
     reports: list[Tensor] = field(default_factory=list)
     hashes: list[Tensor] = field(default_factory=list)
@@ -61,7 +62,7 @@ def validate(
     engine: Engine,
     method: Method[Any],
     batches: Iterator[tuple[ImageReportBatch, int, bool]],
-    centroids: Mapping[str, Tensor | None],
+    centroids: BankCentroids,
     stage: int,
     step: int,
 ) -> Validation:
@@ -73,9 +74,11 @@ def validate(
         losses = method.losses(outputs, batch, centroids, stage, step)
         # losses of a padded batch include padded rows: they are used only if there is no whole batch
         (collected.values if whole else collected.partial).append(torch.cat([losses.terms, losses.statistics]))
-        collected.images.append(outputs.image_BD[:real].float())
-        collected.reports.append(outputs.report_BD[:real].float())
-        collected.hashes.append(batch.report_hash_B[:real])
+        collected.studies += real
+        if method.config.data.reports:
+            collected.images.append(outputs.image_BD[:real].float())
+            collected.reports.append(outputs.report_BD[:real].float())
+            collected.hashes.append(batch.report_hash_B[:real])
         if isinstance(method, ComparesParts) and not collected.parts.is_full:
             collected.parts.add(method.parts(outputs, batch), real)
         if collected.picture_1HW is None:
@@ -91,10 +94,12 @@ def _scores(collected: _Collected, names: Sequence[str]) -> dict[str, Any]:
     values = torch.stack(collected.values or collected.partial).mean(0)
     means = (distributed.all_reduce(values) / distributed.world_size()).tolist()
     scores = dict(zip(names, means, strict=True))
+    counts = [count for (count,) in distributed.exchange([collected.studies])]
+    if not collected.hashes:  # films without reports
+        return scores | {"studies": sum(counts)}
     image_nD, report_nD, hash_n = (
         torch.cat(parts) for parts in (collected.images, collected.reports, collected.hashes)
     )
-    counts = [count for (count,) in distributed.exchange([len(hash_n)])]
     image_ND, report_ND, hash_N = (
         distributed.ragged_all_gather(rows, counts) for rows in (image_nD, report_nD, hash_n)
     )

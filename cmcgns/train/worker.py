@@ -7,7 +7,7 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from cmcgns import distributed, storage
 from cmcgns.bad_rows import write_bad_rows
 from cmcgns.cluster.coordinator import log_to_coordinator
 from cmcgns.clustering.bank_pool import RayPool
-from cmcgns.clustering.online_clustering import Centroids, OnlineClustering, Pool
+from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
 from cmcgns.config import Bank
 from cmcgns.data.batch import Batcher
 from cmcgns.data.blocks import blocks
@@ -176,11 +176,10 @@ def _train(assignment: Assignment) -> None:
         log = RunLog(assignment.folder, scratch, step) if distributed.rank() == 0 else None
         source = RayBlocks(assignment.train, assignment.valid, config.train.microbatch_size)
         stack.callback(source.close)
-        pools = {name: RayPool(handles) for name, handles in assignment.pools.items()}
-        parts = build_parts(assignment, source, pools, device, log)
+        parts = build_parts(assignment, source, device, log)
         trainer = Trainer(config, parts, folder)
         if folder is None:
-            parts.banks.empty(0)  # the pools may still hold rows that replaced workers pushed
+            parts.banks.empty(0)  # the pool may still hold rows that replaced workers pushed
         elif distributed.rank() == 0:
             logger.warning("resuming after step %d of %d", step, assignment.schedule.total)
         assignment.coordinator.mark.remote("training")
@@ -207,9 +206,7 @@ def check_checkpoint(assignment: Assignment, path: str, folder: Path) -> None:
         )
 
 
-def build_parts(
-    assignment: Assignment, source: BlockSource, pools: Mapping[str, Pool], device: torch.device, log: RunLog | None
-) -> Parts:
+def build_parts(assignment: Assignment, source: BlockSource, device: torch.device, log: RunLog | None) -> Parts:
     """Everything that the loop needs, built from the assignment."""
     config, stream = assignment.config, assignment.train
     method = load_method(config)
@@ -219,14 +216,15 @@ def build_parts(
         return method.build_model(stream.tokenizer.vocabulary_size)
 
     def clustering(bank: Bank) -> OnlineClustering:
-        centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum)
-        return OnlineClustering(config.clustering, centroids, pools[bank.name])
+        assert assignment.pool is not None
+        centroids = Centroids(bank.num_clusters, bank.dim, device, config.clustering.momentum * bank.moves)
+        return OnlineClustering(config.clustering, centroids, RayPool(assignment.pool, bank.name))
 
     return Parts(
         method=method,
         build_model=model,
         blocks=source,
-        batcher=Batcher(config, stream.tokenizer.pad_id, device),
+        batcher=Batcher(config, stream.tokenizer.pad_id, device, method.views),
         banks=Banks(method.banks, [clustering(bank) for bank in method.banks], method.statistics),
         schedule=assignment.schedule,
         device=device,

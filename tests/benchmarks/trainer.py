@@ -115,7 +115,7 @@ def build_trainer(config: Config, pool: Any, folder: Path) -> Trainer:
         build_model=model,
         blocks=CachedBlocks(config),
         batcher=Batcher(config, 0, torch.device("cpu")),
-        banks=banks_of(config, RayPool(pool)),
+        banks=banks_of(config, RayPool(pool, "sentences")),
         method=load_method(config),
         schedule=Schedule(1, 10_000, 0),
         device=torch.device("cpu"),

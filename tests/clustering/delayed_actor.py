@@ -12,10 +12,10 @@ class DelayedActor(BankActor):
 
     longest_s = 3.0
 
-    def call(self, method: str, *arguments: Any) -> tuple[bool, Any]:
+    def call(self, bank: str, method: str, *arguments: Any) -> tuple[bool, Any]:
         if method == "assign" and self.index == self.actors - 1:
             time.sleep(random.uniform(0, self.longest_s))
-        return super().call(method, *arguments)
+        return super().call(bank, method, *arguments)
 
 
 class BrieflyDelayedActor(DelayedActor):

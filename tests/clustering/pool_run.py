@@ -65,7 +65,7 @@ def train_loop(loop: dict[str, Any]) -> None:
     """The same training with the Ray pool, then with its twin; each rank writes its record."""
     config = Config.model_validate(loop["config"])
     torch.set_num_threads(1)
-    for name, pool in (("pool", RayPool(loop["pool"])), ("twin", LocalPool(config.clustering))):
+    for name, pool in (("pool", RayPool(loop["pool"], "sentences")), ("twin", LocalPool(config.clustering))):
         found = json.dumps(train(config, pool))
         (Path(loop["folder"]) / f"{name}_{distributed.rank()}.json").write_text(found)
     ray.train.report({})

@@ -85,6 +85,57 @@ def test_a_refresh_is_kmeans_over_the_bank_at_the_step_of_its_request() -> None:
     torch.testing.assert_close(guide.centroids.rows_KD, torch.from_numpy(warm_KD), rtol=0, atol=1e-6)
 
 
+def test_a_version_comes_with_the_members_of_each_centroid_in_the_bank() -> None:
+    guide = guide_of(config_of(momentum=0.0))
+    assert guide.centroids.counts_K.tolist() == [0.0] * CLUSTERS
+    rows = [sentences(step).half().float() for step in range(1, 17)]
+    for step in range(1, 17):
+        advance(guide, step)
+    bank_ND = torch.cat(rows[:12])[-1500:]  # requested at 12
+    nearest_N = (bank_ND @ guide.centroids.rows_KD.T).argmax(1)
+    assert guide.centroids.counts_K.tolist() == torch.bincount(nearest_N, minlength=CLUSTERS).tolist()
+
+
+def test_a_bank_without_a_start_statistic_is_clustered_at_the_step_that_fills_it() -> None:
+    guide, versions = guide_of(config_of(start_step=1000)), list[int]()
+    for step in range(1, 17):
+        guide.push(step, [sentences(step)], [ROWS])
+        guide.refresh(step, False, None)
+        versions.append(guide.centroids.version)
+    # 1080 rows at step 9; the second version is requested at 12 and adopted at 16
+    assert versions == [0] * 8 + [1] * 7 + [2]
+    rows = RowArray(torch.cat([sentences(step).half() for step in range(1, 10)]).numpy(), assign=numpy_assign)
+    first = guide_of(config_of(momentum=0.0))
+    for step in range(1, 10):
+        first.push(step, [sentences(step)], [ROWS])
+        first.refresh(step, False, None)
+    expected_KD = kmeans(rows, farthest_point_seeds(rows, CLUSTERS), 20, 1e-4).centroids_KD
+    torch.testing.assert_close(first.centroids.rows_KD, torch.from_numpy(expected_KD), rtol=0, atol=1e-6)
+    assert first.centroids.started_at == 9
+
+
+def test_a_first_clustering_that_fails_is_tried_again_at_the_next_interval(caplog: pytest.LogCaptureFixture) -> None:
+    guide = guide_of(config_of())
+    for step in range(1, 13):
+        rows_nD = sentences(0)[:3].repeat(40, 1) if step < 11 else sentences(step)
+        guide.push(step, [rows_nD], [ROWS])
+        guide.refresh(step, False, None)
+    assert caplog.text.count("need 6 distinct rows") == 1  # at step 9, and not at 10 and 11
+    assert guide.centroids.started_at == 12
+
+
+def test_the_state_of_an_earlier_version_has_no_members_and_resumes() -> None:
+    guide, again = guide_of(config_of()), guide_of(config_of())
+    for step in range(1, 19):
+        advance(guide, step)
+    state = {key: value for key, value in guide.state_dict(18).items() if "counts_K" not in key}
+    again.load_state_dict(state, 18)
+    assert again.centroids.counts_K.tolist() == [0.0] * CLUSTERS
+    for step in range(19, 25):
+        assert advance(again, step) == advance(guide, step)
+    assert again.centroids.counts_K.tolist() == guide.centroids.counts_K.tolist() != [0.0] * CLUSTERS
+
+
 @pytest.mark.parametrize("stop", [6, 13, 16, 18, 21])  # no bank yet, in flight, just adopted, in flight and moving
 def test_resuming_from_its_state_matches_the_uninterrupted_one(stop: int) -> None:
     expected = run(0.05)

@@ -62,6 +62,16 @@ CONFIGS = {
         "model__image_encoder": "resnet-tiny", "model__fixed_batch_statistics": True, "data__image_size": 64,
         "data__resize": 72,
     },
+    **{f"xdc {each}": {"method__name": "xdc", "objective__variant": each} for each in ("sdc", "mdc", "cdc")},
+    "xdc hybrid": {"method__name": "xdc", "objective__global_weight": 0.5, "objective__class_weights": "none"},
+    "images100m": {"method__name": "images100m", "objective__freeze_steps": 0},
+    "images100m by k-means": {
+        "method__name": "images100m", "objective__codes": "kmeans", "objective__prototypes": 6, "objective__embed": 32,
+    },
+    "images100m with reports": {
+        "method__name": "images100m", "objective__freeze_steps": 0, "objective__supervision": "reports",
+        "objective__instance_weight": 0.5, "objective__num_views": 3, "objective__queue": 8,
+    },
     "vit": {},
     # fixed statistics, since batch normalisation over 2 studies is not that over 6
     "resnet": {
@@ -106,8 +116,9 @@ def loss_and_gradients(name: str) -> Found:
     losses = losses_of(config, model(batch, stage), batch, centroids(), stage)
     losses.total.backward()
     gradients = {}
+    frozen = load_method(config).frozen(stage)
     for key, parameter in model.named_parameters():
-        if parameter.requires_grad:  # a temperature may be fixed
+        if parameter.requires_grad and not key.startswith(frozen):  # a temperature may be fixed
             gradients[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if world > 1:
                 dist.all_reduce(gradients[key])

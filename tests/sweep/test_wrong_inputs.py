@@ -8,10 +8,13 @@ import pytest
 import ray
 
 from cmcgns.cli import run_job
+from cmcgns.errors import UserError
 from cmcgns.job import run
 from cmcgns.sweep.config import SweepJobConfig
 from cmcgns.sweep.run import SweepJob
+from cmcgns.sweep.setup import check_metric
 from tests.jobs import REPOSITORY, TINY
+from tests.small import small_config
 
 
 @pytest.mark.parametrize(
@@ -75,3 +78,11 @@ def test_help_needs_no_heavy_modules() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--sweep.first_rung" in done.stdout
+
+
+def test_films_without_reports_cannot_be_swept_by_recall() -> None:
+    base = small_config(method__name="images100m", data__reports=False)
+    with pytest.raises(
+        UserError, match=r"sweep\.metric mean_recall_at_1 compares films with reports, and data\.reports is false"
+    ):
+        check_metric("mean_recall_at_1", base)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cmcgns import distributed
-from cmcgns.clustering.online_clustering import LocalPool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
 from cmcgns.methods.base import load_method
@@ -40,7 +39,7 @@ def train(config: Config) -> list[dict[str, Any]]:
             build_model=lambda: small_model(config),
             blocks=MemoryBlocks(config, STUDIES),
             batcher=Batcher(config, 0, CPU),
-            banks=banks_of(config, LocalPool(config.clustering)),
+            banks=banks_of(config),
             method=load_method(config),
             schedule=Schedule(STEPS, 0, 0),
             device=CPU,

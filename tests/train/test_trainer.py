@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmcgns.clustering.online_clustering import LocalPool
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
@@ -77,8 +76,8 @@ def start(
     parts = Parts(
         build_model=model,
         blocks=MemoryBlocks(config, STUDIES, validation=40),
-        batcher=batcher(config, 0, CPU),
-        banks=banks_of(config, LocalPool(config.clustering)),
+        batcher=batcher(config, 0, CPU, load_method(config).views),
+        banks=banks_of(config),
         method=load_method(config),
         schedule=build_schedule(config.train, STUDIES),
         device=CPU,

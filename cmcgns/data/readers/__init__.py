@@ -105,15 +105,17 @@ def open_source(
     follow_links: bool = False,
     phantom_studies: int = 4000,
     phantom_size: int = 256,
+    reports: bool = True,
 ) -> Source:
     """The corpus at ``uri``; small enough to be sent to every Ray task.
 
     ``target``: size to which films will be shrunk; JPEGs may then be decoded at a reduced scale, at least twice as large.
+    ``reports``: films have reports.
     """
     if format == "auto":
         format = detect_format(uri)
     options = CorpusOptions(
-        uri, format, tuple(views), seed, target, crop_borders, follow_links, phantom_studies, phantom_size
+        uri, format, tuple(views), seed, target, crop_borders, follow_links, phantom_studies, phantom_size, reports
     )
     opener = getattr(load_plugin("data.format", format, READERS), "open_corpus", None)
     if opener is None:
@@ -122,15 +124,15 @@ def open_source(
     return source
 
 
-def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, StudyIndex]:
+def open_index(key: str, data: CorpusConfig, target: Target, reports: bool = True) -> tuple[Source, StudyIndex]:
     """The corpus of the settings ``data`` and its index; if it cannot be read, the error names the setting ``key``.
 
-    ``target``: size to which films will be shrunk.
+    ``target``: size to which films will be shrunk. ``reports``: films have reports.
     """
     try:
         source = open_source(
             data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
-            data.phantom_studies, data.phantom_size,
+            data.phantom_studies, data.phantom_size, reports,
         )  # fmt: skip
         return source, source.index()
     except UserError as error:

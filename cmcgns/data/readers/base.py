@@ -98,6 +98,8 @@ class CorpusOptions(NamedTuple):
     """Read films and reports behind symbolic links that leave the corpus folder."""
     phantom_studies: int = 4000
     phantom_size: int = 256
+    reports: bool = True
+    """Films have reports; otherwise none is looked for."""
 
     @property
     def of_files(self) -> tuple[str, str, tuple[str, ...], int, Target | None, bool, bool]:

@@ -1,4 +1,4 @@
-"""``pairs-csv``: a user's own table with a film and its report in each row."""
+"""``pairs-csv``: a user's own table with a film and its report in each row, or with films alone."""
 
 import logging
 from dataclasses import dataclass
@@ -31,6 +31,8 @@ class PairsSource(FileSource):
     """The folder of a ``pairs.csv``, or of a table with another name."""
 
     table_name: str = "pairs.csv"
+    reports: bool = True
+    """The table has a column of reports; otherwise none is read."""
 
     @classmethod
     def at(
@@ -41,18 +43,19 @@ class PairsSource(FileSource):
         target: Target | None = None,
         crop_borders: bool = True,
         follow_links: bool = False,
+        reports: bool = True,
     ) -> "PairsSource":
         """The source at a folder or at a CSV file."""
         folder, _, name = uri.rstrip("/").rpartition("/")
         if name.endswith(".csv"):
             folder = folder or ("/" if uri.startswith("/") else ".")
-            return cls(folder, "pairs-csv", views, seed, target, crop_borders, follow_links, name)
-        return cls(uri, "pairs-csv", views, seed, target, crop_borders, follow_links)
+            return cls(folder, "pairs-csv", views, seed, target, crop_borders, follow_links, name, reports)
+        return cls(uri, "pairs-csv", views, seed, target, crop_borders, follow_links, reports=reports)
 
     def index(self) -> StudyIndex:
         table = self._table()
-        films = _films(table)
-        reasons = _bad_reasons(films)
+        films = _films(table, self.reports)
+        reasons = _bad_reasons(films, self.reports)
         bad_rows = [
             {"source": f"{self.table_name} row {row}", "reason": reason}
             for row, reason in zip(films["row"], reasons, strict=True)
@@ -73,12 +76,14 @@ class PairsSource(FileSource):
         duplicates = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
         if duplicates:
             raise UserError(f"{uri}: column {duplicates[0]} appears twice; keep one")
-        missing = [name for name in REQUIRED if name not in table.columns]
+        needed = REQUIRED if self.reports else ("image",)
+        missing = [name for name in needed if name not in table.columns]
         if missing:
+            films_alone = "; for films without reports set data.reports=false" if missing == ["report"] else ""
             # the names are not printed: without a header they are the data of a patient
             raise UserError(
                 f"{uri} has no column {' and no column '.join(missing)} among its {len(table.columns)}; "
-                f"its first line must contain image and report, separated by commas{_other_separator(table)}"
+                f"its first line must contain {' and '.join(needed)}, separated by commas{_other_separator(table)}{films_alone}"
             )
         return table
 
@@ -89,7 +94,7 @@ def _other_separator(table: pd.DataFrame) -> str:
     return f" (it seems to use {used})" if used and len(table.columns) == 1 else ""
 
 
-def _films(table: pd.DataFrame) -> pd.DataFrame:
+def _films(table: pd.DataFrame, reports: bool) -> pd.DataFrame:
     """One row per film, unfiltered; ``row`` is the row's number under the header, from 1."""
     stripped = {name: table[name].str.strip() for name in KNOWN if name in table.columns}
     blank = pd.Series("", index=table.index)
@@ -103,7 +108,7 @@ def _films(table: pd.DataFrame) -> pd.DataFrame:
             "row": np.arange(1, len(table) + 1),
             "image_id": own_study,
             "path": image,
-            "report": table["report"],
+            "report": table["report"] if reports else None,
             "view": stripped.get("view", blank),
             "patient_id": patient,
             "group": _or_else(stripped.get("group", blank), patient),
@@ -117,15 +122,16 @@ def _or_else(values: pd.Series, otherwise: pd.Series) -> pd.Series:
     return values.where(values != "", otherwise)
 
 
-def _bad_reasons(films: pd.DataFrame) -> pd.Series:
+def _bad_reasons(films: pd.DataFrame, reports: bool) -> pd.Series:
     """Why each row cannot be used; '' if it can."""
     outside = films["path"].map(escapes)
-    report = films["report"].str.strip()
-    several = films.assign(report=report).groupby("study_id")[["report", "group"]].transform("nunique") > 1
     reasons = pd.Series("", index=films.index, dtype=object)
-    reasons[several["group"]] = "films of one study are in different groups"
-    reasons[several["report"]] = "films of one study have different reports"
-    reasons[report == ""] = "row has no report"
+    reasons[films.groupby("study_id")["group"].transform("nunique") > 1] = "films of one study are in different groups"
+    if reports:
+        report = films["report"].str.strip()
+        several = films.assign(report=report).groupby("study_id")["report"].transform("nunique") > 1
+        reasons[several] = "films of one study have different reports"
+        reasons[report == ""] = "row has no report"
     reasons[outside] = "film path is outside the corpus folder"
     reasons[films["path"] == ""] = "row names no image"
     return reasons
@@ -182,5 +188,11 @@ def _label_columns(table: pd.DataFrame) -> list[str]:
 def open_corpus(options: CorpusOptions) -> PairsSource:
     """The reader of ``pairs-csv``."""
     return PairsSource.at(
-        options.uri, options.views, options.seed, options.target, options.crop_borders, options.follow_links
+        options.uri,
+        options.views,
+        options.seed,
+        options.target,
+        options.crop_borders,
+        options.follow_links,
+        options.reports,
     )

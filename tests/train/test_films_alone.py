@@ -1,0 +1,77 @@
+"""Films without reports through the whole job: pretraining, its export, and what needs reports is refused by name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModel
+
+from cmcgns.data.readers import open_source
+from cmcgns.errors import UserError
+from tests.data.trees import csv_file
+from tests.data.trees import rows as index_rows
+from tests.jobs import REPOSITORY, result, rows, run_here
+
+FILMS = 60
+ALONE = (
+    "--config", str(REPOSITORY / "jobs" / "configs" / "phantom-tiny.yaml"), "--method.name=images100m",
+    "--objective.prototypes=8", "--objective.queue=24", "--train.num_workers=1", "--train.engine=torch", "--train.zero_stage=0",
+    "--train.microbatch_size=8", "--train.global_batch_size=8", "--train.stage1_steps=6", "--train.stage2_steps=0",
+    "--train.warmup_steps=1", "--data.validation_studies=6",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labels.csv as of a set for classification: films, patients, splits and findings, and no report."""
+    folder, random = tmp_path_factory.mktemp("films"), np.random.default_rng(0)
+    lines = []
+    for number in range(FILMS):
+        name = f"images/{number:03}.png"
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (80, 90), np.uint8)).save(folder / name)
+        lines.append(f"{name},p{number // 2},{'val' if number >= FILMS - 8 else 'train'},No Finding")
+    csv_file(folder / "labels.csv", "image,patient,split,labels", *lines)
+    return folder
+
+
+def test_a_table_without_reports_is_read_only_if_the_settings_say_so(films: Path) -> None:
+    index = open_source(str(films / "labels.csv"), reports=False).index()
+    assert len(index.table) == FILMS
+    assert not index.bad_rows
+    first = index_rows(index)[0]
+    assert (first["study_id"], first["patient_id"], first["split"], first["report"]) == (
+        "images/000.png",
+        "p0",
+        "train",
+        None,
+    )
+    with pytest.raises(UserError, match=r"has no column report .* for films without reports set data\.reports=false"):
+        open_source(str(films / "labels.csv")).index()
+    with pytest.raises(UserError, match="has no column image among"):
+        open_source(str(csv_file(films / "none.csv", "film,patient", "a.png,p")), reports=False).index()
+
+
+@pytest.mark.ray
+def test_films_without_reports_pretrain_an_encoder(local_ray: None, films: Path, tmp_path: Path) -> None:
+    uri = f"--data.uri={films / 'labels.csv'}"
+    refused = run_here(tmp_path, "pretrain", *ALONE[:2], uri, "--data.reports=false")
+    assert refused.returncode == 2
+    assert "data.reports false: method.name cm-cgns learns from reports" in refused.stderr + refused.stdout
+    done = run_here(tmp_path, "pretrain", *ALONE, uri, "--data.reports=false", "--run.name=alone")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run = tmp_path / "runs" / "alone"
+    assert result(run)["status"] == "finished"
+    assert result(run)["bad_rows"] == 0
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+    [validation] = rows(run, "val")
+    assert validation["studies"] == 6
+    assert not [name for name in validation if "recall" in name]
+    AutoModel.from_pretrained(run / "export" / "image_encoder")
+    assert "no reports" in done.stdout
+    assert "loss" in json.dumps(result(run)["metrics"])
+    sentences = run_here(tmp_path, "embed", f"--embed.run={run}", "--run.name=sentences")
+    assert sentences.returncode == 2
+    assert "data.reports false: there are no sentences" in sentences.stderr + sentences.stdout
