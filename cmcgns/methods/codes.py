@@ -6,9 +6,27 @@ G studies on all ranks, B on this one, V views, K prototypes.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmcgns import distributed
+from cmcgns.models.attention import unit
+
+
+class Prototypes(nn.Module):
+    """K learned directions. They are normalised here and not overwritten: ZeRO keeps parts of them elsewhere."""
+
+    def __init__(self, number: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(number, dim) / dim**0.5)
+
+    def forward(self) -> Tensor:
+        """Unit rows (K, D), at least float32."""
+        return unit(self.weight if self.weight.dtype == torch.float64 else self.weight.float())
+
+
+def frozen_until(rows_KD: Tensor, first_steps: int, step: int) -> Tensor:
+    """The rows, with a gradient of zero in the first steps: ZeRO expects a gradient of every parameter."""
+    return rows_KD if step > first_steps else rows_KD.detach() + 0.0 * rows_KD
 
 
 def sinkhorn(scores_GK: Tensor, epsilon: float, rounds: int) -> Tensor:
@@ -25,21 +43,21 @@ def sinkhorn(scores_GK: Tensor, epsilon: float, rounds: int) -> Tensor:
 
 
 @torch.no_grad()
-def balanced_codes(scores_ABK: Tensor, queued_AQK: Tensor | None, epsilon: float, rounds: int) -> Tensor:
-    """Codes (A, B, K) of this rank's studies by their views, balanced for each view over the studies of all ranks. Collective.
+def codes_of_all_ranks(scores_ABK: Tensor, queued_AQK: Tensor | None, epsilon: float, rounds: int) -> Tensor:
+    """Codes (A, G, K) of the studies of all ranks by their views, balanced for each view. Collective.
 
     ``queued_AQK``: scores of earlier studies, the same on every rank, which are balanced with them.
     """
-    views, size = scores_ABK.shape[:2]
     # one collective for all views
-    gathered_GAK = distributed.all_gather(scores_ABK.transpose(0, 1).contiguous())
-    own, codes = slice(distributed.rank() * size, (distributed.rank() + 1) * size), []
-    for view in range(views):
-        scores_GK = gathered_GAK[:, view]
-        if queued_AQK is not None:
-            scores_GK = torch.cat([scores_GK, queued_AQK[view]])
-        codes.append(sinkhorn(scores_GK, epsilon, rounds)[own])
-    return torch.stack(codes)
+    gathered_AGK = distributed.all_gather(scores_ABK.detach().transpose(0, 1).contiguous()).transpose(0, 1)
+    studies = gathered_AGK.shape[1]
+    joined_AXK = gathered_AGK if queued_AQK is None else torch.cat([gathered_AGK, queued_AQK], dim=1)
+    return torch.stack([sinkhorn(scores_XK, epsilon, rounds)[:studies] for scores_XK in joined_AXK])
+
+
+def own_rows(codes_AGK: Tensor, size: int) -> Tensor:
+    """This rank's ``size`` rows of those of all ranks, (A, size, K)."""
+    return codes_AGK.narrow(1, distributed.rank() * size, size)
 
 
 def swapped_loss(scores_VBK: Tensor, codes_ABK: Tensor, temperature: float) -> Tensor:

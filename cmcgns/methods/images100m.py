@@ -24,7 +24,7 @@ from cmcgns.config import Bank, MethodSettings, ModelConfig
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.data.views import ViewSettings
 from cmcgns.methods.base import Losses, Method, column, in_full_precision
-from cmcgns.methods.codes import balanced_codes, swapped_loss
+from cmcgns.methods.codes import Prototypes, codes_of_all_ranks, frozen_until, own_rows, swapped_loss
 from cmcgns.methods.contrastive import contrastive_loss
 from cmcgns.methods.loss_weights import LossWeight, weight_at
 from cmcgns.models.attention import linear, unit
@@ -116,18 +116,6 @@ class Images100MOutputs(NamedTuple):
     """Rows of earlier microbatches of all ranks, newest first; None without a queue."""
     scale: Tensor
     """Inverse temperature of InfoNCE, shape (1,)."""
-
-
-class Prototypes(nn.Module):
-    """K learned directions. They are normalised here and not overwritten: ZeRO keeps parts of them elsewhere."""
-
-    def __init__(self, number: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(number, dim) / dim**0.5)
-
-    def forward(self) -> Tensor:
-        """Unit rows (K, E)."""
-        return unit(self.weight)
 
 
 class Images100MModel(DualEncoder):
@@ -243,13 +231,13 @@ class Images100M(Method[Settings]):
             return scores_VBK, torch.zeros_like(coded_ABK).scatter(-1, coded_ABK.argmax(-1, keepdim=True), 1.0)
         rows_KE = outputs.prototypes_KE
         assert rows_KE is not None
-        if step <= own.freeze_steps:
-            rows_KE = rows_KE.detach() + 0.0 * rows_KE  # a gradient of zero: ZeRO expects one of every parameter
+        rows_KE = frozen_until(rows_KE, own.freeze_steps, step)
         scores_VBK = views_VBE @ rows_KE.T
         queued_AQK = None
         if outputs.queue_AQE is not None and self.uses_queue(step):
             queued_AQK = outputs.queue_AQE.to(rows_KE.dtype) @ rows_KE.detach().T
-        return scores_VBK, balanced_codes(scores_VBK[:CODED].detach(), queued_AQK, own.epsilon, own.rounds)
+        codes_AGK = codes_of_all_ranks(scores_VBK[:CODED], queued_AQK, own.epsilon, own.rounds)
+        return scores_VBK, own_rows(codes_AGK, scores_VBK.shape[1])
 
     def uses_queue(self, step: int) -> bool:
         """Whether the queue is full and may be used: known from the step, without a look at the device."""

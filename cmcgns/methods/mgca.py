@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -24,9 +24,9 @@ from cmcgns.data.batch import ImageReportBatch
 from cmcgns.distributed import all_gather
 from cmcgns.errors import UserError
 from cmcgns.methods.base import Losses, Method, SentenceAttention, column, in_full_precision, spread
+from cmcgns.methods.codes import Prototypes, codes_of_all_ranks, frozen_until, own_rows, swapped_loss
 from cmcgns.methods.contrastive import directed_losses
 from cmcgns.methods.loss_weights import LossWeight, weight_at
-from cmcgns.methods.sinkhorn import codes_of_all_ranks, own_rows, swapped_loss
 from cmcgns.methods.within_study import equal_weights, within_study_losses
 from cmcgns.models.attention import projection, unit
 from cmcgns.models.backbones import ImageEncoder
@@ -109,24 +109,8 @@ class MgcaOutputs(NamedTuple):
     """Weights of patches with sum 1 in each film, without gradient."""
     sentence_of_word_BT: Tensor
     """Which sentence a word belongs to, -1 for none."""
-    score_2BK: Tensor | None
-    """Cosines of films, then reports, and the learned prototypes."""
-    fixed_score_2BK: Tensor | None
-    """The same values, without gradient to the prototypes."""
-
-
-class Prototypes(nn.Module):
-    """K learned rows of length 1. They do not leave the module's forward, in which ZeRO-3 gathers them."""
-
-    def __init__(self, number: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(unit(torch.randn(number, dim)))
-
-    def forward(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines (N, K) of normalised rows and prototypes, with and without gradient to the prototypes."""
-        rows_ND, weight_KD = (part if part.dtype == torch.float64 else part.float() for part in (rows_ND, self.weight))
-        unit_KD = unit(weight_KD)
-        return rows_ND @ unit_KD.T, rows_ND @ unit_KD.detach().T
+    prototypes_KD: Tensor | None
+    """Unit rows; None if a clustering makes them."""
 
 
 class AttentiveTextEncoder(PooledTextEncoder):
@@ -177,7 +161,6 @@ class MgcaModel(DualEncoder):
         if self.settings.separator:
             word_mask_BT = mask_BT & (torch.arange(mask_BT.shape[1], device=mask_BT.device) > 0)
         image_BD = unit(self.image_projection(pooled_BC))
-        scores = (None, None) if self.prototypes is None else self.prototypes(torch.cat([image_BD, report_BD]))
         return MgcaOutputs(
             image_BD=image_BD,
             report_BD=report_BD,
@@ -188,8 +171,7 @@ class MgcaModel(DualEncoder):
             word_weight_BT=weight_BT,
             patch_weight_BP=patch_weight_BP,
             sentence_of_word_BT=owner_BT,
-            score_2BK=scores[0],
-            fixed_score_2BK=scores[1],
+            prototypes_KD=None if self.prototypes is None else self.prototypes(),
         )
 
     def _read_films(self, batch: ImageReportBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,24 +248,17 @@ class Mgca(Method[Settings]):
         self, outputs: MgcaOutputs, centroids_KD: Tensor | None, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of prototypes, how many have a study, and the share of studies whose film and report have the same."""
-        own, zero = self.settings, outputs.image_BD.sum() * 0.0
-        if outputs.score_2BK is not None and outputs.fixed_score_2BK is not None:
-            # the prototypes stay part of the graph: engines expect a gradient of each parameter
-            learned = outputs.score_2BK - outputs.fixed_score_2BK
-            score_2BK = outputs.fixed_score_2BK + float(step > own.freeze_steps) * learned
-        elif centroids_KD is None:
-            return zero, zero, zero
-        else:
-            score_2BK = torch.cat([outputs.image_BD, outputs.report_BD]) @ centroids_KD.to(zero.dtype).T
-        film_BK, report_BK = score_2BK.chunk(2)
-        film_GK, report_GK = codes_of_all_ranks((film_BK, report_BK), own.epsilon, own.rounds)
-        loss = swapped_loss(
-            film_BK, report_BK, own_rows(film_GK, len(film_BK)), own_rows(report_GK, len(film_BK)),
-            own.prototype_temperature,
-        )  # fmt: skip
-        most_2G = torch.stack([film_GK, report_GK]).argmax(-1)
-        used = torch.zeros_like(film_GK[0]).index_fill_(0, most_2G.flatten(), 1.0).sum()
-        return loss, used, (most_2G[0] == most_2G[1]).to(zero.dtype).mean()
+        own, rows_KD = self.settings, centroids_KD
+        if outputs.prototypes_KD is not None:
+            rows_KD = frozen_until(outputs.prototypes_KD, own.freeze_steps, step)
+        if rows_KD is None:
+            return (outputs.image_BD.sum() * 0.0,) * 3
+        score_2BK = torch.stack([outputs.image_BD, outputs.report_BD]) @ rows_KD.to(outputs.image_BD.dtype).T
+        code_2GK = codes_of_all_ranks(score_2BK, None, own.epsilon, own.rounds)
+        loss = swapped_loss(score_2BK, own_rows(code_2GK, score_2BK.shape[1]), own.prototype_temperature)
+        most_2G = code_2GK.argmax(-1)
+        used = torch.zeros_like(code_2GK[0, 0]).index_fill_(0, most_2G.flatten(), 1.0).sum()
+        return loss, used, (most_2G[0] == most_2G[1]).to(loss.dtype).mean()
 
     def attention(self, model: DualEncoder, outputs: Any) -> SentenceAttention:
         """A sentence's weights are the mean of its words'."""

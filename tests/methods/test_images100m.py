@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.methods.base import load_method
-from cmcgns.methods.codes import balanced_codes, sinkhorn, swapped_loss
+from cmcgns.methods.codes import codes_of_all_ranks, sinkhorn, swapped_loss
 from cmcgns.methods.images100m import CODED, Images100MOutputs, statistics
 from cmcgns.train.checkpoint import heads
 from tests.golden import EXACT, golden
@@ -40,7 +40,7 @@ def published(views: int, queue: bool = False) -> tuple[Tensor, Tensor, list[Ten
     rows_KD = unit_rows(raw[1])
     scores_VBK = raw[0] @ rows_KD.T
     queued_AQK = numbers["in.queue_2QD"] @ rows_KD.detach().T if queue else None
-    codes_ABK = balanced_codes(scores_VBK[:CODED].detach(), queued_AQK, 0.05, 3)
+    codes_ABK = codes_of_all_ranks(scores_VBK[:CODED].detach(), queued_AQK, 0.05, 3)
     return swapped_loss(scores_VBK, codes_ABK, 0.1), codes_ABK, raw
 
 
@@ -93,19 +93,19 @@ def test_codes_do_not_overflow_and_no_prototype_is_left_alone() -> None:
 def test_swapping_the_views_changes_nothing_and_codes_follow_the_studies() -> None:
     numbers = golden("swav")
     scores_VBK = numbers["out.scores_VBK"][:2]
-    codes_ABK = balanced_codes(scores_VBK, None, 0.05, 3)
-    swapped = balanced_codes(scores_VBK.flip(0), None, 0.05, 3)
+    codes_ABK = codes_of_all_ranks(scores_VBK, None, 0.05, 3)
+    swapped = codes_of_all_ranks(scores_VBK.flip(0), None, 0.05, 3)
     torch.testing.assert_close(swapped.flip(0), codes_ABK, **EXACT)
     torch.testing.assert_close(
         swapped_loss(scores_VBK.flip(0), swapped, 0.1), swapped_loss(scores_VBK, codes_ABK, 0.1), **EXACT
     )
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(balanced_codes(scores_VBK[:, order], None, 0.05, 3), codes_ABK[:, order], **EXACT)
+    torch.testing.assert_close(codes_of_all_ranks(scores_VBK[:, order], None, 0.05, 3), codes_ABK[:, order], **EXACT)
 
 
 def test_the_swapped_loss_is_a_loop_over_pairs_of_views() -> None:
     scores_VBK = golden("swav")["out.scores_VBK"]
-    codes_ABK = balanced_codes(scores_VBK[:2], None, 0.05, 3)
+    codes_ABK = codes_of_all_ranks(scores_VBK[:2], None, 0.05, 3)
     total = 0.0
     for a in range(2):
         for v in range(4):
@@ -130,7 +130,7 @@ def on_a_rank() -> dict[str, Any]:
         numbers["in.prototypes_KD"].clone().requires_grad_(),
     ]
     scores_VBK = raw[0] @ unit_rows(raw[1]).T
-    codes_ABK = balanced_codes(scores_VBK[:CODED].detach(), None, 0.05, 3)
+    codes_ABK = codes_of_all_ranks(scores_VBK[:CODED].detach(), None, 0.05, 3)
     loss = swapped_loss(scores_VBK, codes_ABK, 0.1)
     of_views, of_prototypes = torch.autograd.grad(loss, raw)
     alone = sinkhorn(scores_VBK[0].detach(), 0.05, 3)
@@ -171,7 +171,7 @@ def test_a_collapsed_encoder_is_named() -> None:
     views_VBE = F.normalize(torch.ones(2, 16, 8, dtype=torch.float64), dim=-1)
     prototypes_KE = unit_rows(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)).double())
     scores_VBK = views_VBE @ prototypes_KE.T
-    codes_ABK = balanced_codes(scores_VBK, None, 0.05, 3)
+    codes_ABK = codes_of_all_ranks(scores_VBK, None, 0.05, 3)
     torch.testing.assert_close(codes_ABK, torch.full_like(codes_ABK, 0.1), **EXACT)
     assert float(swapped_loss(scores_VBK, codes_ABK, 0.1)) >= math.log(10)
     equal = swapped_loss(torch.zeros_like(scores_VBK), codes_ABK, 0.1)
@@ -221,7 +221,7 @@ def test_the_queue_is_used_once_it_is_full() -> None:
     rows_KE = outputs.prototypes_KE.detach()
     for step, queued in ((4, None), (5, outputs.queue_AQE @ rows_KE.T)):
         scores_VBK = outputs.views_VBE.detach() @ rows_KE.T
-        expected = swapped_loss(scores_VBK, balanced_codes(scores_VBK, queued, 0.05, 3), 0.1)
+        expected = swapped_loss(scores_VBK, codes_of_all_ranks(scores_VBK, queued, 0.05, 3), 0.1)
         torch.testing.assert_close(method.losses(outputs, batch, {}, 1, step).total.detach(), expected, **EXACT)
 
 

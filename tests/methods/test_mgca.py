@@ -12,9 +12,9 @@ from cmcgns import distributed
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
 from cmcgns.methods.base import load_method
+from cmcgns.methods.codes import Prototypes, codes_of_all_ranks, own_rows, sinkhorn, swapped_loss
 from cmcgns.methods.contrastive import contrastive_loss, directed_losses
-from cmcgns.methods.mgca import MgcaOutputs, Prototypes, Settings, attended, clipped_weights, token_alignment_loss
-from cmcgns.methods.sinkhorn import codes_of_all_ranks, own_rows, sinkhorn, swapped_loss
+from cmcgns.methods.mgca import MgcaOutputs, Settings, attended, clipped_weights, token_alignment_loss
 from cmcgns.methods.within_study import equal_weights, within_study_losses
 from cmcgns.models.attention import unit
 from cmcgns.train.engine import build_engine
@@ -48,7 +48,7 @@ def outputs_of(kind: str, raw: list[Tensor], mask_BT: Tensor, weight_BT: Tensor)
         image_BD=unit(NUMBERS["in.image_BD"]), report_BD=unit(NUMBERS["in.report_BD"]),
         sentences_BSD=torch.zeros(6, 1, 16), patches_BPD=patches_BPD, words_BTD=words_BTD, word_mask_BT=mask_BT,
         word_weight_BT=weight_BT, patch_weight_BP=patch_weights(kind), sentence_of_word_BT=mask_BT.long() - 1,
-        score_2BK=None, fixed_score_2BK=None,
+        prototypes_KD=None,
     )  # fmt: skip
 
 
@@ -148,14 +148,12 @@ def test_codes_and_the_loss_of_prototypes_are_the_published_ones() -> None:
     raw = [NUMBERS[f"in.{name}"].clone().requires_grad_() for name in ("image_BD", "report_BD")]
     module = Prototypes(12, 16).double()
     module.weight.data = unit(NUMBERS["in.prototypes_KD"])
-    score_2BK, fixed_2BK = module(torch.cat([unit(each) for each in raw]))
-    assert torch.equal(score_2BK, fixed_2BK)
-    films, reports = score_2BK.chunk(2)
-    codes = codes_of_all_ranks((films, reports), 0.05, 3)
-    for code_BK, name, score_BK in zip(codes, ("image", "report"), (films, reports), strict=True):
+    score_2BK = torch.stack([unit(each) for each in raw]) @ module().T
+    codes = codes_of_all_ranks(score_2BK, None, 0.05, 3)
+    for code_BK, name, score_BK in zip(codes, ("image", "report"), score_2BK, strict=True):
         torch.testing.assert_close((score_BK / 0.05).exp().T, NUMBERS[f"resnet.kernel_{name}_KB"], rtol=1e-12, atol=0)
         torch.testing.assert_close(code_BK, NUMBERS[f"resnet.codes_{name}_BK"], **EXACT)
-    loss = swapped_loss(films, reports, *codes, 0.2)
+    loss = swapped_loss(score_2BK, codes, 0.2)
     torch.testing.assert_close(loss, NUMBERS["resnet.loss_cpa"], **EXACT)
     # the release rounds its codes to float32
     torch.testing.assert_close(loss, NUMBERS["resnet_as_published.loss_cpa"], rtol=0, atol=1e-8)
@@ -183,7 +181,7 @@ def own_codes() -> Tensor:
     size = 6 // distributed.world_size()
     films_BK = scores_of([NUMBERS["in.image_BD"]], unit(NUMBERS["in.prototypes_KD"]))[0]
     mine_BK = films_BK.split(size)[distributed.rank()]
-    return own_rows(codes_of_all_ranks((mine_BK,), 0.05, 3)[0], size)
+    return own_rows(codes_of_all_ranks(mine_BK.unsqueeze(0), None, 0.05, 3), size)[0]
 
 
 @pytest.mark.distributed
@@ -194,12 +192,12 @@ def test_two_ranks_have_the_codes_of_one_whole_batch() -> None:
 def test_weights_1_1_1_give_the_published_total_and_films_and_reports_are_interchangeable() -> None:
     config = small_config(method__name="mgca", objective__num_prototypes=12, objective__attended_patches="raw")
     outputs = outputs_of("vit", raw_parts(), torch.ones_like(REAL_BT), word_weights())
-    films_BK, reports_BK = scores_of([outputs.image_BD, outputs.report_BD], unit(NUMBERS["in.prototypes_KD"]))
+    prototypes_KD = unit(NUMBERS["in.prototypes_KD"])
     batch = random_batch(config, slice(0, 6))._replace(report_hash_B=torch.arange(6))
     losses = []
-    for pair in ([films_BK, reports_BK], [reports_BK, films_BK]):
-        scores_2BK = torch.cat(pair)
-        swapped = outputs._replace(score_2BK=scores_2BK, fixed_score_2BK=scores_2BK)
+    both = outputs.image_BD, outputs.report_BD
+    for image_BD, report_BD in (both, both[::-1]):
+        swapped = outputs._replace(image_BD=image_BD, report_BD=report_BD, prototypes_KD=prototypes_KD)
         losses.append(losses_of(config, swapped, batch, None).weighted)
     torch.testing.assert_close(losses[0]["loss_prototypes"], losses[1]["loss_prototypes"], **EXACT)
     published = NUMBERS["vit.loss_total_111"] - NUMBERS["vit.loss_cta"]
@@ -283,7 +281,7 @@ def test_centroids_of_the_pool_stand_in_for_prototypes_once_there_are_any() -> N
     centroids_KD = F.normalize(torch.randn(6, 32, dtype=torch.float64), dim=1)
     found = losses_of(config, outputs, batch, centroids_KD).weighted["loss_prototypes"]
     scores = scores_of([outputs.image_BD, outputs.report_BD], centroids_KD)
-    expected = swapped_loss(*scores, *(sinkhorn(each, 0.05, 3) for each in scores), 0.2)
+    expected = swapped_loss(torch.stack(scores), torch.stack([sinkhorn(each, 0.05, 3) for each in scores]), 0.2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 

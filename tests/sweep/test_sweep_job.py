@@ -1,5 +1,5 @@
-"""A small but complete sweep: one trial fails, the sweep is killed and resumed, all resources are free at the end, and best.yaml
-has the settings of its trial."""
+"""A small but complete sweep: one trial fails, the sweep is killed and resumed on another cluster, all resources are free at the
+end, and best.yaml has the settings of its trial."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ OPTIONS = (*SHORT, *SMALL, GRID, "--sweep.search=grid", "--sweep.scheduler=none"
 def test_a_killed_sweep_resumes_repeats_nothing_reports_failures_and_frees_everything(
     ray_head: RayHead, tmp_path: Path
 ) -> None:
-    job, folder = sweep(tmp_path, *OPTIONS, env=ray_head.environment), tmp_path / "sweep"
+    job, folder = sweep(tmp_path, *OPTIONS), tmp_path / "sweep"
     runs = folder / "trials"
     job.wait_for(lambda: len(rows(runs / "0002")) >= 2 and registered(runs / "0002"))
     job.kill()
