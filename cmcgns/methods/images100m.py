@@ -46,8 +46,8 @@ class Settings(MethodSettings):
     """Width of the hidden layer between encoder and prototypes."""
     projector_norm: Literal["centre", "batch", "none"] = "centre"
     """What keeps views apart at the start, when they are all similar: `centre` takes the mean over the microbatch of all ranks
-    from the projector's output, `batch` is batch normalisation of its hidden layer on each rank (published). With `none` all films
-    had one code after 25 steps, and kept it."""
+    from the projector's output, `batch` is batch normalisation of its hidden layer on each rank (published). With `none` all
+    films had one code after 25 steps, and kept it."""
     temperature: float = Field(0.1, gt=0.0)
     """Temperature of the predictions, never learned."""
     epsilon: float = Field(0.05, gt=0.0)
