@@ -44,8 +44,10 @@ class Settings(MethodSettings):
     """Width E of the space of the prototypes."""
     projector_width: PositiveInt = 2048
     """Width of the hidden layer between encoder and prototypes."""
-    projector_norm: Literal["none", "batch"] = "none"
-    """Batch normalisation of that layer (published): results then depend on `train.microbatch_size`."""
+    projector_norm: Literal["centre", "batch", "none"] = "centre"
+    """What keeps views apart at the start, when they are all similar: `centre` takes the mean over the microbatch of all ranks
+    from the projector's output, `batch` is batch normalisation of its hidden layer on each rank (published). With `none` all
+    films had one code after 25 steps, and kept it."""
     temperature: float = Field(0.1, gt=0.0)
     """Temperature of the predictions, never learned."""
     epsilon: float = Field(0.05, gt=0.0)
@@ -61,8 +63,7 @@ class Settings(MethodSettings):
     """Films of earlier microbatches of all ranks that are balanced together with those of this one; 0: none. It is used as soon
     as it is full."""
     queue_from_step: int = Field(0, ge=0)
-    """First step that may use the queue (published: epoch 15). In the first steps features move so fast that those of the queue
-    are told apart from the new ones instead of films from each other."""
+    """First step that may use the queue (published: epoch 15)."""
     views: ViewSettings = ViewSettings()
     """Strengths of the random views: `{rotation: 5, blur_share: 0}`. `data.augment_*` has no effect on views."""
     num_views: int = Field(2, ge=2)
@@ -142,7 +143,10 @@ class Images100MModel(DualEncoder):
         views_VBE, pooled_BC = None, None
         if batch.view_VB1HW is not None:
             pooled = self.image_encoder(batch.view_VB1HW.flatten(0, 1))[1]
-            views_VBE = unit(self.projector(pooled)).unflatten(0, batch.view_VB1HW.shape[:2])
+            rows_NE = self.projector(pooled)
+            if self.settings.projector_norm == "centre":
+                rows_NE = rows_NE - mean_of_ranks(rows_NE)
+            views_VBE = unit(rows_NE).unflatten(0, batch.view_VB1HW.shape[:2])
             pooled_BC = pooled[: batch.studies]
         if not self.training or pooled_BC is None:
             _, image_BD = self.embed_images(batch.image_B1HW)
@@ -246,6 +250,13 @@ class Images100M(Method[Settings]):
 
 
 METHOD = Images100M
+
+
+def mean_of_ranks(rows_NE: Tensor) -> Tensor:
+    """Mean of the rows of all ranks, (E,), without gradient. Collective."""
+    wide = torch.promote_types(rows_NE.dtype, torch.float32)
+    mean_E = distributed.all_reduce(rows_NE.detach().mean(0, dtype=wide)) / distributed.world_size()
+    return mean_E.to(rows_NE.dtype)
 
 
 @cache
