@@ -68,7 +68,7 @@ class AblationFile(Section):
     """Config of all variants; path relative to this file."""
     seeds: tuple[int, ...] = Field(min_length=1)
     variants: dict[str, dict[str, Any] | None] = Field(min_length=2)
-    """Settings of each variant that differ from the base."""
+    """Settings of each variant that differ from the base; or `extends`, a config that it starts from instead of the base."""
     compare_with: dict[str, str] = {}
     """The variant with which one is compared: `{variant: other}`; by default the one before it."""
 
@@ -90,9 +90,12 @@ def read_ablation(path: str) -> Ablation:
     folder = path.rpartition("/")[0] or "."
     base = read_yaml(storage.join(folder, content.base), "evaluate.ablation base") if content.base else {}
     configs = {}
-    for name, settings in content.variants.items():
+    for name, given in content.variants.items():
+        settings = dict(given or {})
+        start = settings.pop("extends", None)
         try:
-            configs[name] = resolve(copy.deepcopy(base), dict(settings or {}), Config)
+            below = copy.deepcopy(base) if start is None else read_yaml(str(start), "extends")
+            configs[name] = resolve(below, settings, Config)
         except UserError as error:
             raise UserError(f"evaluate.ablation {path}: variant {name}: {error}") from None
     complaint = _complaint(configs, content)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import yaml
 from cmcgns.errors import UserError
 from cmcgns.evaluate.ablation import gains, over_seeds, read_ablation, run_name
 from cmcgns.evaluate.scores import Score
+from cmcgns.methods import METHODS
 from cmcgns.run_folder import RunFolder
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import REPOSITORY, run_here
@@ -35,6 +37,35 @@ def test_the_file_that_we_ship_holds_the_parts_of_the_method_in_turn() -> None:
     assert all(other.objective.local_film_weight > 0 for other in others)
     assert {other.objective.film_guidance for other in others} == {"exclude", "soft", "hard"}
     assert [bool(other.train.stage2_steps) for other in others] == [False] * (len(others) - 1) + [True]
+
+
+def test_the_comparison_of_methods_has_every_method_on_the_same_data_for_the_same_steps() -> None:
+    ablation = read_ablation(str(REPOSITORY / "jobs" / "methods.yaml"))
+    assert {name: config.method.name for name, config in ablation.variants.items()} == {name: name for name in METHODS}
+    assert set(ablation.compared_with.values()) == {"infonce"}
+    first, *others = ablation.variants.values()
+    for other in others:
+        assert (other.data, other.model) == (first.data, first.model)
+    trains = [config.train.model_dump() for config in ablation.variants.values()]
+    steps = [sum(train.pop(f"stage{stage}_steps") or 0 for stage in (1, 2, 3)) for train in trains]
+    assert set(steps) == {830}
+    for train in trains:
+        del train["stage2_learned_rate"]  # of methods with several stages
+        assert train == trains[0]
+
+
+def test_a_variant_may_start_from_another_config_than_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "ablation.yaml"
+    tiny = {"extends": "phantom-tiny"}
+    written: dict[str, Any] = {"seeds": [0], "variants": {"A": tiny, "B": tiny | LENGTH}}
+    path.write_text(yaml.safe_dump(written))
+    first, second = read_ablation(str(path)).variants.values()
+    assert first.data == second.data
+    assert (first.train.stage1_steps, second.train.stage1_steps) == (40, LENGTH["train.stage1_steps"])
+    written["variants"]["B"]["extends"] = "phantom-tinny"
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(UserError, match=r"variant B: extends phantom-tinny: .*check the path"):
+        read_ablation(str(path))
 
 
 def test_a_run_goes_on_where_it_has_begun(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.methods.base import load_method
-from cmcgns.methods.codes import codes_of_all_ranks, sinkhorn, swapped_loss
+from cmcgns.methods.codes import codes_of_all_ranks, own_rows, sinkhorn, swapped_loss
 from cmcgns.methods.images100m import CODED, Images100MOutputs, statistics
 from cmcgns.train.checkpoint import heads
 from tests.golden import EXACT, golden
@@ -40,7 +40,8 @@ def published(views: int, queue: bool = False) -> tuple[Tensor, Tensor, list[Ten
     rows_KD = unit_rows(raw[1])
     scores_VBK = raw[0] @ rows_KD.T
     queued_AQK = numbers["in.queue_2QD"] @ rows_KD.detach().T if queue else None
-    codes_ABK = codes_of_all_ranks(scores_VBK[:CODED].detach(), queued_AQK, 0.05, 3)
+    codes_AGK = codes_of_all_ranks(scores_VBK[:CODED], queued_AQK, 0.05, 3)
+    codes_ABK = own_rows(codes_AGK, scores_VBK.shape[1])
     return swapped_loss(scores_VBK, codes_ABK, 0.1), codes_ABK, raw
 
 
