@@ -131,7 +131,7 @@ def on_a_rank() -> dict[str, Any]:
         numbers["in.prototypes_KD"].clone().requires_grad_(),
     ]
     scores_VBK = raw[0] @ unit_rows(raw[1]).T
-    codes_ABK = codes_of_all_ranks(scores_VBK[:CODED].detach(), None, 0.05, 3)
+    codes_ABK = own_rows(codes_of_all_ranks(scores_VBK[:CODED], None, 0.05, 3), scores_VBK.shape[1])
     loss = swapped_loss(scores_VBK, codes_ABK, 0.1)
     of_views, of_prototypes = torch.autograd.grad(loss, raw)
     alone = sinkhorn(scores_VBK[0].detach(), 0.05, 3)
