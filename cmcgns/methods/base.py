@@ -8,16 +8,18 @@ B studies on this rank, S sentences (padded), P patches, n rows to cluster, K ce
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from cmcgns.config import Bank, Config, MethodSettings, method_module
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.data.views import ViewSettings
 from cmcgns.errors import UserError
 from cmcgns.models.dual_encoder import DualEncoder
+
+if TYPE_CHECKING:
+    from cmcgns.data.views import ViewSettings  # settings need pydantic, the GPU benchmark has none
 
 
 class BankCentroids(dict[str, Tensor | None]):
@@ -82,7 +84,7 @@ class Method(ABC, Generic[SettingsT]):
         self.settings: SettingsT = config.objective  # type: ignore[assignment]
 
     @property
-    def views(self) -> tuple[int, ViewSettings] | None:
+    def views(self) -> "tuple[int, ViewSettings] | None":
         """Number and strengths of the random views of each film, ``batch.view_VB1HW``; None for a method without views."""
         return None
 
