@@ -68,6 +68,7 @@ def running_head(cpus: int = 2, object_store_mib: int = 400) -> Iterator[RayHead
         # jobs of the cluster say `python`: let it be the one that runs the tests
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        "REPORTER_UPDATE_INTERVAL_MS": "60000",  # nobody looks at the statistics of processes
     }
     with (folder / "start.log").open("wb") as log:
         process = subprocess.Popen(
@@ -76,7 +77,7 @@ def running_head(cpus: int = 2, object_store_mib: int = 400) -> Iterator[RayHead
                 f"--num-cpus={cpus}", f"--object-store-memory={object_store_mib * MIB}",
                 f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={free_port()}",
                 f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={folder}/r",
-                f"--system-config={json.dumps(KEEP_PROCESSES)}",
+                f"--system-config={json.dumps(KEEP_PROCESSES)}", "--include-log-monitor=False",
             ],
             env={**os.environ, **own} | {"RAY_ADDRESS": ""},
             stdout=log,
