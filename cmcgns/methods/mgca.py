@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from cmcgns import distributed
 from cmcgns.config import Bank, MethodSettings, ModelConfig
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.distributed import all_gather
+from cmcgns.distributed import all_reduce
 from cmcgns.errors import UserError
 from cmcgns.methods.base import Losses, Method, SentenceAttention, column, in_full_precision, spread
 from cmcgns.methods.codes import Prototypes, codes_of_all_ranks, frozen_until, own_rows, swapped_loss
@@ -239,7 +239,7 @@ class Mgca(Method[Settings]):
         weighted = {name: weight_at(weights[name], step) * term for name, term in terms.items()}
         total = sum(weighted.values(), start=torch.zeros_like(tokens))
         image_BD, report_BD = wide.image_BD.detach(), wide.report_BD.detach()
-        cosine = image_BD.mean(0) @ all_gather(report_BD).mean(0)
+        cosine = image_BD.mean(0) @ all_reduce(report_BD.mean(0)) / distributed.world_size()
         statistics = column(cosine, used, agreement, spread(wide.patches_BPD), spread(attended_BPD))
         bank_rows = {bank.name: torch.cat([image_BD, report_BD]) for bank in self.banks}
         return Losses(total, column(total, *terms.values()), statistics, bank_rows, weighted)

@@ -1,5 +1,7 @@
 """Whole films against whole texts: drawn sentences, pooling, frozen layers, and SigLIP's loss against a loop."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,8 +107,9 @@ def test_pooling_is_that_of_a_loop_over_tokens_without_padding(pooling: str) -> 
             torch.testing.assert_close(outputs.sentences_BSD[study, s], expected_D, **EXACT)
 
 
-def test_frozen_layers_stay_bit_equal_and_out_of_the_optimizer() -> None:
-    config = small_config(method__name="convirt", objective__frozen_text_layers=1, engine="torch", zero_stage=0)
+@pytest.mark.parametrize("more", [{"method__name": "convirt"}, {"method__name": "lovt", "objective__hidden": 64}])
+def test_frozen_layers_stay_bit_equal_and_out_of_the_optimizer(more: dict[str, Any]) -> None:
+    config = small_config(objective__frozen_text_layers=1, engine="torch", zero_stage=0, **more)
     method, batch = load_method(config), random_batch(config, slice(0, 6))
     engine = build_engine(small_model(config), config.train, torch.device("cpu"), method.frozen(1))
     before = engine.weights()

@@ -61,7 +61,7 @@ def test_a_machine_has_a_name_a_home_and_a_login_by_key(hosts: dict[str, Host]) 
         *SSH, "h2", "hostname; hostname -i; ls -d ~/.ssh; python3 -c 'import os; print(os.getpid())'"
     )
     name, address, home, pid = said.stdout.split()
-    assert (name, address, home) == ("h2", hosts["h2"].address, "/root/.ssh")
+    assert (name, address, home) == ("h2", hosts["h2"].address, str(Path("~root").expanduser() / ".ssh"))
     assert int(pid) < 1000  # of few: the processes of other machines are not there
     assert hosts["h1"].run("ls", "/tmp/ray").stdout == ""
 
