@@ -1,31 +1,17 @@
-"""Typed settings of the jobs: one model per section, each key with its unit, and checks across sections.
+"""The sections of settings of the jobs, each key with its unit.
 
 Sizes are in studies (one image-report pair) and named for their owner; lengths in pixels, tokens or steps.
 """
 
 from collections.abc import Iterable
-from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    SerializeAsAny,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from cmcgns.errors import UserError
-from cmcgns.methods import METHODS as METHODS
-from cmcgns.plugins import is_plugin, load_plugin
+from cmcgns.methods import METHODS
 
 FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
 """Supported layouts of a corpus."""
-MIN_BANK = 1024
-"""Minimum number of rows in a bank before clustering may start, even with few clusters."""
 
 
 class Section(BaseModel):
@@ -139,80 +125,6 @@ class MethodConfig(Section):
         description=f"Pretraining method: {', '.join(METHODS)}, or your own as `package.module` or `path/to/file.py` "
         "(docs/methods.md). It defines the keys of `objective`.",
     )
-
-
-class Bank(NamedTuple):
-    """Features that are clustered during training."""
-
-    name: str
-    num_clusters: int
-    """Centroids K."""
-    dim: int
-    """Dimension D."""
-    setting: str
-    """Name of the setting that gives K, for messages."""
-    start_statistic: str | None
-    """Clustering starts once this statistic of the method is at most `clustering.start_cosine`. None: as soon as the bank has
-    enough rows, whatever the warm-up and `clustering.start_step` say, since nothing is learned before."""
-    per_sentence: bool = True
-    """Rows belong to sentences; otherwise to studies."""
-    rows_each: int = 1
-    """Rows of each sentence or study."""
-    moves: bool = True
-    """Each step moves the centroids by `clustering.momentum`; otherwise they only change with a new version."""
-
-
-class MethodSettings(Section):
-    """The section `objective` of one method. Its module exports a subclass as `Settings` (see ``cmcgns.methods.base``)."""
-
-    stages: ClassVar[int] = 1
-    """Number of training stages, 1 to 3."""
-
-    def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
-        """The banks that the method clusters; without banks no clustering actor starts."""
-        return ()
-
-    def complaints(self) -> Iterable[str]:
-        """Settings that conflict, one sentence each, with the fix."""
-        return ()
-
-    def needs_reports(self) -> str | None:
-        """The setting because of which the method learns from reports; None if it learns from films alone."""
-        return "method.name"
-
-    def sweep_space(self, sentences: int) -> dict[str, Any]:
-        """Default search space of a sweep, in the form of `sweep.space`, for a corpus with ``sentences`` training sentences."""
-        return {"objective.temperature": {"log_uniform": [0.02, 0.5]}} if hasattr(self, "temperature") else {}
-
-
-def foreign_modules(settings: dict[str, Any]) -> dict[str, str]:
-    """Modules that unvalidated ``settings`` would execute and that are not ours, by setting."""
-    value = lambda section, key: (settings[section] if isinstance(settings.get(section), dict) else {}).get(key)
-    named = {
-        "method.name": (value("method", "name"), METHODS),
-        "data.format": (value("data", "format"), FORMATS),
-        "clustering.clusterer": (value("clustering", "clusterer"), ("kmeans",)),
-    }
-    found = {key: name for key, (name, ours) in named.items() if isinstance(name, str) and name not in ours}
-    encoder = value("model", "image_encoder")
-    return found | ({"model.image_encoder": encoder} if isinstance(encoder, str) and is_plugin(encoder) else {})
-
-
-def method_module(name: str) -> ModuleType:
-    """The module of a method, with ``Settings`` and ``METHOD``."""
-    module = load_plugin("method.name", name, METHODS)
-    settings = getattr(module, "Settings", None)  # not METHOD: reading it may import torch
-    if not (isinstance(settings, type) and issubclass(settings, MethodSettings)):
-        raise UserError(
-            f"method.name {name} defines no method: it needs `Settings`, a MethodSettings, and `METHOD` (docs/methods.md)"
-        )
-    return module
-
-
-def method_settings(name: str) -> type[MethodSettings]:
-    """The settings class of a method, the type of section ``objective``."""
-    settings: type[MethodSettings] = method_module(name).Settings
-    return settings
 
 
 class PoolConfig(Section):
@@ -361,116 +273,3 @@ class RunConfig(Section):
         """Settings that conflict."""
         if self.resume and self.name and self.resume != self.name:
             yield f"run.resume {self.resume} keeps the name of that run; remove run.name {self.name}"
-
-
-class RunSections(Section):
-    """The sections of a pretraining run, each validated separately."""
-
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    method: MethodConfig = MethodConfig()
-    objective: SerializeAsAny[MethodSettings] = Field(default_factory=dict, validate_default=True)
-    clustering: ClusteringConfig = ClusteringConfig()
-    train: TrainConfig = TrainConfig()
-    run: RunConfig = RunConfig()
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def settings_of_the_method(cls, given: Any, info: ValidationInfo) -> MethodSettings:
-        if "method" not in info.data:
-            return MethodSettings()  # method.name has already been refused
-        settings = method_settings(info.data["method"].name)
-        return settings.model_validate(given if isinstance(given, dict) else given.model_dump())
-
-    @property
-    def banks(self) -> tuple[Bank, ...]:
-        """The banks that the method clusters."""
-        return self.objective.banks(self.model)
-
-    @property
-    def pool_actors(self) -> int:
-        """Clustering actors of the run, which all banks share."""
-        return self.clustering.actors if self.banks else 0
-
-
-class Config(RunSections):
-    """All settings of a pretraining run."""
-
-    @model_validator(mode="after")
-    def parts_work_together(self) -> Self:
-        for complaint in self._complaints():
-            raise ValueError(complaint)
-        return self
-
-    def _complaints(self) -> Iterable[str]:
-        data, train, clustering = self.data, self.train, self.clustering
-        block = train.microbatch_size * train.num_workers
-        if train.global_batch_size % block:
-            below = train.global_batch_size // block * block
-            near = [str(size) for size in (below, below + block) if size]
-            yield (
-                f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x num_workers "
-                f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
-            )
-        if data.image_size > data.resize:
-            yield (
-                f"data.image_size {data.image_size} is larger than data.resize {data.resize}; lower data.image_size or raise "
-                "data.resize"
-            )
-        needs = self.objective.needs_reports()
-        if not data.reports and needs is not None:
-            section, _, key = needs.partition(".")
-            given = getattr(getattr(self, section), key)
-            yield (
-                f"data.reports false: {needs} {given} learns from reports; set data.reports=true, or choose one that learns from "
-                "films alone"
-            )
-        least_ahead = max(8 * block, 2 * train.global_batch_size, 2 * data.window_size)
-        if data.studies_ahead is not None and data.studies_ahead < least_ahead:
-            yield (
-                f"data.studies_ahead {data.studies_ahead} starves training; give at least {least_ahead}, the largest of 8 "
-                f"microbatches of each worker (8 x {block}), 2 global batches (2 x {train.global_batch_size}) and 2 windows "
-                f"(2 x {data.window_size})"
-            )
-        for bank in self.banks:
-            clusters, rows = bank.num_clusters, max(4 * bank.num_clusters, MIN_BANK)
-            if rows > clustering.bank_size:
-                yield (
-                    f"{bank.setting} {clusters} needs clustering.bank_size of at least "
-                    f"max(4 x {clusters}, {MIN_BANK}) = {rows}, not {clustering.bank_size}"
-                )
-        yield from self._stage_complaints()
-        if train.precision == "fp16" and not train.use_gpu:
-            yield "train.precision fp16 needs train.use_gpu=true; on a CPU use fp32 or bf16"
-        if train.sync_batchnorm and not train.use_gpu:
-            yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
-        if train.overlap_comm and not train.zero_stage:
-            yield "train.overlap_comm needs ZeRO: set train.zero_stage to 1, 2 or 3, or remove train.overlap_comm"
-        if train.log_term_gradients and train.engine != "torch":
-            # DeepSpeed's hooks take every backward pass for one of the step
-            yield "train.log_term_gradients needs train.engine=torch and train.zero_stage=0, not DeepSpeed"
-        if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
-            yield (
-                "train.engine torch supports neither ZeRO nor fp16: set train.zero_stage=0 and train.precision to fp32 or bf16"
-            )
-        yield from self.objective.complaints()
-        yield from clustering.complaints()
-        yield from self.run.complaints()
-
-    def _stage_complaints(self) -> Iterable[str]:
-        train = self.train
-        stages = self.objective.stages
-        for stage in range(stages + 1, 4):
-            steps, epochs = (getattr(train, f"stage{stage}_{unit}") for unit in ("steps", "epochs"))
-            if steps or epochs:
-                given, has = f"steps {steps}" if steps else f"epochs {epochs}", ("one stage", "two stages")[stages - 1]
-                yield (
-                    f"method {self.method.name} has {has}, so train.stage{stage}_{given} does not apply; set "
-                    f"train.stage{stage}_steps=0"
-                )
-        pairs = (*(f"stage{stage}" for stage in range(1, stages + 1)), "warmup")
-        for pair in pairs:
-            steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")
-            if (steps is None) == (epochs is None):
-                given = "neither" if steps is None else f"{steps} and {epochs}"
-                yield f"give exactly one of train.{pair}_steps and train.{pair}_epochs, not {given}"

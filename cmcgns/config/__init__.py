@@ -1,0 +1,161 @@
+"""Typed settings of the jobs: a model for each section, and the checks across sections."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+
+from cmcgns.config.method import Bank, MethodSettings, foreign_modules, method_module, method_settings
+from cmcgns.config.sections import (
+    FORMATS,
+    RUN_NAME,
+    ClusteringConfig,
+    CorpusConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    PoolConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
+from cmcgns.methods import METHODS
+
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "MIN_BANK",
+    "RUN_NAME",
+    "Bank",
+    "ClusteringConfig",
+    "Config",
+    "CorpusConfig",
+    "DataConfig",
+    "MethodConfig",
+    "MethodSettings",
+    "ModelConfig",
+    "PoolConfig",
+    "RunConfig",
+    "RunSections",
+    "Section",
+    "TrainConfig",
+    "foreign_modules",
+    "method_module",
+    "method_settings",
+]
+
+MIN_BANK = 1024
+"""Minimum number of rows in a bank before clustering may start, even with few clusters."""
+
+
+class RunSections(Section):
+    """The sections of a pretraining run, each validated separately."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    objective: SerializeAsAny[MethodSettings] = Field(default_factory=dict, validate_default=True)
+    clustering: ClusteringConfig = ClusteringConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def settings_of_the_method(cls, given: Any, info: ValidationInfo) -> MethodSettings:
+        if "method" not in info.data:
+            return MethodSettings()  # method.name has already been refused
+        settings = method_settings(info.data["method"].name)
+        return settings.model_validate(given if isinstance(given, dict) else given.model_dump())
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """The banks that the method clusters."""
+        return self.objective.banks(self.model)
+
+    @property
+    def pool_actors(self) -> int:
+        """Clustering actors of the run, which all banks share."""
+        return self.clustering.actors if self.banks else 0
+
+
+class Config(RunSections):
+    """All settings of a pretraining run."""
+
+    @model_validator(mode="after")
+    def parts_work_together(self) -> Self:
+        for complaint in self._complaints():
+            raise ValueError(complaint)
+        return self
+
+    def _complaints(self) -> Iterable[str]:
+        data, train, clustering = self.data, self.train, self.clustering
+        block = train.microbatch_size * train.num_workers
+        if train.global_batch_size % block:
+            below = train.global_batch_size // block * block
+            near = [str(size) for size in (below, below + block) if size]
+            yield (
+                f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x num_workers "
+                f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
+            )
+        if data.image_size > data.resize:
+            yield (
+                f"data.image_size {data.image_size} is larger than data.resize {data.resize}; lower data.image_size or raise "
+                "data.resize"
+            )
+        needs = self.objective.needs_reports()
+        if not data.reports and needs is not None:
+            section, _, key = needs.partition(".")
+            given = getattr(getattr(self, section), key)
+            yield (
+                f"data.reports false: {needs} {given} learns from reports; set data.reports=true, or choose one that learns from "
+                "films alone"
+            )
+        least_ahead = max(8 * block, 2 * train.global_batch_size, 2 * data.window_size)
+        if data.studies_ahead is not None and data.studies_ahead < least_ahead:
+            yield (
+                f"data.studies_ahead {data.studies_ahead} starves training; give at least {least_ahead}, the largest of 8 "
+                f"microbatches of each worker (8 x {block}), 2 global batches (2 x {train.global_batch_size}) and 2 windows "
+                f"(2 x {data.window_size})"
+            )
+        for bank in self.banks:
+            clusters, rows = bank.num_clusters, max(4 * bank.num_clusters, MIN_BANK)
+            if rows > clustering.bank_size:
+                yield (
+                    f"{bank.setting} {clusters} needs clustering.bank_size of at least "
+                    f"max(4 x {clusters}, {MIN_BANK}) = {rows}, not {clustering.bank_size}"
+                )
+        yield from self._stage_complaints()
+        if train.precision == "fp16" and not train.use_gpu:
+            yield "train.precision fp16 needs train.use_gpu=true; on a CPU use fp32 or bf16"
+        if train.sync_batchnorm and not train.use_gpu:
+            yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
+        if train.overlap_comm and not train.zero_stage:
+            yield "train.overlap_comm needs ZeRO: set train.zero_stage to 1, 2 or 3, or remove train.overlap_comm"
+        if train.log_term_gradients and train.engine != "torch":
+            # DeepSpeed's hooks take every backward pass for one of the step
+            yield "train.log_term_gradients needs train.engine=torch and train.zero_stage=0, not DeepSpeed"
+        if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
+            yield (
+                "train.engine torch supports neither ZeRO nor fp16: set train.zero_stage=0 and train.precision to fp32 or bf16"
+            )
+        yield from self.objective.complaints()
+        yield from clustering.complaints()
+        yield from self.run.complaints()
+
+    def _stage_complaints(self) -> Iterable[str]:
+        train = self.train
+        stages = self.objective.stages
+        for stage in range(stages + 1, 4):
+            steps, epochs = (getattr(train, f"stage{stage}_{unit}") for unit in ("steps", "epochs"))
+            if steps or epochs:
+                given, has = f"steps {steps}" if steps else f"epochs {epochs}", ("one stage", "two stages")[stages - 1]
+                yield (
+                    f"method {self.method.name} has {has}, so train.stage{stage}_{given} does not apply; set "
+                    f"train.stage{stage}_steps=0"
+                )
+        pairs = (*(f"stage{stage}" for stage in range(1, stages + 1)), "warmup")
+        for pair in pairs:
+            steps, epochs = getattr(train, f"{pair}_steps"), getattr(train, f"{pair}_epochs")
+            if (steps is None) == (epochs is None):
+                given = "neither" if steps is None else f"{steps} and {epochs}"
+                yield f"give exactly one of train.{pair}_steps and train.{pair}_epochs, not {given}"
