@@ -39,6 +39,15 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder of its own, without settings for Ray's token."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
 def local_folder(variable: str, name: str) -> Path:
     """A folder of real data outside the repository; skips where it is not at hand."""
     folder = Path(os.environ.get(variable) or Path(__file__).parents[2] / "shared" / name)

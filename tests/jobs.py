@@ -24,12 +24,14 @@ TIMEOUT_S = 900
 class Running:
     """A command that runs; its output goes to a file in ``folder``."""
 
-    def __init__(self, folder: Path, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, command: Sequence[str], env: dict[str, str] | None = None, cwd: Path = REPOSITORY
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / f"output-{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | (env or {}),
             )  # fmt: skip
 
@@ -89,9 +91,11 @@ class Job(Running):
         config: Path | None = TINY,
         env: dict[str, str] | None = None,
         job: str = "jobs/pretrain.py",
+        cwd: Path = REPOSITORY,
     ) -> None:
         settings = [] if config is None else ["--config", str(config)]
-        super().__init__(storage, [sys.executable, job, *settings, f"--run.storage={storage}", *arguments], env)
+        command = [sys.executable, str(REPOSITORY / job), *settings, f"--run.storage={storage}", *arguments]
+        super().__init__(storage, command, env, cwd)
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the Ray Train workers."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.jobs import Job, registered, result, rows
+from tests.jobs import REPOSITORY, Job, registered, result, rows
 
 STEPS = (
     "--run.name=run", "--data.phantom_studies=130", "--train.stage1_steps=14", "--train.stage2_steps=6",
@@ -24,9 +24,9 @@ def run_undisturbed(storage: Path) -> Path:
     return storage / "run"
 
 
-def start(storage: Path, steps: int, *more: str) -> Job:
+def start(storage: Path, steps: int, *more: str, cwd: Path = REPOSITORY) -> Job:
     """A run that has done ``steps`` steps and can go on from a checkpoint."""
-    job = Job(storage, *STEPS, *more)
+    job = Job(storage, *STEPS, *more, cwd=cwd)
     # Ray Train's controller counts a checkpoint a second or two after the ranks have written it
     job.wait_for(lambda: len(rows(storage / "run")) >= steps and registered(storage / "run"))
     return job

@@ -10,9 +10,10 @@ import pytest
 
 from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from tests.jobs import Job, check_failed, checkpoints, result, rows
-from tests.train.test_failed_runs import QUICK
 
 pytestmark = pytest.mark.ray
+
+QUICK = ("--run.name=run", "--train.log_every=1", "--train.checkpoint_every=5", "--train.warmup_steps=0")
 
 
 def test_too_many_bad_rows_end_the_run_with_their_number_and_reasons(tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_full_disk_fails_the_run_keeps_the_last_whole_checkpoint_and_the_run_g
 
 
 def test_a_loss_that_is_not_finite_on_two_ranks_of_deepspeed_ends_the_run_without_a_restart(tmp_path: Path) -> None:
-    """The twin in ``make test`` has one rank of plain torch."""
+    """The twin is a trial of ``tests/sweep/test_sweep_job.py``, one rank of plain torch."""
     job = Job(tmp_path, *QUICK, "--train.learning_rate=1e30", "--train.gradient_clip=0")
     said = check_failed(job, tmp_path / "run", "is not finite", "the weights are those of step")
     assert "resuming after" not in said

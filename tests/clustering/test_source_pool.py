@@ -77,7 +77,7 @@ def check_agreement(rows: int, actors: int) -> None:
 
 
 def test_a_pool_agrees_with_one_array_bit_for_bit() -> None:
-    check_agreement(ROWS, actors=3)
+    check_agreement(ROWS, actors=2)
 
 
 def check_survival(folder: Path, lost: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -96,11 +96,10 @@ def check_survival(folder: Path, lost: list[int], caplog: pytest.LogCaptureFixtu
         assert f"clustering actor {i} has read its" in caplog.text
 
 
-@pytest.mark.parametrize("lost", [[1], [0, 2]])
-def test_a_fit_whose_actors_are_killed_ends_with_the_same_centroids(
-    lost: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_fit_two_of_whose_three_actors_are_killed_ends_with_the_same_centroids(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    check_survival(write_parquet(tmp_path, heavy_tailed(ROWS), [0, 2500, ROWS]), lost, caplog)
+    check_survival(write_parquet(tmp_path, heavy_tailed(ROWS), [0, 2500, ROWS]), [0, 2], caplog)
 
 
 def test_an_actor_that_is_lost_too_often_ends_the_fit_with_the_fix(tmp_path: Path) -> None:
@@ -132,8 +131,8 @@ def test_a_row_without_direction_is_refused_with_shard_and_row() -> None:
 
 
 def test_more_shards_than_rows_leave_some_empty_and_change_nothing(tmp_path: Path) -> None:
-    rows_ND = heavy_tailed(3)
-    with pool_over(parquet_sources(write_parquet(tmp_path, rows_ND, [0, 3]), 5)) as pool:
+    rows_ND = heavy_tailed(2)
+    with pool_over(parquet_sources(write_parquet(tmp_path, rows_ND, [0, 2]), 3)) as pool:
         found = kmeans(pool.rows, pool.rows.subset(2, 0), 3, 0.0)
     whole = RowArray(rows_ND, assign=numpy_assign)
     assert np.array_equal(found.centroids_KD, kmeans(whole, whole.subset(2, 0), 3, 0.0).centroids_KD)

@@ -1,4 +1,7 @@
-"""Every method on several ranks: one global batch gives one loss and gradient, and every ZeRO stage trains alike."""
+"""Every method on several ranks: one global batch gives one loss and gradient, and every ZeRO stage trains alike.
+
+Here on three ranks and over eight steps; ``tests/acceptance/test_ranks.py`` adds two ranks and twenty steps.
+"""
 
 from typing import Any
 
@@ -19,7 +22,7 @@ from tests.jobs import REPOSITORY
 from tests.ranks import run_on_ranks
 from tests.small import VOCABULARY, losses_of, random_batch, small_config, small_model
 
-GLOBAL_BATCH, STEPS = 6, 20
+GLOBAL_BATCH, STEPS = 6, 8
 OTHERS = [name for name in METHODS if name != MethodConfig().name]
 """Methods but the default, whose engines are compared in tests/train/test_engine.py and whose variants are below."""
 SMALLER: dict[str, dict[str, Any]] = {
@@ -131,7 +134,7 @@ def all_of_them() -> dict[str, Found]:
     return {name: loss_and_gradients(name) for name in CONFIGS}
 
 
-def trained(name: str, engine: str, text_encoder: str) -> list[float]:
+def trained(name: str, engine: str, text_encoder: str, steps: int) -> list[float]:
     """The loss of each step of one method with one engine, from a stream of batches that repeats after four."""
     world = distributed.world_size()
     config = small_config(
@@ -143,7 +146,7 @@ def trained(name: str, engine: str, text_encoder: str) -> list[float]:
     built = build_engine(small_model(config), config.train, torch.device("cpu"), load_method(config).frozen(stage))
     built.module.train()
     losses, rows = [], rows_of_ranks()
-    for step in range(STEPS):
+    for step in range(steps):
         batch = random_batch(config, rows[distributed.rank()], step % 4, rows)
         loss = losses_of(config, built(batch, stage), batch, centroids(), stage).total
         built.backward(loss, last=True)
@@ -174,8 +177,8 @@ def largest_block() -> int:
     return seen.pairs
 
 
-def with_every_engine(name: str, text_encoder: str) -> dict[str, list[float]]:
-    return {engine: trained(name, engine, text_encoder) for engine in ENGINES}
+def with_every_engine(name: str, text_encoder: str, steps: int) -> dict[str, list[float]]:
+    return {engine: trained(name, engine, text_encoder, steps) for engine in ENGINES}
 
 
 @pytest.fixture(scope="module", name="single")
@@ -195,28 +198,29 @@ def fixture_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module", name="found")
-def fixture_found() -> dict[int, list[dict[str, Found]]]:
-    """What each rank of two and of three has."""
-    return {ranks: run_on_ranks(ranks, all_of_them) for ranks in (2, 3)}
+@pytest.fixture(scope="module", name="of_three")
+def fixture_of_three() -> list[dict[str, Found]]:
+    """What each of three ranks has."""
+    return run_on_ranks(3, all_of_them)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
-    name: str, ranks: int, single: dict[str, Found], found: dict[int, list[dict[str, Found]]]
+def test_three_ranks_give_the_loss_and_gradient_of_one_whole_batch(
+    name: str, single: dict[str, Found], of_three: list[dict[str, Found]]
 ) -> None:
+    check_ranks(name, single, of_three)
+
+
+def check_ranks(name: str, single: dict[str, Found], ranks: list[dict[str, Found]]) -> None:
+    """Each of several ranks has the loss, its parts and the gradients of one rank with the whole batch."""
     expected_total, expected_parts, expected = single[name]
     method, stage = load_method(config_of(name)), config_of(name).objective.stages
-    for total, parts, gradients in (rank[name] for rank in found[ranks]):
+    for total, parts, gradients in (rank[name] for rank in ranks):
         assert total == pytest.approx(expected_total, rel=1e-12)
         for part, theirs, ours in zip((*method.terms(stage), *method.statistics), expected_parts, parts, strict=True):
-            if part not in (
-                "patches_std",
-                "attended_std",
-                "report_std",
-            ):  # per-rank statistics: their mean is close, not equal
+            # per-rank statistics: their mean is close, not equal
+            if part not in ("patches_std", "attended_std", "report_std"):
                 assert ours == pytest.approx(theirs, rel=1e-5), part  # logged as float32
         for key, gradient in gradients.items():
             # float64: sums in another order differ by about 1e-15 of the largest
@@ -233,10 +237,15 @@ def test_every_parameter_takes_part_in_the_last_stage(name: str, single: dict[st
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_zero_stage_trains_every_method_like_plain_torch(name: str, text_encoder: str) -> None:
-    for steps in run_on_ranks(2, with_every_engine, name, text_encoder):
-        plain = steps["torch"]
+    check_engines(name, text_encoder, STEPS)
+
+
+def check_engines(name: str, text_encoder: str, steps: int) -> None:
+    """Over ``steps`` steps of two ranks, every engine has the losses of plain torch, and they fall."""
+    for losses_of_engine in run_on_ranks(2, with_every_engine, name, text_encoder, steps):
+        plain = losses_of_engine["torch"]
         assert plain[-4:] < plain[:4]
-        for engine, losses in steps.items():
+        for engine, losses in losses_of_engine.items():
             assert losses == pytest.approx(plain, rel=1e-4), engine
 
 

@@ -1,43 +1,17 @@
-"""Attacks by other users of the machine, and by files that lie where a run is started."""
+"""Attacks by other users of the machine. Those on a running job: ``tests/train/test_survival.py``."""
 
 import fcntl
 import os
-import stat
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cmcgns import storage
 from cmcgns.cluster import session
 from cmcgns.errors import UserError
-from tests.jobs import REPOSITORY, TINY, Running, rows
-
-BESIDE_THE_DATA = (
-    "select",
-    "socketserver",
-    "random",
-    "secrets",
-    "threading",
-    "numpy",
-    "yaml",
-    "torch",
-    "ray",
-    "errors",
-)
-"""Names of modules that any Python program may import."""
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder of its own, without settings for Ray's token."""
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+from tests.attacks import mode
 
 
 @pytest.fixture
@@ -45,10 +19,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A temporary folder that others may write to."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
 
 
 def test_the_token_is_private_before_ray_starts(home: Path) -> None:
@@ -111,53 +81,3 @@ def test_folders_of_killed_writers_are_still_deleted_and_those_in_use_kept(tempo
         with storage.scratch_file("s3://bucket/key"):
             pass
         assert [path.name for path in temporary.iterdir()] == [f"{storage.SCRATCH}alive"]
-
-
-@pytest.mark.ray
-def test_a_local_run_runs_no_code_beside_the_data_and_listens_on_loopback_alone(home: Path) -> None:
-    place, marks = home / "corpus", home / "marks"
-    place.mkdir()
-    marks.mkdir()
-    for name in BESIDE_THE_DATA:
-        (place / f"{name}.py").write_text(f"open({str(marks / name)!r}, 'w').close()\nraise SystemExit('attacked')\n")
-    job = InFolder(
-        place, str(TINY), f"--run.storage={home}", "--run.name=run", "--train.stage1_steps=3", "--train.stage2_steps=0",
-        "--train.warmup_steps=1", "--train.log_every=1", "--data.phantom_studies=130", "--clustering.actors=1",
-        "--train.num_workers=1", "--train.threads_per_worker=1", "--train.engine=torch", "--train.zero_stage=0",
-    )  # fmt: skip
-    job.wait_for(lambda: bool(rows(home / "run")))
-    names = {
-        process.pid: process.name()
-        for process in [psutil.Process(job.process.pid), *job.processes("")]
-        if process.is_running()
-    }
-    listening = [
-        (found.laddr.ip, names[found.pid])
-        for found in psutil.net_connections("inet")
-        if found.status == psutil.CONN_LISTEN and found.pid in names
-    ]
-    said = job.wait()
-    assert job.process.returncode == 0, said[-3000:]
-    assert not list(marks.iterdir())
-    assert mode(home / ".ray" / "auth_token") == 0o600
-    assert len(listening) > 10
-    open_to_others = [each for each in listening if each[0].removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
-    # torch's store takes no address to listen on: docs/security.md
-    assert {name for _, name in open_to_others} <= {"ray::RayTrainWorker", "ray::RayTrainWo"}, open_to_others
-    assert len(open_to_others) <= 1
-
-
-class InFolder(Running):
-    """A pretraining started from another folder."""
-
-    def __init__(self, folder: Path, config: str, *arguments: str) -> None:
-        command = [
-            "env",
-            "-C",
-            str(folder),
-            sys.executable,
-            str(REPOSITORY / "jobs" / "pretrain.py"),
-            "--config",
-            config,
-        ]
-        super().__init__(folder.parent / "said", [*command, *arguments])

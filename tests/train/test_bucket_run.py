@@ -18,10 +18,12 @@ from tests.streaming import Watched, fill_bucket, watch_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
-STUDIES, STEPS = 500, 6
+STUDIES, STEPS = 500, 3
+AHEAD = 128
+"""The least that training allows, 8 microbatches of 16: this epoch and the next one, begun early, read some 200 studies each."""
 SMALL = (
     "--train.learning_rate=1e-7", "--train.warmup_steps=0", "--train.num_workers=1", "--train.threads_per_worker=1",
-    "--train.engine=torch", "--train.zero_stage=0", "--clustering.actors=1",
+    "--train.engine=torch", "--train.zero_stage=0", "--clustering.actors=1", f"--data.studies_ahead={AHEAD}",
 )  # fmt: skip
 
 

@@ -1,10 +1,14 @@
-"""A run that loses a worker and is stopped goes on where it was; the acceptance test compares each case with a whole run."""
+"""A run that loses a worker and is stopped goes on where it was; the acceptance test compares each case with a whole run.
+
+The same run shows what other users of the machine get from it, since a run of its own takes a minute: see ``tests.attacks``.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from tests.attacks import check_ports, mode, plant_modules
 from tests.jobs import checkpoints, result, rows
 from tests.survival import check_stopped, resume, same_steps, start
 
@@ -13,9 +17,13 @@ SHORT = ("--train.stage1_steps=8", "--train.stage2_steps=4", "--train.checkpoint
 LENGTH = 12
 
 
-def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    job = start(tmp_path, 4, *SHORT)
+def test_a_local_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers_and_is_closed_to_other_users(
+    home: Path,
+) -> None:
+    folder, marks = home / "run", home / "marks"
+    plant_modules(home / "corpus", marks)
+    job = start(home, 4, *SHORT, cwd=home / "corpus")
+    check_ports(job)
     before = rows(folder)
     job.workers()[0].kill()
     job.wait_for(lambda: "resuming after step" in job.text() and len(rows(folder)) >= 7)
@@ -25,8 +33,10 @@ def test_a_run_survives_a_killed_worker_ctrl_c_and_another_number_of_workers(tmp
     same_steps(again, before[int(step) :])
     job.interrupt()
     steps = check_stopped(job, folder)
+    assert not list(marks.iterdir()), "a module beside the data was executed"
+    assert mode(home / ".ray" / "auth_token") == 0o600
     assert checkpoints(folder)[-1].name.startswith(f"checkpoint_{steps:08d}_")
-    job = resume(tmp_path, "--train.num_workers=1", "--train.threads_per_worker=1", "--train.zero_stage=3")
+    job = resume(home, "--train.num_workers=1", "--train.threads_per_worker=1", "--train.zero_stage=3")
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
     assert [row["step"] for row in rows(folder)] == list(range(1, LENGTH + 1))
