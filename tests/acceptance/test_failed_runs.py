@@ -67,7 +67,6 @@ def test_a_full_disk_fails_the_run_keeps_the_last_whole_checkpoint_and_the_run_g
 
 
 def test_a_loss_that_is_not_finite_on_two_ranks_of_deepspeed_ends_the_run_without_a_restart(tmp_path: Path) -> None:
-    """The twin is a trial of ``tests/sweep/test_sweep_job.py``, one rank of plain torch."""
     job = Job(tmp_path, *QUICK, "--train.learning_rate=1e30", "--train.gradient_clip=0")
     said = check_failed(job, tmp_path / "run", "is not finite", "the weights are those of step")
     assert "resuming after" not in said

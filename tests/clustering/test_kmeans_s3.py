@@ -23,7 +23,7 @@ def test_embeddings_in_a_bucket_are_clustered_into_a_bucket(
     s3_server.upload(write_parquet(tmp_path / "set", separated(9000), [0, 4000, 9000]), f"{bucket}/set")
     done = run_here(
         tmp_path, "kmeans", f"--data.uri={bucket}/set", f"--run.storage={bucket}/runs", "--run.name=fit", *settings,
-        "--clustering.num_clusters=64", "--clustering.iterations=3", "--clustering.actors=3", "--clustering.cpus_per_actor=0.5",
+        "--clustering.num_clusters=64", "--clustering.iterations=3", "--clustering.actors=2", "--clustering.cpus_per_actor=0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     files, path = storage.filesystem(f"{bucket}/runs/fit/assignments")

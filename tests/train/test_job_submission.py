@@ -71,17 +71,18 @@ def test_infonce_runs_without_clustering_actors_and_without_a_decoder(submitted:
 
 
 @pytest.mark.ray
-def test_an_infonce_run_is_evaluated_without_the_tasks_that_need_patches(
+def test_tasks_that_need_patches_are_left_out_of_the_evaluation_of_an_infonce_run(
     submitted: tuple[Path, set[str]], local_ray: None, tmp_path: Path
 ) -> None:
     measured = run_here(
-        tmp_path, "evaluate", f"--evaluate.run={submitted[0]}", "--evaluate.tasks=[retrieval, clusters, grounding]",
-        f"--run.storage={tmp_path}", "--run.name=measured", "--evaluate.resamples=100", "--evaluate.cpus_per_worker=0.5",
+        tmp_path, "evaluate", f"--evaluate.run={submitted[0]}", "--evaluate.tasks=[clusters, grounding]",
+        f"--run.storage={tmp_path}", "--run.name=measured",
     )  # fmt: skip
     assert measured.returncode == 0, measured.stdout + measured.stderr
     found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
-    assert {score["task"] for score in found["scores"]} == {"retrieval"}
-    assert "clusters by pretrained: infonce attends to no patches" in found["left_out"]
+    assert found["scores"] == []
+    for task in ("clusters", "grounding"):
+        assert f"{task} by pretrained: infonce attends to no patches" in found["left_out"]
 
 
 def test_a_run_folder_in_a_jobs_copy_of_the_working_directory_is_known_to_pass_away() -> None:

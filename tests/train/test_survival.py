@@ -13,7 +13,10 @@ from tests.jobs import checkpoints, result, rows
 from tests.survival import check_stopped, resume, same_steps, start
 
 pytestmark = pytest.mark.ray
-SHORT = ("--train.stage1_steps=8", "--train.stage2_steps=4", "--train.checkpoint_every=3", "--clustering.actors=1")
+SHORT = (
+    "--train.stage1_steps=8", "--train.stage2_steps=4", "--train.checkpoint_every=3", "--clustering.actors=1",
+    "--train.num_workers=1", "--train.threads_per_worker=1", "--data.phantom_studies=220", "--data.validation_studies=16",
+)  # fmt: skip
 LENGTH = 12
 
 
@@ -36,7 +39,7 @@ def test_a_local_run_survives_a_killed_worker_ctrl_c_and_another_number_of_worke
     assert not list(marks.iterdir()), "a module beside the data was executed"
     assert mode(home / ".ray" / "auth_token") == 0o600
     assert checkpoints(folder)[-1].name.startswith(f"checkpoint_{steps:08d}_")
-    job = resume(home, "--train.num_workers=1", "--train.threads_per_worker=1", "--train.zero_stage=3")
+    job = resume(home, "--train.num_workers=2", "--train.zero_stage=3")
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
     assert [row["step"] for row in rows(folder)] == list(range(1, LENGTH + 1))
