@@ -134,10 +134,8 @@ class Config(RunSections):
         if train.log_term_gradients and train.engine != "torch":
             # DeepSpeed's hooks take every backward pass for one of the step
             yield "train.log_term_gradients needs train.engine=torch and train.zero_stage=0, not DeepSpeed"
-        if train.engine == "torch" and (train.zero_stage or train.precision == "fp16"):
-            yield (
-                "train.engine torch supports neither ZeRO nor fp16: set train.zero_stage=0 and train.precision to fp32 or bf16"
-            )
+        if train.engine == "torch" and train.zero_stage:
+            yield "train.engine torch does not support ZeRO: set train.zero_stage=0, or train.engine=deepspeed"
         yield from self.objective.complaints()
         yield from clustering.complaints()
         yield from self.run.complaints()

@@ -182,12 +182,12 @@ class TrainConfig(Section):
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     """DeepSpeed ZeRO, or plain torch with the same losses (only zero_stage 0)."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """What DeepSpeed partitions: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """What DeepSpeed partitions: 0 nothing (plain torch), 1 optimizer state, 2 also gradients, 3 also parameters."""
     overlap_comm: bool | None = None
-    """Reduce gradients during the backward pass (GPUs; needs memory for two more buckets). By default only with ZeRO-3,
-    like DeepSpeed."""
+    """Reduce gradients during the backward pass. By default on GPUs, and with ZeRO-3."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of encoders and heads; losses are always fp32. fp16 needs a GPU."""
+    """Precision of encoders and heads; losses are always fp32. fp16 needs a GPU, and scales the loss; with bf16 and ZeRO most
+    gradients are summed over ranks in bf16."""
     microbatch_size: PositiveInt = 16
     """Studies of one forward on one rank."""
     global_batch_size: PositiveInt = 128

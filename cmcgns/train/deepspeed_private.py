@@ -26,3 +26,10 @@ def shard_size(parameter: nn.Parameter) -> int:
     """ZeRO-3: padded number of elements that each rank stores of ``parameter``. No public function returns it."""
     size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     return size
+
+
+def forget_modules() -> None:
+    """ZeRO-3: drop the model from a list of DeepSpeed's module, where it stays after `destroy()` (0.19)."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()

@@ -1,9 +1,11 @@
 """Training engines, DeepSpeed and plain torch: forward, backward, optimizer step, whole state.
 
 Both save and load the whole state by parameter name, so a checkpoint works with any number of ranks, any ZeRO stage and
-either engine. Parameters stay float32; bf16 and fp16 use autocast. Only this file imports DeepSpeed.
+either engine. Parameters stay float32; bf16 and fp16 use autocast. A step whose gradient is not finite is skipped: neither
+weights nor averages move. Only this file imports DeepSpeed.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -24,10 +26,11 @@ from cmcgns.train import deepspeed_private
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's two running averages, the same in torch and DeepSpeed."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-OVERLAPPING_BUCKET = 10_000_000
-"""Gradient elements per bucket when reduction overlaps the backward pass. DeepSpeed's default of 500 million holds a whole model
-of ours, so that nothing would overlap."""
-
+BUCKET, OVERLAPPING_BUCKET = 50_000_000, 10_000_000
+"""Most gradient elements per bucket of a reduction, and of one that overlaps the backward pass. DeepSpeed allocates the whole of
+its 500 million, 2 GB, for each kind of gradient; so many elements hold a whole model of ours, and nothing would overlap."""
+FIRST_SCALE, GOOD_STEPS = 2.0**16, 2000
+"""Initial factor on losses in fp16, and steps with a finite gradient after which it is doubled; those of torch's GradScaler."""
 BACKBONES = {"image_encoder.backbone.": "image_encoder_rate", "text_encoder.backbone.": "text_encoder_rate"}
 """Name prefixes of the parameters that have a factor on the learning rate of their own, and its setting."""
 
@@ -39,6 +42,8 @@ class Engine(Protocol):
     """A model and its optimizer for one stage."""
 
     module: nn.Module
+    gradient_norm: Tensor
+    """Norm of the last step's whole gradient before clipping, on the device. Not finite: the step was skipped."""
 
     def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
         """Forward of one microbatch. Collective under ZeRO-3."""
@@ -60,6 +65,32 @@ class Engine(Protocol):
     def load_optimizer_state(self, state: State) -> None:
         """Load a whole optimizer state, which every rank passes in. Collective."""
 
+    def close(self) -> None:
+        """Free parameters, gradients, averages and buffers; the engine cannot be used any more."""
+
+
+class LossScale:
+    """Factor on losses, so that small gradients are not 0 in fp16: halved by each gradient that is not finite.
+
+    DeepSpeed's own in fp16 with autocast (0.19) halves it once in ZeRO-1, 2 and 3, then skips every step, and clips before it
+    divides by it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.used = config.precision == "fp16"
+        self.value = FIRST_SCALE if self.used else 1.0
+        self.good_steps = 0
+
+    def update(self, finite: bool) -> None:
+        """After a step whose gradient was ``finite`` or not."""
+        if not self.used:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps == GOOD_STEPS:
+            self.value, self.good_steps = self.value * 2, 0
+
 
 def build_engine(
     model: nn.Module,
@@ -78,7 +109,8 @@ def build_engine(
     if config.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     accumulation = config.global_batch_size // (config.microbatch_size * distributed.world_size())
-    kind = DeepSpeedEngine if config.engine == "deepspeed" else TorchEngine
+    # ZeRO-0 partitions nothing: it is plain torch
+    kind = DeepSpeedEngine if config.engine == "deepspeed" and config.zero_stage else TorchEngine
     optimizer = build_optimizer(model.to(device), config, new_parts)
     return kind(model, optimizer, config, accumulation, device)
 
@@ -101,7 +133,8 @@ def build_optimizer(
         )
     ]
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.learning_rate)
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    return kind(groups, lr=config.learning_rate, fused=on_gpu)
 
 
 def rate_of(name: str, config: TrainConfig, new_parts: tuple[str, ...] | None) -> float:
@@ -118,7 +151,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 class DeepSpeedEngine:
-    """DeepSpeed ZeRO 0-3."""
+    """DeepSpeed ZeRO 1-3."""
 
     def __init__(
         self,
@@ -131,12 +164,20 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed(device)
         self.module = model
         self.zero_stage = config.zero_stage
+        self.scale = LossScale(config)
+        self.gradient_norm = torch.zeros((), device=device)
+        if self.scale.used:
+            # inside of DeepSpeed's forward, which turns off an autocast that it was not asked for
+            model.forward = torch.autocast(device.type, AUTOCAST[config.precision])(model.forward)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_settings(config, accumulation),
+            config=deepspeed_settings(config, accumulation, trained, device),
             dist_init_required=False,
         )
+        if self.scale.used:
+            self.optimizer.override_loss_scale(self.scale.value)
 
     def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
         return self.engine(batch, stage)
@@ -148,7 +189,12 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> None:
         set_learning_rate(self.optimizer, learning_rate)
+        skipped = self.engine.skipped_steps
         self.engine.step()
+        self.gradient_norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.gradient_norm.device)
+        if self.scale.used:
+            self.scale.update(finite=self.engine.skipped_steps == skipped)
+            self.optimizer.override_loss_scale(self.scale.value)
 
     def weights(self) -> State:
         # for its keys: non-persistent buffers such as position ids are skipped. ZeRO-3's values are empty
@@ -172,35 +218,35 @@ class DeepSpeedEngine:
 
     def load_optimizer_state(self, state: State) -> None:
         steps = state["optimizer_steps"]
-        if not self.zero_stage:
-            restore_adam(self.optimizer, self._trained(), state)
-        else:
-            self._link_averages()
-            for name, parameter in self._trained():
-                for moment in MOMENTS:
-                    self._set_average(parameter, moment, state[f"{moment}.{name}"].to(parameter.device))
-            for slot in self.optimizer.optimizer.state.values():
-                slot["step"] = torch.as_tensor(slot["step"]).clone().fill_(float(steps))
+        self._link_averages()
+        for name, parameter in self._trained():
+            for moment in MOMENTS:
+                self._set_average(parameter, moment, state[f"{moment}.{name}"].to(parameter.device))
+        for slot in self.optimizer.optimizer.state.values():
+            slot["step"] = torch.as_tensor(slot["step"]).clone().fill_(float(steps))
         self.engine.global_steps, self.engine.skipped_steps = int(steps), 0
+
+    def close(self) -> None:
+        self.engine.destroy()
+        if self.zero_stage == 3:
+            deepspeed_private.forget_modules()
+        del self.engine, self.optimizer, self.module
+        gc.collect()  # DeepSpeed's hooks and the parameters refer to each other
 
     def _link_averages(self) -> None:
         """Link each parameter to its part of DeepSpeed's flat averages, also before the first step.
 
         DeepSpeed 0.19 with ZeRO-1/2 links them after the first parameter group's step, and never links the second group.
         """
-        if not self.zero_stage:
-            return
         for flat in deepspeed_private.flat_weights(self.optimizer, self.zero_stage):
             slot = self.optimizer.optimizer.state[flat]
-            slot.setdefault("step", torch.zeros(()))
+            slot.setdefault("step", step_count(self.optimizer.optimizer, flat))
             for moment in MOMENTS:
                 slot.setdefault(moment, torch.zeros_like(flat))
         if self.zero_stage < 3:
             deepspeed_private.link_averages(self.optimizer)
 
     def _average(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
-        if not self.zero_stage:
-            return self.optimizer.state.get(parameter, {}).get(moment)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         # collective: every rank enters for every parameter
@@ -247,13 +293,17 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's configuration dict for ``config``."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.overlap_comm is not None:
-        zero["overlap_comm"] = config.overlap_comm
-    if config.overlap_comm and config.zero_stage < 3:
-        zero["reduce_bucket_size"] = OVERLAPPING_BUCKET
+def deepspeed_settings(config: TrainConfig, accumulation: int, trained: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration dict for ``config`` and a model with ``trained`` parameters that are trained."""
+    overlap = config.overlap_comm
+    if overlap is None and (device.type == "cuda" or config.zero_stage == 3):
+        overlap = True
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": min(OVERLAPPING_BUCKET if overlap else BUCKET, trained),
+    }
+    if overlap is not None:
+        zero["overlap_comm"] = overlap
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.microbatch_size,
         "gradient_accumulation_steps": accumulation,
@@ -261,10 +311,11 @@ def deepspeed_settings(config: TrainConfig, accumulation: int) -> dict[str, Any]
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        # waits for the device twice in each microbatch
+        "timers": {"throughput": {"enabled": False}},
     }
-    if config.precision != "fp32":
-        dtype = str(AUTOCAST[config.precision]).removeprefix("torch.")
-        settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if config.precision == "bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return settings
 
 
@@ -281,7 +332,8 @@ class TorchEngine:
     ) -> None:
         self.module, self.optimizer = model, optimizer
         self.accumulation, self.gradient_clip = accumulation, config.gradient_clip
-        self.steps = 0
+        self.scale = LossScale(config)
+        self.gradient_norm = torch.zeros((), device=device)
         dtype = AUTOCAST.get(config.precision)
         self.autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
 
@@ -290,18 +342,29 @@ class TorchEngine:
             return self.module(batch, stage)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        (loss / self.accumulation).backward()
+        (loss * self.scale.value / self.accumulation).backward()
 
     def step(self, learning_rate: float) -> None:
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
         average_over_ranks(gradients)
+        if self.scale.used:
+            for gradient in gradients:
+                gradient /= self.scale.value
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
         if self.gradient_clip:
-            trained = [p for p in self.module.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, self.gradient_clip)
+            nn.utils.clip_grads_with_norm_(trained, self.gradient_clip, self.gradient_norm)
         set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
+        if self.optimizer.defaults["fused"] and not self.scale.used:
+            # the kernel itself skips the step: waits for nothing
+            self.optimizer.found_inf = (~self.gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        else:
+            [finite] = self.gradient_norm.isfinite().view(1).tolist()
+            if finite:
+                self.optimizer.step()
+            self.scale.update(finite)
         self.optimizer.zero_grad()
-        self.steps += 1
 
     def weights(self) -> State:
         return {name: to_cpu(value) for name, value in self.module.state_dict().items()}
@@ -313,12 +376,15 @@ class TorchEngine:
             for moment in MOMENTS
             if parameter in self.optimizer.state
         }
-        return state | {"optimizer_steps": torch.tensor(self.steps)}
+        steps = max((int(slot["step"]) for slot in self.optimizer.state.values()), default=0)
+        return state | {"optimizer_steps": torch.tensor(steps)}
 
     def load_optimizer_state(self, state: State) -> None:
         trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
         restore_adam(self.optimizer, trained, state)
-        self.steps = int(state["optimizer_steps"])
+
+    def close(self) -> None:
+        del self.optimizer, self.module
 
 
 def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, nn.Parameter]], state: State) -> None:
@@ -326,7 +392,13 @@ def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, 
     for name, parameter in trained:
         if f"{MOMENTS[0]}.{name}" in state:
             averages = {moment: state[f"{moment}.{name}"].to(parameter.device).clone() for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": state["optimizer_steps"].float().clone(), **averages}
+            steps = step_count(optimizer, parameter).fill_(float(state["optimizer_steps"]))
+            optimizer.state[parameter] = {"step": steps, **averages}
+
+
+def step_count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """A step count of 0, on the host or where the optimizer's fused kernel reads it."""
+    return torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:

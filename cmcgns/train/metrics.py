@@ -4,6 +4,7 @@ Values stay on the device until they are written.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,20 +26,25 @@ class StepMetrics:
         self._values: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []
 
-    def record(self, facts: dict[str, Any], microbatches: list[Losses]) -> None:
-        """Store one step: ``facts`` from the host, and the mean over its microbatches."""
+    def record(self, facts: dict[str, Any], microbatches: list[Losses], gradient_norm: Tensor) -> None:
+        """Store one step: ``facts`` from the host, the mean over its microbatches, and the norm of its gradient."""
         columns = [torch.cat([losses.terms, losses.statistics]) for losses in microbatches]
-        self._values.append(torch.stack(columns).mean(0))
+        self._values.append(torch.cat([torch.stack(columns).mean(0), gradient_norm.float().view(1)]))
         self._facts.append(facts)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All steps since the last call as rows with global values. Collective; the only place that waits for the device."""
+        """All steps since the last call as rows with global values. Collective; the only place that waits for the device.
+
+        ``gradient_norm`` is None for a step that was skipped because its gradient was not finite.
+        """
         if not self._values:
             return []
         values = (distributed.all_reduce(torch.stack(self._values)) / distributed.world_size()).tolist()
         rows = [
-            facts | dict(zip((*self._method.terms(facts["stage"]), *self._method.statistics), row, strict=True))
-            for facts, row in zip(self._facts, values, strict=True)
+            facts
+            | dict(zip((*self._method.terms(facts["stage"]), *self._method.statistics), row, strict=True))
+            | {"gradient_norm": norm if math.isfinite(norm) else None}
+            for facts, (*row, norm) in zip(self._facts, values, strict=True)
         ]
         self._values, self._facts = [], []
         return rows

@@ -34,6 +34,8 @@ from cmcgns.train.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
 COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
+SKIPS_IN_A_ROW = 50
+"""Skipped steps after which a run ends. In fp16 the first few are normal: the loss scale falls from 65,536."""
 CENTROIDS = "centroids."
 """Prefix of the centroids' entries in the state of the best weights."""
 
@@ -78,6 +80,7 @@ class Trainer:
         self.metrics = StepMetrics(parts.method)
         self.progress = Progress(ranks=distributed.world_size())
         self.best: State = {}
+        self.skips = 0
         self.last_validation: Validation | None = None
         self.engine: Engine
         if checkpoint is not None:
@@ -154,7 +157,7 @@ class Trainer:
             "step_s": step_s,
             **gradients,
         }
-        self.metrics.record(facts, losses)
+        self.metrics.record(facts, losses, self.engine.gradient_norm)
 
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""
@@ -171,12 +174,25 @@ class Trainer:
     def write_metrics(self) -> None:
         """Write the steps since the last call to metrics.jsonl and the display. Collective."""
         rows = self.metrics.rows()
+        self._check_skips(rows)
         self._check_collapse(rows)
         if self.parts.log is not None:
             self.parts.log.write(rows)
             if rows:
                 self.parts.display.update(rows[-1])
         self.watch.lap()
+
+    def _check_skips(self, rows: list[dict[str, Any]]) -> None:
+        """Tell about steps whose gradient was not finite; raise on all ranks after too many in a row."""
+        for row in rows:
+            self.skips = self.skips + 1 if row["gradient_norm"] is None else 0
+            if self.skips == 1 and distributed.rank() == 0:
+                logger.warning("step %d: the gradient is not finite; the step was skipped", row["step"])
+            if self.skips == SKIPS_IN_A_ROW:
+                raise TrainingStoppedError(
+                    f"steps {row['step'] - SKIPS_IN_A_ROW + 1} to {row['step']}: the gradient was not finite, so that the "
+                    "weights did not move. Lower train.learning_rate, or set train.precision to bf16 or fp32"
+                )
 
     def _check_collapse(self, rows: list[dict[str, Any]]) -> None:
         names = self.method.collapse_statistics
@@ -234,6 +250,7 @@ class Trainer:
         self.banks.empty(self.progress.step)
         self.banks.load_centroids(unprefixed(CENTROIDS, self.best))
         weights = {name: value for name, value in self.best.items() if not name.startswith(CENTROIDS)}
+        self.engine.close()  # else its averages stay in memory
         self._build_engine(weights)
         self.best = {}
         if distributed.rank() == 0:

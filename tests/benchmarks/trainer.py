@@ -138,10 +138,12 @@ def build_bare_step(config: Config, trainer: Trainer) -> Callable[[], None]:
     torch.manual_seed(0)
     model = load_method(config).build_model(VOCABULARY)
     deepspeed = import_deepspeed(torch.device("cpu"))
+    optimizer = build_optimizer(model, config.train)
+    trained = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, config.train),
-        config=deepspeed_settings(config.train, 1),
+        optimizer=optimizer,
+        config=deepspeed_settings(config.train, 1, trained, torch.device("cpu")),
         dist_init_required=False,
     )
     centroids_KD = trainer.parts.banks.first.centroids.rows_KD.clone()

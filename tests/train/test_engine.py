@@ -74,7 +74,7 @@ def gradients(engine: Engine) -> State:
 
 
 def on_one_rank() -> dict[str, list[float]]:
-    configs = {f"zero{stage}": config_of(zero_stage=stage) for stage in range(4)}
+    configs = {f"zero{stage}": config_of(zero_stage=stage) for stage in (1, 2, 3)}
     configs["bf16"] = config_of(zero_stage=2, precision="bf16")
     losses = {name: train(engine_of(config), config, range(STEPS)) for name, config in configs.items()}
     for stage in (2, 3):
@@ -95,7 +95,7 @@ def fixture_one_rank() -> dict[str, list[float]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_zero_stage_trains_like_plain_torch(stage: int, one_rank: dict[str, list[float]]) -> None:
     assert one_rank[f"zero{stage}"] == pytest.approx(reference(), rel=1e-4)
     assert reference()[-1] < reference()[0]
@@ -122,7 +122,6 @@ def on_two_ranks(folder: str) -> dict[str, tuple[float, State]]:
     """Loss and gradients of one step for each configuration, and the saved state of a ZeRO-2 run."""
     found = {}
     for name, config in {
-        "zero0": config_of(2, zero_stage=0),
         "zero2": config_of(2, zero_stage=2),
         "zero1 overlapping": config_of(2, zero_stage=1, overlap_comm=True),
         "zero2 overlapping": config_of(2, zero_stage=2, overlap_comm=True),
@@ -186,7 +185,7 @@ def check_gradients(found: State, expected: State) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["zero0", "zero1 overlapping", "zero2", "zero2 overlapping", "zero3"])
+@pytest.mark.parametrize("name", ["zero1 overlapping", "zero2", "zero2 overlapping", "zero3"])
 def test_two_ranks_give_the_gradient_of_one_double_batch(
     name: str, two_ranks: tuple[str, list[dict[str, tuple[float, State]]]]
 ) -> None:

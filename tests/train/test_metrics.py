@@ -64,13 +64,14 @@ def losses_of(value: float, stage: int = 1) -> Losses:
 
 def test_a_row_is_the_mean_over_microbatches_and_leaves_out_what_its_stage_lacks() -> None:
     metrics = StepMetrics(METHOD)
-    metrics.record({"step": 1, "stage": 1}, [losses_of(1.0), losses_of(3.0)])
+    metrics.record({"step": 1, "stage": 1}, [losses_of(1.0), losses_of(3.0)], torch.tensor(2.5))
     [first] = metrics.rows()  # a stage's last step is always written
-    metrics.record({"step": 2, "stage": 2}, [losses_of(5.0, stage=2)])
+    metrics.record({"step": 2, "stage": 2}, [losses_of(5.0, stage=2)], torch.tensor(torch.inf))
     [second] = metrics.rows()
     assert (first["loss"], first["mean_cosine"], second["loss"]) == (2.0, 20.0, 5.0)
     assert "loss_reconstruction" not in first
     assert second["loss_reconstruction"] == 5.0
+    assert (first["gradient_norm"], second["gradient_norm"]) == (2.5, None)
     assert metrics.rows() == []
 
 
