@@ -79,12 +79,12 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
         tmp_path, "evaluate", f"--run.storage={tmp_path}", f"--evaluate.run={run}", f"--evaluate.tasks=[retrieval, {task}]",
         f"--evaluate.trusted=[{', '.join(files)}]",
         f"--evaluate.options={{{task}: {{scale: 2.0}}}}", "--evaluate.resamples=100", "--run.name=measured",
-        "--evaluate.cpus_per_worker=0.5",
+        "--evaluate.cpus_per_worker=0.5", "--evaluate.beside=[]",
     )  # fmt: skip
     assert measured.returncode == 0, measured.stdout + measured.stderr
     scores = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["scores"]
     own = [score for score in scores if score["task"] == str(task)]
-    assert {score["encoder"] for score in own} == {"pretrained", "random"}
+    assert {score["encoder"] for score in own} == {"pretrained"}
     assert all(score["metric"] == "gap" and score["number"] > 0 for score in own)
 
 

@@ -20,7 +20,7 @@ from tests.benchmarks.corpora import prepared_set
 
 pytestmark = pytest.mark.ray
 
-STUDIES, SIDE, BLOCK = 4_000, 48, 16
+STUDIES, SIDE, BLOCK = 6_000, 48, 16
 TAKEN_CPUS = 0.7
 """Of two: CPUs used by workers and pool of a small run."""
 AHEAD = 2 * 512
@@ -78,25 +78,20 @@ def store_emptied() -> bool:
     return time.monotonic() < end
 
 
-def test_two_epochs_of_two_ranks_at_once_stay_within_the_read_ahead_limit(stream: Stream) -> None:
+def test_two_waiting_epochs_stay_within_the_read_ahead_limit_and_use_no_cpu(stream: Stream) -> None:
     config = stream.config.model_copy(update={"cpus_per_task": DEALING_CPUS})
     stream = replace(stream, config=config, taken_cpus=1.6)
     assert store_emptied()
     before = held_bytes()
     begun = [Rank.remote(part) for epoch in (0, 1) for part in stream.split(epoch, 0, BLOCK, ranks=2)]
-    assert ray.get([rank.studies_of_next_block.remote() for rank in begun]) == [BLOCK] * len(begun)
-    free_cpus_once_still()
+    read_a_block = lambda: ray.get([rank.studies_of_next_block.remote() for rank in begun])
+    assert read_a_block() == [BLOCK] * len(begun)
+    assert free_cpus_once_still() == ray.cluster_resources()["CPU"]
     # each may exceed it by the pieces of its tasks, at most four of 512 studies, because a started task reads to its end
     most = 2 * (AHEAD + 4 * 512) * bytes_per_study(stream.config)
     assert held_bytes() - before < most < 2 * STUDIES * stream.config.resize**2
-
-
-def test_a_waiting_stream_uses_no_cpu(stream: Stream) -> None:
-    ranks = [Rank.remote(part) for part in stream.split(0, 0, BLOCK, ranks=2)]
-    assert ray.get([rank.studies_of_next_block.remote() for rank in ranks]) == [BLOCK, BLOCK]
-    assert free_cpus_once_still() == ray.cluster_resources()["CPU"]
-    # the epoch still continues: failed tasks would use no CPU either
-    assert ray.get([rank.studies_of_next_block.remote() for rank in ranks]) == [BLOCK, BLOCK]
+    # the epochs still continue: failed tasks would use no CPU either
+    assert read_a_block() == [BLOCK] * len(begun)
 
 
 def test_the_read_ahead_limit_never_stalls_two_ranks(stream: Stream) -> None:

@@ -224,7 +224,9 @@ def test_collapsed_features_are_named_in_a_warning(tmp_path: Path, caplog: pytes
     run = start(config, tmp_path / "run")
     with torch.no_grad():
         run.trainer.engine.module.get_parameter("patch_projection.weight").zero_()  # every patch is the bias
-        run.trainer.engine.module.get_parameter("patch_projection.bias").fill_(1.0)  # not 0, whose direction has no gradient
+        run.trainer.engine.module.get_parameter("patch_projection.bias").fill_(
+            1.0
+        )  # not 0, whose direction has no gradient
     with caplog.at_level(logging.WARNING, logger="cmcgns"):
         for step in range(1, 102):
             run.trainer.train_step(step, run.trainer.reader.next_step())
