@@ -2,26 +2,43 @@
 
 import pytest
 
-from tests.methods.test_ranks import *  # noqa: F403
-from tests.methods.test_ranks import CONFIGS, OTHERS, Found, all_of_them, check_engines, check_ranks
+from tests.methods.test_ranks import (
+    CONFIGS,
+    OTHERS,
+    Found,
+    all_of_them,
+    check_engines,
+    check_ranks,
+    fixture_text_encoder,
+    test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time,
+)
 from tests.ranks import run_on_ranks
 from tests.train.test_engine import *  # noqa: F403
+
+__all__ = ["fixture_text_encoder", "test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time"]
 
 STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def of_two() -> list[dict[str, Found]]:
-    """What each of two ranks has."""
-    return run_on_ranks(2, all_of_them)
+def single() -> dict[str, Found]:
+    """What one rank has with the whole batch."""
+    return all_of_them(list(CONFIGS))
+
+
+@pytest.fixture(scope="module")
+def of_ranks() -> dict[int, list[dict[str, Found]]]:
+    """What each of two and of three ranks has."""
+    return {ranks: run_on_ranks(ranks, all_of_them, list(CONFIGS)) for ranks in (2, 3)}
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_ranks_give_the_loss_and_gradient_of_one_whole_batch(
-    name: str, single: dict[str, Found], of_two: list[dict[str, Found]]
+def test_more_ranks_give_the_loss_and_gradient_of_one_whole_batch(
+    name: str, ranks: int, single: dict[str, Found], of_ranks: dict[int, list[dict[str, Found]]]
 ) -> None:
-    check_ranks(name, single, of_two)
+    check_ranks(name, single, of_ranks[ranks])
 
 
 @pytest.mark.distributed
