@@ -20,7 +20,7 @@ from cmcgns.config import METHODS, MethodConfig, RunConfig, Section, foreign_mod
 from cmcgns.errors import UserError
 from cmcgns.plugins import absolute_plugin
 
-STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED = 1, 2, 130
+STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED, STATUS_TERMINATED = 1, 2, 130, 143
 STRING_KEYS = (
     "run.name", "run.resume", "run.storage", "method.name", "data.uri", "clustering.start_from", "embed.run", "embed.uri",
     "evaluate.run", "prepare.out", "prepare.pseudonymise_key_file", "sweep.resume",
@@ -97,6 +97,8 @@ def load_config(arguments: Sequence[str], kind: type[Settings], default_config: 
     if path is None and resumed:
         storage = overrides.get("run.storage") or settings.get("run", {}).get("storage") or RunConfig().storage
         settings = read_run(str(storage), str(overrides[resumed]), resumed)
+        if resumed == "run.resume" and isinstance(settings.get("run"), dict):
+            settings["run"].pop("name", None)  # the folder may have been renamed
         for key, name in foreign_modules(settings).items():
             if absolute_plugin(str(overrides.get(key))) != name:
                 raise UserError(

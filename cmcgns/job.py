@@ -4,6 +4,7 @@ Order: ``__init__`` refuses wrong settings before Ray starts; then the job conne
 cluster; ``run`` does the work; ``result.json`` and the last lines report the outcome, also after Ctrl-C and failures.
 """
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,11 +14,12 @@ import ray
 from rich.console import Console
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, to_yaml
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, to_yaml
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.config import Section
 from cmcgns.errors import UserError, cause
 from cmcgns.run_folder import RunFolder, warn_if_temporary
+from cmcgns.signals import sigterm_as_ctrl_c
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
 
 STATUS = {"finished": 0, "failed": STATUS_FAILED, "stopped": STATUS_INTERRUPTED}
@@ -82,13 +84,15 @@ class Job(ABC):
         else:
             terminal.print("stopped", style="yellow", highlight=False)
         if self.resume_key:
-            terminal.print(f"resume from {self.resumes_from} with: {self.resume_command()}", highlight=False)
+            line = f"resume from {self.resumes_from} with: {self.resume_command()}"
+            terminal.print(line, highlight=False, markup=False)
 
     def resume_command(self) -> str:
-        """The command that continues this run."""
-        folder = self.folder
-        modules = "".join(f" --{key}={name}" for key, name in self.modules().items())
-        return f"python jobs/{self.script}.py --run.storage={folder.storage} --{self.resume_key}={folder.name}{modules}"
+        """The command that continues this run, quoted for a shell."""
+        settings = {"run.storage": self.folder.storage, self.resume_key: self.folder.name} | self.modules()
+        return shlex.join(
+            ["python", f"jobs/{self.script}.py", *(f"--{key}={value}" for key, value in settings.items())]
+        )
 
     def modules(self) -> dict[str, str]:
         """The user's own modules in the settings, which resuming has to name again (``cli.load_config``)."""
@@ -96,12 +100,17 @@ class Job(ABC):
 
 
 def run(job: Job, dry_run: bool = False) -> int:
-    """Exit status of ``job``: 0 finished, 1 failed, 130 stopped by the user with everything saved.
+    """Exit status of ``job``: 0 finished, 1 failed, 130 stopped by Ctrl-C or 143 by SIGTERM with everything saved.
 
     A ``dry_run`` prints the plan and checks the cluster; it writes nothing and requests nothing from an autoscaler.
     """
     terminal, needed = console(), [] if dry_run else job.needed()
-    with quiet_terminal(), log_on(terminal), ray_session(job.environment(), job.uris(), needed) as cpus:
+    with (
+        quiet_terminal(),
+        log_on(terminal),
+        ray_session(job.environment(), job.uris(), needed) as cpus,
+        sigterm_as_ctrl_c() as sigterm,
+    ):
         print_plan(terminal, job.plan(cpus))
         job.check_cluster(cpus)
         warn_if_temporary(terminal, job.folder)
@@ -122,7 +131,7 @@ def run(job: Job, dry_run: bool = False) -> int:
         except storage.FullDiskError as error:
             result = {"failure": str(error)} | result | {"status": "failed"}
         job.report(terminal, result)
-        return STATUS[result["status"]]
+        return STATUS_TERMINATED if sigterm.came and result["status"] == "stopped" else STATUS[result["status"]]
 
 
 def write_config(folder: RunFolder, config: Section) -> None:

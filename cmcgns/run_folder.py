@@ -65,7 +65,9 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
         UserError: the name is taken, or the run to resume does not exist.
     """
     # absolute: workers run in another folder
-    root = run.storage if storage.is_s3(run.storage) else str(Path(run.storage).expanduser().resolve())
+    root = storage.absolute("run.storage", run.storage)
+    if not storage.is_s3(root):
+        root = str(Path(root).resolve())
     name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(root.rstrip("/"), name, resumed=run.resume is not None)
     try:
@@ -113,7 +115,9 @@ def warn_if_temporary(terminal: Console, folder: RunFolder) -> None:
     """Warn if the run folder would be deleted with Ray's copy of the working directory."""
     if folder.is_temporary:
         terminal.print(
-            f"[yellow]run.storage {folder.storage} is inside Ray's copy of the working directory, which is deleted with the "
-            "cluster[/yellow]: give an absolute folder or s3://bucket/prefix to keep the run",
+            f"run.storage {folder.storage} is inside Ray's copy of the working directory, which is deleted with the cluster: "
+            "give an absolute folder or s3://bucket/prefix to keep the run",
+            style="yellow",
             highlight=False,
+            markup=False,
         )

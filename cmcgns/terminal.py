@@ -1,5 +1,6 @@
 """The driver's terminal: tables, log lines, and a filter for Ray messages that a user cannot act on."""
 
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,12 @@ NOISE = ("PYTHON worker processes have been started",)
 
 
 def console() -> Console:
-    """Console of the driver; 200 columns wide if the output is a file, enough for a line of progress."""
+    """Console of the driver; 200 columns wide if the output is a file, enough for a line of progress.
+
+    Characters that the terminal's encoding lacks become question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     return _PrintableConsole(width=None if sys.stdout.isatty() else 200, soft_wrap=True)
 
 

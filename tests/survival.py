@@ -54,10 +54,10 @@ def same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
         assert row["centroids_version"] == wanted["centroids_version"], row["step"]
 
 
-def check_stopped(job: Job, folder: Path) -> int:
-    """A run that Ctrl-C has ended: status 130, one line how to go on, a checkpoint; its number of steps."""
+def check_stopped(job: Job, folder: Path, status: int = 130) -> int:
+    """A run that Ctrl-C or SIGTERM has ended: its status, one line how to go on, a checkpoint; its number of steps."""
     said = job.wait()
-    assert job.process.returncode == 130, said
+    assert job.process.returncode == status, said
     assert "--run.resume=run" in said
     assert "Traceback" not in said
     stopped = result(folder)

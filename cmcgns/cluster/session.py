@@ -156,6 +156,12 @@ def _muted_stderr() -> Iterator[None]:
 
 def _check_address(named: str) -> None:
     """Raise if no gRPC server answers at ``named``: Ray itself would retry for minutes and then abort the process."""
+    if named.startswith(("http://", "https://")):
+        host = named.rpartition("//")[2].partition(":")[0]
+        raise UserError(
+            f"RAY_ADDRESS {named}: that is the dashboard, to which `ray job submit --address={named}` sends jobs; a job that "
+            f"runs here takes RAY_ADDRESS={host}:6379"
+        )
     host, colon, port = named.rpartition(":")
     if not colon or not port.isdigit():
         return  # 'auto', or another kind of address that Ray resolves

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, read_yaml, resolve
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, read_yaml, resolve
 from cmcgns.cluster.placement import run_bundles
 from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config, Section
@@ -241,13 +241,14 @@ def pretrain_all(terminal: Console, ablation: Ablation, folder: RunFolder) -> li
         name = run_name(variant, seed)
         if has_finished(RunFolder(storage.join(folder.uri, RUNS), name, resumed=True)):
             continue
-        terminal.print(f"[bold]run {number} of {len(pairs)}: {variant}, seed {seed}[/bold]", highlight=False)
+        line = f"run {number} of {len(pairs)}: {variant}, seed {seed}"
+        terminal.print(line, style="bold", highlight=False, markup=False)
         reason = f"see {folder.uri}/{RUNS}/{name}/result.json"
         try:
             status = pretrain(ablation.config(folder, variant, seed))
         except UserError as error:  # for example, the corpus is too small
             status, reason = STATUS_FAILED, str(error)
-        if status == STATUS_INTERRUPTED:
+        if status in (STATUS_INTERRUPTED, STATUS_TERMINATED):
             raise KeyboardInterrupt
         if status:
             failures.append(f"{variant}, seed {seed}: pretraining failed, {reason}")

@@ -8,16 +8,14 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from cmcgns.evaluate.scores import Score
+from cmcgns.plotting import Figure as Canvas
+from cmcgns.plotting import Rectangle
 
-matplotlib.rcParams["text.parse_math"] = False  # names of classes and settings may hold dollars
 Array = NDArray[Any]
 SAMPLES = 6
 """Films per figure."""

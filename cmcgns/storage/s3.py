@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pyarrow import fs as arrow_fs
 
@@ -36,9 +37,18 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def custom_endpoint() -> str | None:
-    """The S3 endpoint of the environment or the AWS profile; None for Amazon's."""
-    named = next((os.environ[name] for name in ENDPOINT_VARIABLES if os.environ.get(name)), None)
-    return named or _profile_value("endpoint_url", os.environ.get("AWS_PROFILE"))
+    """The S3 endpoint of the environment or the AWS profile; None for Amazon's.
+
+    Raises:
+        UserError: it has no scheme, or a host name that boto3 refuses.
+    """
+    variable = next((name for name in ENDPOINT_VARIABLES if os.environ.get(name)), "AWS_PROFILE endpoint_url")
+    endpoint = os.environ.get(variable) or _profile_value("endpoint_url", os.environ.get("AWS_PROFILE"))
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"{variable} {endpoint}: write http:// or https:// before the host")
+    if endpoint is not None and "_" in (urlsplit(endpoint).hostname or ""):
+        raise UserError(f"{variable} {endpoint}: a host name has no underscores; use its address or another name")
+    return endpoint
 
 
 def arrow_filesystem(bucket: str, attempts: int) -> arrow_fs.S3FileSystem:

@@ -8,12 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from optuna import create_study
 from optuna.distributions import CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -22,12 +18,12 @@ from optuna.trial import create_trial
 from cmcgns import storage
 from cmcgns.cli import to_yaml
 from cmcgns.config import Config, RunConfig
+from cmcgns.plotting import Axes, Figure, FormatStrFormatter, LogLocator, NullFormatter, colormaps
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.ledger import Ledger, SeedScores, Trial
 from cmcgns.sweep.search import REQUIRES_FALSE, Space, apply_drawn
 from cmcgns.terminal import STYLE
 
-matplotlib.rcParams["text.parse_math"] = False  # names of classes and settings may hold dollars
 COLUMNS, INCHES = 3, 4.0
 MARKERS = {"finished": "o", "stopped": "x"}
 
@@ -120,7 +116,7 @@ def plot_pair(axis: Axes, keys: list[str], space: Space, trials: list[Trial], me
 
 def plot_curves(axis: Axes, ledger: Ledger, metric: str) -> None:
     """Plot the metric over the steps; repetitions are dotted."""
-    colours = matplotlib.colormaps["tab20"]
+    colours = colormaps["tab20"]
     for trial in ledger.trials:
         if trial.values:
             steps, values = zip(*sorted(trial.values.items()), strict=True)

@@ -266,7 +266,7 @@ def conclude(uri: str, manifest: Manifest, findings: list[Finding]) -> int:
     if findings:
         lines = "".join(json.dumps(asdict(finding)) + "\n" for finding in findings)
         storage.write_bytes(path, lines.encode())
-        terminal.print(f"all findings with their ids: {path}", highlight=False)
+        terminal.print(f"all findings with their ids: {path}", highlight=False, markup=False)
     else:
         storage.delete_file(path)
     faults = [finding for finding in findings if finding.is_fault]
