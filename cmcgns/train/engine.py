@@ -2,7 +2,7 @@
 
 Both save and load the whole state by parameter name, so a checkpoint works with any number of ranks, any ZeRO stage and
 either engine. Parameters stay float32; bf16 and fp16 use autocast. A step whose gradient is not finite is skipped: neither
-weights nor averages move. Only this file imports DeepSpeed.
+weights nor averages move. Only this file and ``deepspeed_private`` import DeepSpeed.
 """
 
 import gc
