@@ -131,7 +131,7 @@ def run(job: Job, dry_run: bool = False) -> int:
         except storage.FullDiskError as error:
             result = {"failure": str(error)} | result | {"status": "failed"}
         job.report(terminal, result)
-        return STATUS_TERMINATED if sigterm.came and result["status"] == "stopped" else STATUS[result["status"]]
+        return STATUS_TERMINATED if sigterm.received and result["status"] == "stopped" else STATUS[result["status"]]
 
 
 def write_config(folder: RunFolder, config: Section) -> None:

@@ -65,9 +65,9 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
         UserError: the name is taken, or the run to resume does not exist.
     """
     # absolute: workers run in another folder
-    root = storage.absolute("run.storage", run.storage)
+    root = run.storage
     if not storage.is_s3(root):
-        root = str(Path(root).resolve())
+        root = str(Path(storage.absolute("run.storage", root)).resolve())
     name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = RunFolder(root.rstrip("/"), name, resumed=run.resume is not None)
     try:

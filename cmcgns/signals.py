@@ -1,4 +1,4 @@
-"""SIGTERM as Ctrl-C: how Slurm, Kubernetes, `docker stop` and `timeout` end a job."""
+"""SIGTERM handled as Ctrl-C."""
 
 import signal
 import threading
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class SigtermHandler:
-    """Handles SIGTERM as Ctrl-C; ``came`` tells whether one has come."""
+    """Raises SIGINT for a SIGTERM; ``received`` is true once one has arrived."""
 
-    came = False
+    received = False
 
     def __call__(self, signum: int, frame: Any) -> None:
-        self.came = True
+        self.received = True
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job that a script has started with `&`
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
@@ -21,14 +21,16 @@ class SigtermHandler:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[SigtermHandler]:
-    """The handler of SIGTERM until the block ends; a job inside of another one has that one's. Call it after ``ray.init``, which
-    sets a handler that ends the process."""
+    """Handle SIGTERM as Ctrl-C until the block ends. A job inside another one shares its handler.
+
+    Call it after ``ray.init``, which installs a handler that ends the process.
+    """
     before = signal.getsignal(signal.SIGTERM)
     if isinstance(before, SigtermHandler):
         yield before
         return
     handler = SigtermHandler()
-    if threading.current_thread() is not threading.main_thread():  # Python allows no handler there
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install one
         yield handler
         return
     signal.signal(signal.SIGTERM, handler)

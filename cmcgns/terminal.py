@@ -23,7 +23,8 @@ NOISE = ("PYTHON worker processes have been started",)
 def console() -> Console:
     """Console of the driver; 200 columns wide if the output is a file, enough for a line of progress.
 
-    Characters that the terminal's encoding lacks become question marks."""
+    Characters that the encoding of the output lacks are written as question marks.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -49,7 +49,7 @@ def test_sigterm_is_ctrl_c_and_is_remembered() -> None:
         assert inner is outer  # an ablation and its pretraining
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert outer.came
+        assert outer.received
     assert signal.getsignal(signal.SIGTERM) is before
 
 

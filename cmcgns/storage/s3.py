@@ -42,12 +42,15 @@ def custom_endpoint() -> str | None:
     Raises:
         UserError: it has no scheme, or a host name that boto3 refuses.
     """
-    variable = next((name for name in ENDPOINT_VARIABLES if os.environ.get(name)), "AWS_PROFILE endpoint_url")
-    endpoint = os.environ.get(variable) or _profile_value("endpoint_url", os.environ.get("AWS_PROFILE"))
-    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        raise UserError(f"{variable} {endpoint}: write http:// or https:// before the host")
-    if endpoint is not None and "_" in (urlsplit(endpoint).hostname or ""):
-        raise UserError(f"{variable} {endpoint}: a host name has no underscores; use its address or another name")
+    variable = next((name for name in ENDPOINT_VARIABLES if os.environ.get(name)), None)
+    endpoint = os.environ[variable] if variable else _profile_value("endpoint_url", os.environ.get("AWS_PROFILE"))
+    if endpoint is None:
+        return None
+    where = variable or "endpoint_url of the AWS profile"
+    if not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"{where} {endpoint}: write http:// or https:// before the host")
+    if "_" in (urlsplit(endpoint).hostname or ""):
+        raise UserError(f"{where} {endpoint}: a host name has no underscores; use its address or another name")
     return endpoint
 
 

@@ -27,8 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's two running averages, the same in torch and DeepSpeed."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET, OVERLAPPING_BUCKET = 50_000_000, 10_000_000
-"""Most gradient elements per bucket of a reduction, and of one that overlaps the backward pass. DeepSpeed allocates the whole of
-its 500 million, 2 GB, for each kind of gradient; so many elements hold a whole model of ours, and nothing would overlap."""
+"""Maximum gradient elements per bucket, without and with reduction during the backward pass. DeepSpeed's default of 500 million
+allocates 2 GB, and holds a whole model of ours, so that nothing would overlap."""
 FIRST_SCALE, GOOD_STEPS = 2.0**16, 2000
 """Initial factor on losses in fp16, and steps with a finite gradient after which it is doubled; those of torch's GradScaler."""
 BACKBONES = {"image_encoder.backbone.": "image_encoder_rate", "text_encoder.backbone.": "text_encoder_rate"}
@@ -70,10 +70,9 @@ class Engine(Protocol):
 
 
 class LossScale:
-    """Factor on losses, so that small gradients are not 0 in fp16: halved by each gradient that is not finite.
+    """Dynamic factor on fp16 losses, so that small gradients do not become 0. A gradient that is not finite halves it.
 
-    DeepSpeed's own in fp16 with autocast (0.19) halves it once in ZeRO-1, 2 and 3, then skips every step, and clips before it
-    divides by it.
+    Ours, because DeepSpeed's autocast in fp16 (0.19) never recovers from its first overflow in ZeRO-1, 2 and 3.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -167,7 +166,7 @@ class DeepSpeedEngine:
         self.scale = LossScale(config)
         self.gradient_norm = torch.zeros((), device=device)
         if self.scale.used:
-            # inside of DeepSpeed's forward, which turns off an autocast that it was not asked for
+            # inside the model: DeepSpeed's forward turns off any autocast around it
             model.forward = torch.autocast(device.type, AUTOCAST[config.precision])(model.forward)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -294,16 +293,15 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def deepspeed_settings(config: TrainConfig, accumulation: int, trained: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration dict for ``config`` and a model with ``trained`` parameters that are trained."""
+    """DeepSpeed's configuration dict for ``config`` and a model with ``trained`` trained parameters."""
     overlap = config.overlap_comm
-    if overlap is None and (device.type == "cuda" or config.zero_stage == 3):
-        overlap = True
-    zero: dict[str, Any] = {
+    if overlap is None:
+        overlap = device.type == "cuda" or config.zero_stage == 3
+    zero = {
         "stage": config.zero_stage,
+        "overlap_comm": overlap,
         "reduce_bucket_size": min(OVERLAPPING_BUCKET if overlap else BUCKET, trained),
     }
-    if overlap is not None:
-        zero["overlap_comm"] = overlap
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.microbatch_size,
         "gradient_accumulation_steps": accumulation,
@@ -311,8 +309,7 @@ def deepspeed_settings(config: TrainConfig, accumulation: int, trained: int, dev
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
-        # waits for the device twice in each microbatch
-        "timers": {"throughput": {"enabled": False}},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per microbatch
     }
     if config.precision == "bf16":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -356,7 +353,7 @@ class TorchEngine:
             nn.utils.clip_grads_with_norm_(trained, self.gradient_clip, self.gradient_norm)
         set_learning_rate(self.optimizer, learning_rate)
         if self.optimizer.defaults["fused"] and not self.scale.used:
-            # the kernel itself skips the step: waits for nothing
+            # the kernel skips the step by itself, so the host need not wait for the norm
             self.optimizer.found_inf = (~self.gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         else:
@@ -397,7 +394,7 @@ def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, 
 
 
 def step_count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
-    """A step count of 0, on the host or where the optimizer's fused kernel reads it."""
+    """Adam's step count 0: on the host, or on the parameter's device for a fused optimizer."""
     return torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
 
 

@@ -174,24 +174,24 @@ class Trainer:
     def write_metrics(self) -> None:
         """Write the steps since the last call to metrics.jsonl and the display. Collective."""
         rows = self.metrics.rows()
-        self._check_skips(rows)
         self._check_collapse(rows)
         if self.parts.log is not None:
             self.parts.log.write(rows)
             if rows:
                 self.parts.display.update(rows[-1])
+        self._check_skips(rows)  # after the rows are written, since it may end the run
         self.watch.lap()
 
     def _check_skips(self, rows: list[dict[str, Any]]) -> None:
-        """Tell about steps whose gradient was not finite; raise on all ranks after too many in a row."""
+        """Warn about skipped steps; raise on all ranks after too many in a row."""
         for row in rows:
             self.skips = self.skips + 1 if row["gradient_norm"] is None else 0
             if self.skips == 1 and distributed.rank() == 0:
                 logger.warning("step %d: the gradient is not finite; the step was skipped", row["step"])
             if self.skips == SKIPS_IN_A_ROW:
                 raise TrainingStoppedError(
-                    f"steps {row['step'] - SKIPS_IN_A_ROW + 1} to {row['step']}: the gradient was not finite, so that the "
-                    "weights did not move. Lower train.learning_rate, or set train.precision to bf16 or fp32"
+                    f"steps {row['step'] - SKIPS_IN_A_ROW + 1} to {row['step']}: the gradient was not finite, so the weights did "
+                    "not change. Lower train.learning_rate, or set train.precision to bf16 or fp32"
                 )
 
     def _check_collapse(self, rows: list[dict[str, Any]]) -> None:
@@ -250,7 +250,7 @@ class Trainer:
         self.banks.empty(self.progress.step)
         self.banks.load_centroids(unprefixed(CENTROIDS, self.best))
         weights = {name: value for name, value in self.best.items() if not name.startswith(CENTROIDS)}
-        self.engine.close()  # else its averages stay in memory
+        self.engine.close()  # otherwise its averages stay in memory
         self._build_engine(weights)
         self.best = {}
         if distributed.rank() == 0:

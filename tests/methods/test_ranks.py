@@ -87,7 +87,7 @@ CONFIGS = {
     },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
-HERE = [
+QUICK = [
     name for name in CONFIGS if name not in ("gloria published", "mgca published", "lovt published", "prior published")
 ]
 FLOAT32 = ("mgca vit",)
@@ -187,7 +187,7 @@ def with_every_engine(name: str, text_encoder: str, steps: int) -> dict[str, lis
 
 @pytest.fixture(scope="module", name="single")
 def fixture_single() -> dict[str, Found]:
-    return all_of_them(HERE)
+    return all_of_them(QUICK)
 
 
 @pytest.fixture(scope="module", name="text_encoder")
@@ -205,11 +205,11 @@ def fixture_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", name="of_three")
 def fixture_of_three() -> list[dict[str, Found]]:
     """What each of three ranks has."""
-    return run_on_ranks(3, all_of_them, HERE)
+    return run_on_ranks(3, all_of_them, QUICK)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", QUICK)
 def test_three_ranks_give_the_loss_and_gradient_of_one_whole_batch(
     name: str, single: dict[str, Found], of_three: list[dict[str, Found]]
 ) -> None:
@@ -231,7 +231,7 @@ def check_ranks(name: str, single: dict[str, Found], ranks: list[dict[str, Found
             assert torch.allclose(gradient, expected[key], rtol=0, atol=1e-6 if name in FLOAT32 else 1e-10), key
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", QUICK)
 def test_every_parameter_takes_part_in_the_last_stage(name: str, single: dict[str, Found]) -> None:
     still = [key for key, gradient in single[name][2].items() if not gradient.any()]
     # attention is invariant to a bias that is equal for all keys

@@ -1,4 +1,4 @@
-"""An InfoNCE run that is submitted to a Ray cluster: it SUCCEEDS, starts no clustering actors, and is evaluated.
+"""An InfoNCE run that is submitted to a Ray cluster: it SUCCEEDS and starts no clustering actors.
 
 The acceptance tests `job_submission` and `infonce` run each in full.
 """

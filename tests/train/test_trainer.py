@@ -223,10 +223,9 @@ def test_collapsed_features_are_named_in_a_warning(tmp_path: Path, caplog: pytes
     )  # fmt: skip
     run = start(config, tmp_path / "run")
     with torch.no_grad():
-        run.trainer.engine.module.get_parameter("patch_projection.weight").zero_()  # every patch is the bias
-        run.trainer.engine.module.get_parameter("patch_projection.bias").fill_(
-            1.0
-        )  # not 0, whose direction has no gradient
+        module = run.trainer.engine.module
+        module.get_parameter("patch_projection.weight").zero_()  # every patch is the bias
+        module.get_parameter("patch_projection.bias").fill_(1.0)  # normalising 0 has an infinite gradient
     with caplog.at_level(logging.WARNING, logger="cmcgns"):
         for step in range(1, 102):
             run.trainer.train_step(step, run.trainer.reader.next_step())
