@@ -90,7 +90,7 @@ def fit(
     failures = FailureConfig(max_failures=config.train.max_failures)
     if shared_cluster:
         failures = FailureConfig(max_failures=0, max_preemption_failures=0)
-    filesystem, path = storage.filesystem(folder.storage)
+    filesystem, path = storage.lasting_filesystem(folder.storage)
 
     # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
     def loop() -> None:
