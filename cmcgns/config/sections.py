@@ -263,7 +263,7 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 class RunConfig(Section):
     name: str | None = Field(None, pattern=RUN_NAME)
-    """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>."""
+    """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>-<random>."""
     storage: str = "runs"
     """Location of run folders: a local folder or `s3://bucket/prefix`."""
     resume: str | None = Field(None, pattern=RUN_NAME)

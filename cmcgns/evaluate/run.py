@@ -37,8 +37,8 @@ from cmcgns.evaluate.tasks import (
     start_pair_tasks,
 )
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
-from cmcgns.job import Job, check_capacity, write_config
-from cmcgns.run_folder import open_folder
+from cmcgns.job import Job, check_capacity
+from cmcgns.run_folder import open_folder, write_config
 from cmcgns.terminal import print_plan
 from cmcgns.train.setup import with_absolute_paths
 

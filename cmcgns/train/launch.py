@@ -14,6 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
+from cmcgns.cluster.coordinator import WORKER_STARTED
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
@@ -94,6 +95,7 @@ def fit(
 
     # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
     def loop() -> None:
+        assignment.coordinator.mark.remote(WORKER_STARTED)
         from cmcgns.train.worker import work  # on the workers
 
         work(assignment)
