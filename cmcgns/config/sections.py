@@ -250,6 +250,9 @@ class TrainConfig(Section):
     """How often lost workers are replaced before the run fails; -1 for no limit."""
     seed: int = 0
     """Seed of initial weights and dropout."""
+    deterministic: bool = False
+    """Two runs on the same machines, workers and threads give the same bits: torch takes deterministic algorithms, which are
+    slower on GPUs, and raises for an operation that has none."""
 
     @property
     def accumulation(self) -> int:

@@ -298,6 +298,8 @@ def worker_variables(config: Config) -> dict[str, str]:
             name for name, of in psutil.net_if_addrs().items() if any(each.address == "127.0.0.1" for each in of)
         ]
         own |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
+    if config.train.deterministic:
+        own["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts; without it cuBLAS is not deterministic
     return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}
 
 

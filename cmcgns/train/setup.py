@@ -169,7 +169,7 @@ FREE_TO_CHANGE = {
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",
-        "activation_checkpointing", "placement", "overlap_comm",
+        "activation_checkpointing", "placement", "overlap_comm", "deterministic",
         "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_failures",
     },
     "run": {"name", "storage", "resume"},

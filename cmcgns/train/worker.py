@@ -164,6 +164,9 @@ def work(assignment: Assignment) -> None:
 def _train(assignment: Assignment) -> None:
     config, device = assignment.config, ray.train.torch.get_device()
     torch.set_num_threads(assignment.threads)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if distributed.rank() == 0:
         assignment.coordinator.hold.remote(get_current_placement_group())
     checkpoint = ray.train.get_checkpoint()

@@ -155,6 +155,18 @@ def test_a_resumed_run_matches_the_uninterrupted_one(checkpoint: int, finished: 
     assert guides[0].centroids.digest() == guides[1].centroids.digest()
 
 
+def test_two_runs_give_the_same_bits_with_deterministic_algorithms(finished: Run, tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = start(config_of(), tmp_path / "again")
+        assert again.trainer.train()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    times = ("studies_per_s", "data_wait_s", "pool_wait_s", "step_s")
+    for ours, theirs in zip(again.rows() + again.rows("val"), finished.rows() + finished.rows("val"), strict=True):
+        assert {**ours, **dict.fromkeys(times)} == {**theirs, **dict.fromkeys(times)}
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_which_holds_the_state_of_its_step(tmp_path: Path) -> None:
     run = start(config_of(checkpoint_every=2), tmp_path / "run")
     writer, may_write = run.trainer.writer, threading.Event()
