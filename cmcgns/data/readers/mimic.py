@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
+from cmcgns.data.tables import read_table
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class MimicSource(FileSource):
         names = fnmatch.filter(tables, f"mimic-cxr-*-{kind}.csv*")
         if not names:
             return None
-        table = read_table(storage.join(self.uri, names[-1]))
+        table = read_table(storage.join(self.uri, names[-1]), columns)
         missing = [name for name in columns if name not in table.columns]
         if missing:
             raise UserError(f"{names[-1]} has no column {missing[0]}; download it again from PhysioNet")
