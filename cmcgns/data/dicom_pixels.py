@@ -1,0 +1,188 @@
+"""Stored values of a DICOM film: decoded, held against BitsStored and HighBit, and refused where they contradict the header."""
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import JPEGExtended12Bit
+
+from cmcgns.data.codestream import Codestream
+from cmcgns.data.dicom_header import complete_header, number_of, tagged
+from cmcgns.data.image import LEAST_SIDE
+from cmcgns.data.repairs import note
+from cmcgns.errors import BadRow
+
+ROUGHNESS_ROWS = 256
+"""Rows on which the roughness of a film is measured."""
+MUCH_SMOOTHER = 0.25
+"""Ratio of roughness below which another reading of the pixels is the likely one."""
+
+
+def stored_values(film: pydicom.Dataset) -> NDArray[Any]:
+    """Stored values or palette indices (H, W), or RGB (H, W, 3) for the other colour spaces.
+
+    The header of ``film`` is completed and corrected on the way, by what its pixels say.
+    """
+    stream = complete_header(film)
+    declared = number_of(film, "BitsStored"), number_of(film, "HighBit")
+    allocated = number_of(film, "BitsAllocated")
+    if stream is None or stream.name == "RLE" or (stream.bits or 0) > declared[0]:
+        # pydicom cuts the bits above BitsStored, which may be those of the film
+        depth = allocated if stream is None or stream.name == "RLE" else stream.bits or allocated
+        film.BitsStored, film.HighBit = depth, depth - 1
+    pixels = _decoded(film, stream)
+    film.BitsStored, film.HighBit = declared
+    height, width = number_of(film, "Rows"), number_of(film, "Columns")
+    if pixels.shape[:2] != (height, width) or pixels.ndim > 3:
+        raise BadRow(f"DICOM pixels decode to {pixels.shape}, the header says {height} x {width}")
+    if pixels.dtype.itemsize > 2 or pixels.dtype.kind not in "iu" or allocated not in (8, 16):
+        return pixels
+    is_plain = stream is None and pixels.ndim == 2 and pixels.dtype.itemsize == 2 and min(pixels.shape) >= LEAST_SIDE
+    if is_plain:
+        _check_order_of_bytes(pixels)
+    pixels = _without_other_bits(pixels, film, stream)
+    if is_plain:
+        _check_sign(pixels, film)
+    return pixels
+
+
+def _decoded(film: pydicom.Dataset, stream: Codestream | None) -> NDArray[Any]:
+    try:
+        if film.file_meta.TransferSyntaxUID == JPEGExtended12Bit and number_of(film, "BitsAllocated") == 16:
+            return _decode_jpeg_extended(film)
+        pixels: NDArray[Any] = pixel_array(film)
+    except Exception as error:  # each plug-in raises its own classes; the message may quote values of the file
+        syntax = film.file_meta.TransferSyntaxUID
+        raise BadRow(
+            f"DICOM pixels ({syntax.name}) are truncated or cannot be decoded ({type(error).__name__})"
+        ) from None
+    return np.asarray(pixels, pixels.dtype.newbyteorder("="))
+
+
+def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
+    """12-bit lossy JPEG by GDCM's own reader, because pydicom rejects it with every plug-in."""
+    import gdcm
+
+    stored = number_of(film, "BitsStored")
+    copy = pydicom.Dataset()
+    for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PixelData"):
+        setattr(copy, name, film[name].value)
+    copy.PhotometricInterpretation = "MONOCHROME2"
+    # GDCM masks to BitsStored, so lossy overshoot would wrap from white to black: ask for all 12, then clip
+    copy.BitsStored, copy.HighBit = 12, 11
+    copy["PixelData"].VR = "OB"
+    copy["PixelData"].is_undefined_length = True
+    copy.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    copy.SOPInstanceUID = pydicom.uid.generate_uid()
+    copy.file_meta = pydicom.dataset.FileMetaDataset()
+    copy.file_meta.TransferSyntaxUID = JPEGExtended12Bit
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
+        copy.save_as(file, enforce_file_format=True)
+        file.flush()
+        reader = gdcm.ImageReader()
+        reader.SetFileName(file.name)
+        if not reader.Read():
+            raise ValueError("GDCM cannot read it either")
+        buffer = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
+    pixels = np.frombuffer(buffer, dtype=np.uint16).reshape(copy.Rows, copy.Columns)
+    return np.minimum(pixels, np.uint16(2**stored - 1))
+
+
+def _without_other_bits(pixels: NDArray[Any], film: pydicom.Dataset, stream: Codestream | None) -> NDArray[Any]:
+    """The ``BitsStored`` bits below ``HighBit`` of each value, with their sign; ``BadRow`` if others hold the film."""
+    stored, shift = number_of(film, "BitsStored"), number_of(film, "HighBit") + 1 - number_of(film, "BitsStored")
+    size = 8 * pixels.dtype.itemsize
+    if stored == size or pixels.dtype == np.bool_:
+        return pixels
+    bits = pixels.view(f"u{pixels.dtype.itemsize}")
+    bits = bits >> _left_justified_by(bits, stored, shift, film)
+    if not (bits >> stored).any():
+        return _signed(bits, stored, film)
+    values = _signed(bits, stored, film)
+    if np.array_equal(values.view(bits.dtype), bits):  # the other bits repeat the sign
+        return values
+    padding = _is_padding(bits, film)
+    if padding.any() and not (bits[~padding] >> stored).any():
+        # padding outside of the stored bits must not become a value of the film
+        kept = values[~padding]
+        values[padding] = kept.min() if len(kept) else 0
+        note("PixelPaddingValue outside of BitsStored")
+        return values
+    if _has_overlay_bits(film, stored) or _roughness(values) <= _roughness(bits):
+        note("bits above BitsStored cut off (overlays)")
+        return values
+    if stream is not None and stream.name != "RLE" and stream.bits is not None and not (bits >> stream.bits).any():
+        film.BitsStored, film.HighBit = stream.bits, stream.bits - 1
+        note("BitsStored of the codestream")
+        return _signed(bits, stream.bits, film)
+    raise BadRow(
+        f"DICOM {tagged(film, 'BitsStored')}, but pixels reach {int(bits.max())}; expected at most {2**stored - 1}"
+    )
+
+
+def _left_justified_by(bits: NDArray[Any], stored: int, shift: int, film: pydicom.Dataset) -> int:
+    """How far the values stand to the left of where they usually do."""
+    if shift <= 0 or shift + stored > 8 * bits.dtype.itemsize:
+        if shift:
+            note("HighBit other than BitsStored - 1")
+        return 0
+    if (bits & ((1 << shift) - 1)).any() and not (bits >> stored).any():
+        note("HighBit other than BitsStored - 1")  # the values stand where they usually do
+        return 0
+    note("left-justified values (HighBit)")
+    return shift
+
+
+def _signed(bits: NDArray[Any], stored: int, film: pydicom.Dataset) -> NDArray[Any]:
+    """The lowest ``stored`` bits as numbers, by PixelRepresentation."""
+    spare = 8 * bits.dtype.itemsize - stored
+    shifted = bits << spare
+    return (shifted.view(f"i{bits.dtype.itemsize}") if number_of(film, "PixelRepresentation") else shifted) >> spare
+
+
+def _is_padding(bits: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.bool_]:
+    value = film.get("PixelPaddingValue")
+    if not isinstance(value, int):
+        return np.zeros(bits.shape, np.bool_)
+    return np.asarray(bits == value % (1 << 8 * bits.dtype.itemsize))
+
+
+def _has_overlay_bits(film: pydicom.Dataset, stored: int) -> bool:
+    """Whether a bit of an overlay (60xx,0102) lies above those of the film."""
+    groups = range(0x6000, 0x6020, 2)
+    return any((group, 0x0102) in film and int(film[group, 0x0102].value or 0) >= stored for group in groups)
+
+
+def _roughness(pixels: NDArray[Any]) -> float:
+    """Mean difference of neighbours in a row."""
+    rows = _some_rows(pixels)
+    return float(np.abs(np.diff(rows, axis=1)).mean()) if rows.shape[1] > 1 else 0.0
+
+
+def _some_rows(pixels: NDArray[Any]) -> NDArray[np.int32]:
+    return pixels[:: max(len(pixels) // ROUGHNESS_ROWS, 1)].astype(np.int32)
+
+
+def _relative_roughness(pixels: NDArray[Any]) -> float:
+    """Mean difference of neighbours by the range of values: some hundredths for a film, a third where values wrap around."""
+    return _roughness(pixels) / max(float(np.ptp(pixels)), 1.0)
+
+
+def _check_order_of_bytes(pixels: NDArray[Any]) -> None:
+    if _relative_roughness(_some_rows(pixels.byteswap())) < MUCH_SMOOTHER * _relative_roughness(_some_rows(pixels)):
+        raise BadRow(
+            "DICOM pixels are smooth only with their bytes swapped; TransferSyntaxUID (0002,0010) has another byte order"
+        )
+
+
+def _check_sign(pixels: NDArray[Any], film: pydicom.Dataset) -> None:
+    """Raise if the values are far smoother with the other sign than PixelRepresentation gives them."""
+    stored, is_signed = number_of(film, "BitsStored"), number_of(film, "PixelRepresentation")
+    rows = _some_rows(pixels)
+    unsigned = rows % (1 << stored)
+    other = unsigned if is_signed else np.where(unsigned >> stored - 1, unsigned - (1 << stored), unsigned)
+    if _relative_roughness(other) < MUCH_SMOOTHER * _relative_roughness(rows):
+        raise BadRow(f"DICOM {tagged(film, 'PixelRepresentation')}, but the pixels are smooth only as {1 - is_signed}")
