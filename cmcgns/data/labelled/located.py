@@ -143,7 +143,8 @@ def rsna_films(folder: Folder, name: str) -> pd.DataFrame:
 
 # N numbers of an encoding, P pixels of a mask
 
-SIIM_LABELS = "train-rle.csv"
+SIIM_LABELS = ("train-rle.csv", "stage_2_train.csv")
+"""The table of the first stage of the competition, and that of the second, which is the one that is published today."""
 SIDE = 1024
 """Height and width in pixels of all masks."""
 NO_MASK = "-1"
@@ -164,10 +165,11 @@ class RunsSet(ImageSet):
 def read_siim(source: FileSource) -> ImageSet:
     """Films with and without pneumothorax, with masks."""
     folder = Folder.of(source)
-    films = _siim_films(folder, folder.label_file(SIIM_LABELS))
+    name = folder.label_file(*SIIM_LABELS)
+    films = _siim_films(folder, name)
     films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"], stem=True))
     films["split"] = split_by_hash(films["group"], source.seed, {"train": 70, "valid": 15, "test": 15})
-    films, missing = folder.present(films, SIIM_LABELS)
+    films, missing = folder.present(films, name)
     return RunsSet(
         name=source.format,
         source=source,

@@ -5,6 +5,7 @@
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cmcgns import storage
 from cmcgns.config import CorpusConfig
@@ -17,6 +18,7 @@ from cmcgns.data.readers.pairs import PairsSource
 from cmcgns.data.readers.phantom import PhantomSource
 from cmcgns.data.readers.prepared import PreparedSource
 from cmcgns.data.record import StudyIndex
+from cmcgns.data.repairs import noted
 from cmcgns.errors import UserError, with_prefix
 from cmcgns.plugins import load_plugin
 
@@ -31,6 +33,7 @@ READERS = {
 """Modules by format; each has ``open_corpus(options: CorpusOptions) -> Source``."""
 FORMATS = tuple(READERS)
 MAX_DEPTH = 5
+REPORTS_OF_OPEN_I = "ecgen-radiology"
 METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
 
 
@@ -50,6 +53,8 @@ def detect_format(uri: str) -> str:
         )
     if "pairs.csv" in names:
         return "pairs-csv"
+    if _is_open_i(uri):
+        return "open-i"
     example = _first_file(uri, (".jpg", ".jpeg", ".dcm", ".xml"))
     if fnmatch.filter(names, METADATA_TABLE):
         return "mimic-cxr" if example.endswith(".dcm") else "mimic-cxr-jpg"
@@ -62,6 +67,15 @@ def detect_format(uri: str) -> str:
         "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json). "
         "Check the path or set data.format"
     )
+
+
+def _is_open_i(uri: str) -> bool:
+    """Whether a folder beside those of the films has Open-I's reports."""
+    folders = storage.list_folders(uri)
+    if REPORTS_OF_OPEN_I in folders:
+        return True
+    named = [name for name in folders if "reports" in name.lower()]
+    return any(_first_file(storage.join(uri, name), (".xml", ".txt")).endswith(".xml") for name in named)
 
 
 def _first_file(uri: str, suffixes: tuple[str, ...], depth: int = 0) -> str:
@@ -134,7 +148,9 @@ def open_index(key: str, data: CorpusConfig, target: Target, reports: bool = Tru
             data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
             data.phantom_studies, data.phantom_size, reports,
         )  # fmt: skip
-        return source, source.index()
+        with noted() as notes:
+            index = source.index()
+        return source, replace(index, repaired=dict(notes))
     except UserError as error:
         reason = str(error).removeprefix("data.uri ")
         raise UserError(f"{key} {with_prefix(data.uri, reason)}") from None

@@ -17,7 +17,7 @@ FIRST_FILE = {
     "chexpert": "train.csv",
     "nih": "Data_Entry_2017*.csv",
     "rsna": "stage_2_train_labels.csv",
-    "siim": "train-rle.csv",
+    "siim": "train-rle.csv or stage_2_train.csv",
     "covidx": "train.txt",
     "object-cxr": "train.csv",
     "masked": "pairs.csv",
