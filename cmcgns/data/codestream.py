@@ -47,7 +47,7 @@ class BrokenItemsError(ValueError):
 
 
 def items(pixels: bytes, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Where the content of each item of encapsulated pixels starts and ends; it ends at a delimiter, at zeros or at the end.
+    """Where the content of each item of encapsulated pixels starts and ends: up to a delimiter, zeros, or the end of the file.
 
     The last item may be longer than what is left of the file: its end is then the end of the file.
     """
@@ -60,6 +60,11 @@ def items(pixels: bytes, start: int = 0) -> Iterator[tuple[int, int]]:
     rest = pixels[start : start + 8]
     if rest and not rest.startswith(SEQUENCE_END) and rest.strip(b"\0"):
         raise BrokenItemsError("an item does not start where the one before ends")
+
+
+def whole_stream(pixels: bytes) -> bytes:
+    """The stream of a single film, which follows the table of offsets."""
+    return b"".join(pixels[start:end] for start, end in islice(items(pixels), 1, None))
 
 
 def start_of_stream(pixels: bytes) -> bytes:
@@ -158,3 +163,19 @@ def _rle(stream: bytes) -> Codestream | None:
     if not 1 <= segments <= 15 or used[0] != 64 or sorted(used) != used or any(unused) or used[-1] >= len(stream):
         return None
     return Codestream("RLE", (RLELossless,), None, None, 8 * segments)
+
+
+def with_presets(stream: bytes) -> bytes:
+    """A JPEG-LS stream of 6 or 7 bits that spells out its default thresholds (T.87, C.2.4.1.1.1), which GDCM gets wrong."""
+    frame, scan = stream.find(b"\xff\xf7"), stream.find(b"\xff\xda")
+    if b"\xff\xf8" in stream[:scan] or frame < 0 or scan < frame:
+        return stream
+    most, components = (1 << stream[frame + 4]) - 1, stream[frame + 9]
+    near = stream[scan + 5 + 2 * components]
+    factor, thresholds, least = 256 // (most + 1), [], near + 1
+    for start, lossy, smallest in ((3, 3, 2), (7, 5, 3), (21, 7, 4)):
+        wanted = max(smallest, start // factor + lossy * near)
+        least = wanted if least <= wanted <= most else least
+        thresholds.append(least)
+    presets = struct.pack(">2sHB5H", b"\xff\xf8", 13, 1, most, *thresholds, 64)
+    return stream[:scan] + presets + stream[scan:]

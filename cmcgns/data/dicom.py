@@ -12,7 +12,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.pixels.processing import apply_color_lut
 
-from cmcgns.data.dicom_header import PHOTOMETRICS, check_is_film, number_of, read_film, tagged
+from cmcgns.data.dicom_header import check_is_film, number_of, read_film, tagged
 from cmcgns.data.dicom_pixels import stored_values
 from cmcgns.data.isolated_decoder import IsolatedDecoder
 from cmcgns.data.repairs import note, noted
@@ -72,10 +72,8 @@ def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
         shape = str(film.get("PresentationLUTShape") or "").strip(" \0").upper()
         if photometric == "MONOCHROME1" or shape == "INVERSE":
             grey = 255 - grey
-    elif photometric in PHOTOMETRICS:
-        grey = _luminance(pixels, film, photometric)
     else:
-        raise BadRow(f"DICOM {tagged(film, 'PhotometricInterpretation')}, expected MONOCHROME1 or MONOCHROME2")
+        grey = _luminance(pixels, film, photometric)
     return np.ascontiguousarray(grey)
 
 
@@ -250,14 +248,14 @@ def _descriptor(item: pydicom.Dataset) -> tuple[int, int, int] | None:
 
 
 def _table(item: pydicom.Dataset) -> NDArray[np.float64] | None:
-    """The entries of a LUT: words, or bytes if there are too few for words; as many as there are, at most as declared."""
+    """The entries of a LUT: words, or bytes if there is one for each; as many as there are, at most as declared."""
     descriptor = _descriptor(item)
     if descriptor is None or not 1 <= descriptor[2] <= 16:
         return None
     try:
         table = item["LUTData"].value
         if isinstance(table, bytes):
-            table = np.frombuffer(table, dtype="<u2" if len(table) >= 2 * descriptor[0] else "u1")
+            table = np.frombuffer(table, dtype="u1" if len(table) <= descriptor[0] + 1 else "<u2")
         table = np.asarray(table, dtype=np.float64)[: descriptor[0]] % 0x10000
     except Exception:  # an unreadable table is skipped, like a width of 0
         return None

@@ -1,15 +1,10 @@
 """A DICOM file read and its header made consistent with its pixels, or refused with the tag that is wrong."""
 
-import io
-import struct
 from typing import Any
 
 import pydicom
-from pydicom.datadict import keyword_for_tag, tag_for_keyword
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filereader import read_dataset
-from pydicom.tag import BaseTag, Tag
+from pydicom.datadict import tag_for_keyword
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     ExplicitVRBigEndian,
@@ -18,20 +13,12 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from cmcgns.data.codestream import (
-    ITEM,
-    SEQUENCE_END,
-    BrokenItemsError,
-    Codestream,
-    items,
-    read_codestream,
-    start_of_stream,
-)
+from cmcgns.data.codestream import ITEM, BrokenItemsError, Codestream, read_codestream, start_of_stream
+from cmcgns.data.dicom_elements import parse
 from cmcgns.data.image import MAX_PIXELS
 from cmcgns.data.repairs import note
 from cmcgns.errors import BadRow
 
-PIXEL_TAG = b"\xe0\x7f\x10\x00"
 MAX_SPARE_BYTES = 4096
 """Bytes behind the last row of an uncompressed film that are padding."""
 
@@ -42,16 +29,10 @@ def tagged(film: pydicom.Dataset, name: str) -> str:
     try:
         value = film.get(name)
     except (TypeError, ValueError, OverflowError):
-        return f"{name} ({tag.group:04X},{tag.element:04X}) is not a number"
+        return f"{name} ({tag.group:04X},{tag.element:04X}) is not valid"
     blank = value is None or str(value).strip() == ""
     shown = (
-        "missing"
-        if name not in film
-        else "empty"
-        if blank
-        else f"is {value}"
-        if _is_plain(value)
-        else "is not a number"
+        "missing" if name not in film else "empty" if blank else f"is {value}" if _is_plain(value) else "is not valid"
     )
     return f"{name} ({tag.group:04X},{tag.element:04X}) {shown}"
 
@@ -78,9 +59,7 @@ def number_of(film: pydicom.Dataset, name: str) -> int:
 
 def read_film(data: bytes) -> pydicom.Dataset:
     """The elements of the file, with its pixels if it has any, and the transfer syntax that they are in."""
-    film = _parsed(data)
-    if "PixelData" not in film or _is_cut(film):
-        film = _rescued(data, film)
+    film = parse(data)
     if "TransferSyntaxUID" not in film.file_meta:
         implicit, little = film.original_encoding if film.original_encoding[0] is not None else (True, True)
         named = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
@@ -98,19 +77,6 @@ def read_film(data: bytes) -> pydicom.Dataset:
 def _unknown_syntax(uid: UID) -> str:
     shown = f" is {uid}" if uid.replace(".", "").isdigit() else ""
     return f"DICOM file has an unknown transfer syntax: TransferSyntaxUID (0002,0010){shown}; expected one of PS3.5, A"
-
-
-def _parsed(data: bytes) -> pydicom.Dataset:
-    film = pydicom.dcmread(io.BytesIO(data), force=True)
-    if not hasattr(film, "file_meta"):
-        film.file_meta = FileMetaDataset()
-    return film
-
-
-def _is_cut(film: pydicom.Dataset) -> bool:
-    """Whether encapsulated pixels were read up to a delimiter that is not theirs."""
-    pixels = film.PixelData
-    return bool(pixels) and pixels[:4] == ITEM and not film["PixelData"].is_undefined_length
 
 
 def _take_syntax_of_pixels(film: pydicom.Dataset, problem: str) -> None:
@@ -144,94 +110,6 @@ def _codestream(film: pydicom.Dataset) -> Codestream | None:
 def codestream_of(film: pydicom.Dataset) -> Codestream | None:
     """What the compressed pixels say about themselves; None if they are not compressed or in no known format."""
     return _codestream(film) if film.file_meta.TransferSyntaxUID.is_encapsulated else None
-
-
-# --- files whose sequences do not end where they say ---
-
-
-def _rescued(data: bytes, film: pydicom.Dataset) -> pydicom.Dataset:
-    """The film with the pixels of the last element (7FE0,0010) in the file, whatever comes before; as it was if there is none.
-
-    pydicom stops at the end of a file without a delimiter, and after a sequence whose length is wrong.
-    """
-    found = _last_pixels(data)
-    if found is None:
-        return film
-    start, content, end, fragmented = found
-    header = _header_before(data[:start], film)
-    pixels = data[content:end]
-    header.PixelData = pixels + SEQUENCE_END + bytes(4) if fragmented else pixels
-    header["PixelData"].is_undefined_length = fragmented
-    header["PixelData"].VR = "OB" if fragmented else "OW"
-    note("a sequence without its delimiter or of a wrong length")
-    return header
-
-
-def _last_pixels(data: bytes) -> tuple[int, int, int, bool] | None:
-    """Start of the last element of pixels that reaches to the end of the file, of its content, its end, and whether it has
-    fragments."""
-    place = data.rfind(PIXEL_TAG)
-    while place >= 0:
-        explicit = data[place + 4 : place + 6] in (b"OB", b"OW")
-        content = place + (12 if explicit else 8)
-        length = data[content - 4 : content]
-        if len(length) == 4:
-            if length == b"\xff\xff\xff\xff" and data[content : content + 4] == ITEM:
-                end = _end_of_items(data, content)
-                if end is not None:
-                    return place, content, end, True
-            elif struct.unpack("<I", length)[0] == len(data) - content > 0:
-                return place, content, len(data), False
-        place = data.rfind(PIXEL_TAG, 0, place)
-    return None
-
-
-def _end_of_items(data: bytes, start: int) -> int | None:
-    """Where the last item ends; None if these are no items, or the last one is cut off before the end of its stream."""
-    try:
-        places = list(items(data, start))
-    except BrokenItemsError:
-        return None
-    if len(places) < 2:
-        return None
-    first, end = places[-1]
-    (length,) = struct.unpack_from("<I", data, first - 4)
-    if end - first < length and not data[first:end].rstrip(b"\0").endswith(b"\xff\xd9"):
-        return None
-    # the length of a cut item is that of its content
-    return end if end - first == length else None
-
-
-def _header_before(data: bytes, film: pydicom.Dataset) -> pydicom.Dataset:
-    """The elements of ``data``, which ends before the pixels; what a damaged sequence hides is looked for behind it."""
-    header = pydicom.Dataset()
-    header.file_meta = film.file_meta
-    header.set_original_encoding(*film.original_encoding, None)
-    for tag in list(film.keys()):
-        if tag.group < 0x7FE0 and keyword_for_tag(tag):
-            header[tag] = film.get_item(tag)
-    if "Rows" in header and "Columns" in header:
-        return header
-    place = min((at for at in (data.find(mark) for mark in _PIXEL_MODULE) if at >= 0), default=-1)
-    if place >= 0:
-        explicit = data[place + 4 : place + 6] == b"US"
-        hidden = read_dataset(DicomBytesIO(data[place:]), not explicit, True, stop_when=_is_behind_pixel_module)
-        for element in hidden:
-            header[element.tag] = element
-    return header
-
-
-_PIXEL_MODULE = (
-    b"\x28\x00\x02\x00US\x02\x00",
-    b"\x28\x00\x10\x00US\x02\x00",
-    b"\x28\x00\x02\x00\x02\x00\x00\x00",
-    b"\x28\x00\x10\x00\x02\x00\x00\x00",
-)
-"""How SamplesPerPixel and Rows begin in Explicit and in Implicit VR Little Endian."""
-
-
-def _is_behind_pixel_module(tag: BaseTag, VR: str | None, length: int) -> bool:
-    return tag.group != 0x0028
 
 
 # --- the header against the pixels ---
@@ -288,6 +166,8 @@ def complete_header(film: pydicom.Dataset) -> Codestream | None:
         _derive(film, "SamplesPerPixel", samples)
     if not photometric:
         _derive(film, "PhotometricInterpretation", "MONOCHROME2" if samples == 1 else "RGB")
+    elif photometric not in PHOTOMETRICS:
+        raise BadRow(f"DICOM {tagged(film, 'PhotometricInterpretation')}, expected MONOCHROME1 or MONOCHROME2")
     elif photometric != film.PhotometricInterpretation:
         film.PhotometricInterpretation = photometric
     if samples == 3 and film.get("PlanarConfiguration") is None:
@@ -331,10 +211,11 @@ def _match_stream(film: pydicom.Dataset, stream: Codestream) -> None:
     container = 8 if stream.bits <= 8 else 16
     if stream.bits > 16:
         raise BadRow(f"DICOM codestream ({stream.name}) has {stream.bits} bits, a film has at most 16")
-    if number_of(film, "BitsAllocated") != container:
+    given = number_of(film, "BitsAllocated")
+    if given != container:
         film.BitsAllocated = container
         note("BitsAllocated of the codestream")
-        if not 0 < number_of(film, "BitsStored") <= container or container == 8:
+        if given < container or not 0 < number_of(film, "BitsStored") <= container or container == 8:
             film.BitsStored, film.HighBit = stream.bits, stream.bits - 1
 
 

@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import JPEGExtended12Bit
 
-from cmcgns.data.codestream import Codestream
+from cmcgns.data.codestream import Codestream, whole_stream, with_presets
 from cmcgns.data.dicom_header import complete_header, number_of, tagged
 from cmcgns.data.image import LEAST_SIDE
 from cmcgns.data.repairs import note
 from cmcgns.errors import BadRow
 
-ROUGHNESS_ROWS = 256
-"""Rows on which the roughness of a film is measured."""
-MUCH_SMOOTHER = 0.25
-"""Ratio of roughness below which another reading of the pixels is the likely one."""
+SOME_LINES = 256
+"""Rows and columns by which a reading of the pixels is judged."""
+LEAST_LEVELS = 8
+"""Different values on both sides of the places where the values of a film wrap around."""
 
 
 def stored_values(film: pydicom.Dataset) -> NDArray[Any]:
@@ -33,6 +34,9 @@ def stored_values(film: pydicom.Dataset) -> NDArray[Any]:
         # pydicom cuts the bits above BitsStored, which may be those of the film
         depth = allocated if stream is None or stream.name == "RLE" else stream.bits or allocated
         film.BitsStored, film.HighBit = depth, depth - 1
+    elif stream.name == "JPEG-LS" and declared[0] in (6, 7):
+        film.BitsStored, film.HighBit = 8, 7  # pydicom refuses these depths of a header, not of a stream
+        film.PixelData = encapsulate([with_presets(whole_stream(film.PixelData))])
     pixels = _decoded(film, stream)
     film.BitsStored, film.HighBit = declared
     height, width = number_of(film, "Rows"), number_of(film, "Columns")
@@ -111,7 +115,7 @@ def _without_other_bits(pixels: NDArray[Any], film: pydicom.Dataset, stream: Cod
         values[padding] = kept.min() if len(kept) else 0
         note("PixelPaddingValue outside of BitsStored")
         return values
-    if _has_overlay_bits(film, stored) or _roughness(values) <= _roughness(bits):
+    if _has_overlay_bits(film, stored) or _is_overlay(bits, stored):
         note("bits above BitsStored cut off (overlays)")
         return values
     if stream is not None and stream.name != "RLE" and stream.bits is not None and not (bits >> stream.bits).any():
@@ -156,33 +160,60 @@ def _has_overlay_bits(film: pydicom.Dataset, stored: int) -> bool:
     return any((group, 0x0102) in film and int(film[group, 0x0102].value or 0) >= stored for group in groups)
 
 
-def _roughness(pixels: NDArray[Any]) -> float:
-    """Mean difference of neighbours in a row."""
-    rows = _some_rows(pixels)
-    return float(np.abs(np.diff(rows, axis=1)).mean()) if rows.shape[1] > 1 else 0.0
+def _samples(pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Some rows and some columns of a film, both as rows."""
+    height, width = pixels.shape[:2]
+    return pixels[:: max(height // SOME_LINES, 1)], pixels[:, :: max(width // SOME_LINES, 1)].swapaxes(0, 1)
 
 
-def _some_rows(pixels: NDArray[Any]) -> NDArray[np.int32]:
-    return pixels[:: max(len(pixels) // ROUGHNESS_ROWS, 1)].astype(np.int32)
+def _differences(marked: NDArray[Any], *readings: NDArray[Any]) -> list[NDArray[np.int64]]:
+    """For each reading of the same lines, how far neighbours with different marks are apart."""
+    at = np.nonzero(marked[:, 1:] != marked[:, :-1])[:2]
+    return [np.abs(np.diff(reading.astype(np.int64), axis=1)[at]).ravel() for reading in readings]
+
+
+def _is_overlay(bits: NDArray[Any], stored: int) -> bool:
+    """Whether the film goes on under the edges of what the bits above BitsStored show.
+
+    If they are bits of its values, many of the places where they change are smooth with them and jump without.
+    """
+    pairs = [
+        _differences(lines >> stored, lines, lines & ((1 << stored) - 1)) for lines in map(np.asarray, _samples(bits))
+    ]
+    whole, cut = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    return bool((whole < cut).mean() < 0.1) if len(whole) else True
 
 
 def _relative_roughness(pixels: NDArray[Any]) -> float:
-    """Mean difference of neighbours by the range of values: some hundredths for a film, a third where values wrap around."""
-    return _roughness(pixels) / max(float(np.ptp(pixels)), 1.0)
+    """Mean difference of neighbours by the range of values: some hundredths for a film, a third where it makes no sense."""
+    return float(np.abs(np.diff(pixels.astype(np.int32), axis=1)).mean()) / max(float(np.ptp(pixels)), 1.0)
 
 
 def _check_order_of_bytes(pixels: NDArray[Any]) -> None:
-    if _relative_roughness(_some_rows(pixels.byteswap())) < MUCH_SMOOTHER * _relative_roughness(_some_rows(pixels)):
+    rows = _samples(pixels)[0]
+    rough = _relative_roughness(rows)
+    if rough > 0.1 and _relative_roughness(rows.byteswap()) < rough / 4:
         raise BadRow(
             "DICOM pixels are smooth only with their bytes swapped; TransferSyntaxUID (0002,0010) has another byte order"
         )
 
 
 def _check_sign(pixels: NDArray[Any], film: pydicom.Dataset) -> None:
-    """Raise if the values are far smoother with the other sign than PixelRepresentation gives them."""
+    """Raise if values jump from one end of their range to the other, all around places that are smooth with the other sign.
+
+    A saturated marker on black does so, too, but all its values are the same.
+    """
     stored, is_signed = number_of(film, "BitsStored"), number_of(film, "PixelRepresentation")
-    rows = _some_rows(pixels)
-    unsigned = rows % (1 << stored)
-    other = unsigned if is_signed else np.where(unsigned >> stored - 1, unsigned - (1 << stored), unsigned)
-    if _relative_roughness(other) < MUCH_SMOOTHER * _relative_roughness(rows):
+    size, pairs = 1 << stored, []
+    for lines in _samples(pixels):
+        values = lines.astype(np.int32)
+        is_high = values < 0 if is_signed else values >= size // 2
+        other = values + size * is_high if is_signed else values - size * is_high
+        is_seam = np.nonzero(is_high[:, 1:] != is_high[:, :-1])
+        at_seam = values[is_seam]
+        pairs.append((*_differences(is_high, values, other), at_seam[is_high[is_seam]], at_seam[~is_high[is_seam]]))
+    given, otherwise, high, low = (np.concatenate(each) for each in zip(*pairs, strict=True))
+    if min(len(np.unique(high)), len(np.unique(low))) < LEAST_LEVELS:
+        return
+    if np.median(given) > 0.85 * size and np.median(otherwise) < 0.15 * size:
         raise BadRow(f"DICOM {tagged(film, 'PixelRepresentation')}, but the pixels are smooth only as {1 - is_signed}")
