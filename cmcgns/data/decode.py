@@ -137,7 +137,8 @@ def _opened(data: bytes, target: Target | None) -> DecodedImage:
             if is_deep(data):
                 note("16 bits per colour")
                 film: Image.Image = Image.fromarray(decode_deep(data))
-                film.getexif().update(_exif(picture))
+                if picture.format == "PNG":  # OpenCV turns TIFFs itself
+                    film.getexif().update(_exif(picture))
             else:
                 picture.load()
                 film = picture

@@ -23,6 +23,8 @@ def parse(data: bytes) -> pydicom.Dataset:
     try:
         film = _parsed(data)
         is_damaged = "PixelData" not in film or _is_cut(film)
+    except MemoryError:
+        raise
     except Exception:  # a sequence without its end: what comes before it is read, and what is needed behind it
         film, is_damaged = _parsed_to_first_sequence(data), True
     return _rescued(data, film) if is_damaged else film

@@ -96,7 +96,7 @@ def _check_whole(films: pd.DataFrame, uri: str) -> None:
     """Raise if a row is the rest of the report above it, which has a line end and no quotes."""
     names_film = films["path"].str.contains(IS_FILM)
     is_rest = ~names_film & films["path"].str.contains(r"\s") & (films["row"] > 1)
-    if is_rest.any() and names_film.mean() > 0.5:
+    if is_rest.any() and names_film.mean() >= 0.5:
         raise UserError(
             f"{uri}: row {films.loc[is_rest, 'row'].iloc[0]} under the header names no film file, as most rows do; if it is the "
             "rest of a report with a line end, that report must stand in quotes"
