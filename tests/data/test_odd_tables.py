@@ -142,7 +142,7 @@ def test_a_quote_that_is_not_closed_is_refused_and_swallows_no_row(tmp_path: Pat
         ("image,report,patient\na.png,The lungs are clear.\nNo effusion.,p1\n", "row 2 under the header names no film"),
         (
             "image,patient,report\na.png,p1,The lungs are clear.\nNo effusion.\nb.png,p2,x\n",
-            "row 2 under the header (line 3) has 1",
+            "row 2 under the header has 1 cells",
         ),
         (
             "image,report\na.png,The lungs are clear.\nThe heart, too\nb.png,x\nc.png,y\n",
