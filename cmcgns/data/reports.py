@@ -31,6 +31,7 @@ SECTION_NAMES = {
     "conclusion": "impression",
     "conclusions": "impression",
     "description": "findings",
+    "end of impression": "end of impression",
     "exam": "examination",
     "examination": "examination",
     "final impression": "impression",
@@ -60,7 +61,7 @@ SECTION_NAMES = {
     "recommendation": "recommendation",
     "recommendations": "recommendation",
     "study": "examination",
-    "summary": "impression",
+    "summary": "summary",
     "technique": "technique",
     "type of examination": "examination",
     "wet read": "wet read",
@@ -296,6 +297,9 @@ def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
         # if there is a separate impression, the joint section is the findings
         name = "findings" if "impression" in contents else "impression"
         contents[name] = "\n\n".join(part for part in (both, contents.get(name)) if part)
+    # in CheXpert Plus it is a code: "2-ABNORMAL"
+    if "impression" not in contents and not re.match(r"\d\s*-", contents.get("summary", "1-")):
+        contents = {"impression" if name == "summary" else name: text for name, text in contents.items()}
     return contents
 
 

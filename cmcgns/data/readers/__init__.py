@@ -17,6 +17,7 @@ from cmcgns.data.readers.open_i import OpenISource
 from cmcgns.data.readers.pairs import PairsSource
 from cmcgns.data.readers.phantom import PhantomSource
 from cmcgns.data.readers.prepared import PreparedSource
+from cmcgns.data.readers.published import PublishedSource, published_format
 from cmcgns.data.record import StudyIndex
 from cmcgns.data.repairs import noted
 from cmcgns.errors import UserError, with_prefix
@@ -28,6 +29,10 @@ READERS = {
     "mimic-cxr-jpg": "cmcgns.data.readers.mimic",
     "mimic-cxr": "cmcgns.data.readers.mimic",
     "open-i": "cmcgns.data.readers.open_i",
+    "padchest": "cmcgns.data.readers.published",
+    "chexpert-plus": "cmcgns.data.readers.published",
+    "brax": "cmcgns.data.readers.published",
+    "vindr-cxr": "cmcgns.data.readers.published",
     "parquet": "cmcgns.data.readers.prepared",
 }
 """Modules by format; each has ``open_corpus(options: CorpusOptions) -> Source``."""
@@ -53,6 +58,9 @@ def detect_format(uri: str) -> str:
         )
     if "pairs.csv" in names:
         return "pairs-csv"
+    published = published_format(uri, names)
+    if published:
+        return published
     if _is_open_i(uri):
         return "open-i"
     example = _first_file(uri, (".jpg", ".jpeg", ".dcm", ".xml"))
@@ -64,7 +72,8 @@ def detect_format(uri: str) -> str:
         return "mimic-cxr"
     raise UserError(
         f"{uri}: no known format found. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
-        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json). "
+        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), padchest, chexpert-plus, brax and vindr-cxr (their "
+        "published tables), parquet (prepared: manifest.json). "
         "Check the path or set data.format"
     )
 
@@ -102,6 +111,7 @@ __all__ = [
     "PairsSource",
     "PhantomSource",
     "PreparedSource",
+    "PublishedSource",
     "Reader",
     "Source",
     "detect_format",

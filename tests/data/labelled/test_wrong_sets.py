@@ -20,6 +20,7 @@ FIRST_FILE = {
     "siim": "train-rle.csv or stage_2_train.csv",
     "covidx": "train.txt",
     "object-cxr": "train.csv",
+    "vindr-cxr": "annotations/image_labels_train.csv",
     "masked": "pairs.csv",
     "labelled": "pairs.csv",
 }
