@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels.processing import apply_color_lut
 
+from cmcgns.data.dicom_colour import luminance, single_plane, to_uint8
 from cmcgns.data.dicom_header import check_is_film, number_of, read_film, tagged
 from cmcgns.data.dicom_pixels import stored_values
 from cmcgns.data.isolated_decoder import IsolatedDecoder
@@ -22,7 +22,6 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 """Transfer syntax of a deflated file (PS3.5, A.5); its header is not deflated."""
 DEFLATED_WITHIN = 2048
 """Bytes in which a file's header names its transfer syntax."""
-LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 # pydicom's warnings quote values of the file, which may identify a patient: none may be printed.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -73,7 +72,7 @@ def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
         if photometric == "MONOCHROME1" or shape == "INVERSE":
             grey = 255 - grey
     else:
-        grey = _luminance(pixels, film, photometric)
+        grey = luminance(pixels, film, photometric)
     return np.ascontiguousarray(grey)
 
 
@@ -90,8 +89,7 @@ def _bad_row_on_error() -> Iterator[None]:
 
 def _tone(pixels_HW: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.uint8]:
     """Grey levels of monochrome pixels, by a lookup table over the stored values."""
-    if pixels_HW.ndim != 2:
-        raise BadRow(f"DICOM file is declared monochrome but decodes to {pixels_HW.shape}")
+    pixels_HW = single_plane(pixels_HW, film)
     low, high = int(pixels_HW.min()), int(pixels_HW.max())
     if high - low > 0xFFFF:
         raise BadRow(f"DICOM pixels span {low} to {high}, more than 16 bits")
@@ -108,7 +106,7 @@ def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) 
     values = _modality_values(np.arange(low, high + 1, dtype=np.int32), film)
     padded = "PixelPaddingValue" in film
     for unit in _voi_curves(values, film):
-        grey = _to_uint8(unit)
+        grey = to_uint8(unit)
         # the ends are values of the film: if they differ there is contrast, and the others need no check
         if not padded and grey[0] != grey[-1]:
             return grey
@@ -117,12 +115,14 @@ def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) 
             return grey
     shown = _shown(pixels_HW, low, high, film)
     least, most = values[shown].min(), values[shown].max()
-    return _to_uint8((values - least) / max(most - least, 1e-9))
+    return to_uint8((values - least) / max(most - least, 1e-9))
 
 
 def _modality_values(stored: NDArray[np.int32], film: pydicom.Dataset) -> NDArray[np.float64]:
     """Stored values after the modality LUT or the rescale; a rescale that is empty, half empty or 0 is none, as in dcmtk."""
     for item in film.get("ModalityLUTSequence") or []:
+        if not item.get("LUTData") and not item.get("LUTDescriptor"):
+            continue  # as empty as no sequence
         table = _lookup(stored.astype(np.float64), item)
         if table is None:
             raise BadRow("DICOM ModalityLUTSequence (0028,3000) cannot be read; expected LUTDescriptor and LUTData")
@@ -189,12 +189,6 @@ def _padding_end(film: pydicom.Dataset, name: str) -> int | None:
             note(f"{name} of the wrong sign")
             return other
     return value
-
-
-def _to_uint8(unit: NDArray[Any]) -> NDArray[np.uint8]:
-    """0 to 1 scaled to 0 to 255; values outside are clipped."""
-    grey: NDArray[np.uint8] = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
-    return grey
 
 
 def _voi_curves(values: NDArray[np.float64], film: pydicom.Dataset) -> Iterator[NDArray[np.float64]]:
@@ -277,34 +271,8 @@ def _numbers(value: Any) -> list[float]:
         return []
     try:
         items = [value] if isinstance(value, str | int | float) else list(value)
-        numbers = [float(item) for item in items]
+        # some devices write the comma of their country
+        numbers = [float(item.replace(",", ".") if isinstance(item, str) else item) for item in items]
     except (TypeError, ValueError):
         return []
     return [number for number in numbers if np.isfinite(number)]
-
-
-def _luminance(pixels: NDArray[Any], film: pydicom.Dataset, photometric: str) -> NDArray[np.uint8]:
-    """uint8 brightness of RGB pixels or of palette indices."""
-    try:
-        if photometric == "PALETTE COLOR":
-            pixels, bits = (
-                apply_color_lut(pixels, film),
-                int(film.RedPaletteColorLookupTableDescriptor[2]),
-            )
-        else:
-            bits = number_of(film, "BitsStored") or 8
-    except Exception as error:
-        raise BadRow(f"DICOM palette is broken ({type(error).__name__})") from None
-    if pixels.ndim != 3 or pixels.shape[2] < 3:
-        raise BadRow(f"DICOM colour film decodes to {pixels.shape}")
-    if photometric == "RGB" and pixels.dtype.itemsize <= 2 and _is_ycbcr(pixels, bits):
-        note("YBR labelled RGB")
-        return _to_uint8(pixels[..., 0].astype(np.float32) / (2**bits - 1))
-    return _to_uint8(pixels[..., :3].astype(np.float32) @ LUMINANCE / (2**bits - 1))
-
-
-def _is_ycbcr(pixels_HW3: NDArray[Any], bits: int) -> bool:
-    """Whether the second and third plane are the colour differences of a grey film, all near the middle, and the first is not."""
-    middle, near = 1 << bits - 1, max((1 << bits) // 64, 1)
-    luminance, *differences = (pixels_HW3[..., plane].astype(np.int32) - middle for plane in range(3))
-    return bool(np.ptp(luminance) > 4 * near) and all(np.abs(plane).max() <= near for plane in differences)

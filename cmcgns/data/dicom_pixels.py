@@ -11,6 +11,7 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import JPEGExtended12Bit
 
 from cmcgns.data.codestream import Codestream, whole_stream, with_presets
+from cmcgns.data.dicom_colour import are_equal, rearranged
 from cmcgns.data.dicom_header import complete_header, number_of, tagged
 from cmcgns.data.image import LEAST_SIDE
 from cmcgns.data.repairs import note
@@ -57,13 +58,28 @@ def _decoded(film: pydicom.Dataset, stream: Codestream | None) -> NDArray[Any]:
     try:
         if film.file_meta.TransferSyntaxUID == JPEGExtended12Bit and number_of(film, "BitsAllocated") == 16:
             return _decode_jpeg_extended(film)
-        pixels: NDArray[Any] = pixel_array(film)
+        pixels = _maybe_rgb(film, stream)
     except Exception as error:  # each plug-in raises its own classes; the message may quote values of the file
         syntax = film.file_meta.TransferSyntaxUID
         raise BadRow(
             f"DICOM pixels ({syntax.name}) are truncated or cannot be decoded ({type(error).__name__})"
         ) from None
     return np.asarray(pixels, pixels.dtype.newbyteorder("="))
+
+
+def _maybe_rgb(film: pydicom.Dataset, stream: Codestream | None) -> NDArray[Any]:
+    """The decoded pixels; three equal planes are RGB, whatever the header says: as luminance and colour they would be no film."""
+    labelled = str(film.PhotometricInterpretation)
+    if labelled == "YBR_FULL" and (stream is None or stream.is_ycbcr is None):
+        film.PhotometricInterpretation = "RGB"
+        pixels: NDArray[Any] = pixel_array(film)
+        if pixels.ndim == 3 and are_equal(pixels):
+            note("RGB labelled YBR")
+            return pixels
+        film.PhotometricInterpretation = labelled
+    pixels = pixel_array(film)
+    is_plain = stream is None and labelled in ("RGB", "MONOCHROME1", "MONOCHROME2")
+    return rearranged(pixels, film) if is_plain and pixels.ndim == 3 and pixels.shape[2] == 3 else pixels
 
 
 def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:

@@ -4,6 +4,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
@@ -55,6 +56,7 @@ def refused(data: Dataset) -> str:
         {"RescaleSlope": 0, "RescaleIntercept": 0},
         {"RescaleSlope": 0, "RescaleIntercept": -1024},
         {"ModalityLUTSequence": []},
+        {"ModalityLUTSequence": [Dataset()]},
     ],
     ids=[
         "both empty",
@@ -65,6 +67,7 @@ def refused(data: Dataset) -> str:
         "slope 0",
         "slope 0 and -1024",
         "no LUT",
+        "empty LUT",
     ],
 )
 @pytest.mark.parametrize("window", [{}, {"WindowCenter": 2048, "WindowWidth": 4096}], ids=["stretched", "in a window"])
@@ -73,6 +76,29 @@ def test_a_rescale_that_is_empty_half_empty_or_zero_is_none(elements: dict[str, 
     assert np.array_equal(grey, dicom_to_grey(written(film(shot(), **window))))
     if not window:
         assert np.array_equal(grey, expected())
+
+
+def malformed(data: Dataset, **texts: str) -> bytes:
+    """``data`` with decimal strings of any text, which pydicom would not write."""
+    for name, text in texts.items():
+        data.add_new(name, "LO", text)
+    raw = written(data)
+    for name in texts:
+        tag = pydicom.tag.Tag(name)
+        mark = struct.pack("<HH", tag.group, tag.element)
+        raw = raw.replace(mark + b"LO", mark + b"DS")
+    return raw
+
+
+def test_numbers_with_a_comma_are_numbers() -> None:
+    plain = film(shot(), RescaleSlope="2", RescaleIntercept="0.5", WindowCenter="4096.5", WindowWidth="1024")
+    comma = {"RescaleSlope": "2,0", "RescaleIntercept": "0,5", "WindowCenter": "4096,5", "WindowWidth": "1024,0"}
+    assert np.array_equal(dicom_to_grey(malformed(film(shot()), **comma)), dicom_to_grey(written(plain)))
+
+
+@pytest.mark.parametrize(("centre", "width"), [("", ""), ("2048", "wide"), ("nan", "4096"), ("2048", "-4096")])
+def test_a_window_that_is_no_window_is_none(centre: str, width: str) -> None:
+    assert np.array_equal(dicom_to_grey(malformed(film(shot()), WindowCenter=centre, WindowWidth=width)), expected())
 
 
 def test_a_rescale_that_is_no_number_is_refused_by_its_tag() -> None:
