@@ -17,8 +17,11 @@ from cmcgns.data.image import LEAST_SIDE
 from cmcgns.data.repairs import note
 from cmcgns.errors import BadRow
 
-SOME_LINES = 256
+SOME_LINES = 64
 """Rows and columns by which a reading of the pixels is judged."""
+LOSSY = ("baseline JPEG", "extended JPEG", "progressive JPEG")
+MOST_OVERSHOOT = 0.01
+"""Share of the pixels of a lossy film that may be above BitsStored."""
 LEAST_LEVELS = 8
 """Different values on both sides of the places where the values of a film wrap around."""
 
@@ -39,6 +42,8 @@ def stored_values(film: pydicom.Dataset) -> NDArray[Any]:
         film.BitsStored, film.HighBit = 8, 7  # pydicom refuses these depths of a header, not of a stream
         film.PixelData = encapsulate([with_presets(whole_stream(film.PixelData))])
     pixels = _decoded(film, stream)
+    if stream is not None and stream.name in LOSSY and (stream.bits or 0) > declared[0]:
+        pixels, declared = _without_overshoot(pixels, declared, stream.bits or 0)
     film.BitsStored, film.HighBit = declared
     height, width = number_of(film, "Rows"), number_of(film, "Columns")
     if pixels.shape[:2] != (height, width) or pixels.ndim > 3:
@@ -52,6 +57,17 @@ def stored_values(film: pydicom.Dataset) -> NDArray[Any]:
     if is_plain:
         _check_sign(pixels, film)
     return pixels
+
+
+def _without_overshoot(
+    pixels: NDArray[Any], declared: tuple[int, int], bits: int
+) -> tuple[NDArray[Any], tuple[int, int]]:
+    """Lossy pixels cut off at BitsStored, which a few of them pass; if many do, all of them, and the depth of the codestream."""
+    limit = 2 ** declared[0] - 1
+    if (pixels > limit).mean() > MOST_OVERSHOOT:
+        note("BitsStored of the codestream")
+        return pixels, (bits, bits - 1)
+    return np.minimum(pixels, np.asarray(limit, pixels.dtype)), declared
 
 
 def _decoded(film: pydicom.Dataset, stream: Codestream | None) -> NDArray[Any]:
@@ -86,12 +102,11 @@ def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
     """12-bit lossy JPEG by GDCM's own reader, because pydicom rejects it with every plug-in."""
     import gdcm
 
-    stored = number_of(film, "BitsStored")
     copy = pydicom.Dataset()
     for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PixelData"):
         setattr(copy, name, film[name].value)
     copy.PhotometricInterpretation = "MONOCHROME2"
-    # GDCM masks to BitsStored, so lossy overshoot would wrap from white to black: ask for all 12, then clip
+    # GDCM masks to BitsStored, so lossy overshoot would wrap from white to black: ask for all 12
     copy.BitsStored, copy.HighBit = 12, 11
     copy["PixelData"].VR = "OB"
     copy["PixelData"].is_undefined_length = True
@@ -107,8 +122,7 @@ def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
         if not reader.Read():
             raise ValueError("GDCM cannot read it either")
         buffer = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
-    pixels = np.frombuffer(buffer, dtype=np.uint16).reshape(copy.Rows, copy.Columns)
-    return np.minimum(pixels, np.uint16(2**stored - 1))
+    return np.frombuffer(buffer, dtype=np.uint16).reshape(copy.Rows, copy.Columns)
 
 
 def _without_other_bits(pixels: NDArray[Any], film: pydicom.Dataset, stream: Codestream | None) -> NDArray[Any]:
@@ -118,9 +132,10 @@ def _without_other_bits(pixels: NDArray[Any], film: pydicom.Dataset, stream: Cod
     if stored == size or pixels.dtype == np.bool_:
         return pixels
     bits = pixels.view(f"u{pixels.dtype.itemsize}")
-    bits = bits >> _left_justified_by(bits, stored, shift, film)
-    if not (bits >> stored).any():
-        return _signed(bits, stored, film)
+    moved = _left_justified_by(bits, stored, shift, film)
+    bits = bits >> moved if moved else bits
+    if not int(bits.max()) >> stored:
+        return _signed(bits, stored, film) if number_of(film, "PixelRepresentation") else bits
     values = _signed(bits, stored, film)
     if np.array_equal(values.view(bits.dtype), bits):  # the other bits repeat the sign
         return values

@@ -51,6 +51,8 @@ def stretch(pixels_HW: NDArray[Any]) -> NDArray[np.uint8]:
 
 LEAST_SIDE = 64
 """Pixels of the shorter side from which a picture must look like a film."""
+SOME_LINES = 64
+"""Rows and columns that are looked at."""
 LEAST_STEP = 4
 """Mean difference of neighbours, in grey levels, below which stripes are not looked for."""
 
@@ -59,17 +61,20 @@ def check_looks_like_film(grey_HW: NDArray[np.uint8]) -> None:
     """Raise ``BadRow`` if a picture has one grey level or two, or stripes as of values read in the wrong places."""
     if min(grey_HW.shape) < LEAST_SIDE:
         return
-    some_HW = grey_HW[:: max(len(grey_HW) // STRIP, 1)]
-    if len(np.unique(some_HW)) <= 2:
-        levels = len(np.unique(grey_HW))
-        if levels <= 2:
-            raise BadRow(f"film has only {levels} grey level{'s' * (levels > 1)}")
-    for lines in (some_HW, grey_HW[:, :: max(grey_HW.shape[1] // STRIP, 1)].T):
+    height, width = grey_HW.shape
+    some_HW = grey_HW[:: max(height // SOME_LINES, 1)]
+    if _levels(some_HW) <= 2 and (levels := _levels(grey_HW)) <= 2:
+        raise BadRow(f"film has only {levels} grey level{'s' * (levels > 1)}")
+    for lines in (some_HW, grey_HW[:, :: max(width // SOME_LINES, 1)].T):
         one, two, three = (_difference(lines, lag) for lag in (1, 2, 3))
         if one > LEAST_STEP and min(two, three) < one / 4:
             raise BadRow(
                 "film is striped: its values repeat every 2 or 3 pixels, as if colours or bytes were read as pixels"
             )
+
+
+def _levels(grey_HW: NDArray[np.uint8]) -> int:
+    return int(np.count_nonzero(np.bincount(grey_HW.ravel(), minlength=256)))
 
 
 def _difference(lines: NDArray[np.uint8], lag: int) -> float:
