@@ -63,6 +63,12 @@ def realdata() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    """Small sets after public bug reports, each with what is right; skips where they are not at hand."""
+    return local_folder("CMCGNS_CASES", "cases") / "data"
+
+
+@pytest.fixture(scope="session")
 def openi() -> Path:
     """A few thousand real films with their reports and findings by hand, as a pairs.csv; skips where they are not at hand."""
     return local_folder("CMCGNS_OPENI", "openi")

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 from cmcgns.methods import METHODS
 
-FORMATS = ("auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "parquet")
+FORMATS = (
+    "auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "padchest", "chexpert-plus", "brax", "vindr-cxr",
+    "parquet",
+)  # fmt: skip
 """Supported layouts of a corpus."""
 
 
@@ -22,8 +25,9 @@ class CorpusConfig(Section):
     uri: str = "phantom"
     """Location of the corpus: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
     format: str = "auto"
-    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, parquet (the
-    output of jobs/prepare.py), or your own reader as `package.module` or `path/to/file.py` (docs/data.md)."""
+    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, padchest,
+    chexpert-plus, brax, vindr-cxr, parquet (the output of jobs/prepare.py), or your own reader as `package.module` or
+    `path/to/file.py` (docs/data.md)."""
     views: tuple[str, ...] = ("PA", "AP")
     """Views to keep; 'AP Supine' and 'AP Erect' count as AP. In pairs-csv, films without a view are kept."""
     crop_borders: bool = True

@@ -4,7 +4,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import cv2
@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from cmcgns.data.image import MAX_PIXELS, DecodedImage, Target
+from cmcgns.data.image import MAX_PIXELS, DecodedImage, Target, stretch
+from cmcgns.data.picture_files import (
+    decode_deep,
+    is_deep,
+    is_large_tiff_of_other_kind,
+    is_white_zero,
+    without_side_chunks,
+)
+from cmcgns.data.repairs import note
 from cmcgns.errors import BadRow
 
 PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -31,10 +39,10 @@ _MAGIC = (
     (b"\x00\x08\x00", "dicom"),
 )
 
+ORIENTATION = 0x0112
+"""Tag of EXIF."""
 MAX_SCANS = 100
 """Encoders write about ten scans."""
-STRIP = 256
-"""Rows converted at a time."""
 
 
 class Budget:
@@ -101,28 +109,76 @@ def _decode_picture(data: bytes, target: Target | None) -> DecodedImage:
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise BadRow(f"JPEG has {data.count(bytes([0xFF, 0xDA]))} scans; films have at most {MAX_SCANS}")
     try:
-        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
-            # before decoding: a small file can declare a huge image
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadRow(f"film of {picture.height} x {picture.width} pixels is over the limit of {MAX_PIXELS}")
-            if getattr(picture, "n_frames", 1) > 1:
-                raise BadRow(f"film file has {getattr(picture, 'n_frames', 1)} images, not one film")
-            size = picture.size
-            if target is not None and target.of(size) >= 4 * target.pixels:
-                # DCT scaling to the smallest of 1/2, 1/4, 1/8 that is at least twice the target
-                factor = 2 * target.pixels / target.of(size)
-                picture.draft(None, (round(picture.width * factor), round(picture.height * factor)))
-            with DECODE_BUDGET.reserve(picture.width * picture.height * _bytes_per_pixel(picture.mode)):
-                picture.load()
-                upright = ImageOps.exif_transpose(picture)
-                width, height = size if upright.size == picture.size else size[::-1]
-                return DecodedImage(_grey(upright), height, width)
+        return _opened(data, target)
     except BadRow:
         raise
     except Image.DecompressionBombError:
         raise BadRow(f"film is over the limit of {MAX_PIXELS} pixels") from None
     except Exception as error:  # Pillow's decoders raise many classes for broken bytes
-        raise BadRow(f"film file is truncated or broken ({type(error).__name__})") from None
+        rescued = _rescued(data, target)
+        if rescued is None:
+            raise BadRow(f"film file is truncated or broken ({type(error).__name__})") from None
+        return rescued
+
+
+def _opened(data: bytes, target: Target | None) -> DecodedImage:
+    with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
+        # before decoding: a small file can declare a huge image
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadRow(f"film of {picture.height} x {picture.width} pixels is over the limit of {MAX_PIXELS}")
+        if getattr(picture, "n_frames", 1) > 1:
+            raise BadRow(f"film file has {getattr(picture, 'n_frames', 1)} images, not one film")
+        size = picture.size
+        if target is not None and target.of(size) >= 4 * target.pixels:
+            # DCT scaling to the smallest of 1/2, 1/4, 1/8 that is at least twice the target
+            factor = 2 * target.pixels / target.of(size)
+            picture.draft(None, (round(picture.width * factor), round(picture.height * factor)))
+        with DECODE_BUDGET.reserve(picture.width * picture.height * _bytes_per_pixel(picture.mode)):
+            if is_deep(data):
+                note("16 bits per colour")
+                film: Image.Image = Image.fromarray(decode_deep(data))
+                if picture.format == "PNG":  # OpenCV turns TIFFs itself
+                    film.getexif().update(_exif(picture))
+            else:
+                picture.load()
+                film = picture
+            upright = _upright(film)
+            width, height = size if upright.size == picture.size else size[::-1]
+            grey_HW = _grey(upright)
+            # Pillow heeds it up to 8 bits
+            if picture.format == "TIFF" and picture.mode.startswith(("I", "F")) and is_white_zero(data):
+                note("white stored as 0 (TIFF)")
+                grey_HW = 255 - grey_HW
+            return DecodedImage(grey_HW, height, width)
+
+
+def _exif(picture: Image.Image) -> dict[int, Any]:
+    """The tags of the camera; none if they are broken, which makes no difference to the pixels."""
+    try:
+        return dict(picture.getexif())
+    except Exception:  # Pillow's parser raises many classes for broken bytes
+        note("broken EXIF ignored")
+        return {}
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(picture) if _exif(picture).get(ORIENTATION, 1) != 1 else picture
+
+
+def _rescued(data: bytes, target: Target | None) -> DecodedImage | None:
+    """The film in a file that Pillow refused, if its pixels are whole."""
+    shorter = without_side_chunks(data)
+    if shorter is not None:
+        with suppress(Exception):
+            film = _opened(shorter, target)
+            note("PNG with broken side chunks")
+            return film
+    if is_large_tiff_of_other_kind(data):
+        with suppress(BadRow):
+            grey_HW = decode_deep(data)
+            note("TIFF of a kind that Pillow does not know")
+            return DecodedImage(grey_HW, *grey_HW.shape)
+    return None
 
 
 def _bytes_per_pixel(mode: str) -> int:
@@ -135,7 +191,7 @@ def _bytes_per_pixel(mode: str) -> int:
 def _grey(picture: Image.Image) -> NDArray[np.uint8]:
     """uint8 (H, W) from any of Pillow's modes."""
     if picture.mode.startswith(("I", "F")):
-        return _stretch(np.asarray(picture))
+        return stretch(np.asarray(picture))
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         opaque = Image.new("RGBA", picture.size, (0, 0, 0, 255))
@@ -143,15 +199,3 @@ def _grey(picture: Image.Image) -> NDArray[np.uint8]:
     elif picture.mode not in ("L", "RGB"):
         picture = picture.convert("RGB")
     return np.array(picture.convert("L"), dtype=np.uint8)
-
-
-def _stretch(pixels_HW: NDArray[Any]) -> NDArray[np.uint8]:
-    """More than 8 bits without a window: scaled so that minimum and maximum become 0 and 255."""
-    low, high = float(pixels_HW.min()), float(pixels_HW.max())  # NaN if any value is
-    if not np.isfinite([low, high]).all():
-        raise BadRow("film has values that are not finite")
-    grey = np.empty(pixels_HW.shape, np.uint8)
-    for start in range(0, len(grey), STRIP):  # in float64, eight times the film
-        values = pixels_HW[start : start + STRIP].astype(np.float64)
-        grey[start : start + STRIP] = np.rint((values - low) * (255 / max(high - low, 1e-9)))
-    return grey

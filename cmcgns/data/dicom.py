@@ -1,10 +1,8 @@
-"""Bytes of a DICOM file decoded to 8-bit grey, with air dark. The only module that reads with pydicom."""
+"""Bytes of a DICOM file decoded to 8-bit grey, with air dark. ``dicom_header`` reads it, ``dicom_pixels`` decodes it."""
 
-import io
 import logging
-import struct
-import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,24 +10,18 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-from pydicom.pixels.utils import pixel_array
-from pydicom.uid import (
-    ImplicitVRLittleEndian,
-    JPEG2000TransferSyntaxes,
-    JPEGExtended12Bit,
-    MediaStorageDirectoryStorage,
-)
 
-from cmcgns.data.image import MAX_PIXELS
+from cmcgns.data.dicom_colour import luminance, single_plane, to_uint8
+from cmcgns.data.dicom_header import check_is_film, number_of, read_film, tagged
+from cmcgns.data.dicom_pixels import stored_values
 from cmcgns.data.isolated_decoder import IsolatedDecoder
+from cmcgns.data.repairs import note, noted
 from cmcgns.errors import BadRow
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 """Transfer syntax of a deflated file (PS3.5, A.5); its header is not deflated."""
 DEFLATED_WITHIN = 2048
 """Bytes in which a file's header names its transfer syntax."""
-LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 # pydicom's warnings quote values of the file, which may identify a patient: none may be printed.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -43,35 +35,44 @@ def dicom_to_grey(data: bytes) -> NDArray[np.uint8]:
     """The film as uint8 (H, W) with air dark; ``BadRow`` with the reason if it cannot be decoded."""
     with _bad_row_on_error():
         if DEFLATED.encode() in data[:DEFLATED_WITHIN]:  # reading inflates it, to any size
-            return _decode_isolated(data)
-        film = _read(data)
-        _check_is_film(film)
+            return _isolated(data)
+        film = read_film(data)
+        check_is_film(film)
         if film.file_meta.TransferSyntaxUID.is_encapsulated:
-            return _decode_isolated(data)
+            return _isolated(data)
         return _grey(film)
 
 
-def decode_here(data: bytes) -> NDArray[np.uint8]:
-    """``dicom_to_grey`` of a compressed film in this process, which the C++ decoders may crash."""
-    with _bad_row_on_error():
-        film = _read(data)
-        _check_is_film(film)
-        return _grey(film)
+def decode_here(data: bytes) -> tuple[NDArray[np.uint8], Counter[str]]:
+    """``dicom_to_grey`` of a compressed film in this process, which the C++ decoders may crash, and what it noted."""
+    with _bad_row_on_error(), noted() as notes:
+        film = read_film(data)
+        check_is_film(film)
+        return _grey(film), notes
 
 
 _decode_isolated = IsolatedDecoder(decode_here)
 
 
+def _isolated(data: bytes) -> NDArray[np.uint8]:
+    """``decode_here`` in a child process; what it noted is noted here."""
+    grey, notes = _decode_isolated(data)
+    for rule, times in notes.items():
+        note(rule, times)
+    return grey
+
+
 def _grey(film: pydicom.Dataset) -> NDArray[np.uint8]:
-    pixels = _decode(film)
-    photometric = str(film.get("PhotometricInterpretation") or "MONOCHROME2").strip().upper()
+    pixels = stored_values(film)
+    photometric = str(film.PhotometricInterpretation)
     if photometric.startswith("MONOCHROME"):
         grey = _tone(pixels, film)
         # DX requires INVERSE with MONOCHROME1; both mean the same, so invert once
-        if photometric == "MONOCHROME1" or film.get("PresentationLUTShape") == "INVERSE":
+        shape = str(film.get("PresentationLUTShape") or "").strip(" \0").upper()
+        if photometric == "MONOCHROME1" or shape == "INVERSE":
             grey = 255 - grey
     else:
-        grey = _luminance(pixels, film, photometric)
+        grey = luminance(pixels, film, photometric)
     return np.ascontiguousarray(grey)
 
 
@@ -86,106 +87,9 @@ def _bad_row_on_error() -> Iterator[None]:
         raise BadRow(f"DICOM file is truncated or broken ({type(error).__name__})") from None
 
 
-def _read(data: bytes) -> pydicom.Dataset:
-    film = pydicom.dcmread(io.BytesIO(data), force=True)
-    if not hasattr(film, "file_meta"):
-        film.file_meta = pydicom.dataset.FileMetaDataset()
-    if "TransferSyntaxUID" not in film.file_meta:
-        film.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
-    if not film.file_meta.TransferSyntaxUID.is_transfer_syntax:
-        raise BadRow("DICOM file has an unknown transfer syntax")
-    if not len(film) and "MediaStorageSOPClassUID" not in film.file_meta:
-        raise BadRow("not a DICOM file: no element could be read")
-    return film
-
-
-def _integer(film: pydicom.Dataset, name: str) -> int:
-    try:
-        return int(film.get(name) or 0)
-    except (TypeError, ValueError):
-        return 0
-
-
-def _check_is_film(film: pydicom.Dataset) -> None:
-    storage = film.file_meta.get("MediaStorageSOPClassUID")
-    if storage == MediaStorageDirectoryStorage or "DirectoryRecordSequence" in film:
-        raise BadRow("DICOMDIR: a directory of films, not a film")
-    if "PixelData" not in film:
-        report = film.get("Modality") == "SR" or "ContentSequence" in film
-        raise BadRow("DICOM structured report, not a film" if report else "DICOM file has no PixelData or is truncated")
-    if not film.PixelData:
-        raise BadRow("DICOM PixelData is empty")
-    frames = _integer(film, "NumberOfFrames")
-    if frames > 1:
-        raise BadRow(f"DICOM file has {frames} frames, not one film")
-    height, width = _integer(film, "Rows"), _integer(film, "Columns")
-    if height < 1 or width < 1:
-        raise BadRow(f"DICOM header gives a size of {height} x {width} pixels")
-    if height * width > MAX_PIXELS:
-        raise BadRow(f"DICOM film of {height} x {width} pixels is over the limit of {MAX_PIXELS}")
-    coded = _jpeg2000_size(film.PixelData) if film.file_meta.TransferSyntaxUID in JPEG2000TransferSyntaxes else None
-    if coded not in (None, (height, width)):
-        raise BadRow(f"JPEG 2000 codestream is for {coded} pixels, the header says {height} x {width}")
-
-
-def _jpeg2000_size(pixels: bytes) -> tuple[int, int] | None:
-    """Height and width in the codestream's SIZ marker (ISO/IEC 15444-1, A.5.1); None if there is none."""
-    start = pixels.find(b"\xff\x4f\xff\x51")
-    if start < 0 or len(pixels) < start + 24:
-        return None
-    right, bottom, left, top = struct.unpack(">4I", pixels[start + 8 : start + 24])
-    return bottom - top, right - left
-
-
-def _decode(film: pydicom.Dataset) -> NDArray[Any]:
-    """Stored values or palette indices (H, W), or RGB (H, W, 3) for the other colour spaces."""
-    try:
-        if film.file_meta.TransferSyntaxUID == JPEGExtended12Bit and _integer(film, "BitsAllocated") == 16:
-            return _decode_jpeg_extended(film)
-        pixels: NDArray[Any] = pixel_array(film)
-    except Exception as error:  # each plug-in raises its own classes; the message may quote values of the file
-        syntax = film.file_meta.TransferSyntaxUID
-        name = syntax.name if syntax.is_transfer_syntax else "an unknown transfer syntax"
-        raise BadRow(f"DICOM pixels ({name}) are truncated or cannot be decoded ({type(error).__name__})") from None
-    height, width = _integer(film, "Rows"), _integer(film, "Columns")
-    if pixels.shape[:2] != (height, width) or pixels.ndim > 3:
-        raise BadRow(f"DICOM pixels decode to {pixels.shape}, the header says {height} x {width}")
-    return pixels
-
-
-def _decode_jpeg_extended(film: pydicom.Dataset) -> NDArray[np.uint16]:
-    """12-bit lossy JPEG by GDCM's own reader, because pydicom rejects it with every plug-in."""
-    import gdcm
-
-    stored = _integer(film, "BitsStored")
-    copy = pydicom.Dataset()
-    for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PixelData"):
-        setattr(copy, name, film[name].value)
-    copy.PhotometricInterpretation = "MONOCHROME2"
-    # GDCM masks to BitsStored, so lossy overshoot would wrap from white to black: ask for all 12, then clip
-    copy.BitsStored, copy.HighBit = 12, 11
-    copy["PixelData"].VR = "OB"
-    copy["PixelData"].is_undefined_length = True
-    copy.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    copy.SOPInstanceUID = pydicom.uid.generate_uid()
-    copy.file_meta = pydicom.dataset.FileMetaDataset()
-    copy.file_meta.TransferSyntaxUID = JPEGExtended12Bit
-    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
-        copy.save_as(file, enforce_file_format=True)
-        file.flush()
-        reader = gdcm.ImageReader()
-        reader.SetFileName(file.name)
-        if not reader.Read():
-            raise ValueError("GDCM cannot read it either")
-        buffer = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
-    pixels = np.frombuffer(buffer, dtype=np.uint16).reshape(copy.Rows, copy.Columns)
-    return np.minimum(pixels, np.uint16(2**stored - 1))
-
-
 def _tone(pixels_HW: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.uint8]:
     """Grey levels of monochrome pixels, by a lookup table over the stored values."""
-    if pixels_HW.ndim != 2:
-        raise BadRow(f"DICOM file is declared monochrome but decodes to {pixels_HW.shape}")
+    pixels_HW = single_plane(pixels_HW, film)
     low, high = int(pixels_HW.min()), int(pixels_HW.max())
     if high - low > 0xFFFF:
         raise BadRow(f"DICOM pixels span {low} to {high}, more than 16 bits")
@@ -199,16 +103,10 @@ def _tone(pixels_HW: NDArray[Any], film: pydicom.Dataset) -> NDArray[np.uint8]:
 def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) -> NDArray[np.uint8]:
     """uint8 grey of each value from ``low`` (minimum) to ``high`` (maximum): by the VOI LUT, otherwise by the first window
     with any contrast, otherwise from min to max."""
-    try:
-        with np.errstate(all="ignore"):
-            values = np.asarray(apply_modality_lut(np.arange(low, high + 1, dtype=np.int32), film), dtype=np.float64)
-    except Exception as error:
-        raise BadRow(f"DICOM rescale or modality LUT is broken ({type(error).__name__})") from None
-    if not np.isfinite(values).all():
-        raise BadRow("DICOM rescale gives values that are not finite")
+    values = _modality_values(np.arange(low, high + 1, dtype=np.int32), film)
     padded = "PixelPaddingValue" in film
     for unit in _voi_curves(values, film):
-        grey = _to_uint8(unit)
+        grey = to_uint8(unit)
         # the ends are values of the film: if they differ there is contrast, and the others need no check
         if not padded and grey[0] != grey[-1]:
             return grey
@@ -217,20 +115,80 @@ def _curve(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) 
             return grey
     shown = _shown(pixels_HW, low, high, film)
     least, most = values[shown].min(), values[shown].max()
-    return _to_uint8((values - least) / max(most - least, 1e-9))
+    return to_uint8((values - least) / max(most - least, 1e-9))
+
+
+def _modality_values(stored: NDArray[np.int32], film: pydicom.Dataset) -> NDArray[np.float64]:
+    """Stored values after the modality LUT or the rescale; a rescale that is empty, half empty or 0 is none, as in dcmtk."""
+    for item in film.get("ModalityLUTSequence") or []:
+        if not item.get("LUTData") and not item.get("LUTDescriptor"):
+            continue  # as empty as no sequence
+        table = _lookup(stored.astype(np.float64), item)
+        if table is None:
+            raise BadRow("DICOM ModalityLUTSequence (0028,3000) cannot be read; expected LUTDescriptor and LUTData")
+        return table
+    slope, intercept = (_rescale(film, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if slope is None or intercept is None:
+        return stored.astype(np.float64)
+    if slope == 0:
+        note("RescaleSlope 0 ignored")
+        return stored.astype(np.float64)
+    with np.errstate(all="ignore"):
+        values = stored.astype(np.float64) * slope + intercept
+    if not np.isfinite(values).all():
+        raise BadRow(
+            f"DICOM rescale gives values that are not finite: {tagged(film, 'RescaleSlope')}, {tagged(film, 'RescaleIntercept')}"
+        )
+    return values
+
+
+def _rescale(film: pydicom.Dataset, name: str) -> float | None:
+    """The number; None if there is none."""
+    try:
+        given = film.get(name)
+    except (TypeError, ValueError, OverflowError):
+        given = "not a number"
+    if given is None or str(given).strip(" \0") == "":
+        if name in film:
+            note("empty rescale")
+        return None
+    numbers = set(_numbers(given))
+    if len(numbers) != 1:
+        raise BadRow(f"DICOM {tagged(film, name)}, expected one finite number")
+    return numbers.pop()
 
 
 def _shown(pixels_HW: NDArray[Any], low: int, high: int, film: pydicom.Dataset) -> NDArray[np.bool_]:
     """Which values from ``low`` to ``high`` occur on the film and are not padding; all values if none are left."""
     used = np.bincount(pixels_HW.ravel().astype(np.int32) - low, minlength=high - low + 1) > 0
-    shown = used & (np.arange(low, high + 1) != film.get("PixelPaddingValue", low - 1))
+    shown = used & ~_padding(np.arange(low, high + 1), film)
     return shown if shown.any() else np.ones_like(shown)
 
 
-def _to_uint8(unit: NDArray[Any]) -> NDArray[np.uint8]:
-    """0 to 1 scaled to 0 to 255; values outside are clipped."""
-    grey: NDArray[np.uint8] = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
-    return grey
+def _padding(values: NDArray[np.int64], film: pydicom.Dataset) -> NDArray[np.bool_]:
+    """Which values are padding: from PixelPaddingValue to PixelPaddingRangeLimit, both with the sign of the pixels."""
+    ends = [_padding_end(film, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is None:
+        return np.zeros(values.shape, np.bool_)
+    first, last = sorted((ends[0], ends[0] if ends[1] is None else ends[1]))
+    return (first <= values) & (values <= last)
+
+
+def _padding_end(film: pydicom.Dataset, name: str) -> int | None:
+    """The value as a pixel has it; devices write that of a signed film as unsigned, and the other way round."""
+    value = film.get(name)
+    if not isinstance(value, int):
+        return None
+    stored = number_of(film, "BitsStored")
+    low = -(1 << stored - 1) if number_of(film, "PixelRepresentation") else 0
+    if low <= value < low + (1 << stored):
+        return value
+    for size in (stored, number_of(film, "BitsAllocated")):
+        other = (value - low) % (1 << size) + low
+        if low <= other < low + (1 << stored):
+            note(f"{name} of the wrong sign")
+            return other
+    return value
 
 
 def _voi_curves(values: NDArray[np.float64], film: pydicom.Dataset) -> Iterator[NDArray[np.float64]]:
@@ -247,22 +205,55 @@ def _voi_curves(values: NDArray[np.float64], film: pydicom.Dataset) -> Iterator[
 
 
 def _voi_lut(values: NDArray[np.float64], item: pydicom.Dataset) -> NDArray[np.float64] | None:
+    """0 to 1, by the table's own range, because 8-bit tables declared as 16 bits are common; None if it cannot be read."""
+    shown = _lookup(values, item)
+    if shown is None:
+        return None
+    table = _table(item)
+    assert table is not None
+    low, high = table.min(), table.max()
+    return np.asarray((shown - low) / max(high - low, 1e-9))
+
+
+def _lookup(values: NDArray[np.float64], item: pydicom.Dataset) -> NDArray[np.float64] | None:
+    """The entry of the LUT (PS3.3, C.11.1.1) for each value; None if it cannot be read."""
+    table, descriptor = _table(item), _descriptor(item)
+    if table is None or descriptor is None:
+        return None
+    first = descriptor[1]
+    if first > 0x7FFF and values.min() < 0:
+        first -= 0x10000  # a negative number written as unsigned
+    elif first < 0 <= values.min() and first + 0x10000 <= values.max():
+        first += 0x10000  # and the other way round
+    return table[np.clip(np.rint(values) - first, 0, table.size - 1).astype(np.int64)]
+
+
+def _descriptor(item: pydicom.Dataset) -> tuple[int, int, int] | None:
+    """Entries, first value mapped and bits; devices write it as bytes, too."""
     try:
-        entries, first, bits = (int(number) for number in item.LUTDescriptor)
+        given = item["LUTDescriptor"].value
+        entries, first, bits = (
+            np.frombuffer(given, "<u2").tolist() if isinstance(given, bytes) else (int(each) for each in given)
+        )
+    except Exception:  # an unreadable descriptor has no table
+        return None
+    # 0 stands for 65536, and a signed 16-bit number cannot hold more than 32767
+    return entries % 0x10000 or 0x10000, first, bits
+
+
+def _table(item: pydicom.Dataset) -> NDArray[np.float64] | None:
+    """The entries of a LUT: words, or bytes if there is one for each; as many as there are, at most as declared."""
+    descriptor = _descriptor(item)
+    if descriptor is None or not 1 <= descriptor[2] <= 16:
+        return None
+    try:
         table = item["LUTData"].value
         if isinstance(table, bytes):
-            table = np.frombuffer(table, dtype="<u2" if len(table) >= 2 * (entries or 2**16) else "u1")
-        table = np.asarray(table, dtype=np.float64)[: entries or 2**16]
+            table = np.frombuffer(table, dtype="u1" if len(table) <= descriptor[0] + 1 else "<u2")
+        table = np.asarray(table, dtype=np.float64)[: descriptor[0]] % 0x10000
     except Exception:  # an unreadable table is skipped, like a width of 0
         return None
-    if first > 0x7FFF and values.min() < 0:
-        first -= 0x10000
-    if table.size < 2 or not 1 <= bits <= 16:
-        return None
-    # scale by the table's own range: 8-bit tables declared as 16 bits are common
-    low, high = table.min(), table.max()
-    shown = table[np.clip(np.rint(values) - first, 0, table.size - 1).astype(np.int64)]
-    return np.asarray((shown - low) / max(high - low, 1e-9))
+    return table if table.size >= 2 else None
 
 
 def _window(values: NDArray[np.float64], centre: float, width: float, function: str) -> NDArray[np.float64]:
@@ -280,24 +271,8 @@ def _numbers(value: Any) -> list[float]:
         return []
     try:
         items = [value] if isinstance(value, str | int | float) else list(value)
-        numbers = [float(item) for item in items]
+        # some devices write the comma of their country
+        numbers = [float(item.replace(",", ".") if isinstance(item, str) else item) for item in items]
     except (TypeError, ValueError):
         return []
     return [number for number in numbers if np.isfinite(number)]
-
-
-def _luminance(pixels: NDArray[Any], film: pydicom.Dataset, photometric: str) -> NDArray[np.uint8]:
-    """uint8 brightness of RGB pixels or of palette indices."""
-    try:
-        if photometric == "PALETTE COLOR":
-            pixels, bits = (
-                apply_color_lut(pixels, film),
-                int(film.RedPaletteColorLookupTableDescriptor[2]),
-            )
-        else:
-            bits = _integer(film, "BitsStored") or 8
-    except Exception as error:
-        raise BadRow(f"DICOM palette is broken ({type(error).__name__})") from None
-    if pixels.ndim != 3 or pixels.shape[2] < 3:
-        raise BadRow(f"DICOM colour film decodes to {pixels.shape}")
-    return _to_uint8(pixels[..., :3].astype(np.float32) @ LUMINANCE / (2**bits - 1))

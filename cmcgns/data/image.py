@@ -2,11 +2,13 @@
 
 # H, W pixels of an array, N boxes
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from cmcgns.errors import BadRow
 
 MAX_PIXELS = 100_000_000
 """Largest image; larger ones are rejected before they are decoded."""
@@ -29,6 +31,55 @@ class DecodedImage(NamedTuple):
     grey_HW: NDArray[np.uint8]
     height: int
     width: int
+
+
+STRIP = 256
+"""Rows converted at a time."""
+
+
+def stretch(pixels_HW: NDArray[Any]) -> NDArray[np.uint8]:
+    """More than 8 bits without a window: scaled so that minimum and maximum become 0 and 255."""
+    low, high = float(pixels_HW.min()), float(pixels_HW.max())  # NaN if any value is
+    if not np.isfinite([low, high]).all():
+        raise BadRow("film has values that are not finite")
+    grey = np.empty(pixels_HW.shape, np.uint8)
+    for start in range(0, len(grey), STRIP):  # in float64, eight times the film
+        values = pixels_HW[start : start + STRIP].astype(np.float64)
+        grey[start : start + STRIP] = np.rint((values - low) * (255 / max(high - low, 1e-9)))
+    return grey
+
+
+LEAST_SIDE = 64
+"""Pixels of the shorter side from which a picture must look like a film."""
+SOME_LINES = 64
+"""Rows and columns that are looked at."""
+LEAST_STEP = 4
+"""Mean difference of neighbours, in grey levels, below which stripes are not looked for."""
+
+
+def check_looks_like_film(grey_HW: NDArray[np.uint8]) -> None:
+    """Raise ``BadRow`` if a picture has one grey level or two, or stripes as of values read in the wrong places."""
+    if min(grey_HW.shape) < LEAST_SIDE:
+        return
+    height, width = grey_HW.shape
+    some_HW = grey_HW[:: max(height // SOME_LINES, 1)]
+    if _levels(some_HW) <= 2 and (levels := _levels(grey_HW)) <= 2:
+        raise BadRow(f"film has only {levels} grey level{'s' * (levels > 1)}")
+    for lines in (some_HW, grey_HW[:, :: max(width // SOME_LINES, 1)].T):
+        one, two, three = (_difference(lines, lag) for lag in (1, 2, 3))
+        if one > LEAST_STEP and min(two, three) < one / 4:
+            raise BadRow(
+                "film is striped: its values repeat every 2 or 3 pixels, as if colours or bytes were read as pixels"
+            )
+
+
+def _levels(grey_HW: NDArray[np.uint8]) -> int:
+    return int(np.count_nonzero(np.bincount(grey_HW.ravel(), minlength=256)))
+
+
+def _difference(lines: NDArray[np.uint8], lag: int) -> float:
+    """Mean difference of pixels of a line that are ``lag`` apart."""
+    return float(np.abs(lines[:, lag:].astype(np.int16) - lines[:, :-lag]).mean())
 
 
 def resize_image(grey_HW: NDArray[np.uint8], resize: int) -> NDArray[np.uint8]:

@@ -5,10 +5,9 @@ import os
 import resource
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-import numpy as np
 import psutil
-from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
 
 from cmcgns.errors import BadRow
@@ -17,24 +16,24 @@ TIMEOUT_SECONDS = 60.0
 MEMORY_BYTES = 2 * 2**30
 """What the child may allocate for a film: enough for the largest that is accepted, in its decoder's widest format."""
 
-Decode = Callable[[bytes], NDArray[np.uint8]]
+Result = TypeVar("Result")
 
 
-class IsolatedDecoder:
-    """``decode`` (bytes to a grey image) in a child process, started on first use and after each crash."""
+class IsolatedDecoder(Generic[Result]):
+    """``decode`` (bytes to a grey image, perhaps with notes) in a child process, started on first use and after each crash."""
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Callable[[bytes], Result]) -> None:
         self._decode = decode
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
         self._owner = 0
 
-    def __call__(self, data: bytes) -> NDArray[np.uint8]:
+    def __call__(self, data: bytes) -> Result:
         with self._lock:
             task = self._running_pool().schedule(self._decode, (data,), timeout=TIMEOUT_SECONDS)
             try:
-                image_HW: NDArray[np.uint8] = task.result()
-                return image_HW
+                result: Result = task.result()
+                return result
             except (ProcessExpired, TimeoutError) as error:
                 raise BadRow(f"decoder crashed or hung on the film file ({type(error).__name__})") from None
 

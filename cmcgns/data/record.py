@@ -55,6 +55,8 @@ class StudyIndex:
     """Number of films excluded on purpose, by reason (``view LATERAL``: 120). These are not bad rows."""
     bad_rows: list[dict[str, str]] = field(default_factory=list)
     """Studies that cannot be used, each with ``source`` and ``reason``."""
+    repaired: dict[str, int] = field(default_factory=dict)
+    """Rows of the corpus's tables by the rule by which they were read, where they were not read as they stand."""
 
     def split(self, name: str) -> pa.Table:
         """The studies of one split (train, valid or test), in index order."""

@@ -4,7 +4,10 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from cmcgns.data.repairs import note
+from cmcgns.data.text import unescaped
 from cmcgns.errors import BadRow
 
 MIN_SENTENCE_WORDS = 2
@@ -28,6 +31,7 @@ SECTION_NAMES = {
     "conclusion": "impression",
     "conclusions": "impression",
     "description": "findings",
+    "end of impression": "end of impression",
     "exam": "examination",
     "examination": "examination",
     "final impression": "impression",
@@ -57,7 +61,7 @@ SECTION_NAMES = {
     "recommendation": "recommendation",
     "recommendations": "recommendation",
     "study": "examination",
-    "summary": "impression",
+    "summary": "summary",
     "technique": "technique",
     "type of examination": "examination",
     "wet read": "wet read",
@@ -88,14 +92,29 @@ ANATOMY_WORDS = _words(
     "structures support tissue tissues tubes upper vessels"
 )
 
+_WRONG_WORD = r"[A-Za-z]{5,16}"
+"""What may be a misspelt name of a section."""
+SPELLINGS = {
+    "impression": 2, "impressions": 2, "findings": 2, "recommendation": 2, "recommendations": 2, "finding": 1,
+    "conclusion": 1, "conclusions": 1, "comparison": 1, "comparisons": 1, "indication": 1, "indications": 1, "technique": 1,
+    "history": 1, "examination": 1, "addendum": 1, "interpretation": 1, "observations": 1,
+}  # fmt: skip
+"""Names of sections that are recognised when misspelt, with the most letters that may be wrong, missing, surplus or swapped."""
+OTHER_WORDS = _words(
+    "binding bindings compression compressions depression ending endings expression expressions fending filings filling fillings "
+    "firings funding fundings induration landing landings lining linings occlusion occlusions oppression paintings "
+    "pending refining repression suppression winding windings"
+)
+"""Words of English that are near the name of a section."""
+
 _DIVIDER = re.compile(r"^[ \t]*_{8,}[ \t]*$", re.MULTILINE)
-_CAPITAL_HEADER = r"(?:^|(?<=\n))[ \t]*(?P<capital>[A-Z][A-Z0-9 ()/,&#'-]{2,78}?)[ \t]*:(?!\d)"
+_CAPITAL_HEADER = r"(?:^|(?<=\n))[ \t\xa0]*(?P<capital>[A-Z][A-Z0-9 ()/,&#'-]{2,78}?)[ \t]*:(?!\d)"
 _KNOWN = "|".join(
     re.escape(name).replace(r"\ and\ ", r"[ \t]*(?:and|&|/)[ \t]*").replace(r"\ ", "[ \t]+")
     for name in sorted(SECTION_NAMES, key=len, reverse=True)
 )
 
-_KNOWN_HEADER = rf"(?:^|(?<=\n))[ \t]*(?P<known>(?i:{_KNOWN}))[ \t]*:"
+_KNOWN_HEADER = rf"(?:^|(?<=\n))[ \t\xa0]*(?P<known>(?i:{_KNOWN}))[ \t]*:"
 
 # Headers within a line (a report that lost its line ends): in capitals, or capitalised after the end of a sentence.
 _INLINE_NAMES = (
@@ -106,7 +125,19 @@ _INLINE_NAMES = (
 _INLINE_CAPITALS = "|".join(name.upper() for name in _INLINE_NAMES)
 _INLINE_TITLE = "|".join(_INLINE_NAMES)
 _INLINE_HEADER = rf"(?<=\s)(?P<inline>{_INLINE_CAPITALS})[ \t]*:|(?<=[.!?:]\s)(?P<title>{_INLINE_TITLE})[ \t]*:"
-_HEADER = re.compile(f"{_KNOWN_HEADER}|{_CAPITAL_HEADER}|{_INLINE_HEADER}")
+# a name without its colon stands alone on its line, in capitals
+_BARE_HEADER = r"(?:^|(?<=\n))[ \t\xa0]*(?P<bare>[A-Z]{7,13})[ \t\xa0]*[;.\-\u2013\u2014]?[ \t\xa0]*(?=\n|$)"
+_WRONG_HEADER = (
+    rf"(?:^|(?<=\n))[ \t\xa0]*(?P<wrong>{_WRONG_WORD})[ \t\xa0]*[:;](?!\d)"
+    rf"|(?<=\s)(?P<wrong_inline>[A-Z]{{5,16}})[ \t]*:(?!\d)"
+)
+UNSURE = {
+    "wrong": frozenset(SPELLINGS),
+    "wrong_inline": frozenset(SPELLINGS),
+    "bare": _words("conclusion conclusions findings impression impressions"),
+}
+"""Groups of ``_HEADER`` that start a section only if they are, perhaps misspelt, one of these names."""
+_HEADER = re.compile(f"{_KNOWN_HEADER}|{_CAPITAL_HEADER}|{_INLINE_HEADER}|{_BARE_HEADER}|{_WRONG_HEADER}")
 # All patterns take linear time: what a run of characters may start is only looked for at its first one.
 _DEIDENTIFIED = re.compile(r"_{2,}|X{4,}|\[\*\*(?:(?!\[\*\*).)*?\*\*\]", re.DOTALL)
 _LIST_ITEM = re.compile(r"(?<!\S)\(?(?P<number>\d{1,2})[.)](?=\s+[^\s\d]|[A-Z])")
@@ -165,7 +196,7 @@ def report_text(text: str) -> str:
 
 def sections(text: str) -> dict[str, str]:
     """The report's sections by normalised name; ``full report`` if it has no header."""
-    text = text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    text = unescaped(text).replace("\r\n", "\n").replace("\r", "\n")
     contents: dict[str, str] = {}
     for block in _DIVIDER.split(text):
         pieces = list(_split_at_headers(block))
@@ -184,7 +215,10 @@ def _split_at_headers(block: str) -> Iterator[tuple[str, str]]:
     """(normalised name, content) in order; text before the first header is ``preamble``."""
     name, start = "preamble", 0
     for header in _HEADER.finditer(block):
-        following = _section_name(header.group(header.lastgroup or 0))
+        words = header.group(header.lastgroup or 0)
+        if header.lastgroup in UNSURE and _respelt(words.lower()) not in UNSURE[header.lastgroup]:
+            continue
+        following = _section_name(words)
         if following == "anatomy" and name in ("findings", "impression", "findings and impression"):
             continue
         yield name, block[start : header.start()].strip()
@@ -197,6 +231,7 @@ def _split_at_headers(block: str) -> Iterator[tuple[str, str]]:
 
 def _section_name(header: str) -> str:
     name = " ".join(re.sub(r"[^a-z0-9]+", " ", header.lower().replace("&", " and ").replace("/", " and ")).split())
+    name = " ".join(_respelt(word) for word in name.split())
     if name in SECTION_NAMES:
         return SECTION_NAMES[name]
     if "finding" in name and "impression" in name:
@@ -209,6 +244,43 @@ def _section_name(header: str) -> str:
     if name and all(word in ANATOMY_WORDS for word in name.split()):
         return "anatomy"
     return name
+
+
+@lru_cache(maxsize=4096)
+def _nearest_name(word: str) -> str:
+    """The name of a section that ``word`` misspells; otherwise the word."""
+    if word in SPELLINGS or word in OTHER_WORDS or len(word) < 5:
+        return word
+    distances = ((_distance(word, name, most), name) for name, most in SPELLINGS.items())
+    # two wrong letters are a misspelling only between the right ends
+    found = [
+        (distance, name)
+        for distance, name in distances
+        if distance <= 1 or (distance <= SPELLINGS[name] and (word[0], word[-1]) == (name[0], name[-1]))
+    ]
+    return min(found)[1] if found else word
+
+
+def _respelt(word: str) -> str:
+    near = _nearest_name(word)
+    if near != word:
+        note("misspelt section headers")
+    return near
+
+
+def _distance(word: str, name: str, most: int) -> int:
+    """Letters changed, added, left out or swapped with the next one, between two words; ``most`` + 1 if more."""
+    if abs(len(word) - len(name)) > most:
+        return most + 1
+    before, row = [0] * (len(name) + 1), list(range(len(name) + 1))
+    for i, letter in enumerate(word, start=1):
+        earlier, before, row = before, row, [i]
+        for j, other in enumerate(name, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == name[j - 2] and word[i - 2] == other:
+                cost = min(cost, earlier[j - 2] + 1)
+            row.append(cost)
+    return min(row[-1], most + 1)
 
 
 def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
@@ -225,6 +297,9 @@ def _collect(pieces: list[tuple[str, str]]) -> dict[str, str]:
         # if there is a separate impression, the joint section is the findings
         name = "findings" if "impression" in contents else "impression"
         contents[name] = "\n\n".join(part for part in (both, contents.get(name)) if part)
+    # in CheXpert Plus it is a code: "2-ABNORMAL"
+    if "impression" not in contents and not re.match(r"\d\s*-", contents.get("summary", "1-")):
+        contents = {"impression" if name == "summary" else name: text for name, text in contents.items()}
     return contents
 
 

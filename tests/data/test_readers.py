@@ -181,6 +181,45 @@ def test_open_i_with_and_without_its_table_of_views(tmp_path: Path) -> None:
     assert index.filtered == {"image file is missing": 1, "view LATERAL": 1}
 
 
+@pytest.mark.parametrize("reports", ["ecgen-radiology", "NLMCXR_reports/ecgen-radiology"])
+def test_the_dicom_tree_of_open_i_is_found_by_both_forms_of_its_ids(tmp_path: Path, reports: str) -> None:
+    folder = tmp_path / reports
+    folder.mkdir(parents=True)
+    films = {1: "1_IM-0001-{}001", 2: "2_IM-0652-{}001", 12: "12_IM-0133-{}001"}
+    for number, name in films.items():
+        ids = [f"CXR{number}_{name.format(place)}" if number == 1 else f"CXR{name.format(place)}" for place in (3, 4)]
+        open_i_report(folder, number, "The lungs are clear.", f"Number {number} is normal.", *ids)
+        for place in (3, 4):
+            picture(tmp_path / f"{number}/{name.format(place)}.png")
+            (tmp_path / f"{number}/{name.format(place)}.png").rename(tmp_path / f"{number}/{name.format(place)}.dcm")
+    source = open_source(str(tmp_path))
+    assert source.format == "open-i"
+    index = source.index()
+    assert index.bad_rows == []
+    assert index.filtered == {}
+    found = {row["study_id"]: [film["path"] for film in row["films"]] for row in rows(index)}
+    assert found == {
+        str(number): [f"{number}/{name.format(place)}.dcm" for place in (3, 4)] for number, name in films.items()
+    }
+    for row in rows(index):
+        assert f"Number {row['study_id']} is normal." in source.read_report(row)
+
+
+def test_no_part_of_an_open_i_report_is_lost(tmp_path: Path) -> None:
+    parts = [
+        ("FINDINGS", "Clear lungs."),
+        ("FINDINGS", "Normal heart."),
+        ("", "Read twice."),
+        ("TECHNIQUE", "Two views."),
+    ]
+    texts = "".join(f'<AbstractText Label="{name}">{text}</AbstractText>' for name, text in parts)
+    (tmp_path / "1.xml").write_text(f'<eCitation><Abstract>{texts}</Abstract><parentImage id="CXR1_x"/></eCitation>')
+    picture(tmp_path / "CXR1_x.png")
+    source = open_source(str(tmp_path))
+    report = source.read_report(rows(source.index())[0])
+    assert report == "Read twice.\nTECHNIQUE: Two views.\nFINDINGS: Clear lungs. Normal heart."
+
+
 def test_real_open_i_reports_without_their_films_are_bad_rows(realdata: Path) -> None:
     index = open_source(str(realdata / "reports_openi")).index()
     assert index.table.num_rows == 0

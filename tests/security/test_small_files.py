@@ -21,7 +21,8 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from cmcgns.data.decode import Budget, _stretch, decode_image
+from cmcgns.data.decode import Budget, decode_image
+from cmcgns.data.image import stretch
 from cmcgns.data.readers.base import FileSource
 from cmcgns.data.reports import parse_report, sections, sentences
 from cmcgns.data.scrub import identifiers, scrub
@@ -54,9 +55,9 @@ def test_a_film_in_strips_is_the_film_at_once() -> None:
     ):
         values = pixels.astype(np.float64)
         expected = np.rint((values - values.min()) * (255 / (values.max() - values.min())))
-        assert np.array_equal(_stretch(pixels), expected)
+        assert np.array_equal(stretch(pixels), expected)
     with pytest.raises(BadRow, match="not finite"):
-        _stretch(np.array([[1.0, np.nan]]))
+        stretch(np.array([[1.0, np.nan]]))
 
 
 def test_large_films_take_turns() -> None:

@@ -7,7 +7,7 @@ from cmcgns.data.image import Target
 from cmcgns.data.labelled.base import Annotations, ImageSet, check_set
 from cmcgns.data.labelled.classified import read_chexpert, read_covidx, read_nih
 from cmcgns.data.labelled.corpus import labelled_set, phantom_set
-from cmcgns.data.labelled.located import read_object_cxr, read_rsna, read_siim
+from cmcgns.data.labelled.located import read_object_cxr, read_rsna, read_siim, read_vindr
 from cmcgns.data.labelled.own_table import read_labelled, read_masked
 from cmcgns.data.listed_findings import ListedFindings
 from cmcgns.data.readers import FileSource
@@ -21,6 +21,7 @@ SETS: dict[str, Callable[[FileSource], ImageSet]] = {
     "siim": read_siim,
     "covidx": read_covidx,
     "object-cxr": read_object_cxr,
+    "vindr-cxr": read_vindr,
     "masked": read_masked,
     "labelled": read_labelled,
 }

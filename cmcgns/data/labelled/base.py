@@ -20,8 +20,10 @@ from cmcgns import storage
 from cmcgns.data.decode import decode_image
 from cmcgns.data.image import CroppedImage, Target
 from cmcgns.data.readers import FileSource, Reader
-from cmcgns.data.readers.base import decode_text, read_table, split_position
+from cmcgns.data.readers.base import split_position
 from cmcgns.data.record import FILM_TYPE, INDEX_SCHEMA
+from cmcgns.data.tables import read_table
+from cmcgns.data.text import decode_text
 from cmcgns.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -184,16 +186,17 @@ class Folder:
         names = sorted(path for path in self.paths if "/" not in path and fnmatch.fnmatchcase(path, pattern))
         return names[-1] if names else None
 
-    def label_file(self, pattern: str) -> str:
-        """Like ``file``, but the file must exist."""
-        name = self.file(pattern)
+    def label_file(self, *patterns: str) -> str:
+        """Like ``file``, by the first of ``patterns`` that any file matches; one must."""
+        name = next(filter(None, map(self.file, patterns)), None)
         if name is None:
-            raise UserError(f"{self.uri} has no {pattern}, which {self.name} needs; give the folder that contains it")
+            wanted = " or ".join(patterns)
+            raise UserError(f"{self.uri} has no {wanted}, which {self.name} needs; give the folder that contains it")
         return name
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
         """The CSV ``name`` as stripped strings, '' for blanks; it must have ``columns``."""
-        table = read_table(storage.join(self.uri, name)).fillna("")
+        table = read_table(storage.join(self.uri, name), columns)
         missing = [column for column in columns if column not in table.columns]
         if missing:
             raise UserError(

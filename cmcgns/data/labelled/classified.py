@@ -1,11 +1,14 @@
 """Published sets with labels per film: CheXpert, NIH ChestX-ray14, COVIDx."""
 
+import fnmatch
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
+from cmcgns import storage
 from cmcgns.data.labelled.base import Folder, ImageSet, box, first_by_hash, image_table, numbers, split_by_hash
 from cmcgns.data.readers import FileSource
 from cmcgns.data.readers.base import filter_views
@@ -19,7 +22,7 @@ VALID_PATIENTS = 5000
 
 def read_chexpert(source: FileSource) -> ImageSet:
     """The frontal films of CheXpert with five labels; the official validation set is the test split."""
-    folder = Folder.of(source)
+    source, folder = _chexpert_folder(source)
     train, test = _films(folder, "train.csv"), _films(folder, "valid.csv")
     patients = train["group"].unique()
     valid = first_by_hash(patients, source.seed, min(VALID_PATIENTS, max(1, len(patients) // 10)))
@@ -42,6 +45,31 @@ def read_chexpert(source: FileSource) -> ImageSet:
     )
 
 
+BATCH = "CheXpert-v1.0 batch *"
+"""Folders of the full release as it is unpacked; the tables lie in the first."""
+
+
+def _chexpert_folder(source: FileSource) -> tuple[FileSource, Folder]:
+    """The folder of all films: that of the batches if one of them, or the folder around them, is given."""
+    parent, _, name = source.uri.rstrip("/").rpartition("/")
+    if fnmatch.fnmatchcase(name, BATCH) and parent:
+        source = replace(source, uri=parent)
+    batches = [name for name in storage.list_folders(source.uri) if fnmatch.fnmatchcase(name, BATCH)]
+    if not batches:
+        return source, Folder.of(source)
+    paths = [f"{batch}/{path}" for batch in batches for path in storage.list_files(storage.join(source.uri, batch))]
+    return source, Folder(source.format, source.uri, frozenset(paths))
+
+
+def _in_batches(folder: Folder) -> tuple[str, dict[str, str]]:
+    """The folder of the tables, with a stroke, and each film's path by its name in the tables; both empty without batches."""
+    inside = {path: path.partition("/")[2] for path in folder.paths if fnmatch.fnmatchcase(path, f"{BATCH}/*")}
+    tables = sorted(path for path, rest in inside.items() if rest == "train.csv")
+    # the films of train stand in their batches without that folder
+    names = {rest if rest.startswith(("train/", "valid/")) else f"train/{rest}": path for path, rest in inside.items()}
+    return (tables[0].removesuffix("train.csv") if tables else "", names)
+
+
 def _rule(patients: int, seed: int) -> str:
     ones = ", ".join(name for name, value in COMPETITION.items() if value)
     return (
@@ -52,7 +80,8 @@ def _rule(patients: int, seed: int) -> str:
 
 def _films(folder: Folder, name: str) -> pd.DataFrame:
     """Every row of a table, of all views; ``path`` is null if the file is missing."""
-    name = folder.label_file(name)
+    place, in_batches = _in_batches(folder)
+    name = place + name if place + name in folder.paths else folder.label_file(name)
     table = folder.table(name, ("Path", "Frontal/Lateral", *COMPETITION))
     image_id = table["Path"].str.replace(r"^CheXpert-v1\.0[^/]*/", "", regex=True)
     patient = image_id.str.extract(r"(patient\d+)", expand=False)
@@ -63,7 +92,7 @@ def _films(folder: Folder, name: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "image_id": image_id,
-            "path": [folder.first(path) for path in image_id],
+            "path": [folder.first(path) or in_batches.get(path) for path in image_id],
             "group": patient,
             "view": table["Frontal/Lateral"],
             "labels": list(_labels(numbers(table[list(COMPETITION)], f"{folder.uri}/{name}"))),

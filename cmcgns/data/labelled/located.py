@@ -1,4 +1,4 @@
-"""Published sets with boxes or masks: RSNA Pneumonia, SIIM-ACR Pneumothorax, Object-CXR."""
+"""Published sets with boxes or masks: RSNA Pneumonia, SIIM-ACR Pneumothorax, Object-CXR, VinDr-CXR."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from cmcgns.data.labelled.base import (
     split_by_hash,
 )
 from cmcgns.data.readers import FileSource
+from cmcgns.data.readers.published import VINDR_FOLDER, VINDR_PARTS, vindr_labels
 from cmcgns.errors import UserError
 
 NAMES = ("image_name", "image_path")
@@ -143,7 +144,8 @@ def rsna_films(folder: Folder, name: str) -> pd.DataFrame:
 
 # N numbers of an encoding, P pixels of a mask
 
-SIIM_LABELS = "train-rle.csv"
+SIIM_LABELS = ("train-rle.csv", "stage_2_train.csv")
+"""The table of the first stage of the competition, and that of the second, which is the one that is published today."""
 SIDE = 1024
 """Height and width in pixels of all masks."""
 NO_MASK = "-1"
@@ -164,10 +166,11 @@ class RunsSet(ImageSet):
 def read_siim(source: FileSource) -> ImageSet:
     """Films with and without pneumothorax, with masks."""
     folder = Folder.of(source)
-    films = _siim_films(folder, folder.label_file(SIIM_LABELS))
+    name = folder.label_file(*SIIM_LABELS)
+    films = _siim_films(folder, name)
     films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"], stem=True))
     films["split"] = split_by_hash(films["group"], source.seed, {"train": 70, "valid": 15, "test": 15})
-    films, missing = folder.present(films, SIIM_LABELS)
+    films, missing = folder.present(films, name)
     return RunsSet(
         name=source.format,
         source=source,
@@ -217,3 +220,57 @@ def relative_runs(text: str, pixels: int) -> NDArray[np.int64]:
     if number_N.min() < 0 or number_N.max() > pixels or number_N.sum() > pixels:
         raise UserError(f"its encoding exceeds the mask of {pixels} pixels")
     return number_N
+
+
+VINDR_CORNERS = ["x_min", "y_min", "x_max", "y_max"]
+NO_FINDING = "No finding"
+
+
+def read_vindr(source: FileSource) -> ImageSet:
+    """VinDr-CXR: films with labels by most of three readers, and the boxes of every reader; its test part is test."""
+    folder = Folder.of(source)
+    parts = [_vindr_part(folder, part) for part in VINDR_PARTS]
+    classes = [name for name in parts[0][0].columns if name != NO_FINDING]
+    boxed = tuple(
+        dict.fromkeys(name for _, boxes in parts for name, *_ in (each for own in boxes.values() for each in own))
+    )
+    rows, filtered = [], Counter[str]()
+    for part, (labels, boxes) in zip(VINDR_PARTS, parts, strict=True):
+        films = pd.DataFrame({"image_id": labels.index, "group": labels.index})
+        films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"], stem=True, under=f"{part}/"))
+        films["labels"] = labels.reindex(columns=classes, fill_value=0).to_numpy(float).tolist()
+        own = [boxes.get(image, []) for image in films["image_id"]]
+        films["boxes"] = [[box(boxed.index(name), *corners) for name, *corners in each] for each in own]
+        drawn = split_by_hash(films["group"], source.seed, {"train": 90, "valid": 10})
+        films["split"] = drawn if part == "train" else part
+        present, missing = folder.present(films, f"{VINDR_FOLDER}/image_labels_{part}.csv")
+        rows += present.to_dict("records")
+        filtered.update(missing)
+    return ImageSet(
+        name=source.format,
+        source=source,
+        table=image_table(rows),
+        rule=f"the test part is test; a tenth of the train part, drawn with seed {source.seed}, is valid; a label is that of "
+        "most readers; boxes are those of all readers",
+        classes=tuple(classes),
+        box_classes=boxed,
+        filtered=dict(filtered),
+    )
+
+
+def _vindr_part(folder: Folder, part: str) -> tuple[pd.DataFrame, dict[str, list[tuple[Any, ...]]]]:
+    """Labels by image, and the class and corners of each box."""
+    names = (f"{VINDR_FOLDER}/{kind}_{part}.csv" for kind in ("image_labels", "annotations"))
+    missing = next((name for name in names if name not in folder.paths), None)
+    if missing:
+        raise UserError(f"{folder.uri} has no {missing}, which {folder.name} needs; give the folder that contains it")
+    labels = vindr_labels(folder.table(f"{VINDR_FOLDER}/image_labels_{part}.csv", ("image_id",)))
+    name = f"{VINDR_FOLDER}/annotations_{part}.csv"
+    table = folder.table(name, ("image_id", "class_name", *VINDR_CORNERS))
+    table = table[table["class_name"] != NO_FINDING]
+    boxes: dict[str, list[tuple[Any, ...]]] = {}
+    for image, kind, corners in zip(
+        table["image_id"], table["class_name"], numbers(table[VINDR_CORNERS], name).to_numpy().tolist(), strict=True
+    ):
+        boxes.setdefault(image, []).append((kind, *corners))
+    return labels, boxes

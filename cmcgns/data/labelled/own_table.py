@@ -23,7 +23,8 @@ from cmcgns.data.labelled.base import (
 )
 from cmcgns.data.listed_findings import ListedFindings
 from cmcgns.data.readers import FileSource, PairsSource
-from cmcgns.data.readers.base import SPLIT_NAMES, decode_text
+from cmcgns.data.readers.base import SPLIT_NAMES
+from cmcgns.data.text import decode_text
 from cmcgns.errors import BadRow, UserError
 
 

@@ -111,7 +111,7 @@ def _bytes_per_study(splits: dict[str, Split], maker: Maker) -> float:
     """Mean size in bytes of the films of a study, from a few studies spread evenly over the largest split."""
     studies = max((split.studies for split in splits.values()), key=len)
     step = max(len(studies) // SAMPLE_STUDIES, 1)
-    rows, _ = maker.rows(studies.take(list(range(0, len(studies), step))[:SAMPLE_STUDIES]).to_pylist())
+    rows, _, _ = maker.rows(studies.take(list(range(0, len(studies), step))[:SAMPLE_STUDIES]).to_pylist())
     sizes = [len(image) for image in rows["image"].to_pylist()]
     return sum(sizes) / max(len(rows["study_id"].unique()), 1) if sizes else DEFAULT_IMAGE_BYTES
 

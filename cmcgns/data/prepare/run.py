@@ -294,7 +294,7 @@ def write_manifest(out: str, plan: Plan, index: StudyIndex, made: list[MadeShard
         settings=plan.settings,
         bad_rows=len(bad_rows),
         filtered=index.filtered,
-        summary=summarise(made, bad_rows),
+        summary=summarise(made, bad_rows, index.repaired),
     )
     storage.write_bytes(storage.join(out, MANIFEST), manifest.to_json().encode())
 
@@ -320,11 +320,13 @@ QUANTILES = (0.05, 0.5, 0.95)
 COUNTED = ("views", "sentences", "words", "sides")
 
 
-def summarise(made: Sequence[MadeShard], bad_rows: Mapping[str, str]) -> dict[str, Any]:
-    """Counts of each split; reasons of bad rows by frequency."""
+def summarise(made: Sequence[MadeShard], bad_rows: Mapping[str, str], of_tables: Mapping[str, int]) -> dict[str, Any]:
+    """Counts of each split; reasons of bad rows, and rows by the rule that repaired them or their tables, by frequency."""
+    repaired = sum((Counter(shard.account.repaired) for shard in made), Counter(of_tables))
     return {
         "splits": {split: _split_summary([shard for shard in made if shard.plan.split == split]) for split in SPLITS},
         "dropped": dict(Counter(bad_rows.values()).most_common()),
+        "repaired": dict(repaired.most_common()),
     }
 
 
@@ -366,7 +368,12 @@ def summary_table(manifest: Manifest) -> Table:
             ", ".join(f"{count} {view}" for view, count in counts["views"].items()),
             *(" / ".join(map(str, counts[name])) for name in ("sentences", "words", "sides")),
         )
-    for kind, reasons in (("excluded", manifest.filtered), ("bad", manifest.summary["dropped"])):
+    kinds = {
+        "excluded": manifest.filtered,
+        "bad": manifest.summary["dropped"],
+        "read by rule": manifest.summary.get("repaired", {}),
+    }
+    for kind, reasons in kinds.items():
         for reason, count in reasons.items():
             table.add_row(kind, "", str(count), "", reason)
     return table

@@ -23,6 +23,7 @@ from cmcgns.data.manifest import RowGroup, Shard, describe_row_group
 from cmcgns.data.prepare.config import PrepareConfig
 from cmcgns.data.readers import Reader, Source
 from cmcgns.data.record import PREPARED_SCHEMA, prepared_row
+from cmcgns.data.repairs import noted
 from cmcgns.data.reports import parse_report
 from cmcgns.data.scrub import scrub
 from cmcgns.errors import BadRow, UserError
@@ -109,6 +110,8 @@ class ShardAccount:
     """Rows by number of words."""
     sides: dict[int, int] = field(default_factory=dict)
     """Rows by longer side in pixels."""
+    repaired: dict[str, int] = field(default_factory=dict)
+    """Rows by the rule by which their film or report was read, where it was not read as it stands."""
 
     @property
     def rows(self) -> int:
@@ -123,8 +126,11 @@ class ShardAccount:
         """The account from the result of ``to_json``."""
         fields = json.loads(text)
         row_groups = [RowGroup(**group) for group in fields["row_groups"]]
-        numbers = ({int(key): count for key, count in fields[name].items()} for name in ("sentences", "words", "sides"))
-        return cls(row_groups, fields["bad_rows"], fields["lost"], fields["views"], *numbers)
+        sentences, words, sides = (
+            {int(key): count for key, count in fields[name].items()} for name in ("sentences", "words", "sides")
+        )
+        repaired = fields.get("repaired", {})  # shards of earlier versions have none
+        return cls(row_groups, fields["bad_rows"], fields["lost"], fields["views"], sentences, words, sides, repaired)
 
 
 @dataclass(frozen=True)
@@ -161,11 +167,12 @@ class Maker:
         row_groups: list[RowGroup] = []
         bad_rows: dict[str, str] = {}
         lost = 0
-        counters = {name: Counter[Any]() for name in ("views", "sentences", "words", "sides")}
+        counters = {name: Counter[Any]() for name in ("views", "sentences", "words", "sides", "repaired")}
         with pq.ParquetWriter(path, PREPARED_SCHEMA, **_PARQUET) as writer:
             for number, studies in enumerate(groups, start=plan.first_group):
-                rows, bad = self.rows(studies)
+                rows, bad, repaired = self.rows(studies)
                 bad_rows |= bad
+                counters["repaired"].update(repaired)
                 usable = len(rows["study_id"].unique())
                 lost += len(studies) - usable
                 if len(rows):
@@ -177,31 +184,39 @@ class Maker:
             writer.add_key_value_metadata({FOOTER_KEY: account.to_json()})
         return account
 
-    def rows(self, studies: Sequence[dict[str, Any]]) -> tuple[pa.Table, dict[str, str]]:
-        """Rows of ``PREPARED_SCHEMA``, and the reason for each film or study that cannot be used."""
+    def rows(self, studies: Sequence[dict[str, Any]]) -> tuple[pa.Table, dict[str, str], Counter[str]]:
+        """Rows of ``PREPARED_SCHEMA``, the reason for each film or study that cannot be used, and rows by the rule that repaired
+        them."""
         reader = self.source.reader([film["path"] for study in studies for film in study["films"]])
         with ThreadPoolExecutor(FETCH_THREADS if reader.io_bound else 1) as threads:
             made = list(threads.map(partial(self._study_rows, reader), studies))
-        good = [row for rows, _ in made for row in rows]
-        bad = {source: reason for _, reasons in made for source, reason in reasons.items()}
-        return pa.Table.from_pylist(good, schema=PREPARED_SCHEMA), bad
+        good = [row for rows, _, _ in made for row in rows]
+        bad = {source: reason for _, reasons, _ in made for source, reason in reasons.items()}
+        repaired = sum((counts for _, _, counts in made), Counter[str]())
+        return pa.Table.from_pylist(good, schema=PREPARED_SCHEMA), bad, repaired
 
-    def _study_rows(self, reader: Reader, study: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """One row per usable film, and the reason for each of the others or for the whole study."""
+    def _study_rows(
+        self, reader: Reader, study: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, str], Counter[str]]:
+        """One row per usable film, the reason for each of the others or for the whole study, and rows by rule."""
         study_id = self.pseudonyms(study["study_id"])
         try:
-            report = self.source.read_report(study)
-            report = scrub(report) if self.settings.scrub_reports else report
-            text = {"report": report, "sentences": parse_report(report).sentences}
+            with noted() as of_report:
+                report = self.source.read_report(study)
+                report = scrub(report) if self.settings.scrub_reports else report
+                text = {"report": report, "sentences": parse_report(report).sentences}
         except BadRow as reason:
-            return [], {study_id: str(reason)}
-        rows, bad = [], {}
+            return [], {study_id: str(reason)}, Counter()
+        rows, bad, repaired = [], {}, Counter[str]()
         for film in study["films"]:
             try:
-                rows.append(prepared_row(study, film, self.pseudonyms, **text, **self._image(reader, film["path"])))
+                with noted() as of_film:
+                    image = self._image(reader, film["path"])
+                rows.append(prepared_row(study, film, self.pseudonyms, **text, **image))
+                repaired.update({*of_report, *of_film})
             except BadRow as reason:
                 bad[f"{study_id}/{self.pseudonyms(film['image_id'])}"] = str(reason)
-        return rows, bad
+        return rows, bad, repaired
 
     def _image(self, reader: Reader, path: str) -> dict[str, Any]:
         image = reader.read_image(path)

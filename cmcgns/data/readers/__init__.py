@@ -5,6 +5,7 @@
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cmcgns import storage
 from cmcgns.config import CorpusConfig
@@ -16,7 +17,9 @@ from cmcgns.data.readers.open_i import OpenISource
 from cmcgns.data.readers.pairs import PairsSource
 from cmcgns.data.readers.phantom import PhantomSource
 from cmcgns.data.readers.prepared import PreparedSource
+from cmcgns.data.readers.published import PublishedSource, published_format
 from cmcgns.data.record import StudyIndex
+from cmcgns.data.repairs import noted
 from cmcgns.errors import UserError, with_prefix
 from cmcgns.plugins import load_plugin
 
@@ -26,11 +29,16 @@ READERS = {
     "mimic-cxr-jpg": "cmcgns.data.readers.mimic",
     "mimic-cxr": "cmcgns.data.readers.mimic",
     "open-i": "cmcgns.data.readers.open_i",
+    "padchest": "cmcgns.data.readers.published",
+    "chexpert-plus": "cmcgns.data.readers.published",
+    "brax": "cmcgns.data.readers.published",
+    "vindr-cxr": "cmcgns.data.readers.published",
     "parquet": "cmcgns.data.readers.prepared",
 }
 """Modules by format; each has ``open_corpus(options: CorpusOptions) -> Source``."""
 FORMATS = tuple(READERS)
 MAX_DEPTH = 5
+REPORTS_OF_OPEN_I = "ecgen-radiology"
 METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
 
 
@@ -50,6 +58,11 @@ def detect_format(uri: str) -> str:
         )
     if "pairs.csv" in names:
         return "pairs-csv"
+    published = published_format(uri, names)
+    if published:
+        return published
+    if _is_open_i(uri):
+        return "open-i"
     example = _first_file(uri, (".jpg", ".jpeg", ".dcm", ".xml"))
     if fnmatch.filter(names, METADATA_TABLE):
         return "mimic-cxr" if example.endswith(".dcm") else "mimic-cxr-jpg"
@@ -59,9 +72,19 @@ def detect_format(uri: str) -> str:
         return "mimic-cxr"
     raise UserError(
         f"{uri}: no known format found. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
-        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), parquet (prepared: manifest.json). "
+        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), padchest, chexpert-plus, brax and vindr-cxr (their "
+        "published tables), parquet (prepared: manifest.json). "
         "Check the path or set data.format"
     )
+
+
+def _is_open_i(uri: str) -> bool:
+    """Whether a folder beside those of the films has Open-I's reports."""
+    folders = storage.list_folders(uri)
+    if REPORTS_OF_OPEN_I in folders:
+        return True
+    named = [name for name in folders if "reports" in name.lower()]
+    return any(_first_file(storage.join(uri, name), (".xml", ".txt")).endswith(".xml") for name in named)
 
 
 def _first_file(uri: str, suffixes: tuple[str, ...], depth: int = 0) -> str:
@@ -88,6 +111,7 @@ __all__ = [
     "PairsSource",
     "PhantomSource",
     "PreparedSource",
+    "PublishedSource",
     "Reader",
     "Source",
     "detect_format",
@@ -134,7 +158,9 @@ def open_index(key: str, data: CorpusConfig, target: Target, reports: bool = Tru
             data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
             data.phantom_studies, data.phantom_size, reports,
         )  # fmt: skip
-        return source, source.index()
+        with noted() as notes:
+            index = source.index()
+        return source, replace(index, repaired=dict(notes))
     except UserError as error:
         reason = str(error).removeprefix("data.uri ")
         raise UserError(f"{key} {with_prefix(data.uri, reason)}") from None

@@ -1,11 +1,13 @@
-"""Shared by the readers: protocols, safe paths, views, splits and CSV files."""
+"""Shared by the readers: protocols, safe paths, views and splits."""
 
 import hashlib
-import logging
 import os
+import posixpath
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -14,13 +16,14 @@ import pyarrow as pa
 
 from cmcgns import storage
 from cmcgns.data.decode import decode_image
-from cmcgns.data.image import CroppedImage, Target, uncropped, without_borders
+from cmcgns.data.image import CroppedImage, Target, check_looks_like_film, uncropped, without_borders
 from cmcgns.data.order import Arrangement, arranged
 from cmcgns.data.record import StudyIndex
+from cmcgns.data.repairs import note
 from cmcgns.data.reports import ParsedReport, parse_report
-from cmcgns.errors import BadRow, UserError
+from cmcgns.data.text import decode_text, unescaped
+from cmcgns.errors import BadRow
 
-log = logging.getLogger(__name__)
 DEFAULT_VIEWS = ("PA", "AP")
 UNKNOWN_VIEWS = frozenset({"", "?", "UNKNOWN", "NAN", "NONE", "NA", "N/A"})
 SPLIT_NAMES = {
@@ -131,6 +134,7 @@ class FileSource:
 
     def read_image(self, path: str) -> CroppedImage:
         film = decode_image(self._read(path, "film"), path, self.target)
+        check_looks_like_film(film.grey_HW)
         return without_borders(film) if self.crop_borders else uncropped(film)
 
     def read_sentences(self, study: dict[str, Any], path: str) -> ParsedReport:
@@ -138,10 +142,10 @@ class FileSource:
 
     def read_report(self, study: dict[str, Any]) -> str:
         if study.get("report") is not None:
-            return str(study["report"])
+            return unescaped(str(study["report"]))
         if not study.get("report_path"):
             raise BadRow("study has no report")
-        return decode_text(self._read(study["report_path"], "report"))
+        return unescaped(decode_text(self._read(study["report_path"], "report")))
 
     def _read(self, path: str, kind: str) -> bytes:
         if escapes(path):
@@ -153,7 +157,7 @@ class FileSource:
                 f"{kind} path is a link that leaves the corpus folder; copy the file, or set data.follow_links=true"
             )
         try:
-            return storage.read_bytes(storage.join(self.uri, path))
+            return self._read_spelt(path)
         except storage.MissingFileError:
             raise BadRow(f"{kind} file is missing") from None
         except storage.ForbiddenFileError:
@@ -162,13 +166,33 @@ class FileSource:
             special = "not a regular file" in str(error)
             raise BadRow(f"{kind} file is {'not a regular file' if special else 'a circular symbolic link'}") from None
 
+    def _read_spelt(self, path: str) -> bytes:
+        """The file at ``path``, or at another spelling of it if there is none."""
+        try:
+            return storage.read_bytes(storage.join(self.uri, path))
+        except storage.MissingFileError:
+            for rule, other in spellings(path):
+                if self.follow_links or storage.is_s3(self.uri) or not leaves(self.uri, other):
+                    with suppress(storage.MissingFileError):
+                        data = storage.read_bytes(storage.join(self.uri, other))
+                        note(rule)
+                        return data
+            raise
 
-def decode_text(data: bytes) -> str:
-    """``data`` decoded as UTF-8, with or without byte order mark, otherwise as Latin-1."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+
+def spellings(path: str) -> Iterator[tuple[str, str]]:
+    """Other ways to write ``path``, each with its rule: without what Excel adds, strokes of Windows, accents composed (most
+    systems) or not (macOS)."""
+    plain = unescaped(path).strip() if "_x" in path else path
+    if plain != path:
+        yield "paths with Excel escapes", plain
+    tidy = posixpath.normpath(plain.replace("\\", "/"))
+    if tidy != plain:
+        yield "paths with backslashes or ./", tidy
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, tidy)
+        if other != tidy:
+            yield "paths with accents in another form", other
 
 
 def escapes(path: str) -> bool:
@@ -224,38 +248,6 @@ def _exclusion(view: str) -> str:
     if not view:
         return "view unknown"
     return f"view {view}" if NAMED_VIEWS.issuperset(re.split(r"[ -]+", view)) else "other view"
-
-
-MAX_TABLE_BYTES = 4 * 2**30
-"""A row of a table has 100 to 1,000 bytes, so that is several million studies."""
-
-
-def read_table(uri: str) -> pd.DataFrame:
-    """A CSV (or .csv.gz) as strings, blanks as ''; ``UserError`` with the fix if it cannot be read."""
-    import gzip
-    import io
-
-    data = storage.read_bytes(uri)
-    try:
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_TABLE_BYTES + 1)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{uri} is a broken gzip file ({error}); download it again") from None
-    if len(data) > MAX_TABLE_BYTES:
-        raise UserError(f"{uri} has over {MAX_TABLE_BYTES >> 30} GiB of text; split the table")
-    if b"\0" in data[:65536]:
-        raise UserError(f"{uri} is not text (it contains zero bytes); save it as CSV in UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        log.warning("%s is not UTF-8; reading it as Latin-1", uri.rsplit("/", 1)[-1])
-        text = data.decode("latin-1")
-    try:
-        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise UserError(f"{uri} is not a valid CSV: {str(error).strip()}; fix it or save it again") from None
-    table.columns = [str(name).strip() for name in table.columns]
-    return table
 
 
 def split_position(seed: int, group: str) -> float:

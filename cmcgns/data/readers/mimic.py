@@ -8,14 +8,25 @@ from dataclasses import dataclass
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
+from cmcgns.data.tables import read_table
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
 SUFFIX = {"mimic-cxr-jpg": ".jpg", "mimic-cxr": ".dcm"}
 REPORT_FOLDERS = ("mimic-cxr-reports", "reports")
 IDS = ("dicom_id", "subject_id", "study_id")
+RECORD_LIST = "cxr-record-list.csv*"
+CHALLENGE = "cxr-lt-20[0-9][0-9]"
+"""Folder of a release of CXR-LT (physionet.org/content/cxr-lt-iccv-workshop-cvamd); the newest is used."""
+CHALLENGE_TABLES = {
+    "train": ("train_labeled.csv*", "train.csv*"),
+    "valid": ("development_labeled_task1.csv*", "development.csv*"),
+    "test": ("test_labeled_task1.csv*", "test.csv*"),
+}
+NO_LABELS = frozenset([*IDS, "ViewPosition", "ViewCodeSequence_CodeMeaning", "path", "fpath", "split"])
+SPLIT_ORDER = {"train": 0, "valid": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -29,16 +40,24 @@ class MimicSource(FileSource):
             raise UserError(
                 f"{self.uri}: mimic-cxr-2.0.0-metadata.csv.gz is missing; copy it from MIMIC-CXR-JPG, next to files/"
             )
+        records = next(iter(fnmatch.filter(tables, RECORD_LIST)), None) if metadata is None else None
         if metadata is None:
             log.warning(
-                "no metadata table: reading the folders instead; views are unknown, so films of all views are kept"
+                "no metadata table: reading the %s instead; views are unknown, so films of all views are kept",
+                records or "folders",
             )
+        bad_rows: list[dict[str, str]] = []
+        if records is not None:
+            listed = self._checked(records, IDS)
+            films = self._films(listed.assign(ViewPosition=""))
+        elif metadata is None:
             films, bad_rows = _walk(self.uri)
         else:
-            films, bad_rows = self._films(metadata), []
+            films = self._films(metadata)
         films, filtered = filter_views(films, self.views, keep_unknown=metadata is None)
-        films = films.assign(split=self._splits(tables, films))
-        labels = self._labels(tables, films)
+        challenge = self._challenge()
+        films = films.assign(split=self._splits(tables, films, challenge))
+        labels = self._labels(tables, films) if challenge is None else _challenge_labels(challenge, films)
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _read_table(self, tables: list[str], kind: str, columns: tuple[str, ...]) -> pd.DataFrame | None:
@@ -46,11 +65,31 @@ class MimicSource(FileSource):
         names = fnmatch.filter(tables, f"mimic-cxr-*-{kind}.csv*")
         if not names:
             return None
-        table = read_table(storage.join(self.uri, names[-1]))
-        missing = [name for name in columns if name not in table.columns]
+        return self._checked(names[-1], columns)
+
+    def _checked(self, name: str, columns: tuple[str, ...]) -> pd.DataFrame:
+        """The table ``name``, which must have ``columns``."""
+        table = read_table(storage.join(self.uri, name), columns)
+        missing = [column for column in columns if column not in table.columns]
         if missing:
-            raise UserError(f"{names[-1]} has no column {missing[0]}; download it again from PhysioNet")
+            raise UserError(f"{name} has no column {missing[0]}; download it again from PhysioNet")
         return table
+
+    def _challenge(self) -> pd.DataFrame | None:
+        """The films of CXR-LT with their labels and split, if a folder of the challenge lies beside the tables."""
+        folders = sorted(name for name in storage.list_folders(self.uri) if fnmatch.fnmatchcase(name, CHALLENGE))
+        if not folders:
+            return None
+        names = storage.list_files(storage.join(self.uri, folders[-1]), recursive=False)
+        parts = []
+        for split, patterns in CHALLENGE_TABLES.items():
+            found = next((found for found in (fnmatch.filter(names, each) for each in patterns) if found), None)
+            if found is not None:
+                parts.append(self._checked(f"{folders[-1]}/{found[0]}", ("dicom_id",)).assign(split=split))
+        if not parts:
+            wanted = " or ".join(patterns[0] for patterns in CHALLENGE_TABLES.values())
+            raise UserError(f"{self.uri}/{folders[-1]} has no {wanted}; unpack CXR-LT there, or remove the folder")
+        return pd.concat(parts)
 
     def _films(self, metadata: pd.DataFrame) -> pd.DataFrame:
         patient, study = "p" + metadata["subject_id"], "s" + metadata["study_id"]
@@ -72,8 +111,16 @@ class MimicSource(FileSource):
         folders = storage.list_folders(self.uri)
         return next((f"{name}/" for name in REPORT_FOLDERS if name in folders), "")
 
-    def _splits(self, tables: list[str], films: pd.DataFrame) -> pd.Series:
+    def _splits(self, tables: list[str], films: pd.DataFrame, challenge: pd.DataFrame | None) -> pd.Series:
+        """By CXR-LT if it is there, otherwise by the collection's own table; drawn for patients in neither."""
         drawn = draw_splits(self.seed, films["group"])
+        if challenge is not None:
+            # a patient in several parts counts to the last of train, valid and test
+            order = films["image_id"].map(
+                dict(zip(challenge["dicom_id"], challenge["split"].map(SPLIT_ORDER), strict=True))
+            )
+            latest = order.groupby(films["group"]).transform("max")
+            return latest.map({place: name for name, place in SPLIT_ORDER.items()}).fillna(drawn)
         table = self._read_table(tables, "split", ("dicom_id", "split"))
         if table is None:
             log.warning("no split table: drawing splits by patient with seed %d", self.seed)
@@ -91,6 +138,16 @@ class MimicSource(FileSource):
                 values = values.set_axis("s" + table["study_id"])[~table["study_id"].duplicated().to_numpy()]
                 return values.reindex(films["study_id"]).set_axis(films.index)
         return None
+
+
+def _challenge_labels(challenge: pd.DataFrame, films: pd.DataFrame) -> pd.DataFrame:
+    """The findings of CXR-LT for each film; NaN where a part does not have them."""
+    values = challenge.drop(columns=[name for name in challenge.columns if name in NO_LABELS]).apply(
+        pd.to_numeric, errors="coerce"
+    )
+    values = values.loc[:, values.isin([-1, 0, 1]).any() & (values.isna() | values.isin([-1, 0, 1])).all()]
+    values = values.set_axis(challenge["dicom_id"].to_numpy())
+    return values[~values.index.duplicated()].reindex(films["image_id"]).set_axis(films.index)
 
 
 def _walk(uri: str) -> tuple[pd.DataFrame, list[dict[str, str]]]:

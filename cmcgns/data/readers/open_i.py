@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import CorpusOptions, FileSource, draw_splits, filter_views, read_table
+from cmcgns.data.readers.base import CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
+from cmcgns.data.tables import read_table
 from cmcgns.errors import BadRow, UserError
 
 log = logging.getLogger(__name__)
@@ -64,20 +65,22 @@ class OpenISource(FileSource):
         if name is None:
             log.warning("no table of DICOM tags: views are unknown, so films of all views are kept")
             return {}
-        table = read_table(storage.join(self.uri, name))
+        table = read_table(storage.join(self.uri, name), ("imageid", "View Position"))
         if "imageid" not in table.columns or "View Position" not in table.columns:
             raise UserError(f"{name} has no columns imageid and View Position; remove it or download it again")
         return dict(zip(table["imageid"], table["View Position"], strict=True))
 
 
 def _films_by_id(files: list[str]) -> dict[str, str]:
-    """Path by image id; names of the collection's DICOM files lack the leading CXR."""
+    """Path by image id; names of the collection's DICOM files lack the leading CXR, and some the number of their folder."""
     paths: dict[str, str] = {}
     for suffix in FILM_SUFFIXES:
         for path in files:
             if path.lower().endswith(suffix):
-                stem = PurePosixPath(path).name[: -len(suffix)]
+                stem, folder = PurePosixPath(path).name[: -len(suffix)], PurePosixPath(path).parent.name
                 paths.setdefault(stem if stem.startswith("CXR") else f"CXR{stem}", path)
+                if folder.isdigit():
+                    paths.setdefault(f"CXR{folder}_{stem}", path)
     return paths
 
 
@@ -89,13 +92,15 @@ def _parse(data: bytes) -> tuple[str, list[str]]:
         raise BadRow(f"XML cannot be parsed (line {error.position[0]})") from None
     except (LookupError, ValueError):
         raise BadRow("XML cannot be parsed (unknown or wrong encoding)") from None
-    texts = {
-        (part.get("Label") or "").strip().upper(): " ".join("".join(part.itertext()).split())
-        for part in root.iter("AbstractText")
-    }
+    texts: dict[str, str] = {}
+    for part in root.iter("AbstractText"):
+        name, text = (part.get("Label") or "").strip().upper(), " ".join("".join(part.itertext()).split())
+        texts[name] = " ".join(filter(None, (texts.get(name), text)))
     if not texts.get("FINDINGS") and not texts.get("IMPRESSION"):
         raise BadRow("FINDINGS and IMPRESSION are both empty")
-    report = "\n".join(f"{name}: {texts[name]}" for name in SECTIONS if texts.get(name))
+    others = sorted(set(texts) - set(SECTIONS) - {""})
+    lines = [f"{name}: {texts[name]}" for name in (*others, *SECTIONS) if texts.get(name)]
+    report = "\n".join([texts[""], *lines] if texts.get("") else lines)
     images = [(image.get("id") or "").strip() for image in root.iter("parentImage")]
     return report, [image for image in images if image]
 

@@ -1,6 +1,7 @@
 """``pairs-csv``: a user's own table with a film and its report in each row, or with films alone."""
 
 import logging
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,10 @@ from cmcgns.data.readers.base import (
     draw_splits,
     escapes,
     filter_views,
-    read_table,
 )
 from cmcgns.data.record import StudyIndex, index_of_films
+from cmcgns.data.tables import IS_FILM, read_table
+from cmcgns.data.text import unescaped
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class PairsSource(FileSource):
     def index(self) -> StudyIndex:
         table = self._table()
         films = _films(table, self.reports)
+        _check_whole(films, storage.join(self.uri, self.table_name))
         reasons = _bad_reasons(films, self.reports)
         bad_rows = [
             {"source": f"{self.table_name} row {row}", "reason": reason}
@@ -70,33 +73,45 @@ class PairsSource(FileSource):
 
     def _table(self) -> pd.DataFrame:
         uri = storage.join(self.uri, self.table_name)
-        table = read_table(uri)
-        lower = {name: name.lower() for name in table.columns if name.lower() in KNOWN}
-        table = table.rename(columns=lower)
+        needed = REQUIRED if self.reports else ("image",)
+        table = read_table(uri, needed)
+        # a repeated name has its count
+        given = {name: re.sub(r"\.\d+$", "", name).lower() for name in table.columns}
+        table = table.rename(columns={name: known for name, known in given.items() if known in KNOWN})
         duplicates = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
         if duplicates:
             raise UserError(f"{uri}: column {duplicates[0]} appears twice; keep one")
-        needed = REQUIRED if self.reports else ("image",)
         missing = [name for name in needed if name not in table.columns]
         if missing:
             films_alone = "; for films without reports set data.reports=false" if missing == ["report"] else ""
             # the names are not printed: without a header they are the data of a patient
             raise UserError(
                 f"{uri} has no column {' and no column '.join(missing)} among its {len(table.columns)}; "
-                f"its first line must contain {' and '.join(needed)}, separated by commas{_other_separator(table)}{films_alone}"
+                f"its first line must contain {' and '.join(needed)}, separated by commas{films_alone}"
             )
         return table
 
 
-def _other_separator(table: pd.DataFrame) -> str:
-    header = str(table.columns[0])
-    used = next((name for sign, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")) if sign in header), None)
-    return f" (it seems to use {used})" if used and len(table.columns) == 1 else ""
+def _check_whole(films: pd.DataFrame, uri: str) -> None:
+    """Raise if a row is the rest of the report above it, which has a line end and no quotes."""
+    names_film = films["path"].str.contains(IS_FILM)
+    is_rest = ~names_film & films["path"].str.contains(r"\s") & (films["row"] > 1)
+    if is_rest.any() and names_film.mean() >= 0.5:
+        raise UserError(
+            f"{uri}: row {films.loc[is_rest, 'row'].iloc[0]} under the header names no film file, as most rows do; if it is the "
+            "rest of a report with a line end, that report must stand in quotes"
+        )
+
+
+def _ids(column: pd.Series) -> pd.Series:
+    """Ids of patients, groups and studies: one person is one id, however the accents of the name are written."""
+    return column.map({each: unescaped(each).strip() for each in column.unique()})
 
 
 def _films(table: pd.DataFrame, reports: bool) -> pd.DataFrame:
     """One row per film, unfiltered; ``row`` is the row's number under the header, from 1."""
     stripped = {name: table[name].str.strip() for name in KNOWN if name in table.columns}
+    stripped |= {name: _ids(stripped[name]) for name in ("patient", "group", "study") if name in stripped}
     blank = pd.Series("", index=table.index)
     image = stripped["image"]
     patient = _or_else(stripped.get("patient", blank), image)

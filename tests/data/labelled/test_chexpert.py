@@ -1,6 +1,7 @@
 """``chexpert``: labels by the published protocol, splits by patient."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,31 @@ def test_one_film_in_a_hundred_may_be_missing_and_is_counted(tmp_path: Path) -> 
     for line in more[1:]:
         save(shots()[0].scan_HW, tmp_path / line.split(",")[0].removeprefix("CheXpert-v1.0-small/"))
     assert open_set("chexpert", str(tmp_path)).filtered["image missing"] == 1
+
+
+BATCHES = ("CheXpert-v1.0 batch 2 (train 1)", "CheXpert-v1.0 batch 3 (train 2)", "CheXpert-v1.0 batch 4 (train 3)")
+TABLES = "CheXpert-v1.0 batch 1 (validate & csv)"
+
+
+@pytest.mark.parametrize("given", ["", TABLES, BATCHES[0]], ids=["around", "tables", "a batch"])
+@pytest.mark.parametrize("inside", ["", "train/"], ids=["as unpacked", "with their folder"])
+def test_the_batches_of_the_full_release_are_the_same_set(tmp_path: Path, given: str, inside: str) -> None:
+    tree(tmp_path / "small")
+    small, full = tmp_path / "small", tmp_path / "full"
+    for number, folder in enumerate(sorted((small / "train").iterdir())):
+        target = full / BATCHES[number % 3] / inside / folder.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, target)
+    for name in ("train.csv", "valid.csv"):
+        text = (small / name).read_text().replace("CheXpert-v1.0-small/", "CheXpert-v1.0/")
+        write(full / TABLES / name, text.splitlines())
+    shutil.copytree(small / "valid", full / TABLES / "valid")
+    one, other = open_set("chexpert", str(small)), open_set("chexpert", str(full / given))
+    paths = other.table["path"].to_pylist()
+    assert all(path.startswith("CheXpert-v1.0 batch ") for path in paths)
+    assert other.table.drop_columns(["path"]) == one.table.drop_columns(["path"])
+    for path, row in zip(paths, rows(one).values(), strict=True):
+        assert (full / path).read_bytes() == (small / row["path"]).read_bytes()
 
 
 def test_reading_prints_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,9 +17,10 @@ FIRST_FILE = {
     "chexpert": "train.csv",
     "nih": "Data_Entry_2017*.csv",
     "rsna": "stage_2_train_labels.csv",
-    "siim": "train-rle.csv",
+    "siim": "train-rle.csv or stage_2_train.csv",
     "covidx": "train.txt",
     "object-cxr": "train.csv",
+    "vindr-cxr": "annotations/image_labels_train.csv",
     "masked": "pairs.csv",
     "labelled": "pairs.csv",
 }

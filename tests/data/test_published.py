@@ -1,0 +1,255 @@
+"""Published collections by their official file and column names: what the phantom wrote is given exactly back."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cmcgns.data.labelled import open_set
+from cmcgns.data.readers import open_source
+from cmcgns.data.reports import report_text, sections
+from cmcgns.errors import UserError
+from cmcgns.phantom import write_mimic_cxr, write_mimic_cxr_jpg
+from tests.data.published_trees import (
+    CORPUS,
+    PLUS_REPORT,
+    READERS,
+    SPANISH,
+    WRITERS,
+    Shot,
+    plus_patient,
+    shots,
+    vindr_boxes,
+    vindr_truth,
+    write_brax,
+    write_chexpert_plus,
+    write_padchest,
+    write_table,
+)
+from tests.data.trees import rows
+from tests.s3 import S3Server
+
+WITHOUT_REPORTS = ("brax", "vindr-cxr")
+
+
+def opened(folder: Path | str, name: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The source that ``auto`` finds, and its films: the index row of each by path."""
+    source = open_source(str(folder), crop_borders=False, reports=name not in WITHOUT_REPORTS)
+    assert source.format == name
+    index = source.index()
+    assert index.bad_rows == []
+    assert index.filtered == {}
+    return source, {film["path"]: row | {"film": film} for row in rows(index) for film in row["films"]}
+
+
+def check(name: str, source: Any, found: dict[str, dict[str, Any]]) -> None:
+    """Each film with its pixels, ids, view, labels and report."""
+    wanted = [shot for shot in shots() if name != "vindr-cxr" or not shot.film]
+    if name == "vindr-cxr":
+        wanted.sort(key=lambda shot: shot.study.split == "test")  # its test part comes last
+    assert len(found) == len(wanted)
+    for (path, row), shot in zip(found.items(), wanted, strict=True):
+        level = source.read_image(path).grey_HW.astype(int)
+        assert abs(level - expected_grey(name, shot)).mean() <= 0.5
+        assert row["film"]["view"] == ("PA" if name == "vindr-cxr" else shot.view)
+        assert row["group"] == row["patient_id"] == PATIENT[name](shot)
+        labels, truth = dict(row["labels"]), LABELS[name](shot)
+        assert {each: labels.get(each) for each in truth} == truth
+        if name not in WITHOUT_REPORTS:
+            assert source.read_report(row) == REPORT[name](shot)
+    groups: dict[str, set[str]] = {}
+    for row in found.values():
+        groups.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in groups.values())
+    per_study: dict[str, int] = {}
+    for row in found.values():
+        per_study[row["study_id"]] = len(row["films"])
+    assert sorted(per_study.values()) == sorted(
+        1 if name == "vindr-cxr" else len(CORPUS.study(number).films) for number in range(CORPUS.studies)
+    )
+
+
+def expected_grey(name: str, shot: Shot) -> np.ndarray:
+    """16-bit PNGs are stretched from their least to their greatest value."""
+    grey = shot.grey().astype(float)
+    return (grey - grey.min()) * 255 / np.ptp(grey) if name == "padchest" else grey
+
+
+def plus_report(shot: Shot) -> str:
+    if shot.number % 2:
+        return PLUS_REPORT.format(shot.study.report)
+    return f"FINDINGS:\nThe lungs of this film are seen.\n\nIMPRESSION:\nNumber {shot.number} is normal."
+
+
+PATIENT = {
+    "padchest": lambda shot: shot.study.patient_id,
+    "chexpert-plus": plus_patient,
+    "brax": lambda shot: shot.study.patient_id,
+    "vindr-cxr": lambda shot: shot.image_id,
+}
+LABELS = {
+    "padchest": lambda shot: {name: value for name, value in shot.labels.items() if value} or {"normal": 1.0},
+    "chexpert-plus": lambda shot: shot.labels,
+    "brax": lambda shot: shot.labels,
+    "vindr-cxr": lambda shot: {name: float(value) for name, value in vindr_truth(shot).items()},
+}
+REPORT = {"padchest": lambda shot: SPANISH.format(shot.number), "chexpert-plus": plus_report}
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        *WRITERS.items(),
+        ("padchest", partial(write_padchest, where="")),
+        ("padchest", partial(write_padchest, where="images/")),
+        ("chexpert-plus", partial(write_chexpert_plus, kind="dcm")),
+        ("brax", partial(write_brax, kind="dcm")),
+    ],
+    ids=[*WRITERS, "padchest flat", "padchest images", "chexpert-plus dicom", "brax dicom"],
+)
+def test_a_collection_is_found_and_given_exactly_back(tmp_path: Path, name: str, write: Any) -> None:
+    write(tmp_path)
+    check(name, *opened(tmp_path, name))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_collection_on_s3_is_given_exactly_back(s3_server: S3Server, tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path)
+    bucket = s3_server.make_bucket(f"published-{name}")
+    s3_server.upload(tmp_path, f"{bucket}/set")
+    check(name, *opened(f"{bucket}/set", name))
+
+
+def test_the_reports_of_chexpert_plus_keep_their_impression(tmp_path: Path) -> None:
+    write_chexpert_plus(tmp_path)
+    source, found = opened(tmp_path, "chexpert-plus")
+    for row in found.values():
+        text = source.read_report(row)
+        assert "2-ABNORMAL" not in report_text(text)
+        if "NARRATIVE" in text:
+            own = next(shot.study.report for shot in shots() if PLUS_REPORT.format(shot.study.report) == text)
+            assert sections(text).get("impression") == sections(own).get("impression")
+
+
+@pytest.mark.parametrize("name", WITHOUT_REPORTS)
+def test_a_collection_without_reports_says_so(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path)
+    with pytest.raises(UserError, match=r"is published without reports; for films alone set data\.reports=false"):
+        open_source(str(tmp_path)).index()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_wrong_table_or_films_elsewhere_are_one_message(tmp_path: Path, name: str) -> None:
+    reports = name not in WITHOUT_REPORTS
+    with pytest.raises(UserError, match=r"has no \S+, which|does not exist|is missing|no such"):
+        open_source(str(tmp_path / "nothing"), format=name, reports=reports).index()
+    WRITERS[name](tmp_path)
+    table = next(path for path in tmp_path.rglob("*.csv*") if "annotations_" not in path.name)
+    for path in [path for path in tmp_path.rglob("*") if path.suffix in (".png", ".dicom")]:
+        path.unlink()
+    with pytest.raises(UserError, match="has none of the first 20 films of its table, tried as") as error:
+        open_source(str(tmp_path), format=name, reports=reports).index()
+    assert "\n" not in str(error.value)
+    write_table(table, ["some", "columns"], [])
+    with pytest.raises(UserError, match=rf"{table.name} has no column \w+; .* download the published file again"):
+        open_source(str(tmp_path), format=name, reports=reports).index()
+
+
+def test_vindr_has_the_boxes_of_every_reader(tmp_path: Path) -> None:
+    WRITERS["vindr-cxr"](tmp_path)
+    images = open_set("vindr-cxr", str(tmp_path))
+    found = {row["image_id"]: row for row in images.table.to_pylist()}
+    wanted = {shot.image_id: shot for shot in shots() if not shot.film}
+    assert set(found) == set(wanted)
+    assert "No finding" not in images.classes
+    for image, shot in wanted.items():
+        row = found[image]
+        readers = len(READERS) if shot.study.split != "test" else 1
+        own = [[each[side] for side in ("x0", "y0", "x1", "y1")] for each in row["boxes"]]
+        assert own == [corners for _, corners in vindr_boxes(shot)] * readers or sorted(own) == sorted(
+            [corners for _, corners in vindr_boxes(shot)] * readers
+        )
+        truth = vindr_truth(shot)
+        assert {name: row["labels"][images.classes.index(name)] for name in truth} == truth
+        assert (row["split"] == "test") == (shot.study.split == "test")
+
+
+# MIMIC-CXR
+
+
+def write_challenge(folder: Path, name: str, tables: dict[str, str]) -> None:
+    """CXR-LT beside the tables of MIMIC-CXR-JPG: its own splits and findings."""
+    head = [
+        "dicom_id",
+        "subject_id",
+        "study_id",
+        "ViewPosition",
+        "ViewCodeSequence_CodeMeaning",
+        "fpath",
+        "Hernia",
+        "Nodule",
+    ]
+    parts: dict[str, list[dict[str, Any]]] = {part: [] for part in tables}
+    for shot in shots():
+        line = {"dicom_id": shot.image_id, "Hernia": shot.number % 2, "Nodule": int(shot.study.labels["nodule"])}
+        parts[PART[shot.study.split]].append(line | {"fpath": f"files/{shot.image_id}.jpg", "ViewPosition": shot.view})
+    for part, table in tables.items():
+        write_table(folder / name / table, head, parts[part])
+
+
+PART = {"train": "test", "valid": "train", "test": "development"}
+"""The challenge's part of each split of the phantom: another one."""
+GIVEN = {"train": "test", "valid": "train", "test": "valid"}
+
+
+@pytest.mark.parametrize(
+    ("release", "tables"),
+    [
+        ("cxr-lt-2023", {"train": "train.csv", "development": "development.csv", "test": "test.csv"}),
+        (
+            "cxr-lt-2024",
+            {
+                "train": "train_labeled.csv",
+                "development": "development_labeled_task1.csv",
+                "test": "test_labeled_task1.csv",
+            },
+        ),
+    ],
+)
+def test_splits_and_findings_of_cxr_lt_are_used(tmp_path: Path, release: str, tables: dict[str, str]) -> None:
+    write_mimic_cxr_jpg(CORPUS, tmp_path)
+    write_challenge(tmp_path, release, tables)
+    source = open_source(str(tmp_path))
+    assert source.format == "mimic-cxr-jpg"
+    by_study = {shot.study.study_id: shot for shot in reversed(shots())}
+    for row in rows(source.index()):
+        shot = by_study[row["study_id"]]
+        assert row["split"] == GIVEN[shot.study.split]
+        assert dict(row["labels"]) == {"Hernia": shot.number % 2, "Nodule": shot.study.labels["nodule"]}
+    for path in (tmp_path / release).iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=rf"{release} has no train_labeled"):
+        source.index()
+
+
+def test_the_list_of_records_stands_in_for_the_metadata(tmp_path: Path) -> None:
+    write_mimic_cxr(CORPUS, tmp_path)
+    whole = rows(open_source(str(tmp_path)).index())
+    lines = [
+        {
+            "subject_id": shot.study.patient_id[1:],
+            "study_id": shot.study.study_id[1:],
+            "dicom_id": shot.image_id,
+            "path": "x",
+        }
+        for shot in shots()
+    ]
+    write_table(tmp_path / "cxr-record-list.csv.gz", ["subject_id", "study_id", "dicom_id", "path"], lines)
+    (tmp_path / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
+    source = open_source(str(tmp_path))
+    assert source.format == "mimic-cxr"
+    without_views = [row | {"films": [film | {"view": ""} for film in row["films"]]} for row in whole]
+    assert rows(source.index()) == without_views
