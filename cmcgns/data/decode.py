@@ -116,7 +116,7 @@ def _decode_picture(data: bytes, target: Target | None) -> DecodedImage:
                 picture.load()
                 upright = ImageOps.exif_transpose(picture)
                 width, height = size if upright.size == picture.size else size[::-1]
-                return DecodedImage(_grey(upright), height, width)
+                return DecodedImage(grey_of(upright), height, width)
     except BadRow:
         raise
     except Image.DecompressionBombError:
@@ -126,13 +126,13 @@ def _decode_picture(data: bytes, target: Target | None) -> DecodedImage:
 
 
 def _bytes_per_pixel(mode: str) -> int:
-    """Memory that ``_grey`` needs for each pixel of a picture, with all copies."""
+    """Memory that ``grey_of`` needs for each pixel of a picture, with all copies."""
     if mode.startswith(("I", "F")):
         return 9  # the picture, the same as an array, the result
     return {"L": 3, "1": 8, "RGB": 5}.get(mode, 20)
 
 
-def _grey(picture: Image.Image) -> NDArray[np.uint8]:
+def grey_of(picture: Image.Image) -> NDArray[np.uint8]:
     """uint8 (H, W) from any of Pillow's modes."""
     if picture.mode.startswith(("I", "F")):
         return _stretch(np.asarray(picture))
