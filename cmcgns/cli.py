@@ -28,6 +28,8 @@ STRING_KEYS = (
 """Keys whose values are always strings, even if they look like 2024-01-01 or 007."""
 RESUME_KEYS = ("run.resume", "sweep.resume")
 """Keys that name a run to resume; the job then starts from that run's settings."""
+COMMAND = "cmcgns"
+"""The console script; it puts itself and the job in front of the arguments: see ``commands``."""
 FLAGS = ("--print-config", "--dry-run")
 """Arguments without a value."""
 Settings = TypeVar("Settings", bound=Section)
@@ -247,6 +249,13 @@ def read_run(storage: str, name: str, key: str) -> dict[str, Any]:
     return settings
 
 
+def invocation(script: str | None = None) -> list[str]:
+    """The words that start this job: `cmcgns NAME` or `python jobs/NAME.py`; or those that start ``script`` in the same way."""
+    if sys.argv[0].startswith(f"{COMMAND} "):
+        return [COMMAND, script or sys.argv[0].partition(" ")[2]]
+    return ["python", f"jobs/{script}.py" if script else sys.argv[0]]
+
+
 def to_yaml(config: Section) -> str:
     """The resolved settings as YAML; they can be passed to --config."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
@@ -257,7 +266,7 @@ def help_text(
 ) -> str:
     """Text of --help: usage with the job's ``flags``, then each key with type, default and description."""
     lines = [
-        f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
+        f"usage: {' '.join(invocation())} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
         f"Without --config, the job uses {default_config.name}; the defaults below apply to keys that a file leaves out."
         if default_config
         else "Without --config, the job uses the defaults below.",

@@ -1,0 +1,147 @@
+"""The jobs as commands: `cmcgns pretrain ...` and `python jobs/pretrain.py ...` are the same.
+
+Each function takes the arguments after the command and returns the exit status. Imports are inside: --help needs none of them.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from cmcgns import __version__
+from cmcgns.cli import COMMAND, STATUS_WRONG_INPUT, run_job
+
+Arguments = Sequence[str]
+DEFAULT_CONFIG = Path(str(resources.files("cmcgns.recipes"))) / "phantom.yaml"
+
+
+def pretrain(arguments: Arguments) -> int:
+    """Pretrain a model: [--config FILE.yaml] [--dry-run] [--section.key=value ...]"""
+    from cmcgns.config import Config
+
+    def main(config: Config, dry_run: bool = False) -> int:
+        from cmcgns.job import run
+        from cmcgns.train.run import PretrainJob
+
+        return run(PretrainJob(config, dry_run), dry_run)
+
+    return run_job(main, Config, DEFAULT_CONFIG, arguments, plan=lambda config: main(config, dry_run=True))
+
+
+def prepare(arguments: Arguments) -> int:
+    """Convert a raw corpus to shards: --data.uri=RAW --prepare.out=URI; check a prepared set or an export: --check"""
+    from cmcgns.data.prepare.config import PrepareJobConfig
+
+    def main(config: PrepareJobConfig) -> int:
+        if not config.prepare.check:
+            from cmcgns.data.prepare.run import prepare as convert
+
+            return convert(config)
+        from cmcgns.data.prepare.check import check_set
+        from cmcgns.data.prepare.check_export import check_export, export_folder
+
+        export = export_folder(config.prepare.out)
+        return check_export(export) if export else check_set(config.prepare.out)
+
+    words = ["--prepare.check=true" if word == "--check" else word for word in arguments]
+    return run_job(main, PrepareJobConfig, None, words)
+
+
+def sweep(arguments: Arguments) -> int:
+    """Sweep settings of pretraining: [--config FILE.yaml] [--sweep.key=value ...]"""
+    from cmcgns.sweep.config import SweepJobConfig
+
+    def main(config: SweepJobConfig) -> int:
+        from cmcgns.job import run
+        from cmcgns.sweep.run import SweepJob
+
+        return run(SweepJob(config))
+
+    return run_job(main, SweepJobConfig, DEFAULT_CONFIG, arguments)
+
+
+def evaluate(arguments: Arguments) -> int:
+    """Evaluate encoders on downstream tasks: [--evaluate.run=RUN_FOLDER ...]"""
+    from cmcgns.evaluate.config import EvaluateJobConfig
+
+    def main(config: EvaluateJobConfig) -> int:
+        from cmcgns.job import run
+
+        if config.evaluate.ablation is not None:
+            from cmcgns.evaluate.ablation import AblationJob
+
+            return run(AblationJob(config))
+        from cmcgns.evaluate.run import EvaluateJob
+
+        return run(EvaluateJob(config))
+
+    return run_job(main, EvaluateJobConfig, None, arguments)
+
+
+def embed(arguments: Arguments) -> int:
+    """Embed a corpus's sentences with a trained model: --embed.run=RUN_FOLDER"""
+    from cmcgns.evaluate.config import EmbedJobConfig
+
+    def main(config: EmbedJobConfig) -> int:
+        from cmcgns.evaluate.embed import EmbedJob
+        from cmcgns.job import run
+
+        return run(EmbedJob(config))
+
+    return run_job(main, EmbedJobConfig, None, arguments)
+
+
+def kmeans(arguments: Arguments) -> int:
+    """Cluster embeddings in Parquet: --data.uri=URI"""
+    from cmcgns.clustering.config import KMeansConfig
+
+    def main(config: KMeansConfig) -> int:
+        from cmcgns.clustering.fit import KMeansJob
+        from cmcgns.job import run
+
+        return run(KMeansJob(config))
+
+    return run_job(main, KMeansConfig, None, arguments)
+
+
+def doctor(arguments: Arguments) -> int:
+    """Check this machine, or the cluster in RAY_ADDRESS, before a run"""
+    from cmcgns.doctor import DoctorJobConfig, main
+
+    return run_job(main, DoctorJobConfig, None, arguments)
+
+
+COMMANDS: dict[str, Callable[[Arguments], int]] = {
+    command.__name__: command for command in (pretrain, prepare, sweep, evaluate, embed, kmeans, doctor)
+}
+
+
+def run_script(name: str) -> int:
+    """Exit status of the script ``jobs/NAME.py`` with the arguments of this process."""
+    return COMMANDS[name](sys.argv[1:])
+
+
+def main(argv: Arguments | None = None) -> int:
+    """Exit status of `cmcgns COMMAND ...`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
+    if name in ("", "-h", "--help"):
+        print(usage())
+        return 0 if name else STATUS_WRONG_INPUT
+    if name == "--version":
+        print(f"cmcgns {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: there is no command '{name}'; {hint}", file=sys.stderr)
+        return STATUS_WRONG_INPUT
+    sys.argv = [f"{COMMAND} {name}", *words[1:]]  # as usage lines and the commands that resume a run name it
+    return COMMANDS[name](words[1:])
+
+
+def usage() -> str:
+    """What `cmcgns --help` prints."""
+    lines = [f"  {name:9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: cmcgns COMMAND ...; cmcgns COMMAND --help lists its settings", "", *lines])
