@@ -3,14 +3,17 @@
 Each function takes the arguments after the command and returns the exit status. Imports are inside: --help needs none of them.
 """
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import NoReturn
 
 from cmcgns import __version__
-from cmcgns.cli import COMMAND, STATUS_WRONG_INPUT, run_job
+from cmcgns.cli import COMMAND, STATUS_WRONG_INPUT, invocation, run_job
+from cmcgns.errors import UserError
 
 Arguments = Sequence[str]
 DEFAULT_CONFIG = Path(str(resources.files("cmcgns.recipes"))) / "phantom.yaml"
@@ -112,8 +115,42 @@ def doctor(arguments: Arguments) -> int:
     return run_job(main, DoctorJobConfig, None, arguments)
 
 
+def report(arguments: Arguments) -> int:
+    """Write report.html of a pretraining run, or of several side by side: RUN [RUN ...] [--out=FILE]"""
+    parser = _Parser(" ".join(invocation()), description="Curves, settings and pictures of runs on one page.")
+    parser.add_argument("run", nargs="+", help="folder of a pretraining run, local or s3://; it may still be running")
+    parser.add_argument(
+        "--out", help="the page; by default report.html in the folder of the run, or of the first of several"
+    )
+
+    def write() -> int:
+        from cmcgns.report.page import write_report
+
+        given = parser.parse_args(arguments)
+        print(write_report(given.run, given.out))
+        return 0
+
+    return one_message(write)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are a ``UserError``: one message without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def one_message(action: Callable[[], int]) -> int:
+    """The exit status of ``action``; on wrong input prints one message and returns 2."""
+    try:
+        return action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STATUS_WRONG_INPUT
+
+
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
-    command.__name__: command for command in (pretrain, prepare, sweep, evaluate, embed, kmeans, doctor)
+    command.__name__: command for command in (pretrain, prepare, sweep, evaluate, embed, kmeans, report, doctor)
 }
 
 

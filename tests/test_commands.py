@@ -14,6 +14,7 @@ from cmcgns.commands import COMMANDS, main
 from tests.jobs import REPOSITORY
 
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))
+WITHOUT_SETTINGS = {"report"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def test_every_script_is_a_command() -> None:
     assert set(SCRIPTS) <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted({*SCRIPTS} - WITHOUT_SETTINGS))
 def test_a_command_takes_the_arguments_of_its_script(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = {}
     for arguments in (["--help"], ["--print-config", "--run.name=mine"], ["--no.such=1"]):
@@ -75,3 +76,9 @@ def test_a_run_started_by_the_command_is_resumed_by_the_command(tmp_path: Path) 
     sys.argv = ["jobs/evaluate.py"]
     assert invocation() == ["python", "jobs/evaluate.py"]
     assert invocation("pretrain") == ["python", "jobs/pretrain.py"]
+
+
+def test_arguments_of_a_report_that_are_wrong_have_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (([], "required: run"), (["runs/x", "--uot=1"], "unrecognized arguments: --uot=1")):
+        assert main(["report", *words]) == by_script("report", *words) == 2
+        assert [message in line for line in capsys.readouterr().err.splitlines()] == [True, True]
