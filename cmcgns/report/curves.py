@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cmcgns.plotting import Figure
+from cmcgns.plotting import Figure, FormatStrFormatter, NullFormatter
 from cmcgns.report.record import Row, RunRecord
 
 # N points of a line
@@ -156,6 +156,8 @@ def draw(some: Sequence[Panel], boundaries: Sequence[float] = ()) -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
         if panel.logarithmic:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
     for unused in axes[len(some) :]:
         unused.axis("off")
     axes[0].legend(fontsize=6)
