@@ -133,6 +133,23 @@ def report(arguments: Arguments) -> int:
     return one_message(write)
 
 
+def export(arguments: Arguments) -> int:
+    """Write the export of a finished run, with a model card, to a folder to give away: RUN OUT [--evaluation=RUN_FOLDER]"""
+    parser = _Parser(" ".join(invocation()), description="Encoders, heads, settings and model card of a finished run.")
+    parser.add_argument("run", help="folder of a finished pretraining run, local or s3://")
+    parser.add_argument("out", help="new folder, local or s3://")
+    parser.add_argument("--evaluation", help="folder of an evaluation of the run, whose scores go into the model card")
+
+    def write() -> int:
+        from cmcgns.library.export import export_run
+
+        given = parser.parse_args(arguments)
+        print(export_run(given.run, given.out, given.evaluation))
+        return 0
+
+    return one_message(write)
+
+
 class _Parser(argparse.ArgumentParser):
     """Wrong arguments are a ``UserError``: one message without the usage."""
 
@@ -150,7 +167,7 @@ def one_message(action: Callable[[], int]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
-    command.__name__: command for command in (pretrain, prepare, sweep, evaluate, embed, kmeans, report, doctor)
+    command.__name__: command for command in (pretrain, prepare, sweep, evaluate, embed, kmeans, report, export, doctor)
 }
 
 
