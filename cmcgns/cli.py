@@ -179,7 +179,7 @@ def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         section, name = (str(part) for part in first["loc"][:2])
         info = _section_type(kind, section, method).model_fields[name]
         out_of_range = first["type"].startswith(("greater_than", "less_than"))
-        wanted = (_range(info) if out_of_range else "") or reason.replace("Input should be", "must be")
+        wanted = (range_of(info) if out_of_range else "") or reason.replace("Input should be", "must be")
         meaning = (info.description or "").split("\n\n")[0].split(". ")[0].rstrip(".")
         raise UserError(f"{section}.{name} = {first['input']!r} {wanted} ({' '.join(meaning.split())})") from None
 
@@ -275,11 +275,11 @@ def help_text(
         lines.append("")
         for name, info in _section_type(kind, section, method).model_fields.items():
             meaning = " ".join((info.description or "").split())
-            lines.append(f"  --{section}.{name} ({_type_name(info)}, default {info.default!r})\n      {meaning}")
+            lines.append(f"  --{section}.{name} ({type_name(info)}, default {info.default!r})\n      {meaning}")
     return "\n".join(lines)
 
 
-def _type_name(info: FieldInfo) -> str:
+def type_name(info: FieldInfo) -> str:
     annotation = info.annotation
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
@@ -289,11 +289,11 @@ def _type_name(info: FieldInfo) -> str:
     if get_origin(annotation) in (tuple, dict):
         return "list" if get_origin(annotation) is tuple else "map"
     if parts:  # optional
-        return " or ".join(_type_name(FieldInfo(annotation=part)) for part in parts)
+        return " or ".join(type_name(FieldInfo(annotation=part)) for part in parts)
     return "nothing" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
-def _range(info: FieldInfo) -> str:
+def range_of(info: FieldInfo) -> str:
     """The range of a key's values, in words; '' if its type has no bounds."""
     words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     bounds = [
