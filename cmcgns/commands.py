@@ -173,7 +173,22 @@ COMMANDS: dict[str, Callable[[Arguments], int]] = {
 
 def run_script(name: str) -> int:
     """Exit status of the script ``jobs/NAME.py`` with the arguments of this process."""
-    return COMMANDS[name](sys.argv[1:])
+    return run_command(name, sys.argv[1:])
+
+
+def run_command(name: str, arguments: Arguments) -> int:
+    """Exit status of a command; one message if it needs a package of the extras, which the core does not install."""
+    try:
+        return COMMANDS[name](arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", __package__):
+            raise
+        print(
+            f"error: {name} needs {package}, which is not installed: pip install 'cmcgns[cpu]', or 'cmcgns[gpu]' with CUDA",
+            file=sys.stderr,
+        )
+        return STATUS_WRONG_INPUT
 
 
 def main(argv: Arguments | None = None) -> int:
@@ -192,7 +207,7 @@ def main(argv: Arguments | None = None) -> int:
         print(f"error: there is no command '{name}'; {hint}", file=sys.stderr)
         return STATUS_WRONG_INPUT
     sys.argv = [f"{COMMAND} {name}", *words[1:]]  # as usage lines and the commands that resume a run name it
-    return COMMANDS[name](words[1:])
+    return run_command(name, words[1:])
 
 
 def usage() -> str:

@@ -28,6 +28,7 @@ from tests.data.test_dicom import compressed, film, written
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import REPOSITORY
 from tests.library.conftest import CONFIG
+from tests.library.core import WITHOUT_EXTRAS
 from tests.small import small_config
 
 PHANTOM = PhantomCorpus(studies=100, seed=3, height=60, width=48)
@@ -288,15 +289,8 @@ def test_items_are_read_ahead_in_order_and_no_further_than_allowed() -> None:
     assert list(results) == [i * i for i in range(3, 100)]
 
 
-USER_SCRIPT = """
-import sys
-from importlib.machinery import PathFinder
-FORBIDDEN = ("ray", "deepspeed", "faiss", "optuna", "tensorboard", "pandas", "sklearn", "matplotlib", "torchmetrics")
-class WithoutThem(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in FORBIDDEN else super().find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutThem
+USER_SCRIPT = f"""
+{WITHOUT_EXTRAS}
 import cmcgns
 assert "torch" not in sys.modules
 print("script")
