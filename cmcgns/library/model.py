@@ -4,6 +4,7 @@ N films, T texts, S sentences of a text, P patches of a film (g x g), R side of 
 """
 
 import itertools
+import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from cmcgns.data.batch import Batcher, ImageReportBatch, crop, normalise
 from cmcgns.data.record import Block
 from cmcgns.data.reports import ParsedReport
 from cmcgns.data.tokenizer import EncodedReport
-from cmcgns.errors import UserError
+from cmcgns.errors import BadRow, UserError
 from cmcgns.library.film_encoder import FilmEncoder
 from cmcgns.library.films import FilmLike, film_list, read_squares
 from cmcgns.library.runs import LOAD, PretrainedRun, open_model
@@ -46,7 +47,7 @@ Item = TypeVar("Item")
 
 
 def load(
-    where: str,
+    where: str | os.PathLike[str],
     device: str = "cpu",
     precision: Precision = "fp32",
     batch_size: int = 32,
@@ -108,16 +109,11 @@ class Model:
     def __init__(
         self, run: PretrainedRun, device: torch.device, precision: Precision, batch_size: int, progress: bool
     ) -> None:
-        self.run, self.device, self.precision, self.batch_size, self.progress = (
-            run,
-            device,
-            precision,
-            batch_size,
-            progress,
-        )
+        self.run, self.method, self.config = run, run.method, run.config
+        self.device, self.precision = device, precision
+        self.batch_size, self.progress = batch_size, progress
         self.network = run.load_model().to(device)
-        self.films = FilmEncoder(self.network.image_encoder, self.network.image_projection).to(device).eval()
-        self.method, self.config = run.method, run.config
+        self.film_encoder = FilmEncoder(self.network.image_encoder, self.network.image_projection).to(device).eval()
 
     def __repr__(self) -> str:
         return (
@@ -136,7 +132,7 @@ class Model:
         films, rows = film_list(films), [np.zeros((0, self.dim), np.float32)]
         for squares in self._batches(self._squares(films), len(films), "films"):
             with self._precision():
-                _, image_BD = self.films(self._seen(np.stack(squares)))
+                _, image_BD = self.film_encoder(self._seen(np.stack(squares)))
             assert image_BD is not None
             rows.append(self._rows(image_BD))
         return np.concatenate(rows)
@@ -156,7 +152,7 @@ class Model:
 
         ``by``: `global`, cosines of whole films and whole texts; `parts`, each sentence finds itself on the film, without what a
         text has in common with all films; `both`, combined as in the evaluation's retrieval. `parts` and `both` compare the films
-        that are given with each other, whose patches are held in memory: see ``PART_STUDIES`` of the evaluation.
+        that are given with each other, and hold the patches of all in memory: give some thousand at most.
 
         Raises:
             UserError: the method compares no parts, or there are fewer than two films for it.
@@ -195,10 +191,14 @@ class Model:
             prompts = known[prompts]
         check_prompts("prompts", prompts, PROMPTS_LAYOUT)
         image_ND = self.embed_films(films)
-        with self._precision():
-            return {
-                name: class_score(self.network, self._tokenizer, image_ND, sides) for name, sides in prompts.items()
-            }
+        scores = dict[str, NDArray[np.float64]]()
+        for name, sides in prompts.items():
+            try:
+                with self._precision():
+                    scores[name] = class_score(self.network, self._tokenizer, image_ND, sides)
+            except BadRow as reason:
+                raise UserError(f"prompts: a sentence of {name} cannot be used: {reason}") from None
+        return scores
 
     @torch.inference_mode()
     def heatmap(self, film: FilmLike, text: str) -> Heatmap:
@@ -209,7 +209,7 @@ class Model:
         """
         if not self.method.has_attention:
             raise UserError(
-                f"heatmap: method {self.config.method.name} attends to no patches; use a model of cm-cgns or gloria"
+                f"heatmap: method {self.config.method.name} attends to no patches (docs/methods.md says which do)"
             )
         (square_RR,), read = self._squares([film]), self._read([text])
         batch = self._batch([square_RR], read)
@@ -235,19 +235,18 @@ class Model:
             with self._precision():
                 outputs = self.network(batch)
             found = method.parts(outputs, batch)
-            if new := min(len(rows), len(read) - rows[0]) if rows[0] < len(read) else 0:
-                sentences.add(found, new)
-                reports.append(outputs.report_BD[:new].float())
-            if new := min(len(rows), len(squares) - rows[0]) if rows[0] < len(squares) else 0:
-                patches.add(found, new)
-                images.append(outputs.image_BD[:new].float())
+            for collected, vectors, embedded_BD, total in (
+                (sentences, reports, outputs.report_BD, len(read)),
+                (patches, images, outputs.image_BD, len(squares)),
+            ):
+                new = min(max(total - rows[0], 0), len(rows))
+                if new:
+                    collected.add(found, new)
+                    vectors.append(embedded_BD[:new].float())
         of_texts = sentences.joined()
         score_nN = method.part_scores(of_texts.sentences, patches.joined().films)
-        return (
-            centred(mean_over_sentences(score_nN, of_texts.study_n, len(read))),
-            torch.cat(images),
-            torch.cat(reports),
-        )
+        score_TN = centred(mean_over_sentences(score_nN, of_texts.study_n, len(read)))
+        return score_TN, torch.cat(images), torch.cat(reports)
 
     def _batch(
         self, squares: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[ParsedReport, EncodedReport]]

@@ -264,6 +264,10 @@ def test_wrong_ways_of_asking_have_one_message_with_the_fix(run: Path, model: Mo
         (lambda: model.similarity(FILMS[:1], REPORTS, "parts"), "compares films with each other: give at least two"),
         (lambda: model.zero_shot(FILMS, "padchest"), "prompts 'padchest': there are built-in ones for phantom"),
         (lambda: model.zero_shot(FILMS, {"mass": ["A mass."]}), "prompts: mass needs sentences under `present`"),
+        (
+            lambda: model.zero_shot(FILMS, {"mass": {"present": ["very " * 200]}}),
+            "a sentence of mass cannot be used: first sent",
+        ),
     ]
     for ask, message in wrong:
         with pytest.raises(cmcgns.UserError) as error:
