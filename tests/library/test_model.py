@@ -63,6 +63,13 @@ def test_films_are_embedded_as_the_network_sees_them_one_by_one(model: Model) ->
     assert found_ND.std(0).max() > 1e-3
 
 
+def test_black_borders_are_cut_off_as_in_pretraining(model: Model) -> None:
+    lit_HW = np.maximum(FILMS[0], 10)
+    framed_HW = np.pad(lit_HW, ((3, 20), (12, 0)))
+    found_ND = model.embed_films([lit_HW, framed_HW])
+    assert found_ND[0] == pytest.approx(found_ND[1], abs=1e-6)
+
+
 def test_a_film_is_the_same_from_every_source(model: Model, tmp_path: Path) -> None:
     film_HW, path = FILMS[0], tmp_path / "film.png"
     path.write_bytes(png(film_HW))
