@@ -292,6 +292,17 @@ def test_a_method_without_attention_or_parts_says_so(tmp_path: Path) -> None:
         plain.similarity(FILMS, REPORTS, "both")
 
 
+def test_long_work_shows_its_progress_in_a_terminal_unless_told_not_to(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    for progress, batch_size, shown in ((True, 2, True), (True, 32, False), (False, 2, False)):
+        model = cmcgns.load(str(run), progress=progress, batch_size=batch_size)
+        capsys.readouterr()
+        model.embed_films(FILMS)
+        assert ("films" in capsys.readouterr().err) == shown
+
+
 def test_items_are_read_ahead_in_order_and_no_further_than_allowed() -> None:
     begun = list[int]()
     results = map_ahead(lambda i: begun.append(i) or i * i, range(100), ahead=4)  # type: ignore[func-returns-value]
