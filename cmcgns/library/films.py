@@ -77,13 +77,15 @@ def _decoded(film: FilmLike, name: str, target: Target) -> DecodedImage:
 def _file(path: str, name: str) -> bytes:
     try:
         return storage.read_bytes(path)
-    except storage.MissingFileError:
-        if storage.is_s3(path) or _is_path(path):
+    except ValueError as error:  # a UserError, or a character that no path has
+        if not _is_path(path):  # it may be a report: never printed
+            raise UserError(
+                f"{name} is a text of {len(path)} characters and not the path of a file; give films here, and texts to "
+                "embed_reports"
+            ) from None
+        if isinstance(error, storage.MissingFileError):
             raise UserError(f"{name} is not a file; check the path") from None
-        # it may be a report: never printed
-        raise UserError(
-            f"{name} is a text of {len(path)} characters and not the path of a file; give films here, and texts to embed_reports"
-        ) from None
+        raise
 
 
 def _is_path(text: str) -> bool:

@@ -225,6 +225,10 @@ def test_a_module_of_others_is_not_executed_unless_it_is_trusted(run: Path, tmp_
     ("films", "message"),
     [
         (["There is no effusion."], r"film 0 is a text of 21 characters and not the path of a file"),
+        (["An effusion. " * 400], r"film 0 is a text of 5200 characters and not the path of a file"),
+        (["An effusion, see http://host/case."], r"film 0 is a text of 34 characters and not the path of a file"),
+        (["An effusion\0."], r"film 0 is a text of 13 characters and not the path of a file"),
+        (["An effusion/edema."], r"film 0 is a text of 18 characters and not the path of a file"),
         ([FILMS[0], "/no/such.png"], r"film 1 \(/no/such.png\) is not a file; check the path"),
         ([FILMS[0], png(FILMS[0])[:300]], r"film 1 cannot be used: film file is truncated or broken"),
         ([b""], r"film 0 cannot be used: film file is empty"),
