@@ -5,14 +5,18 @@ Each function takes the arguments after the command and returns the exit status.
 
 import argparse
 import difflib
+import io
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
 from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
 from cmcgns import __version__
-from cmcgns.cli import COMMAND, STATUS_WRONG_INPUT, invocation, run_job
+from cmcgns.cli import COMMAND, FLAGS, STATUS_WRONG_INPUT, invocation, run_job
 from cmcgns.errors import UserError
 
 Arguments = Sequence[str]
@@ -194,6 +198,8 @@ def run_command(name: str, arguments: Arguments) -> int:
 
 def main(argv: Arguments | None = None) -> int:
     """Exit status of `cmcgns COMMAND ...`."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     if name in ("", "-h", "--help"):
@@ -209,6 +215,33 @@ def main(argv: Arguments | None = None) -> int:
         return STATUS_WRONG_INPUT
     sys.argv = [f"{COMMAND} {name}", *words[1:]]  # as usage lines and the commands that resume a run name it
     return run_command(name, words[1:])
+
+
+def complete() -> None:
+    """Answer a shell that asks for completions: `eval "$(register-python-argcomplete cmcgns)"`."""
+    import argcomplete
+
+    words = os.environ["COMP_LINE"].split()
+    parser = argparse.ArgumentParser(COMMAND)
+    parser.add_argument("--version", action="store_true")
+    commands = parser.add_subparsers()
+    for name in COMMANDS:
+        command = commands.add_parser(name)
+        if name in words[1:2]:
+            for key in keys_of(name):
+                command.add_argument(f"--{key}")
+            command.add_argument("--config", choices=sorted(path.stem for path in DEFAULT_CONFIG.parent.glob("*.yaml")))
+            for flag in FLAGS:
+                command.add_argument(flag, action="store_true")
+    argcomplete.autocomplete(parser)
+
+
+def keys_of(name: str) -> list[str]:
+    """The settings of a job, from its --help; of a command without settings its options."""
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):  # argparse's --help ends the process
+        COMMANDS[name](["--help"])
+    return re.findall(r"^  --([\w.-]+) ", shown.getvalue(), re.MULTILINE)
 
 
 def usage() -> str:

@@ -1,8 +1,10 @@
 """The command `cmcgns`: the same jobs with the same arguments as the scripts in jobs/."""
 
 import importlib
+import os
 import re
 import runpy
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -82,3 +84,25 @@ def test_arguments_of_a_report_that_are_wrong_have_one_message(capsys: pytest.Ca
     for words, message in (([], "required: run"), (["runs/x", "--uot=1"], "unrecognized arguments: --uot=1")):
         assert main(["report", *words]) == by_script("report", *words) == 2
         assert [message in line for line in capsys.readouterr().err.splitlines()] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("cmcgns pre", ["prepare", "pretrain"]),
+        ("cmcgns pretrain --train.micro", ["--train.microbatch_size"]),
+        ("cmcgns evaluate --evaluate.b", ["--evaluate.batch_size", "--evaluate.beside"]),
+        ("cmcgns pretrain --config phantom-t", ["phantom-tiny"]),
+        ("cmcgns export --o", ["--onnx"]),
+        ("cmcgns kmeans --train.", []),
+    ],
+)
+def test_a_shell_completes_commands_keys_and_configs(line: str, offered: list[str], tmp_path: Path) -> None:
+    """As bash asks: by argcomplete's variables."""
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line,
+        "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-m", "cmcgns"], env=os.environ | asked, cwd=REPOSITORY, check=True, timeout=120)
+    assert sorted(answer.read_text().split()) == offered
