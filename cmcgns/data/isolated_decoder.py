@@ -52,7 +52,10 @@ class IsolatedDecoder:
 
 
 class _Process(ForkServerProcess):
-    """A child that does not import the parent's main script: one without a guard would run again in it."""
+    """A child that does not import the parent's main script: one without a guard would run again in it.
+
+    While it starts, other threads of the parent see an empty `__main__`.
+    """
 
     def start(self) -> None:
         main = sys.modules["__main__"]
