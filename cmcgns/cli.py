@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from cmcgns.config import METHODS, MethodConfig, RunConfig, Section, foreign_modules, method_settings
 from cmcgns.errors import UserError
 from cmcgns.plugins import absolute_plugin
+from cmcgns.user_folders import user_variables
 
 STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED, STATUS_TERMINATED = 1, 2, 130, 143
 STRING_KEYS = (
@@ -48,6 +49,7 @@ def run_job(
     With ``--dry-run`` it calls ``plan`` instead, if the job has one.
     """
     try:
+        os.environ.update(user_variables())  # before Ray is imported, which asks for the home
         arguments = list(sys.argv[1:] if argv is None else argv)
         if "--help" in arguments or "-h" in arguments:
             method = next((word.partition("=")[2] for word in arguments if word.startswith("--method.name=")), None)

@@ -14,10 +14,11 @@ import ray
 from rich.console import Console
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, invocation, to_yaml
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, invocation
+from cmcgns.cluster.coordinator import memory_failure
 from cmcgns.cluster.session import ONE_CPU, ray_session
-from cmcgns.config import Section
 from cmcgns.errors import UserError, cause
+from cmcgns.lease import hold
 from cmcgns.run_folder import RunFolder, warn_if_temporary
 from cmcgns.signals import sigterm_as_ctrl_c
 from cmcgns.terminal import console, log_on, print_plan, quiet_terminal
@@ -114,27 +115,28 @@ def run(job: Job, dry_run: bool = False) -> int:
         warn_if_temporary(terminal, job.folder)
         if dry_run:
             return 0
-        try:
-            result = {"status": "finished"} | job.run(terminal)
-        except KeyboardInterrupt:
-            result = {"status": "stopped"}
-        except storage.FullDiskError as error:  # not a mistake in the settings, and something may be done already
-            result = {"status": "failed", "failure": cause(error)}
-        except UserError:
-            raise
-        except Exception as error:  # Ray wraps errors of tasks and actors in several types
-            result = {"status": "failed", "failure": job.reason(error)}
-        try:
-            job.write_result(result)
-        except storage.FullDiskError as error:
-            result = {"failure": str(error)} | result | {"status": "failed"}
+        with hold(job.folder.uri, f"run {job.folder.name} in {job.folder.storage}"):
+            result = outcome(job, terminal)
+            try:
+                job.write_result(result)
+            except storage.FullDiskError as error:
+                result = {"failure": str(error)} | result | {"status": "failed"}
         job.report(terminal, result)
         return STATUS_TERMINATED if sigterm.received and result["status"] == "stopped" else STATUS[result["status"]]
 
 
-def write_config(folder: RunFolder, config: Section) -> None:
-    """Write config.yaml: the resolved settings, which can be passed to --config."""
-    storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+def outcome(job: Job, terminal: Console) -> dict[str, Any]:
+    """The result of the job's work, with ``status`` finished, stopped or failed."""
+    try:
+        return {"status": "finished"} | job.run(terminal)
+    except KeyboardInterrupt:
+        return {"status": "stopped"}
+    except storage.FullDiskError as error:  # not a mistake in the settings, and something may be done already
+        return {"status": "failed", "failure": cause(error)}
+    except UserError:
+        raise
+    except Exception as error:  # Ray wraps errors of tasks and actors in several types
+        return {"status": "failed", "failure": memory_failure() or job.reason(error)}
 
 
 def check_capacity(

@@ -1,6 +1,7 @@
 """Run folders, new or resumed, on local disk or in a bucket."""
 
 import json
+import secrets
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -12,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from cmcgns import storage
+from cmcgns.cli import to_yaml
 from cmcgns.config import RunConfig, Section
 from cmcgns.errors import UserError, with_prefix
 
@@ -58,8 +60,9 @@ def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
 
 
 def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
-    """The folder of ``run``; its default name is the ``job`` and the time. ``resume_key`` is the setting that resumes, or ''
-    if the job cannot be resumed.
+    """The folder of ``run``; its default name is the ``job``, the time and a random suffix.
+
+    ``resume_key`` is the setting that resumes, or '' if the job cannot be resumed.
 
     Raises:
         UserError: the name is taken, or the run to resume does not exist.
@@ -68,7 +71,8 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
     root = run.storage
     if not storage.is_s3(root):
         root = str(Path(storage.absolute("run.storage", root)).resolve())
-    name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # two runs may start in the same second
+    name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = RunFolder(root.rstrip("/"), name, resumed=run.resume is not None)
     try:
         exists = storage.exists(folder.file("config.yaml"))
@@ -90,6 +94,17 @@ def name_taken(folder: RunFolder, resume_key: str = "run.resume") -> str:
     name = folder.name
     hint = f", or resume that run with --{resume_key}={name}" if resume_key else ""
     return f"run.name {name} is taken in {folder.storage}; choose another{hint}"
+
+
+def write_config(folder: RunFolder, config: Section, resume_key: str = "run.resume") -> None:
+    """Write config.yaml: the resolved settings, which can be passed to --config.
+
+    Raises:
+        UserError: a new run's name was taken during its setup.
+    """
+    written = storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode(), if_absent=not folder.resumed)
+    if not written:
+        raise UserError(name_taken(folder, resume_key))
 
 
 def has_finished(folder: RunFolder) -> bool:

@@ -8,11 +8,16 @@ from typing import Any
 
 
 class SigtermHandler:
-    """Raises SIGINT for a SIGTERM; ``received`` is true once one has arrived."""
+    """Raises SIGINT for the first SIGTERM; ``received`` is true once one has arrived.
+
+    Later ones do nothing: `timeout` sends two, Slurm another one at the time limit, and a second Ctrl-C would end without saving.
+    """
 
     received = False
 
     def __call__(self, signum: int, frame: Any) -> None:
+        if self.received:
+            return
         self.received = True
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job that a script has started with `&`
             raise KeyboardInterrupt

@@ -64,6 +64,7 @@ class FaultyProxy:
             answers.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             head = re.sub(rb"(?i)\r\nexpect:[^\r]*", b"", head)
         body = await connection.readexactly(_length(head))
+        head = re.sub(rb"^(\w+) http://[^/ ]+", rb"\1 ", head)  # of a client for which this is its proxy
         method, target = head.split(b" ", 2)[:2]
         fault = self._draw(f"{method.decode()} {target.decode()}")
         if fault == "cut" and method != b"GET":  # its answer has no body

@@ -39,6 +39,10 @@ def test_the_published_settings_are_those_of_the_paper() -> None:
     ("values", "message"),
     [
         (
+            {"global_batch_size": 16, "microbatch_size": 1, "num_workers": 1},
+            "train.microbatch_size 1 x num_workers 1: cm-cgns compares .* Set train.microbatch_size to 2 or more",
+        ),
+        (
             {"global_batch_size": 10, "microbatch_size": 4},
             r"train.global_batch_size 10 is not a multiple of microbatch_size x num_workers \(4 x 2 = 8\); nearest: 8 and 16",
         ),

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,9 @@ import ray
 from cmcgns.bad_rows import too_many_bad
 from cmcgns.cluster.placement import this_node
 from cmcgns.errors import UserError
+
+WORKER_STARTED = "worker"
+"""Event: a worker's process runs; it still has to import its libraries."""
 
 
 class BadRows:
@@ -171,10 +175,41 @@ def spare_from_oom() -> None:
         Path("/proc/self/oom_score_adj").write_text("0")
 
 
+STATE_TIMEOUT_S = 20
+USED_MEMORY = re.compile(r"was ([\d.]+)GB used / ([\d.]+)GB limit")
 LOST = (
     "the coordinator of the run was killed, most likely because the machine had no memory left (`dmesg` tells). Lower "
     "train.num_workers, data.studies_ahead or train.microbatch_size, or take a machine with more memory"
 )
+
+
+def memory_failure() -> str | None:
+    """Where Ray has killed processes of this job because memory ran short, and what to lower; None if it has killed none.
+
+    Ray reports it differently each time: as a lost actor, a failed task or a node's policy.
+    """
+    from ray.util.state import list_workers  # imported here: the coordinator's process does without
+
+    from cmcgns.cluster.cluster_checks import dashboard_url
+
+    with contextlib.suppress(Exception):  # no dashboard, or it does not answer: the failure is told by Ray's own words
+        killed = list_workers(
+            f"http://{dashboard_url()}",
+            [("exit_type", "=", "NODE_OUT_OF_MEMORY")],
+            detail=True,
+            timeout=STATE_TIMEOUT_S,
+        )
+        job = f"job ID={ray.get_runtime_context().get_job_id()}"
+        mine = [worker for worker in killed if job in (worker.exit_detail or "")]
+        if mine:
+            used = USED_MEMORY.search(mine[-1].exit_detail)
+            amount = f": {used[1]} of {used[2]} GB were in use" if used else ""
+            return (
+                f"memory ran out on node {mine[-1].ip}{amount}, and Ray killed {len(mine)} processes of this run. Lower "
+                "train.microbatch_size, data.studies_ahead, clustering.bank_size or train.num_workers, or use machines with more "
+                "memory"
+            )
+    return None
 
 
 def read_account(coordinator: Any, known_bad: dict[str, str]) -> dict[str, Any]:

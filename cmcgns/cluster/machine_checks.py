@@ -6,7 +6,6 @@ import platform
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from cmcgns import storage
 from cmcgns.errors import UserError, first_line
 from cmcgns.faiss_install import check_faiss, is_installed
 from cmcgns.storage.errors import RETRY_LIMIT_VARIABLE
+from cmcgns.user_folders import OP, check_extension_lock, ray_temp_folder, torch_extensions
 
 Level = Literal["ok", "warning", "failed"]
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -147,9 +147,13 @@ def deepspeed_checks(name: str, required: Requirements) -> Iterator[CheckResult]
     """Whether DeepSpeed's CPU communication op is compiled, or can be."""
     if required.use_gpu:
         return  # on GPUs it uses NCCL, and the optimizer is torch's
-    # same folder as in ``train.engine``; importing DeepSpeed to ask would take seconds
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
-    if list(folder.rglob("deepspeed_shm_comm*.so")):
+    try:
+        folder = torch_extensions()
+        check_extension_lock()
+    except UserError as error:
+        yield CheckResult("failed", "DeepSpeed", name, first_line(error))
+        return
+    if list(folder.rglob(f"{OP}*.so")):
         yield CheckResult("ok", "DeepSpeed", name, f"its CPU op is compiled in {folder}")
         return
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -187,7 +191,11 @@ def memory_checks(name: str) -> Iterator[CheckResult]:
 
 def disk_checks(name: str) -> Iterator[CheckResult]:
     """Free space where Ray spills objects and writes logs."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    try:
+        folder = ray_temp_folder()
+    except UserError as error:
+        yield CheckResult("failed", "disk", name, first_line(error))
+        return
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free in {folder}"
     if free < MIN_DISK_GIB:

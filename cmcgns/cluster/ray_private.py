@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.experimental.internal_kv import _internal_kv_get
 
 AUTOSCALER_KEY = b"AutoscalerMetricsAddress"
@@ -37,6 +37,31 @@ def loopback_only() -> Iterator[None]:
         if given is None:
             del os.environ[name]
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def own_process_groups() -> Iterator[None]:
+    """A cluster started inside does not get the signals of this process's group, such as the SIGTERM of `timeout`: Ray blocks
+    SIGINT alone in its processes, and has no setting for others."""
+    before = services.ConsolePopen
+
+    class Popen(before):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, process_group=0)
+
+    services.ConsolePopen = Popen
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+def ignore_uv() -> None:
+    """Let Ray start its processes with this Python, also under `uv run`: its hook builds an environment without the driver's
+    packages. The variable that turns it off is read when Ray is imported."""
+    if ray_constants.env_bool("RAY_ENABLE_UV_RUN_RUNTIME_ENV", False):  # the user asks for the hook
+        return
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
 
 
 def execution_callback() -> type[Any]:

@@ -20,6 +20,9 @@ from cmcgns.cluster.placement import wait_for_resources
 from cmcgns.errors import UserError
 from cmcgns.storage.errors import RETRY_LIMIT_S, RETRY_LIMIT_VARIABLE
 from cmcgns.terminal import console, print_plan
+from cmcgns.user_folders import ray_temp_folder
+
+logger = logging.getLogger(__name__)
 
 LOCAL_CLUSTER = {
     # data tasks come in bursts: keep their processes, with their imports, between epochs
@@ -58,11 +61,15 @@ def ray_session(
     """
     environment = job_environment(variables or {})
     named, ours = os.environ.get("RAY_ADDRESS"), not ray.is_initialized()
+    if ours and not named:
+        environment |= local_variables()
     with ExitStack() as stack:
         stack.enter_context(_variables(environment))
         if ours:
+            ray_private.ignore_uv()
             if not named:
                 stack.enter_context(ray_private.loopback_only())
+                stack.enter_context(ray_private.own_process_groups())
             _connect(named, environment)
             stack.callback(ray.shutdown)
         logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -211,6 +218,20 @@ def job_environment(variables: dict[str, str]) -> dict[str, str]:
     own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1"} | patience | variables
     chosen = {name: os.environ.get(name, value) for name, value in own.items()}
     return chosen | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+
+def local_variables() -> dict[str, str]:
+    """Environment of the processes of a Ray cluster started on this machine: folders that they can use."""
+    folder = ray_temp_folder()
+    given = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+    if given is not None and str(folder) != given:
+        logger.warning(
+            "TMPDIR %s is too long for the paths of Ray's sockets: Ray keeps its files in %s. RAY_TMPDIR sets another short "
+            "folder",
+            given,
+            folder,
+        )
+    return {"RAY_TMPDIR": str(folder)}
 
 
 NODE_TIMEOUT_S = 120.0

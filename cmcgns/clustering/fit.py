@@ -24,8 +24,8 @@ from cmcgns.clustering.pool import ParquetSource, SourcePool
 from cmcgns.clustering.rows import RowArray, check_rows
 from cmcgns.errors import UserError, first_line, with_prefix
 from cmcgns.faiss_install import check_faiss
-from cmcgns.job import Job, check_capacity, write_config
-from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes
+from cmcgns.job import Job, check_capacity
+from cmcgns.run_folder import RunFolder, open_folder, refuse_changes, write_config
 
 SHOWN_CLUSTERS = 5
 
@@ -77,13 +77,6 @@ def read_centroids(uri: str, shape: tuple[int, int]) -> Array:
     check_rows(rows_KD, lambda row: f"{key}: row {row}")
     unit = np.allclose(np.linalg.norm(rows_KD, axis=1), 1.0, rtol=0, atol=1e-6)
     return rows_KD if unit else normalised(rows_KD)  # normalising unit rows again would change their last bits
-
-
-def write_start(folder: RunFolder, config: KMeansConfig) -> None:
-    """Write the settings, which claims the name of the run."""
-    if storage.exists(folder.file("config.yaml")):  # another fit took the name since it was checked
-        raise UserError(name_taken(folder))
-    write_config(folder, config)
 
 
 def save_state(folder: RunFolder, fit: Fit) -> None:
@@ -269,7 +262,7 @@ def fit_and_write(
         )
         start = start or Fit(seed_centroids(terminal, pool.rows, settings))
         if not folder.resumed:  # only now: rows without K distinct ones should not use up the name
-            write_start(folder, config)
+            write_config(folder, config)
         save_state(folder, start)
         fit = run_fit(terminal, settings, folder, pool, start)
         storage.write_bytes(folder.file("centroids.safetensors"), safetensors.save({"rows_KD": fit.centroids_KD}))

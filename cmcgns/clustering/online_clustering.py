@@ -89,8 +89,8 @@ class Centroids:
         """Rows, members, version and the step at which clustering started (-1 before)."""
         started_at = -1 if self.started_at is None else self.started_at
         return {
-            "rows_KD": self.rows_KD.cpu(),
-            "counts_K": self.counts_K.cpu(),
+            "rows_KD": self.rows_KD.to("cpu", copy=True),
+            "counts_K": self.counts_K.to("cpu", copy=True),
             "version_and_start": torch.tensor([self.version, started_at]),
         }
 

@@ -97,6 +97,12 @@ class Config(RunSections):
                 f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x num_workers "
                 f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
             )
+        if block == 1 and self.objective.compares_studies:
+            yield (
+                f"train.microbatch_size 1 x num_workers 1: {self.method.name} compares the studies of a microbatch over all "
+                "workers, and one has nothing to be compared with; accumulation adds nothing. Set train.microbatch_size to 2 or "
+                "more, as many as fit into memory"
+            )
         if data.image_size > data.resize:
             yield (
                 f"data.image_size {data.image_size} is larger than data.resize {data.resize}; lower data.image_size or raise "

@@ -36,6 +36,8 @@ class MethodSettings(Section):
 
     stages: ClassVar[int] = 1
     """Number of training stages, 1 to 3."""
+    compares_studies: ClassVar[bool] = True
+    """Whether the losses compare the studies of a microbatch, so that one alone teaches nothing."""
 
     def banks(self, model: ModelConfig) -> tuple[Bank, ...]:
         """The banks that the method clusters; without banks no clustering actor starts."""

@@ -250,6 +250,9 @@ class TrainConfig(Section):
     """How often lost workers are replaced before the run fails; -1 for no limit."""
     seed: int = 0
     """Seed of initial weights and dropout."""
+    deterministic: bool = False
+    """Two runs on the same machines, workers and threads give the same bits: torch takes deterministic algorithms, which are
+    slower on GPUs, and raises for an operation that has none."""
 
     @property
     def accumulation(self) -> int:
@@ -263,7 +266,7 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 class RunConfig(Section):
     name: str | None = Field(None, pattern=RUN_NAME)
-    """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>."""
+    """Name of the run's folder under `storage`; must be new. By default <job>-<date>-<time>-<random>."""
     storage: str = "runs"
     """Location of run folders: a local folder or `s3://bucket/prefix`."""
     resume: str | None = Field(None, pattern=RUN_NAME)

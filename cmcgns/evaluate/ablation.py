@@ -27,9 +27,9 @@ from cmcgns.evaluate.run import check_workers, features_folder, measure_all, ope
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, over_draws
 from cmcgns.evaluate.tasks import Evaluation
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
-from cmcgns.job import Job, write_config
+from cmcgns.job import Job
 from cmcgns.library.runs import open_run
-from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
+from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes, write_config
 from cmcgns.terminal import log_on, print_plan
 from cmcgns.train.run import check_cpus, pretrain, reserved_cpus, worker_variables
 from cmcgns.train.setup import FREE_TO_CHANGE, with_absolute_paths

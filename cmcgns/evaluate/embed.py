@@ -29,12 +29,12 @@ from cmcgns.data.stream import piece_studies, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
-from cmcgns.job import Job, check_capacity, write_config
+from cmcgns.job import Job, check_capacity
 from cmcgns.library.runs import PretrainedRun, open_run
 from cmcgns.methods.base import load_method
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder
-from cmcgns.run_folder import open_folder
+from cmcgns.run_folder import open_folder, write_config
 from cmcgns.train.setup import with_absolute_paths
 
 FloatArray = npt.NDArray[np.float32]
@@ -227,7 +227,7 @@ def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, coo
         studies_ahead=STUDIES_AHEAD + 2 * piece_studies(split.source, split.config.data, len(split.studies)),
         with_text=True,
     )
-    files, path = storage.filesystem(uri)
+    files, path = storage.lasting_filesystem(uri)
     with stream.context():
         sentences = stream.rows(VALIDATION_EPOCH, 0).map_batches(
             EmbedRows,

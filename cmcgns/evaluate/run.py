@@ -37,9 +37,9 @@ from cmcgns.evaluate.tasks import (
     start_pair_tasks,
 )
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
-from cmcgns.job import Job, check_capacity, write_config
+from cmcgns.job import Job, check_capacity
 from cmcgns.library.runs import last_run
-from cmcgns.run_folder import open_folder
+from cmcgns.run_folder import open_folder, write_config
 from cmcgns.terminal import print_plan
 from cmcgns.train.setup import with_absolute_paths
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,6 +29,7 @@ from cmcgns.storage.errors import (
     retries,
     with_retries,
 )
+from cmcgns.storage.renewed import Renewed
 
 __all__ = [
     "BrokenFileError",
@@ -75,6 +77,14 @@ def filesystem(uri: str, attempts: int = ARROW_ATTEMPTS) -> tuple[arrow_fs.FileS
         raise UserError(f"{uri}: unknown scheme; give a local folder or s3://BUCKET/FOLDER")
     # absolute here: Ray workers start in another folder
     return LOCAL_FILES, str(Path(uri.removeprefix("file://")).expanduser().absolute())
+
+
+def lasting_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
+    """``filesystem`` for those who keep it: credentials that expire are renewed."""
+    files, path = filesystem(uri)
+    if is_s3(uri) and s3.are_temporary():
+        files = arrow_fs.PyFileSystem(Renewed(partial(s3.arrow_filesystem, s3.split(uri)[0], ARROW_ATTEMPTS)))
+    return files, path
 
 
 def read(uri: str, reader: Callable[[Any], Result]) -> Result:

@@ -6,11 +6,13 @@ Both use the standard AWS environment: AWS_ENDPOINT_URL, AWS_PROFILE, roles, AWS
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 from pyarrow import fs as arrow_fs
 
@@ -19,6 +21,9 @@ from cmcgns.storage.errors import ENDPOINT_VARIABLES, error_codes, explained, fi
 
 log = logging.getLogger(__name__)
 DEFAULT_REGION = "us-east-1"
+KEY_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+ONLY_BOTO3 = ("assume-role", "config-file", "custom-process", "login", "sso")
+"""Sources of credentials (botocore's names) that Arrow does not read."""
 CONNECT_SECONDS = 5.0
 STALLED_SECONDS = 15.0
 """A request that receives nothing for this long has failed."""
@@ -55,14 +60,22 @@ def custom_endpoint() -> str | None:
 
 
 def arrow_filesystem(bucket: str, attempts: int) -> arrow_fs.S3FileSystem:
-    """Arrow's file system of a bucket, cached; it makes up to ``attempts`` attempts per request."""
-    return _arrow_filesystem(bucket, custom_endpoint(), os.environ.get("AWS_PROFILE"), attempts)
+    """Arrow's file system of a bucket, cached; it makes up to ``attempts`` attempts per request.
+
+    It has the credentials of now: where ``are_temporary``, ask again for each use.
+    """
+    return _arrow_filesystem(bucket, custom_endpoint(), os.environ.get("AWS_PROFILE"), attempts, _keys_for_arrow())
 
 
 @functools.lru_cache(maxsize=32)
-def _arrow_filesystem(bucket: str, endpoint: str | None, profile: str | None, attempts: int) -> arrow_fs.S3FileSystem:
+def _arrow_filesystem(
+    bucket: str, endpoint: str | None, profile: str | None, attempts: int, keys: tuple[str | None, ...]
+) -> arrow_fs.S3FileSystem:
     region = _region(profile)
+    proxy = _proxy(endpoint or f"https://{bucket}.s3.amazonaws.com")
     common = {
+        **dict(zip(("access_key", "secret_key", "session_token"), keys, strict=False)),
+        **({"proxy_options": proxy} if proxy else {}),
         "connect_timeout": CONNECT_SECONDS,
         "request_timeout": STALLED_SECONDS,
         "retry_strategy": arrow_fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
@@ -81,6 +94,46 @@ def _arrow_filesystem(bucket: str, endpoint: str | None, profile: str | None, at
     )
 
 
+def _proxy(url: str) -> str | None:
+    """The proxy for requests to ``url`` by the environment's http_proxy, https_proxy and no_proxy, as boto3 reads it."""
+    parts = urlsplit(url)
+    proxy = getproxies_environment().get(parts.scheme)
+    if not proxy or proxy_bypass(parts.netloc):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def are_temporary() -> bool:
+    """Whether the credentials are of a kind that only boto3 can renew: a role, single sign-on or a process in an AWS profile."""
+    return bool(_keys_for_arrow())
+
+
+def _keys_for_arrow() -> tuple[str | None, ...]:
+    """Key, secret and token that boto3 has found, renewed when they expire; empty if Arrow finds its credentials itself."""
+    profile = os.environ.get("AWS_PROFILE")
+    if profile is None and os.environ.get("AWS_ACCESS_KEY_ID"):
+        return ()
+    try:
+        credentials = _session(profile).get_credentials()
+        if credentials is None or credentials.method not in ONLY_BOTO3:
+            return ()
+        return tuple(credentials.get_frozen_credentials())
+    except Exception as error:  # botocore raises many classes for a role that cannot be taken on
+        raise UserError(f"AWS profile {profile or 'default'}: {error}; see AWS_PROFILE and ~/.aws/config") from None
+
+
+def _session(profile: str | None) -> Any:
+    """botocore's session, whose credentials renew themselves."""
+    return _cached_session(profile, tuple(os.environ.get(name) for name in KEY_VARIABLES))
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_session(profile: str | None, keys: tuple[str | None, ...]) -> Any:
+    import botocore.session  # slow to import and only needed for S3
+
+    return botocore.session.Session(profile=profile)
+
+
 def _region(profile: str | None) -> str | None:
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or _profile_value("region", profile)
 
@@ -96,25 +149,33 @@ def _bucket_region(bucket: str) -> str:
 @functools.lru_cache(maxsize=32)
 def _profile_value(name: str, profile: str | None) -> str | None:
     """A setting of the active AWS profile; None if it has none."""
-    import botocore.session  # slow to import and only needed for S3
-
-    session = botocore.session.Session(profile=profile)
     try:
-        value = session.get_scoped_config().get(name)
+        value = _session(profile).get_scoped_config().get(name)
     except Exception as error:  # botocore raises many classes for a bad profile
         raise UserError(f"AWS profile {profile}: {error}; see AWS_PROFILE and ~/.aws/config") from None
     return str(value) if value else None
 
 
+@functools.lru_cache(maxsize=8)
+def _boto3_session(profile: str | None, keys: tuple[str | None, ...]) -> Any:
+    """boto3's session around botocore's; a second one would add boto3's methods to its clients twice, which raises."""
+    import boto3
+
+    return boto3.session.Session(botocore_session=_cached_session(profile, keys))
+
+
+_making_client = threading.Lock()
+"""boto3's sessions are not safe for threads."""
+
+
 def client(if_absent: bool = False) -> Any:
     """The boto3 client of this process. ``if_absent``: its writes fail with status 412 if the object exists."""
-    keys = tuple(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"))
+    keys = tuple(os.environ.get(name) for name in KEY_VARIABLES)
     return _client(custom_endpoint(), os.environ.get("AWS_PROFILE"), keys, if_absent)
 
 
 @functools.lru_cache(maxsize=8)
 def _client(endpoint: str | None, profile: str | None, keys: tuple[str | None, ...], if_absent: bool) -> Any:
-    import boto3
     from botocore.config import Config
 
     options: dict[str, Any] = {} if endpoint is None else {"s3": {"addressing_style": "path"}}
@@ -126,8 +187,8 @@ def _client(endpoint: str | None, profile: str | None, keys: tuple[str | None, .
         **options,
     )
     region = _region(profile) or (DEFAULT_REGION if endpoint else None)
-    session = boto3.session.Session(profile_name=profile, region_name=region)
-    s3 = session.client("s3", endpoint_url=endpoint, config=config)
+    with _making_client:
+        s3 = _boto3_session(profile, keys).client("s3", region_name=region, endpoint_url=endpoint, config=config)
     s3.meta.events.register("before-call.s3", lambda context, **_: context.update(started=time.monotonic()))
     s3.meta.events.register_last("needs-retry.s3", _pause)
     if if_absent:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmcgns import storage
-from cmcgns.cli import to_yaml
 from cmcgns.config import Config, RunConfig
 from cmcgns.errors import UserError
 from cmcgns.faiss_install import check_faiss
 from cmcgns.measures import needs_parts, not_reported
-from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes
+from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes, write_config
 from cmcgns.sweep.config import SweepConfig, SweepJobConfig
 from cmcgns.sweep.ledger import Ledger, Trial
 from cmcgns.sweep.search import Space, build_search, grid_axes, read_space
@@ -172,5 +171,5 @@ def write_start(setup: Sweep) -> None:
         write_corpus(setup.folder, setup.prepared.corpus)
     settings = setup.settings.model_copy(update={"resume": None, "retry_failed": False})
     config = setup.config.model_copy(update={"sweep": settings})
-    storage.write_bytes(setup.folder.file("config.yaml"), to_yaml(config).encode())
+    write_config(setup.folder, config, "sweep.resume")
     setup.ledger.save()

@@ -4,8 +4,10 @@ Each rank writes the hashes of its files; a run resumes only from a checkpoint w
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,41 @@ class Progress:
     format: int = CHECKPOINT_FORMAT
 
 
-def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State]) -> None:
+class CheckpointWriter:
+    """Writes this rank's part of checkpoints in a thread beside the training loop, one after the other."""
+
+    def __init__(self, keep: Callable[[Path, int], None]) -> None:
+        """``keep`` is called in the thread with the folder and the step, once the files are there."""
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def start(self, progress: Progress, parts: dict[str, State]) -> None:
+        """Begin to write a checkpoint; the one before must have ended. ``parts`` must not change any more."""
+        copied = replace(progress, best=dict(progress.best))
+        self._last = self._thread.submit(self._write, copied, parts, random_state())
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that has failed in the meantime."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the end of the checkpoint that is being written, and raise its error."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def _write(self, progress: Progress, parts: dict[str, State], random: State) -> None:
+        with tempfile.TemporaryDirectory(prefix="cmcgns-checkpoint-") as folder:
+            save_checkpoint(Path(folder), progress, parts, random)
+            self._keep(Path(folder), progress.step)
+
+
+def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State], random: State) -> None:
     """Write this rank's files: every rank its random state, rank 0 also the whole state in ``parts``."""
     rank = distributed.rank()
-    files = {f"random_{rank}.safetensors": random_state()}
+    files = {f"random_{rank}.safetensors": random}
     if rank == 0:
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
         files |= {f"{name}.safetensors": tensors for name, tensors in parts.items()}

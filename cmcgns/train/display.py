@@ -4,16 +4,22 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cmcgns.cluster.coordinator import WORKER_STARTED
+from cmcgns.cluster.placement import describe_request
 from cmcgns.train.schedule import Schedule
+from cmcgns.user_folders import ray_temp_folder
 
 POLL_S = 0.5
+SILENCE_S = 60.0
+"""After this long without a step, and then each time after twice as long, say what the run waits for."""
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -37,8 +43,12 @@ def describe(row: dict[str, Any]) -> str:
 class Display:
     """Polls the coordinator until closed: a progress bar on a terminal, plain lines otherwise."""
 
-    def __init__(self, coordinator: Any, schedule: Schedule, console: Console) -> None:
-        self.coordinator, self.schedule, self.console = coordinator, schedule, console
+    def __init__(
+        self, coordinator: Any, schedule: Schedule, needed: Sequence[dict[str, float]], console: Console
+    ) -> None:
+        """``needed``: resource bundles of the run."""
+        self.coordinator, self.schedule, self.needed, self.console = coordinator, schedule, needed, console
+        self._began, self._silence_s = time.monotonic(), SILENCE_S
         self._done = threading.Event()
         self._shown: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
@@ -70,6 +80,8 @@ class Display:
                 style = "yellow" if level >= logging.WARNING else ""
                 self.console.print(line, style=style, highlight=False, markup=False)
             row = news["row"]
+            if not row:
+                self._explain_silence(news["marks"])
             if row == self._shown:
                 return
             self._shown = row
@@ -79,6 +91,30 @@ class Display:
                 self.console.print(
                     f"step {each.get('step', 0)}/{self.schedule.total} {describe(each)}", highlight=False
                 )
+
+    def _explain_silence(self, events: dict[str, float]) -> None:
+        waited = time.monotonic() - self._began
+        if waited < self._silence_s:
+            return
+        self._silence_s *= 2
+        self.console.print(
+            f"no step after {waited:.0f} s: {waits_for(events, self.needed)}", style="yellow", highlight=False
+        )
+
+
+def waits_for(events: dict[str, float], needed: Sequence[dict[str, float]]) -> str:
+    """What a run without a step waits for, by what its workers have reached, and where to look."""
+    if "training" in events:
+        return "workers wait for their first films. A slow or silent storage is the likeliest cause: `python -m cmcgns.doctor`"
+    if WORKER_STARTED in events:
+        return (
+            "workers import their libraries, or compile DeepSpeed's op (minutes, once per machine: `python -m "
+            "cmcgns.train.build_ops`)"
+        )
+    return (
+        f"Ray has not started the workers; {describe_request(needed)}. See `ray status`, and Ray's logs in "
+        f"{ray_temp_folder()}/ray/session_latest/logs"
+    )
 
 
 @contextlib.contextmanager

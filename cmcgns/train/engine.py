@@ -22,6 +22,7 @@ from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.train import deepspeed_private
+from cmcgns.user_folders import torch_extensions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's two running averages, the same in torch and DeepSpeed."""
@@ -276,9 +277,9 @@ class DeepSpeedEngine:
 def import_deepspeed(device: torch.device) -> Any:
     """The deepspeed package, imported for ``device`` and without its log.
 
-    Its ops are compiled once for all runs into this Python's folder, with the ninja installed there.
+    Its ops are compiled once for all runs, with the ninja of this Python.
     """
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(torch_extensions()))
     bin_folder = str(Path(sys.executable).parent)
     if bin_folder not in os.environ["PATH"].split(os.pathsep):
         os.environ["PATH"] = bin_folder + os.pathsep + os.environ["PATH"]

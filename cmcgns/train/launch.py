@@ -14,6 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
+from cmcgns.cluster.coordinator import WORKER_STARTED
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
@@ -90,10 +91,11 @@ def fit(
     failures = FailureConfig(max_failures=config.train.max_failures)
     if shared_cluster:
         failures = FailureConfig(max_failures=0, max_preemption_failures=0)
-    filesystem, path = storage.filesystem(folder.storage)
+    filesystem, path = storage.lasting_filesystem(folder.storage)
 
     # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
     def loop() -> None:
+        assignment.coordinator.mark.remote(WORKER_STARTED)
         from cmcgns.train.worker import work  # on the workers
 
         work(assignment)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import read_bad_rows, write_bad_rows
-from cmcgns.cluster.coordinator import log_to_coordinator, read_account, start_coordinator
+from cmcgns.cluster.coordinator import log_to_coordinator, memory_failure, read_account, start_coordinator
 from cmcgns.cluster.placement import (
     DATA,
     NODE_START_S,
@@ -183,7 +183,7 @@ class PretrainJob(Job):
     def run(self, terminal: Console) -> dict[str, Any]:
         @contextmanager
         def follow(coordinator: Any) -> Iterator[None]:
-            display = Display(coordinator, self.setup.schedule, terminal)
+            display = Display(coordinator, self.setup.schedule, run_bundles(self.config), terminal)
             try:
                 with stop_on_interrupt(coordinator):
                     yield
@@ -198,7 +198,7 @@ class PretrainJob(Job):
             super().write_result(result)
 
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
-        has_trained = "clustering_started_at" in result and result["status"] != "failed"
+        has_trained = result.get("studies_seen") and result["status"] != "failed"
         if has_trained and self.config.banks and result["clustering_started_at"] is None:
             terminal.print(
                 "[yellow]clustering never started[/yellow]: the losses are those without clusters. See clustering.start_cosine, "
@@ -247,8 +247,8 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
 
     config, folder = setup.config, setup.folder
     write_start(folder, config, setup.corpus, setup.tokenizer)
-    there_before = list_checkpoints(folder) if folder.resumed else []
     if folder.resumed:
+        check_unchanged(setup)
         write_snapshot(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
@@ -267,13 +267,21 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     if interrupted and account["outcome"] is None:
         account["outcome"] = {"finished": False, "steps": account["row"].get("step", 0)}
     if error is not None or account["failure"]:
-        delete_half_written(folder, there_before)
+        delete_half_written(folder, setup.there_before)
     result = conclude(folder, account, checkpoint or latest_checkpoint(folder), error)
     return result | {
         "interrupted": interrupted,
         "permanent_failure": account["failure"] is not None,
         "marks": account["marks"],
     }
+
+
+def check_unchanged(setup: Pretraining) -> None:
+    """Raise ``UserError`` if another job has continued the run since its checkpoints were read."""
+    if tuple(list_checkpoints(setup.folder)) != setup.there_before:
+        raise UserError(
+            f"run.resume {setup.folder.name}: another job has continued that run in the meantime; start this command again"
+        )
 
 
 def worker_variables(config: Config) -> dict[str, str]:
@@ -290,6 +298,8 @@ def worker_variables(config: Config) -> dict[str, str]:
             name for name, of in psutil.net_if_addrs().items() if any(each.address == "127.0.0.1" for each in of)
         ]
         own |= {"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {}
+    if config.train.deterministic:
+        own["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts; without it cuBLAS is not deterministic
     return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}
 
 
@@ -298,7 +308,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Write result.json and bad_rows.jsonl; the content of result.json."""
     outcome = account["outcome"] or {}
-    failure = account["failure"] or (last_line(error) if error else None)
+    failure = account["failure"] or (error and (memory_failure() or last_line(error))) or None
     status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"
     scheme = "s3://" if storage.is_s3(folder.uri) else ""
     result = {

@@ -15,7 +15,6 @@ import yaml
 
 from cmcgns import storage
 from cmcgns.bad_rows import too_many_bad
-from cmcgns.cli import to_yaml
 from cmcgns.config import Config
 from cmcgns.data.image import Target
 from cmcgns.data.order import Arrangement
@@ -27,9 +26,10 @@ from cmcgns.errors import BadRow, UserError
 from cmcgns.faiss_install import check_faiss
 from cmcgns.models.presets import TEXT_PRESETS
 from cmcgns.plugins import absolute_plugin
-from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes
-from cmcgns.train.resume import find_checkpoint
+from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes, write_config
+from cmcgns.train.resume import find_checkpoint, list_checkpoints
 from cmcgns.train.schedule import Schedule, build_schedule
+from cmcgns.user_folders import check_extension_lock
 
 FETCH_THREADS = 16
 
@@ -169,7 +169,7 @@ FREE_TO_CHANGE = {
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",
-        "activation_checkpointing", "placement", "overlap_comm",
+        "activation_checkpointing", "placement", "overlap_comm", "deterministic",
         "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_failures",
     },
     "run": {"name", "storage", "resume"},
@@ -217,12 +217,12 @@ def read_tokenizer(folder: RunFolder, config: Config) -> ReportTokenizer:
 def write_start(folder: RunFolder, config: Config, corpus: Corpus, tokenizer: ReportTokenizer) -> None:
     """Write config, vocabulary and record of the corpus of a new run; check the corpus of a resumed one."""
     if not folder.resumed:
-        if storage.exists(folder.file("config.yaml")):  # another run of that name started during this one's setup
+        if storage.exists(folder.file("config.yaml")):  # another run has taken the name meanwhile
             raise UserError(name_taken(folder))
         write_tokenizer(folder, tokenizer)
         write_corpus(folder, corpus)
         # last: if config.yaml exists, everything that a resumed run needs exists
-        storage.write_bytes(folder.file("config.yaml"), to_yaml(config).encode())
+        write_config(folder, config)
         return
     check_corpus(folder, config, corpus)
 
@@ -268,6 +268,8 @@ class Pretraining:
     prepared: PreparedCorpus
     checkpoint: str | None = None
     """Name of the verified checkpoint from which it resumes."""
+    there_before: tuple[str, ...] = ()
+    """Names of all checkpoints in the folder when it was set up."""
 
     @property
     def corpus(self) -> Corpus:
@@ -289,8 +291,11 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
     config = with_absolute_paths(config)
     if config.banks:
         check_faiss(config.clustering.device)
+    if config.train.engine == "deepspeed" and config.train.zero_stage and not config.train.use_gpu:
+        check_extension_lock()
     folder = open_folder(config.run, "pretrain")
     checkpoint = None
+    there_before = tuple(list_checkpoints(folder)) if folder.resumed else ()
     if folder.resumed:
         refuse_changes(config, folder, FREE_TO_CHANGE)
         started: dict[str, Any] = yaml.safe_load(storage.read_bytes(folder.file("config.yaml")))
@@ -299,7 +304,7 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
     made = prepared or prepare_corpus(config, folder if folder.resumed else None)
     schedule = build_schedule(config.train, len(made.corpus.train))
     check_sizes(config, made.corpus, made.sentences)
-    return Pretraining(config, folder, schedule, made, checkpoint)
+    return Pretraining(config, folder, schedule, made, checkpoint, there_before)
 
 
 def prepare_corpus(config: Config, resumed: RunFolder | None = None) -> PreparedCorpus:

@@ -1,7 +1,6 @@
 """The training loop of all stages on one rank. It does not use Ray: everything it needs is in ``Parts``."""
 
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from cmcgns.methods.base import Losses, Method
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import (
+    CheckpointWriter,
     Progress,
     load_part,
     load_progress,
     restore_random_state,
-    save_checkpoint,
     seed_everything,
 )
 from cmcgns.train.engine import Engine, State, average_buffers, build_engine
@@ -67,7 +66,7 @@ class Parts:
     """Rank 0's metrics; None on other ranks."""
     display: Display
     keep: Callable[[Path, int], None]
-    """Store the checkpoint folder of a step, to which every rank has written. Collective."""
+    """Store this rank's checkpoint folder of a step. Called in a thread, by every rank: it must not use torch's collectives."""
     stop_requested: Callable[[], bool]
 
 
@@ -95,17 +94,22 @@ class Trainer:
         else:
             self._resume(checkpoint)
         self.watch, self.finite = Stopwatch(), FiniteCheck(parts.device)
+        self.writer = CheckpointWriter(self._keep)
 
     def train(self) -> bool:
         """Run the remaining steps of the schedule; False if the user stopped the run before the end."""
-        while self.progress.step < self.parts.schedule.total:
-            stop_requested = self.next_step()
-            if stop_requested and self.progress.step < self.parts.schedule.total:
-                return False
-        return True
+        try:
+            while self.progress.step < self.parts.schedule.total:
+                stop_requested = self.next_step()
+                if stop_requested and self.progress.step < self.parts.schedule.total:
+                    return False
+            return True
+        finally:
+            self.writer.wait()
 
     def next_step(self) -> bool:
         """One optimizer step, and logging, validation and checkpoint if due. True if the user has asked to stop. Collective."""
+        self.writer.check()
         schedule, train = self.parts.schedule, self.config.train
         stage = schedule.stage(self.progress.step + 1)
         if stage != self.progress.stage:
@@ -269,8 +273,9 @@ class Trainer:
         self.engine.module.train()
 
     def save(self) -> None:
-        """Write a checkpoint from which any number of ranks can resume. Collective."""
+        """Begin to write a checkpoint from which any number of ranks can resume; training goes on meanwhile. Collective."""
         self.write_metrics()
+        self.writer.wait()  # before the state is copied: two copies would take twice the memory
         average_buffers(self.engine.module)
         parts = {
             "weights": self.engine.weights(),
@@ -281,12 +286,14 @@ class Trainer:
             parts["clustering"] = clustering
         if self.best:
             parts["best"] = self.best
-        with tempfile.TemporaryDirectory(prefix="cmcgns-checkpoint-") as folder:
-            save_checkpoint(Path(folder), self.progress, parts)
-            if self.parts.log is not None:
-                self.parts.log.sync()
-            self.parts.keep(Path(folder), self.progress.step)
+        self.writer.start(self.progress, parts)
         self.watch.lap()
+
+    def _keep(self, folder: Path, step: int) -> None:
+        """In the writer's thread: metrics are stored first, so that those of a checkpoint's steps are always there."""
+        if self.parts.log is not None:
+            self.parts.log.sync()
+        self.parts.keep(folder, step)
 
     def _resume(self, folder: Path) -> None:
         saved = self.progress

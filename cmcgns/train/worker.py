@@ -165,6 +165,9 @@ def work(assignment: Assignment) -> None:
 def _train(assignment: Assignment) -> None:
     config, device = assignment.config, ray.train.torch.get_device()
     torch.set_num_threads(assignment.threads)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     if distributed.rank() == 0:
         assignment.coordinator.hold.remote(get_current_placement_group())
     checkpoint = ray.train.get_checkpoint()
@@ -231,7 +234,7 @@ def build_parts(assignment: Assignment, source: BlockSource, device: torch.devic
         device=device,
         log=log,
         display=CoordinatorDisplay(assignment.coordinator),
-        keep=partial(report_checkpoint, assignment),
+        keep=partial(report_checkpoint, assignment, distributed.broadcast_object(secrets.token_hex(3))),
         stop_requested=StopPoll(assignment.coordinator),
     )
 
@@ -267,12 +270,13 @@ class StopPoll:
             waiting.wait(STOP_POLL_S)
 
 
-def report_checkpoint(assignment: Assignment, folder: Path, step: int) -> None:
-    """Pass this rank's folder to Ray Train, which merges those of all ranks into one checkpoint in the run folder."""
+def report_checkpoint(assignment: Assignment, unique: str, folder: Path, step: int) -> None:
+    """Pass this rank's folder to Ray Train, which merges those of all ranks into one checkpoint in the run folder.
+
+    ``unique`` is the same on all ranks and another one each time that workers start: they may reach the same step again.
+    """
     if distributed.rank() == 0:
         write_bad_rows(assignment.folder, ray.get(assignment.coordinator.account.remote())["bad_rows"])
-    # unique: a run that resumes after losing a worker may reach the same step again
-    unique = distributed.broadcast_object(secrets.token_hex(3))
     name = f"checkpoint_{step:08d}_of_{distributed.world_size()}_{unique}"
     checkpoint = ray.train.Checkpoint.from_directory(str(folder))
     ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=name)

@@ -1,10 +1,13 @@
 """Each use of Ray's private API still does what it is for: the test that fails names what a new Ray has changed."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
@@ -38,6 +41,31 @@ def test_importing_the_file_loads_neither_ray_data_nor_torch() -> None:
     """Clustering actors import it: both would cost each of them seconds and memory; ray.data makes pyarrow unpickle columns."""
     code = "import sys, cmcgns.clustering.bank, cmcgns.cluster.session; assert not {'ray.data', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_processes_of_a_local_cluster_are_in_groups_of_their_own() -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with ray_private.own_process_groups(), ray.init(num_cpus=1, **ray_private.local_cluster({})):
+        ray.get(ray.remote(lambda: None).remote())  # starts a worker
+        made = {child.pid for child in psutil.Process().children(recursive=True)} - before
+        assert len(made) >= 3
+        assert os.getpgrp() not in {os.getpgid(pid) for pid in made}
+
+
+def test_ignore_uv_lets_ray_start_its_processes_with_this_python(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(
+        "from ray._private.worker import _maybe_modify_runtime_env as chosen\n"
+        "from cmcgns.cluster import ray_private\n"
+        "print('py_executable' in chosen({}, False))\n"
+        "ray_private.ignore_uv()\n"
+        "print(chosen({}, False))\n"
+    )
+    # a shell whose command line is that of `uv run`, by which Ray recognises it
+    (tmp_path / "run").write_text(f"PYTHONPATH={Path(__file__).parents[2]} {sys.executable} driver.py; exit $?\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\nversion = '0'\n")
+    command = ["uv", "run", sys.executable, "driver.py"]
+    done = subprocess.run(command, executable="/bin/bash", cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "{}"], done.stderr
 
 
 def test_has_autoscaler_finds_the_key_that_the_autoscaler_of_every_head_sets(local_ray: None) -> None:

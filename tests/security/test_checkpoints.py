@@ -14,7 +14,7 @@ from cmcgns import distributed, storage
 from cmcgns.cluster import ray_private
 from cmcgns.errors import UserError
 from cmcgns.run_folder import RunFolder
-from cmcgns.train.checkpoint import Progress, save_checkpoint
+from cmcgns.train.checkpoint import Progress, random_state, save_checkpoint
 from cmcgns.train.resume import (
     SNAPSHOT,
     delete_half_written,
@@ -36,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
         for rank in (1, 0):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             parts = {part: {"values": torch.randn(50), "step": torch.tensor(step)} for part in PARTS}
-            save_checkpoint(tmp_path / "run" / name, Progress(step=step, ranks=2), parts)
+            save_checkpoint(tmp_path / "run" / name, Progress(step=step, ranks=2), parts, random_state())
     rows = "".join(json.dumps({"step": step, "split": "train"}) + "\n" for step in range(1, 10))
     (tmp_path / "run" / "metrics.jsonl").write_text(rows)
     folder = RunFolder(str(tmp_path), "run", resumed=True)

@@ -4,7 +4,9 @@ run.
 The same run is checked for what other users of the machine can do to it (``tests.attacks``): another run would take a minute.
 """
 
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,8 @@ def test_a_local_run_survives_a_killed_worker_sigterm_and_a_new_name_and_is_clos
     again = rows(folder)[int(step) : len(before)]
     assert again, f"killed after step {len(before)}, no step was repeated"
     same_steps(again, before[int(step) :])
-    job.process.terminate()  # handled as Ctrl-C, which the acceptance test presses
+    job.process.terminate()
+    os.killpg(job.process.pid, signal.SIGTERM)  # as `timeout` does: to the job, and to all of its group
     steps = check_stopped(job, folder, status=143)
     assert not list(marks.iterdir()), "a module beside the data was executed"
     assert mode(home / ".ray" / "auth_token") == 0o600

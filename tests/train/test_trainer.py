@@ -1,9 +1,12 @@
 """The loop of both stages in one process: blocks and clustering in memory, plain torch, no Ray."""
 
+import errno
 import json
 import logging
 import math
+import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel
-from cmcgns.train.checkpoint import seed_everything
+from cmcgns.train.checkpoint import load_part, seed_everything
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
@@ -150,6 +153,49 @@ def test_a_resumed_run_matches_the_uninterrupted_one(checkpoint: int, finished: 
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-6), (ours["step"], name)
     guides = resumed.trainer.parts.banks.first, finished.trainer.parts.banks.first
     assert guides[0].centroids.digest() == guides[1].centroids.digest()
+
+
+def test_two_runs_give_the_same_bits_with_deterministic_algorithms(finished: Run, tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = start(config_of(), tmp_path / "again")
+        assert again.trainer.train()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    times = ("studies_per_s", "data_wait_s", "pool_wait_s", "step_s")
+    for ours, theirs in zip(again.rows() + again.rows("val"), finished.rows() + finished.rows("val"), strict=True):
+        assert {**ours, **dict.fromkeys(times)} == {**theirs, **dict.fromkeys(times)}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_holds_the_state_of_its_step(tmp_path: Path) -> None:
+    run = start(config_of(checkpoint_every=2), tmp_path / "run")
+    writer, may_write = run.trainer.writer, threading.Event()
+    writer._thread.submit(may_write.wait)  # a slow disk
+    for _ in range(2):
+        run.trainer.next_step()
+    random = torch.get_rng_state()
+    weights = run.trainer.engine.weights()
+    run.trainer.next_step()
+    assert not (tmp_path / "run" / "checkpoint_2").exists()
+    may_write.set()
+    writer.wait()
+    saved = tmp_path / "run" / "checkpoint_2"
+    assert json.loads((saved / "progress.json").read_text())["step"] == 2
+    assert all(torch.equal(value, weights[name]) for name, value in load_part(saved, "weights").items())
+    assert torch.equal(load_part(saved, "random_0")["cpu"], random)
+    assert not all(torch.equal(value, weights[name]) for name, value in run.trainer.engine.weights().items())
+
+
+def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next_step(tmp_path: Path) -> None:
+    run = start(config_of(checkpoint_every=2, stage1_steps=500), tmp_path / "run")
+
+    def keep(filled: Path, step: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.trainer.parts.keep = keep
+    with pytest.raises(OSError, match="No space left"):
+        run.trainer.train()
+    assert run.trainer.progress.step < 20
 
 
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_to_go_on_from(finished: Run, tmp_path: Path) -> None:
@@ -333,6 +379,7 @@ def test_augmented_films_are_the_same_after_a_resume_and_read_nothing_back(tmp_p
     whole = start(config, tmp_path / "whole")
     for _ in range(2):
         whole.trainer.next_step()
+    whole.trainer.writer.wait()
     resumed = start(config, tmp_path / "resumed", 2, tmp_path / "whole")
     batches = [run.trainer.reader.next_step().microbatches for run in (whole, resumed)]
     for ours, theirs in zip(*batches, strict=True):

@@ -15,6 +15,7 @@ from cmcgns.data.prepare.shard import Maker, Pseudonyms, ShardPlan
 from cmcgns.data.readers import Source
 from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError
+from cmcgns.lease import is_lease
 
 SAMPLE_STUDIES = 16
 """Studies prepared in advance to estimate how many fit into a shard."""
@@ -126,7 +127,7 @@ def open_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split]
         )
         return plan
     # a leftover is from a prepare killed while it wrote its plan
-    others = [name for name in _files(out) if not storage.is_leftover(name)]
+    others = [name for name in _files(out) if not (storage.is_leftover(name) or is_lease(name))]
     if others:
         raise UserError(
             f"prepare.out {out} is not empty ({len(others)} files such as {others[0]}) and has no {PLAN} to resume; "

@@ -28,6 +28,7 @@ from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError
 from cmcgns.job import Job, run
+from cmcgns.lease import hold
 from cmcgns.plugins import absolute_plugin
 from cmcgns.run_folder import RunFolder
 from cmcgns.terminal import console
@@ -152,11 +153,12 @@ class PrepareJob(Job):
 def prepare(config: PrepareJobConfig) -> int:
     """Exit status of a preparation: 0 complete, 1 failed, 130 stopped by the user. Finished shards are kept."""
     job = PrepareJob(config)
-    if job.is_complete():
-        report_complete(console(), job.out, "was already complete")
-        return 0
-    job.open()
-    return run(job)
+    with hold(job.out, f"prepare.out {job.out}"):
+        if job.is_complete():
+            report_complete(console(), job.out, "was already complete")
+            return 0
+        job.open()
+        return run(job)
 
 
 def with_absolute_paths(config: PrepareJobConfig) -> PrepareJobConfig:

@@ -177,7 +177,7 @@ def escapes(path: str) -> bool:
     return (
         ".." in parts
         or "\0" in path
-        or path.startswith(("/", "\\", "~"))
+        or path.startswith(("/", "\\", "~/"))  # elsewhere a tilde is a letter
         or re.match(r"[A-Za-z][\w+.-]*:", path) is not None
     )
 
