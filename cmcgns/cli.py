@@ -29,6 +29,8 @@ STRING_KEYS = (
 """Keys whose values are always strings, even if they look like 2024-01-01 or 007."""
 RESUME_KEYS = ("run.resume", "sweep.resume")
 """Keys that name a run to resume; the job then starts from that run's settings."""
+COMMAND = "cmcgns"
+"""The console script; it puts itself and the job in front of the arguments: see ``commands``."""
 FLAGS = ("--print-config", "--dry-run")
 """Arguments without a value."""
 Settings = TypeVar("Settings", bound=Section)
@@ -179,7 +181,7 @@ def validate(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         section, name = (str(part) for part in first["loc"][:2])
         info = _section_type(kind, section, method).model_fields[name]
         out_of_range = first["type"].startswith(("greater_than", "less_than"))
-        wanted = (_range(info) if out_of_range else "") or reason.replace("Input should be", "must be")
+        wanted = (range_of(info) if out_of_range else "") or reason.replace("Input should be", "must be")
         meaning = (info.description or "").split("\n\n")[0].split(". ")[0].rstrip(".")
         raise UserError(f"{section}.{name} = {first['input']!r} {wanted} ({' '.join(meaning.split())})") from None
 
@@ -249,6 +251,13 @@ def read_run(storage: str, name: str, key: str) -> dict[str, Any]:
     return settings
 
 
+def invocation(script: str | None = None) -> list[str]:
+    """The words that start this job: `cmcgns NAME` or `python jobs/NAME.py`; or those that start ``script`` in the same way."""
+    if sys.argv[0].startswith(f"{COMMAND} "):
+        return [COMMAND, script or sys.argv[0].partition(" ")[2]]
+    return ["python", f"jobs/{script}.py" if script else sys.argv[0]]
+
+
 def to_yaml(config: Section) -> str:
     """The resolved settings as YAML; they can be passed to --config."""
     return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
@@ -259,7 +268,7 @@ def help_text(
 ) -> str:
     """Text of --help: usage with the job's ``flags``, then each key with type, default and description."""
     lines = [
-        f"usage: python {sys.argv[0]} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
+        f"usage: {' '.join(invocation())} [--config FILE.yaml] [--print-config]{flags} [--section.key=value ...]",
         f"Without --config, the job uses {default_config.name}; the defaults below apply to keys that a file leaves out."
         if default_config
         else "Without --config, the job uses the defaults below.",
@@ -268,11 +277,11 @@ def help_text(
         lines.append("")
         for name, info in _section_type(kind, section, method).model_fields.items():
             meaning = " ".join((info.description or "").split())
-            lines.append(f"  --{section}.{name} ({_type_name(info)}, default {info.default!r})\n      {meaning}")
+            lines.append(f"  --{section}.{name} ({type_name(info)}, default {info.default!r})\n      {meaning}")
     return "\n".join(lines)
 
 
-def _type_name(info: FieldInfo) -> str:
+def type_name(info: FieldInfo) -> str:
     annotation = info.annotation
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
@@ -282,11 +291,11 @@ def _type_name(info: FieldInfo) -> str:
     if get_origin(annotation) in (tuple, dict):
         return "list" if get_origin(annotation) is tuple else "map"
     if parts:  # optional
-        return " or ".join(_type_name(FieldInfo(annotation=part)) for part in parts)
+        return " or ".join(type_name(FieldInfo(annotation=part)) for part in parts)
     return "nothing" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
-def _range(info: FieldInfo) -> str:
+def range_of(info: FieldInfo) -> str:
     """The range of a key's values, in words; '' if its type has no bounds."""
     words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     bounds = [

@@ -14,7 +14,7 @@ import ray
 from rich.console import Console
 
 from cmcgns import storage
-from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED
+from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, invocation
 from cmcgns.cluster.coordinator import memory_failure
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.errors import UserError, cause
@@ -91,9 +91,7 @@ class Job(ABC):
     def resume_command(self) -> str:
         """The command that continues this run, quoted for a shell."""
         settings = {"run.storage": self.folder.storage, self.resume_key: self.folder.name} | self.modules()
-        return shlex.join(
-            ["python", f"jobs/{self.script}.py", *(f"--{key}={value}" for key, value in settings.items())]
-        )
+        return shlex.join([*invocation(self.script), *(f"--{key}={value}" for key, value in settings.items())])
 
     def modules(self) -> dict[str, str]:
         """The user's own modules in the settings, which resuming has to name again (``cli.load_config``)."""

@@ -2,17 +2,7 @@
 
 import sys
 
-from cmcgns.cli import run_job
-from cmcgns.evaluate.config import EmbedJobConfig
-
-
-def main(config: EmbedJobConfig) -> int:
-    """Exit status of an embedding."""
-    from cmcgns.evaluate.embed import EmbedJob
-    from cmcgns.job import run
-
-    return run(EmbedJob(config))
-
+from cmcgns.commands import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, EmbedJobConfig, None))
+    sys.exit(run_script("embed"))

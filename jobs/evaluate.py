@@ -2,23 +2,7 @@
 
 import sys
 
-from cmcgns.cli import run_job
-from cmcgns.evaluate.config import EvaluateJobConfig
-
-
-def main(config: EvaluateJobConfig) -> int:
-    """Exit status of an evaluation."""
-    # imported here: slow, and --help and --print-config do not need it
-    from cmcgns.job import run
-
-    if config.evaluate.ablation is not None:
-        from cmcgns.evaluate.ablation import AblationJob
-
-        return run(AblationJob(config))
-    from cmcgns.evaluate.run import EvaluateJob
-
-    return run(EvaluateJob(config))
-
+from cmcgns.commands import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, EvaluateJobConfig, None))
+    sys.exit(run_script("evaluate"))

@@ -24,8 +24,8 @@ PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_tex
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 INSTALLATIONS = [
     ("build", tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["build-system"]["requires"]),
-    ("cpu cuda", [*PROJECT["dependencies"], *EXTRAS["cpu"]]),
-    ("gpu", [*PROJECT["dependencies"], *EXTRAS["gpu"]]),
+    ("cpu cuda", [*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["cpu"]]),
+    ("gpu", [*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["gpu"]]),
     ("cpu cuda gcp", EXTRAS["gcp"]),
     ("cpu cuda gcp test", EXTRAS["test"]),
 ]

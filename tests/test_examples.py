@@ -16,7 +16,7 @@ from cmcgns.clustering.kmeans import farthest_point_seeds, kmeans, numpy_assign
 from cmcgns.clustering.rows import RowArray
 from cmcgns.config import ClusteringConfig
 from cmcgns.errors import UserError
-from cmcgns.evaluate.encoders import open_run
+from cmcgns.library.runs import open_run
 from cmcgns.phantom import PhantomCorpus
 from tests.jobs import REPOSITORY, Job, rows, run_here
 from tests.ray_head import RayHead

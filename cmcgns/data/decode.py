@@ -144,7 +144,7 @@ def _opened(data: bytes, target: Target | None) -> DecodedImage:
                 film = picture
             upright = _upright(film)
             width, height = size if upright.size == picture.size else size[::-1]
-            grey_HW = _grey(upright)
+            grey_HW = grey_of(upright)
             # Pillow heeds it up to 8 bits
             if picture.format == "TIFF" and picture.mode.startswith(("I", "F")) and is_white_zero(data):
                 note("white stored as 0 (TIFF)")
@@ -182,13 +182,13 @@ def _rescued(data: bytes, target: Target | None) -> DecodedImage | None:
 
 
 def _bytes_per_pixel(mode: str) -> int:
-    """Memory that ``_grey`` needs for each pixel of a picture, with all copies."""
+    """Memory that ``grey_of`` needs for each pixel of a picture, with all copies."""
     if mode.startswith(("I", "F")):
         return 9  # the picture, the same as an array, the result
     return {"L": 3, "1": 8, "RGB": 5}.get(mode, 20)
 
 
-def _grey(picture: Image.Image) -> NDArray[np.uint8]:
+def grey_of(picture: Image.Image) -> NDArray[np.uint8]:
     """uint8 (H, W) from any of Pillow's modes."""
     if picture.mode.startswith(("I", "F")):
         return stretch(np.asarray(picture))

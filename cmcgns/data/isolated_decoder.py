@@ -1,10 +1,12 @@
 """A child process for decoders that may crash, hang or take all memory: a broken or hostile file must not kill a Ray worker."""
 
-import multiprocessing
 import os
 import resource
+import sys
 import threading
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from types import ModuleType
 from typing import Generic, TypeVar
 
 import psutil
@@ -41,12 +43,30 @@ class IsolatedDecoder(Generic[Result]):
         # after a fork the pool belongs to the parent: each process needs its own
         if self._pool is None or self._owner != os.getpid():
             # not fork: Ray's workers have many threads
-            context = multiprocessing.get_context("forkserver")
             self._pool, self._owner = (
-                ProcessPool(max_workers=1, initializer=_prepare_child, context=context),
+                ProcessPool(max_workers=1, initializer=_prepare_child, context=_Context()),
                 os.getpid(),
             )
         return self._pool
+
+
+class _Process(ForkServerProcess):
+    """A child that does not import the parent's main script: one without a guard would run again in it.
+
+    While it starts, other threads of the parent see an empty `__main__`.
+    """
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    Process = _Process
 
 
 def _prepare_child() -> None:

@@ -20,7 +20,7 @@ from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config, Section
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EvaluateJobConfig
-from cmcgns.evaluate.encoders import EncoderSpec, open_run
+from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import bars
 from cmcgns.evaluate.report import cell, gap, print_skipped_and_failed, without_nan, write_results
 from cmcgns.evaluate.run import check_workers, features_folder, measure_all, open_sets
@@ -28,6 +28,7 @@ from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, over_draws
 from cmcgns.evaluate.tasks import Evaluation
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.job import Job
+from cmcgns.library.runs import open_run
 from cmcgns.run_folder import RunFolder, find_folder, has_finished, refuse_changes, write_config
 from cmcgns.terminal import log_on, print_plan
 from cmcgns.train.run import check_cpus, pretrain, reserved_cpus, worker_variables

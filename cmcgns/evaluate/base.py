@@ -17,10 +17,9 @@ from cmcgns.evaluate.features import Features
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
+from cmcgns.library.texts import Prompts
 from cmcgns.plugins import load_plugin
 
-Prompts = dict[str, dict[str, list[str]]]
-"""The `present` and `absent` sentences of each class."""
 CORPUS = "corpus"
 """Name of the run's own corpus if it has no labelled set."""
 

@@ -29,8 +29,8 @@ from cmcgns.data.stream import piece_studies, stream_split
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
-from cmcgns.evaluate.encoders import PretrainedRun, open_run
 from cmcgns.job import Job, check_capacity
+from cmcgns.library.runs import PretrainedRun, open_run
 from cmcgns.methods.base import load_method
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from cmcgns.data.batch import normalise
 from cmcgns.evaluate.config import EvaluateConfig
-from cmcgns.evaluate.encoders import FilmEncoder
 from cmcgns.evaluate.films import Films
+from cmcgns.library.film_encoder import FilmEncoder
 
 WIDTH, FINE_STRIDE = 64, 8
 """Channels of the decoder; half as many where the stride is below 8."""

@@ -19,8 +19,8 @@ from cmcgns.data.stream import stream_split
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
-from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.films import center_crop
+from cmcgns.library.runs import PretrainedRun
 from cmcgns.methods.base import ComparesParts, Method, SentenceAttention
 from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.attention import unit

@@ -24,7 +24,7 @@ from cmcgns.data.readers import PhantomSource, open_index
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.base import load_task, task_options
 from cmcgns.evaluate.config import TASKS, EvaluateConfig, EvaluateJobConfig
-from cmcgns.evaluate.encoders import last_run, open_encoders
+from cmcgns.evaluate.encoders import open_encoders
 from cmcgns.evaluate.report import Results, print_skipped_and_failed, read_results, report_page, show, write_results
 from cmcgns.evaluate.scores import with_suffix
 from cmcgns.evaluate.tasks import (
@@ -38,6 +38,7 @@ from cmcgns.evaluate.tasks import (
 )
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
 from cmcgns.job import Job, check_capacity
+from cmcgns.library.runs import last_run
 from cmcgns.run_folder import open_folder, write_config
 from cmcgns.terminal import print_plan
 from cmcgns.train.setup import with_absolute_paths

@@ -31,6 +31,7 @@ from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
+from cmcgns.library.runs import EXPORT_SETTINGS, portable_settings
 from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
@@ -309,6 +310,7 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
                 "lower_case": True,
                 "report": ["impression", "findings"],
             }
+            (local / EXPORT_SETTINGS).write_text(portable_settings(config))
             export_model(local, model, weights, assignment.train.tokenizer, preprocess, trainer.banks.centroids_state())
             storage.upload_folder(local, outcome["export"])
     return outcome

@@ -11,8 +11,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cmcgns.evaluate.encoders import open_run
 from cmcgns.evaluate.tasks.clusters import fit_clusters
+from cmcgns.library.runs import open_run
 from cmcgns.methods.base import load_method
 from tests.evaluate.clusters import Agreement, agreement, attended, texts_of_test_split
 from tests.jobs import REPOSITORY, Job

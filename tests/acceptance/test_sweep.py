@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from cmcgns.cli import validate
 from cmcgns.config import Config
 from cmcgns.data.tokenizer import load_tokenizer
-from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.tasks.retrieval import model_retrieval
+from cmcgns.library.runs import PretrainedRun
 from cmcgns.measures import MEAN_RECALL, measure
 from cmcgns.methods.base import load_method
 from tests.jobs import Job, checkpoints, result

@@ -15,9 +15,10 @@ from cmcgns.cluster.session import ray_session
 from cmcgns.data.labelled.corpus import phantom_set
 from cmcgns.data.readers import PhantomSource
 from cmcgns.evaluate.config import EvaluateConfig
-from cmcgns.evaluate.encoders import RANDOM, EncoderSpec, PretrainedRun
+from cmcgns.evaluate.encoders import RANDOM, EncoderSpec
 from cmcgns.evaluate.features import stream_features
 from cmcgns.evaluate.tasks.classification import linear_probe
+from cmcgns.library.runs import PretrainedRun
 from tests.benchmarks.measure import Line, where
 from tests.small import small_config
 

@@ -25,7 +25,8 @@ def load(name: str) -> dict[str, Any]:
 def requirement(package: str) -> SpecifierSet:
     """Versions of a package that pyproject.toml allows."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    return next(r.specifier for r in map(Requirement, project["dependencies"]) if r.name == package)
+    listed = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    return next(r.specifier for r in map(Requirement, listed) if r.name == package)
 
 
 def ray_of_image(image: str) -> str:

@@ -16,8 +16,8 @@ from cmcgns.data.readers import open_index
 from cmcgns.data.record import Block, StreamStudy, stream_table, to_block
 from cmcgns.data.stream import Stream, read_study
 from cmcgns.evaluate.embed import SentenceEmbedder
-from cmcgns.evaluate.encoders import PretrainedRun
 from cmcgns.evaluate.tasks.clusters import by_chance, purity, sentence_classes
+from cmcgns.library.runs import PretrainedRun
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 
 BATCH = 32

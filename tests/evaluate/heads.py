@@ -7,8 +7,10 @@ import numpy as np
 from cmcgns.data.labelled import ImageSet
 from cmcgns.data.labelled.base import image_table
 from cmcgns.data.readers import PhantomSource
-from cmcgns.evaluate.encoders import RANDOM, EncoderSpec, FilmEncoder, PretrainedRun
+from cmcgns.evaluate.encoders import RANDOM, EncoderSpec
 from cmcgns.evaluate.films import Films
+from cmcgns.library.film_encoder import FilmEncoder
+from cmcgns.library.runs import PretrainedRun
 from tests.small import small_config
 
 KINDS = ("bright", "black")

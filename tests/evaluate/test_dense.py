@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from cmcgns.evaluate.config import EvaluateConfig
-from cmcgns.evaluate.encoders import FilmEncoder
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.heads import DenseModel, Loss, build_dense, fit_head, mean_loss
 from cmcgns.evaluate.tasks.detection import STRIDE as BOX_STRIDE
 from cmcgns.evaluate.tasks.detection import centre_loss, detection_scores
 from cmcgns.evaluate.tasks.segmentation import STRIDE as MASK_STRIDE
 from cmcgns.evaluate.tasks.segmentation import dice_and_cross_entropy, segmentation_scores
+from cmcgns.library.film_encoder import FilmEncoder
 from tests.evaluate.heads import SET, Kept, rectangles, small_spec
 
 SIDE = 64

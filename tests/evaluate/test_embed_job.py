@@ -16,7 +16,7 @@ from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
 from cmcgns.data.record import StreamStudy, stream_table, to_block
 from cmcgns.data.reports import parse_report
 from cmcgns.data.stream import Stream, read_study
-from cmcgns.evaluate.encoders import open_run
+from cmcgns.library.runs import open_run
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.models.attention import unit

@@ -11,9 +11,9 @@ import pytest
 
 from cmcgns.cli import run_job
 from cmcgns.evaluate.config import TASKS, EvaluateJobConfig
-from cmcgns.evaluate.encoders import last_run
 from cmcgns.evaluate.run import EvaluateJob
 from cmcgns.job import run
+from cmcgns.library.runs import last_run
 from cmcgns.run_folder import EXPORT_HASHES
 from cmcgns.storage.integrity import write_hashes
 from tests.evaluate.test_embed_job import write_run

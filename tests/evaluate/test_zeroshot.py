@@ -11,7 +11,8 @@ from cmcgns.data.labelled.classified import COMPETITION
 from cmcgns.data.labelled.classified import FINDINGS as NIH
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EvaluateConfig
-from cmcgns.evaluate.tasks.zeroshot import Prompts, read_prompts
+from cmcgns.evaluate.tasks.zeroshot import read_prompts
+from cmcgns.library.texts import Prompts
 from cmcgns.phantom import FINDINGS
 
 COVERED = {

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTModel
 from cmcgns.cli import to_yaml
 from cmcgns.data.prepare.check_export import check_export, export_folder
 from cmcgns.errors import UserError
-from cmcgns.evaluate.encoders import open_run
+from cmcgns.library.runs import open_run
 from cmcgns.methods.base import load_method
 from cmcgns.models.backbones import build_image_backbone
 from cmcgns.run_folder import EXPORT_HASHES

@@ -14,7 +14,7 @@ import torch
 from cmcgns.data.labelled.base import SPLITS, AnnotationKind, ImageSet
 from cmcgns.data.readers import PhantomSource
 from cmcgns.errors import UserError, cause
-from cmcgns.evaluate.base import CORPUS, Inputs, Prompts, Task, task_options
+from cmcgns.evaluate.base import CORPUS, Inputs, Task, task_options
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
@@ -25,6 +25,7 @@ from cmcgns.evaluate.scores import Score, percent
 from cmcgns.evaluate.tasks.classification import drawn_groups, finetune_scores
 from cmcgns.evaluate.tasks.detection import detection_scores
 from cmcgns.evaluate.tasks.segmentation import segmentation_scores
+from cmcgns.library.texts import Prompts
 
 FILM_HEADS: dict[str, AnnotationKind] = {
     "segmentation": "masks",

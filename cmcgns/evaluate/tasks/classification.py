@@ -21,12 +21,13 @@ from cmcgns.data.labelled.base import ImageSet
 from cmcgns.errors import UserError
 from cmcgns.evaluate.base import Inputs, Task
 from cmcgns.evaluate.config import EvaluateConfig
-from cmcgns.evaluate.encoders import EncoderSpec, FilmEncoder
+from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import Features
 from cmcgns.evaluate.figures import Figure, curves
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.heads import fit_head, predict_head
 from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws, percent, weighted_auc
+from cmcgns.library.film_encoder import FilmEncoder
 
 Floats = NDArray[np.float64]
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmcgns.evaluate.base import Inputs, Task
-from cmcgns.evaluate.encoders import PretrainedRun, open_run
 from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
 from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
 from cmcgns.evaluate.scores import Resampling, Score
+from cmcgns.library.runs import PretrainedRun, open_run
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.models.retrieval import first_hits, first_hits_by_score, recall, recall_of, with_global
 

@@ -1,0 +1,298 @@
+"""A trained model in use: embeddings of films and texts, similarity, zero-shot scores and heat maps. Needs no Ray.
+
+N films, T texts, S sentences of a text, P patches of a film (g x g), R side of the padded square, D embedding.
+"""
+
+import itertools
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from cmcgns.data.batch import Batcher, ImageReportBatch, crop, normalise
+from cmcgns.data.record import Block
+from cmcgns.data.reports import ParsedReport
+from cmcgns.data.tokenizer import EncodedReport
+from cmcgns.errors import BadRow, UserError
+from cmcgns.library.film_encoder import FilmEncoder
+from cmcgns.library.films import FilmLike, film_list, read_squares
+from cmcgns.library.runs import LOAD, PretrainedRun, open_model
+from cmcgns.library.texts import (
+    Prompts,
+    built_in_prompts,
+    check_prompts,
+    class_score,
+    embed_encoded,
+    read_texts,
+    text_list,
+)
+from cmcgns.methods.base import ComparesParts, SentenceAttention
+from cmcgns.methods.parts import CollectedParts
+from cmcgns.models.attention import unit
+from cmcgns.models.retrieval import centred, mean_over_sentences, with_global
+
+Floats = NDArray[np.float32]
+Precision = Literal["fp32", "bf16"]
+By = Literal["global", "parts", "both"]
+PROMPTS_LAYOUT = "{class: {present: [...], absent: [...]}}"
+Item = TypeVar("Item")
+
+
+def load(
+    where: str | os.PathLike[str],
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    batch_size: int = 32,
+    trusted: Collection[str] = (),
+    progress: bool = True,
+) -> "Model":
+    """The model of the finished run, or of the export of one, in the folder or at the `s3://` URI ``where``.
+
+    ``device``: `cpu`, `cuda` or `cuda:1`. ``batch_size``: films or texts of one forward. ``trusted``: modules that the run's
+    settings name, besides ours, and that may be executed. ``progress``: show a bar in a terminal or notebook.
+
+    Raises:
+        UserError: there is no model, it is damaged, or the device is missing.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision {precision!r}: choose fp32 or bf16")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: give at least 1")
+    return Model(open_model(LOAD, str(where), trusted), _device(device), precision, batch_size, progress)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: choose cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; choose another, or cpu"
+        )
+    return device
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Where each sentence of a text looks on a film."""
+
+    sentences: list[str]
+    """Normalised, as the model read them."""
+    weight_Sgg: Floats
+    """Attention of each sentence to each patch."""
+    film_HW: NDArray[np.uint8]
+    """The film as the model saw it: resized and center-cropped."""
+
+    def picture(self, sentence: int = 0) -> Image.Image:
+        """The film with the attention of one sentence over it: black least, bright most."""
+        from cmcgns.plotting import colormaps  # matplotlib is slow to import
+
+        weight_gg = self.weight_Sgg[sentence]
+        cell = len(self.film_HW) // len(weight_gg)
+        level_HW = np.kron(weight_gg - weight_gg.min(), np.ones((cell, cell))) / max(float(np.ptp(weight_gg)), 1e-12)
+        heat_HW3 = colormaps["magma"](level_HW)[..., :3] * 255
+        return Image.fromarray(np.rint(0.55 * self.film_HW[..., None] + 0.45 * heat_HW3).astype(np.uint8))
+
+
+class Model:
+    """A trained dual encoder. It takes films as ``FilmLike``, and reads films and texts as pretraining does."""
+
+    def __init__(
+        self, run: PretrainedRun, device: torch.device, precision: Precision, batch_size: int, progress: bool
+    ) -> None:
+        self.run, self.method, self.config = run, run.method, run.config
+        self.device, self.precision = device, precision
+        self.batch_size, self.progress = batch_size, progress
+        self.network = run.load_model().to(device)
+        self.film_encoder = FilmEncoder(self.network.image_encoder, self.network.image_projection).to(device).eval()
+
+    def __repr__(self) -> str:
+        return (
+            f"<cmcgns.Model {self.run.uri}: {self.config.method.name}, D {self.dim}, {self.config.data.image_size} pixels, "
+            f"{self.precision} on {self.device}>"
+        )
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of the embeddings."""
+        return self.config.model.embed_dim
+
+    @torch.inference_mode()
+    def embed_films(self, films: Iterable[FilmLike]) -> Floats:
+        """Embeddings of films, rows of length 1, (N, D)."""
+        films, rows = film_list(films), [np.zeros((0, self.dim), np.float32)]
+        for squares in self._batches(self._squares(films), len(films), "films"):
+            with self._precision():
+                _, image_BD = self.film_encoder(self._seen(np.stack(squares)))
+            assert image_BD is not None
+            rows.append(self._rows(image_BD))
+        return np.concatenate(rows)
+
+    @torch.inference_mode()
+    def embed_reports(self, texts: Iterable[str]) -> Floats:
+        """Embeddings of reports or sentences, rows of length 1, (T, D)."""
+        rows, pad_id = [np.zeros((0, self.dim), np.float32)], self._tokenizer.pad_id
+        encoded = [each for _, each in self._read(text_list(texts))]
+        for some in self._batches(encoded, len(encoded), "texts"):
+            with self._precision():
+                rows.append(self._rows(embed_encoded(self.network, some, pad_id)))
+        return np.concatenate(rows)
+
+    def similarity(self, films: Iterable[FilmLike], texts: Iterable[str], by: By = "global") -> Floats:
+        """How well each text fits each film, (N, T); larger is better.
+
+        ``by``: `global`, cosines of whole films and whole texts; `parts`, each sentence finds itself on the film, without what a
+        text has in common with all films; `both`, combined as in the evaluation's retrieval. `parts` and `both` compare the films
+        that are given with each other, and hold the patches of all in memory: give some thousand at most.
+
+        Raises:
+            UserError: the method compares no parts, or there are fewer than two films for it.
+        """
+        films, texts = film_list(films), text_list(texts)
+        if by == "global":
+            return np.asarray(self.embed_films(films) @ self.embed_reports(texts).T)
+        if by not in ("parts", "both"):
+            raise UserError(f"by {by!r}: choose global, parts or both")
+        if not isinstance(self.method, ComparesParts):
+            raise UserError(
+                f"by {by!r}: method {self.config.method.name} compares no parts of films; choose by='global'"
+            )
+        if len(films) < 2:
+            raise UserError(f"by {by!r} compares films with each other: give at least two, or choose by='global'")
+        if not len(texts):
+            return np.zeros((len(films), 0), np.float32)
+        score_TN, image_ND, report_TD = self._part_scores(self.method, films, texts)
+        found_TN = with_global(score_TN, image_ND, report_TD) if by == "both" else score_TN
+        return np.asarray(found_TN.T.cpu().numpy())
+
+    @torch.inference_mode()
+    def zero_shot(self, films: Iterable[FilmLike], prompts: str | Prompts) -> dict[str, NDArray[np.float64]]:
+        """A score per film for each class, larger if the finding is likelier: mean similarity to the ``present`` sentences of the
+        class minus that to its ``absent`` ones.
+
+        ``prompts``: `{class: {present: [...], absent: [...]}}`, or the name of built-in ones (chexpert, nih, rsna, siim, covidx,
+        phantom).
+        """
+        if isinstance(prompts, str):
+            known = built_in_prompts()
+            if prompts not in known:
+                raise UserError(
+                    f"prompts {prompts!r}: there are built-in ones for {', '.join(known)}; or give {PROMPTS_LAYOUT}"
+                )
+            prompts = known[prompts]
+        check_prompts("prompts", prompts, PROMPTS_LAYOUT)
+        image_ND = self.embed_films(films)
+        scores = dict[str, NDArray[np.float64]]()
+        for name, sides in prompts.items():
+            try:
+                with self._precision():
+                    scores[name] = class_score(self.network, self._tokenizer, image_ND, sides)
+            except BadRow as reason:
+                raise UserError(f"prompts: a sentence of {name} cannot be used: {reason}") from None
+        return scores
+
+    @torch.inference_mode()
+    def heatmap(self, film: FilmLike, text: str) -> Heatmap:
+        """Where each sentence of ``text`` looks on the film. Sentences are read in the context of their whole text.
+
+        Raises:
+            UserError: the method has no attention.
+        """
+        if not self.method.has_attention:
+            raise UserError(
+                f"heatmap: method {self.config.method.name} attends to no patches (docs/methods.md says which do)"
+            )
+        (square_RR,), read = self._squares([film]), self._read([text])
+        batch = self._batch([square_RR], read)
+        with self._precision():
+            attention = self.method.attention(self.network, self.network(batch))
+        assert isinstance(attention, SentenceAttention)
+        sentences = read[0][0].sentences[: read[0][1].sentences]
+        weight_SP = attention.weight_BSP[0, : len(sentences)].float().cpu().numpy()
+        grid = int(weight_SP.shape[1] ** 0.5)
+        film_HW = crop(torch.from_numpy(square_RR)[None, None], self.config.data.image_size, None)[0, 0].numpy()
+        return Heatmap(sentences, weight_SP.reshape(-1, grid, grid), film_HW.copy())
+
+    @torch.inference_mode()
+    def _part_scores(self, method: ComparesParts, films: Sequence[FilmLike], texts: Sequence[str]) -> Any:
+        """Centred scores by parts (T, N), and the embeddings of films and texts, on the device."""
+        squares, read = list(self._squares(films)), self._read(texts)
+        sentences, patches = CollectedParts(len(read)), CollectedParts(len(squares))
+        images, reports = list[torch.Tensor](), list[torch.Tensor]()
+        number = max(len(squares), len(read))
+        for rows in self._batches(range(number), number, "films and texts"):
+            # films and texts go through the model together; the fewer of both begin again from the first
+            batch = self._batch([squares[i % len(squares)] for i in rows], [read[i % len(read)] for i in rows])
+            with self._precision():
+                outputs = self.network(batch)
+            found = method.parts(outputs, batch)
+            for collected, vectors, embedded_BD, total in (
+                (sentences, reports, outputs.report_BD, len(read)),
+                (patches, images, outputs.image_BD, len(squares)),
+            ):
+                new = min(max(total - rows[0], 0), len(rows))
+                if new:
+                    collected.add(found, new)
+                    vectors.append(embedded_BD[:new].float())
+        of_texts = sentences.joined()
+        score_nN = method.part_scores(of_texts.sentences, patches.joined().films)
+        score_TN = centred(mean_over_sentences(score_nN, of_texts.study_n, len(read)))
+        return score_TN, torch.cat(images), torch.cat(reports)
+
+    def _batch(
+        self, squares: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[ParsedReport, EncodedReport]]
+    ) -> ImageReportBatch:
+        """Films with their texts as the model takes them."""
+        block = Block(
+            positions=np.arange(len(squares)),
+            draw_keys=np.zeros(len(squares), np.int64),
+            images_BRR=np.stack(squares),
+            tokens=[encoded.tokens_T for _, encoded in texts],
+            sentence_of_token=[encoded.sentence_of_token_T for _, encoded in texts],
+            sentence_hashes=[np.array(parsed.sentence_hashes[: encoded.sentences]) for parsed, encoded in texts],
+            report_hashes=np.array([parsed.report_hash for parsed, _ in texts]),
+        )
+        batcher = Batcher(self.config, self._tokenizer.pad_id, self.device)
+        return batcher(block, (int(block.sentence_counts.sum()),), training=False)
+
+    def _squares(self, films: Sequence[FilmLike]) -> Iterator[NDArray[np.uint8]]:
+        return read_squares(films, self.config.data, ahead=2 * self.batch_size)
+
+    def _seen(self, square_BRR: NDArray[np.uint8]) -> torch.Tensor:
+        """Squares as the image encoder sees them, (B, 1, H, W)."""
+        squares_B1RR = torch.from_numpy(square_BRR)[:, None].to(self.device)
+        return normalise(crop(squares_B1RR, self.config.data.image_size, None))
+
+    @property
+    def _tokenizer(self) -> Any:
+        if not self.config.data.reports:
+            raise UserError(f"{self.run.uri} was trained on films alone (data.reports false): it reads no texts")
+        return self.run.tokenizer
+
+    def _read(self, texts: Sequence[str]) -> list[tuple[ParsedReport, EncodedReport]]:
+        return read_texts(texts, self._tokenizer)
+
+    def _rows(self, values_BD: torch.Tensor) -> Floats:
+        """Embeddings on the host, of length 1 whatever the precision in which they were computed."""
+        wide_BD = values_BD.float()
+        return np.asarray((unit(wide_BD) if self.precision == "bf16" else wide_BD).cpu().numpy())
+
+    def _precision(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def _batches(self, items: Iterable[Item], number: int, what: str) -> Iterator[list[Item]]:
+        """``items`` in lists of ``batch_size``; with a progress bar if there is more than one."""
+        console = Console(stderr=True)
+        shown = self.progress and number > self.batch_size and (console.is_terminal or console.is_jupyter)
+        ordered = iter(track(items, what, number, console=console, transient=True, disable=not shown))
+        while some := list(itertools.islice(ordered, self.batch_size)):
+            yield some
