@@ -155,9 +155,11 @@ def _backslash_rows(text: str, sign: str) -> Rows:
 def _lenient_rows(text: str, sign: str, pairs: bool) -> Rows:
     """Only a quote before a separator or line end closes a cell; others are part of it. ``pairs``: two quotes never close."""
     mark, ends = re.escape(sign), rf"[^\S\r\n{re.escape(sign)}]*(?:{re.escape(sign)}|\r|\n|\Z)"
-    inner = rf'[^"]|""|"(?!{ends})' if pairs else rf'[^"]|"(?!{ends})'
+    # each place of a text fits one alternative only, so that a match never backtracks far
+    inner = rf'""|"(?!"|{ends})' if pairs else rf'"(?!{ends})'
     cell = re.compile(
-        rf'[ ]*(?:"(?P<quoted>(?:{inner})*+)"[^\S\r\n{mark}]*|(?P<plain>(?!")[^{mark}\r\n]*))(?P<end>{mark}|\r\n|\r|\n|\Z)'
+        rf'[ ]*(?:"(?P<quoted>[^"]*(?:(?:{inner})[^"]*)*)"[^\S\r\n{mark}]*|(?P<plain>(?!")[^{mark}\r\n]*))'
+        rf"(?P<end>{mark}|\r\n|\r|\n|\Z)"
     )
     rows: Rows = []
     cells: list[str] = []

@@ -20,7 +20,7 @@ from tests.benchmarks.corpora import prepared_set
 
 pytestmark = pytest.mark.ray
 
-STUDIES, SIDE, BLOCK = 6_000, 48, 16
+STUDIES, SIDE, BLOCK = 8_000, 48, 16
 TAKEN_CPUS = 0.7
 """Of two: CPUs used by workers and pool of a small run."""
 AHEAD = 2 * 512
@@ -87,8 +87,9 @@ def test_two_waiting_epochs_stay_within_the_read_ahead_limit_and_use_no_cpu(stre
     read_a_block = lambda: ray.get([rank.studies_of_next_block.remote() for rank in begun])
     assert read_a_block() == [BLOCK] * len(begun)
     assert free_cpus_once_still() == ray.cluster_resources()["CPU"]
-    # each may exceed it by the pieces of its tasks, at most four of 512 studies, because a started task reads to its end
-    most = 2 * (AHEAD + 4 * 512) * bytes_per_study(stream.config)
+    # each may exceed it by the pieces of its tasks, because a started task reads to its end: four of 512 studies run at once, and
+    # Ray Data may start a fifth before it has counted what the first has read (18 to 25 MB were held in four runs)
+    most = 2 * (AHEAD + 5 * 512) * bytes_per_study(stream.config)
     assert held_bytes() - before < most < 2 * STUDIES * stream.config.resize**2
     # the epochs still continue: failed tasks would use no CPU either
     assert read_a_block() == [BLOCK] * len(begun)
