@@ -1,6 +1,7 @@
 """Run folders, new or resumed, on local disk or in a bucket."""
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -49,6 +50,16 @@ class RunFolder:
         storage.write_bytes(self.file(name), (json.dumps(value, indent=1) + "\n").encode())
 
 
+def automatic_name(job: str) -> str:
+    """Name of a run that was given none: the job, the time, and a suffix, since two may start in the same second."""
+    return f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def is_automatic_name(name: str, job: str) -> bool:
+    """Whether ``automatic_name`` made ``name`` for ``job``; earlier versions added no suffix."""
+    return re.fullmatch(rf"{job}-\d{{8}}-\d{{6}}(-[0-9a-f]{{4}})?", name) is not None
+
+
 def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
     """The folder of ``run``, see ``find_folder``; resuming a finished run raises ``UserError``."""
     folder = find_folder(run, job, resume_key)
@@ -60,7 +71,7 @@ def open_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
 
 
 def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> RunFolder:
-    """The folder of ``run``; its default name is the ``job``, the time and a random suffix.
+    """The folder of ``run``; without a name it gets an ``automatic_name``.
 
     ``resume_key`` is the setting that resumes, or '' if the job cannot be resumed.
 
@@ -71,8 +82,7 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
     root = run.storage
     if not storage.is_s3(root):
         root = str(Path(storage.absolute("run.storage", root)).resolve())
-    # two runs may start in the same second
-    name = run.resume or run.name or f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    name = run.resume or run.name or automatic_name(job)
     folder = RunFolder(root.rstrip("/"), name, resumed=run.resume is not None)
     try:
         exists = storage.exists(folder.file("config.yaml"))

@@ -11,6 +11,7 @@ import pytest
 
 from cmcgns import user_folders
 from cmcgns.cluster import machine_checks
+from cmcgns.cluster.session import local_variables
 from cmcgns.config import Config, TrainConfig
 from cmcgns.errors import UserError
 from cmcgns.train.setup import setup_pretraining
@@ -68,6 +69,15 @@ def test_sockets_fit_into_the_longest_temporary_folder_that_is_used_as_it_is(mon
     assert ray_temp_folder() == Path(fits)
     monkeypatch.setenv("TMPDIR", f"{fits}x")
     assert ray_temp_folder() == Path("/tmp")
+
+
+def test_a_temporary_folder_that_fits_gives_no_warning_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp/")  # as on macOS
+    assert local_variables() == {"RAY_TMPDIR": "/tmp"}
+    assert not caplog.records
 
 
 def test_a_folder_for_ray_that_was_asked_for_and_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

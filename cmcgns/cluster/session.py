@@ -224,7 +224,7 @@ def local_variables() -> dict[str, str]:
     """Environment of the processes of a Ray cluster started on this machine: folders that they can use."""
     folder = ray_temp_folder()
     given = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
-    if given is not None and str(folder) != given:
+    if given is not None and folder != Path(given):
         logger.warning(
             "TMPDIR %s is too long for the paths of Ray's sockets: Ray keeps its files in %s. RAY_TMPDIR sets another short "
             "folder",

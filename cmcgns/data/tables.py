@@ -62,6 +62,17 @@ def read_table(uri: str, columns: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(_names(header), map(list, columns_of_cells), strict=True)), dtype=str)
 
 
+def read_columns(uri: str, columns: Sequence[str], needed_by: str) -> pd.DataFrame:
+    """``read_table`` of a published table, which must have all of ``columns``; ``needed_by`` is the name of the collection."""
+    table = read_table(uri, columns)
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise UserError(
+            f"{uri} has no column {missing[0]}; {needed_by} needs {', '.join(columns)}; download the published file again"
+        )
+    return table
+
+
 def _is_simple(text: str, sign: str) -> bool:
     """Whether a table has no quotes and as many cells in each row, so that any parser reads the same."""
     if sign != "," or '"' in text or NULL in text:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from cmcgns.methods.base import Method, load_method
 from cmcgns.models.backbones import check_finite
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.plugins import absolute_plugin, is_plugin
-from cmcgns.run_folder import EXPORT_HASHES
+from cmcgns.run_folder import EXPORT_HASHES, is_automatic_name
 from cmcgns.storage.integrity import damage
 
 logger = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ def last_run(storage_uri: str) -> str:
     """
     root = storage.absolute("run.storage", storage_uri)
     try:
-        names = sorted(name for name in storage.list_folders(root) if re.fullmatch(r"pretrain-\d{8}-\d{6}", name))
+        names = sorted(name for name in storage.list_folders(root) if is_automatic_name(name, "pretrain"))
     except storage.MissingFileError:
         names = []
     for name in reversed(names):

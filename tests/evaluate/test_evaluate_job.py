@@ -14,7 +14,7 @@ from cmcgns.evaluate.config import TASKS, EvaluateJobConfig
 from cmcgns.evaluate.run import EvaluateJob
 from cmcgns.job import run
 from cmcgns.library.runs import last_run
-from cmcgns.run_folder import EXPORT_HASHES
+from cmcgns.run_folder import EXPORT_HASHES, automatic_name
 from cmcgns.storage.integrity import write_hashes
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import run_here
@@ -123,7 +123,8 @@ def test_wrong_input_ends_with_status_2_and_one_message(
 
 
 def test_without_a_name_the_last_finished_run_is_evaluated(pretrained: Path, tmp_path: Path) -> None:
-    for name in ("pretrain-20260101-000000", "pretrain-20260102-000000", "mine"):
+    latest = automatic_name("pretrain")
+    for name in ("pretrain-20260101-000000", "pretrain-20260102-000000-0a1b", latest, "mine"):
         shutil.copytree(pretrained, tmp_path / name)
-    (tmp_path / "pretrain-20260103-000000").mkdir()  # has not finished
-    assert last_run(str(tmp_path)) == str(tmp_path / "pretrain-20260102-000000")
+    (tmp_path / "pretrain-29991231-235959-0a1b").mkdir()  # has not finished
+    assert last_run(str(tmp_path)) == str(tmp_path / latest)

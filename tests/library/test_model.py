@@ -191,9 +191,9 @@ def test_an_export_alone_gives_the_same_as_its_run(run: Path, model: Model, tmp_
 def test_the_settings_of_an_export_name_no_place_of_this_machine() -> None:
     config = CONFIG.model_copy(
         update={
-            "data": CONFIG.data.model_copy(update={"uri": "s3://hospital/films", "format": "/home/me/reader.py"}),
-            "model": CONFIG.model.model_copy(update={"text_encoder": "/home/me/bert", "tokenizer": "/home/me/words"}),
-            "clustering": CONFIG.clustering.model_copy(update={"clusterer": "/home/me/clusterer.py"}),
+            "data": CONFIG.data.model_copy(update={"uri": "s3://hospital/films", "format": "/own/reader.py"}),
+            "model": CONFIG.model.model_copy(update={"text_encoder": "/own/bert", "tokenizer": "/own/words"}),
+            "clustering": CONFIG.clustering.model_copy(update={"clusterer": "/own/clusterer.py"}),
         }
     )
     text = portable_settings(config)

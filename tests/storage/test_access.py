@@ -1,8 +1,8 @@
 """Ways to an S3 server that hospitals have: a proxy, and a role that an AWS profile takes on. boto3 and Arrow both take them."""
 
+import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,56 +78,45 @@ class RoleServer(BaseHTTPRequestHandler):
 
 
 class Roles(ThreadingHTTPServer):
-    calls, seconds, key, secret = 0, 3600.0, "", ""
+    calls, seconds, key, secret, bucket = 0, 3600.0, "", "", ""
 
 
-@contextmanager
-def roles(server: S3Server) -> Iterator[Roles]:
+@pytest.fixture
+def roles(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Roles]:
+    """The service, and AWS's files with a role that the profile `films` takes on; no keys in the environment."""
+    bucket = s3_server.make_bucket(f"by-role-{secrets.token_hex(2)}")
+    (tmp_path / "config").write_text(
+        "[profile films]\nrole_arn = arn:aws:iam::123456789012:role/films\nsource_profile = person\nregion = us-east-1\n"
+    )
+    (tmp_path / "credentials").write_text("[person]\naws_access_key_id = nobody\naws_secret_access_key = knows\n")
+    for name in s3.KEY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "films")
     with Roles(("127.0.0.1", 0), RoleServer) as service:
-        service.key = server.environment["AWS_ACCESS_KEY_ID"]
-        service.secret = server.environment["AWS_SECRET_ACCESS_KEY"]
+        service.bucket = bucket
+        service.key = s3_server.environment["AWS_ACCESS_KEY_ID"]
+        service.secret = s3_server.environment["AWS_SECRET_ACCESS_KEY"]
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{service.server_port}")
         threading.Thread(target=service.serve_forever, daemon=True).start()
         yield service
         service.shutdown()
 
 
-def use_profile(folder: Path, patch: pytest.MonkeyPatch, service: Roles) -> None:
-    """AWS's files with a role that the profile `films` takes on, and no keys in the environment."""
-    (folder / "config").write_text(
-        "[profile films]\nrole_arn = arn:aws:iam::123456789012:role/films\nsource_profile = person\nregion = us-east-1\n"
-    )
-    (folder / "credentials").write_text("[person]\naws_access_key_id = nobody\naws_secret_access_key = knows\n")
-    for name in s3.KEY_VARIABLES:
-        patch.delenv(name, raising=False)
-    patch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
-    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
-    patch.setenv("AWS_PROFILE", "films")
-    patch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{service.server_port}")
+def test_a_role_of_a_profile_is_taken_on_once_for_both(roles: Roles) -> None:
+    check_both_libraries(roles.bucket)
+    assert roles.calls == 1
 
 
-def test_a_role_of_a_profile_is_taken_on_once_for_both(
-    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = s3_server.make_bucket("by-role")
-    with roles(s3_server) as service:
-        use_profile(tmp_path, monkeypatch, service)
-        check_both_libraries(uri)
-        assert service.calls == 1
-
-
-def test_a_role_that_expires_is_renewed_also_for_a_file_system_that_is_kept(
-    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = s3_server.make_bucket("by-role-again")
-    with roles(s3_server) as service:
-        use_profile(tmp_path, monkeypatch, service)
-        service.seconds = 60.0  # botocore renews what ends within ten minutes
-        files, path = storage.lasting_filesystem(uri)
-        before = service.calls
-        with files.open_output_stream(f"{path}/checkpoint") as file:
-            file.write(b"later")
-        assert service.calls > before
-        assert storage.read_bytes(f"{uri}/checkpoint") == b"later"
+def test_a_role_that_expires_is_renewed_also_for_a_file_system_that_is_kept(roles: Roles) -> None:
+    roles.seconds = 60.0  # botocore renews what ends within ten minutes
+    files, path = storage.lasting_filesystem(roles.bucket)
+    before = roles.calls
+    with files.open_output_stream(f"{path}/checkpoint") as file:
+        file.write(b"later")
+    assert roles.calls > before
+    assert storage.read_bytes(f"{roles.bucket}/checkpoint") == b"later"
 
 
 def test_a_profile_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from cmcgns.data.image import CroppedImage, Target
 from cmcgns.data.readers import FileSource, Reader
 from cmcgns.data.readers.base import split_position
 from cmcgns.data.record import FILM_TYPE, INDEX_SCHEMA
-from cmcgns.data.tables import read_table
+from cmcgns.data.tables import read_columns
 from cmcgns.data.text import decode_text
 from cmcgns.errors import UserError
 
@@ -196,13 +196,7 @@ class Folder:
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
         """The CSV ``name`` as stripped strings, '' for blanks; it must have ``columns``."""
-        table = read_table(storage.join(self.uri, name), columns)
-        missing = [column for column in columns if column not in table.columns]
-        if missing:
-            raise UserError(
-                f"{storage.join(self.uri, name)} has no column {missing[0]}; {self.name} needs {', '.join(columns)}; "
-                "download the published file again"
-            )
+        table = read_columns(storage.join(self.uri, name), columns, self.name)
         return table.apply(lambda column: column.str.strip())
 
     def lines(self, name: str) -> list[str]:

@@ -16,7 +16,7 @@ import pandas as pd
 from cmcgns import storage
 from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import read_table
+from cmcgns.data.tables import read_columns
 from cmcgns.data.text import decode_text
 from cmcgns.errors import UserError
 
@@ -59,14 +59,7 @@ class PublishedSource(FileSource):
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
         """The table ``name`` as strings, with all of ``columns``."""
-        table = read_table(storage.join(self.uri, name), columns)
-        missing = [column for column in columns if column not in table.columns]
-        if missing:
-            raise UserError(
-                f"{storage.join(self.uri, name)} has no column {missing[0]}; {LAYOUTS[self.format].name} needs "
-                f"{', '.join(columns)}; download the published file again"
-            )
-        return table
+        return read_columns(storage.join(self.uri, name), columns, LAYOUTS[self.format].name)
 
     def main_table(self, columns: Sequence[str]) -> pd.DataFrame:
         """The table that names the films."""
