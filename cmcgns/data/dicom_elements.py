@@ -8,9 +8,8 @@ import pydicom
 from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import FileMetaDataset
 from pydicom.filebase import DicomBytesIO
-from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.tag import BaseTag
-from pydicom.uid import ExplicitVRLittleEndian
 
 from cmcgns.data.codestream import ITEM, SEQUENCE_END, UNDEFINED, BrokenItemsError, items
 from cmcgns.data.repairs import note
@@ -38,16 +37,8 @@ def _parsed(data: bytes) -> pydicom.Dataset:
 
 
 def _parsed_to_first_sequence(data: bytes) -> pydicom.Dataset:
-    file = DicomBytesIO(data)
-    read_preamble(file, force=True)
-    meta = _read_file_meta_info(file)
-    syntax = meta.get("TransferSyntaxUID", ExplicitVRLittleEndian)
-    known = not syntax.is_private and syntax.is_transfer_syntax
-    implicit, little = (syntax.is_implicit_VR, syntax.is_little_endian) if known else (False, True)
-    film = read_dataset(file, implicit, little, stop_when=lambda tag, VR, length: VR == "SQ" or length == UNDEFINED)
-    film.file_meta = meta
-    film.set_original_encoding(implicit, little, None)
-    return film
+    ends = lambda tag, VR, length: VR == "SQ" or length == UNDEFINED
+    return read_partial(io.BytesIO(data), stop_when=ends, force=True)
 
 
 def _is_cut(film: pydicom.Dataset) -> bool:

@@ -181,7 +181,7 @@ class FileSource:
 
 
 def spellings(path: str) -> Iterator[tuple[str, str]]:
-    """Other ways to write ``path``, each with its rule: without what Excel adds, strokes of Windows, accents composed (most
+    """Other ways to write ``path``, each with its rule: without what Excel adds, slashes for backslashes, accents composed (most
     systems) or not (macOS)."""
     plain = unescaped(path).strip() if "_x" in path else path
     if plain != path:
