@@ -97,11 +97,11 @@ class Config(RunSections):
                 f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x num_workers "
                 f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
             )
-        if block == 1 and self.objective.compares_studies:
+        if train.compared == 1 and self.objective.compares_studies:
             yield (
                 f"train.microbatch_size 1 x num_workers 1: {self.method.name} compares the studies of a microbatch over all "
                 "workers, and one has nothing to be compared with; accumulation adds nothing. Set train.microbatch_size to 2 or "
-                "more, as many as fit into memory"
+                "more, as many as fit into memory, or train.contrast=global_batch with a larger train.global_batch_size"
             )
         if data.image_size > data.resize:
             yield (
@@ -140,6 +140,8 @@ class Config(RunSections):
         if train.log_term_gradients and train.engine != "torch":
             # DeepSpeed's hooks take every backward pass for one of the step
             yield "train.log_term_gradients needs train.engine=torch and train.zero_stage=0, not DeepSpeed"
+        if train.log_term_gradients and train.contrast == "global_batch":
+            yield "train.log_term_gradients needs train.contrast=microbatch: with global_batch no term reaches the encoders alone"
         if train.engine == "torch" and train.zero_stage:
             yield "train.engine torch does not support ZeRO: set train.zero_stage=0, or train.engine=deepspeed"
         yield from self.objective.complaints()

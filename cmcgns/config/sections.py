@@ -196,6 +196,9 @@ class TrainConfig(Section):
     """Studies of one forward on one rank."""
     global_batch_size: PositiveInt = 128
     """Studies per optimizer step, over all ranks and accumulation."""
+    contrast: Literal["microbatch", "global_batch"] = "microbatch"
+    """Studies that are compared with each other: those of one microbatch of all ranks, or all of `global_batch_size`, whatever
+    fits into memory, for one more forward of each microbatch (docs/pretraining.md)."""
     stage1_steps: PositiveInt | None = None
     """Optimizer steps of stage 1 (alignment)."""
     stage1_epochs: float | None = Field(None, gt=0.0)
@@ -262,6 +265,11 @@ class TrainConfig(Section):
     def accumulation(self) -> int:
         """Microbatches that each rank accumulates per optimizer step."""
         return self.global_batch_size // (self.microbatch_size * self.num_workers)
+
+    @property
+    def compared(self) -> int:
+        """Studies that a loss compares with each other."""
+        return self.global_batch_size if self.contrast == "global_batch" else self.microbatch_size * self.num_workers
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -185,7 +185,7 @@ class Images100M(Method[Settings]):
 
     def build_model(self, vocabulary_size: int) -> Images100MModel:
         own, train = self.settings, self.config.train
-        balanced = train.microbatch_size * train.num_workers + own.queue
+        balanced = train.compared + own.queue
         if own.codes == "sinkhorn" and distributed.rank() == 0:
             warn_if_many(own.prototypes, balanced)
         return Images100MModel(*build_encoders(self.config, vocabulary_size), self.config.model.embed_dim, own)

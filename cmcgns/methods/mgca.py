@@ -209,11 +209,10 @@ class Mgca(Method[Settings]):
         for backbone, kind in zip(backbones, (own.patch_weights, own.word_weights), strict=True):
             if kind == "attention":
                 backbone.set_attn_implementation("eager")
-        studies = train.microbatch_size * train.num_workers
-        if own.num_prototypes > studies and distributed.rank() == 0:
+        if own.num_prototypes > train.compared and distributed.rank() == 0:
             logger.warning(
-                "objective.num_prototypes %d is more than the %d studies of a microbatch of all ranks: not all will be used",
-                own.num_prototypes, studies,
+                "objective.num_prototypes %d is more than the %d studies that are compared at a time: not all will be used",
+                own.num_prototypes, train.compared,
             )  # fmt: skip
         return MgcaModel(*encoders, model.embed_dim, own)
 

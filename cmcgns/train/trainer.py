@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.data.batch import Batcher
+from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.methods.base import Losses, Method
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
@@ -25,6 +25,7 @@ from cmcgns.train.checkpoint import (
     seed_everything,
 )
 from cmcgns.train.engine import Engine, State, average_buffers, build_engine
+from cmcgns.train.global_batch import cached_step
 from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
@@ -131,21 +132,13 @@ class Trainer:
         """One optimizer step: forward, losses, backward, then update of parameters, banks and centroids."""
         waited_s, stage = self.watch.lap(), self.progress.stage
         pool_waited_s = self.banks.waited_s
-        losses: list[Losses] = []
-        gradients: dict[str, float] = {}
-        for i, batch in enumerate(data.microbatches):
-            outputs = self.engine(batch, stage)
-            losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
-            self.banks.observe(losses[-1])
-            last = i == len(data.microbatches) - 1
-            if last:
-                self.finite.start(self.method.terms(stage), torch.stack([each.terms for each in losses]))
-                if self.config.train.log_term_gradients and is_due(step, self.config.train.log_every):
-                    gradients = term_gradients(self.engine.module, losses[-1].weighted or {"loss": losses[-1].total})
-            self.engine.backward(losses[-1].total, last)
+        if self.config.train.contrast == "global_batch" and len(data.microbatches) > 1:
+            losses, batches, gradients = *self._global_batch(step, data), dict[str, float]()
+        else:
+            losses, batches, gradients = self._microbatches(step, data)
         self.finite.check(step)  # before the weights change
         self.engine.step(self.learning_rate(step))
-        self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, data.microbatches)
+        self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, batches)
         step_s = waited_s + self.watch.lap()
         facts = {
             "step": step,
@@ -162,6 +155,38 @@ class Trainer:
             **gradients,
         }
         self.metrics.record(facts, losses, self.engine.gradient_norm)
+
+    def _microbatches(self, step: int, data: StepData) -> tuple[list[Losses], list[ImageReportBatch], dict[str, float]]:
+        """Forward, losses and backward of one microbatch after the other. Losses, batches, and gradients by term if asked for."""
+        stage = self.progress.stage
+        losses: list[Losses] = []
+        gradients: dict[str, float] = {}
+        for i, batch in enumerate(data.microbatches):
+            outputs = self.engine(batch, stage)
+            losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
+            self.banks.observe(losses[-1])
+            last = i == len(data.microbatches) - 1
+            if last:
+                self.finite.start(self.method.terms(stage), torch.stack([each.terms for each in losses]))
+                if self.config.train.log_term_gradients and is_due(step, self.config.train.log_every):
+                    gradients = term_gradients(self.engine.module, losses[-1].weighted or {"loss": losses[-1].total})
+            self.engine.backward(losses[-1].total, last)
+        return losses, data.microbatches, gradients
+
+    def _global_batch(self, step: int, data: StepData) -> tuple[list[Losses], list[ImageReportBatch]]:
+        """Losses over all microbatches at once, and their backward."""
+        stage, centroids = self.progress.stage, self.banks.centroids
+        cached = cached_step(
+            lambda batch: self.engine(batch, stage),
+            self.engine.backward,
+            lambda outputs, batch: self.method.losses(outputs, batch, centroids, stage, step),
+            self.engine.module,
+            data.microbatches,
+        )
+        self.banks.observe(cached.losses)
+        self.finite.start(self.method.terms(stage), cached.losses.terms.unsqueeze(0))
+        cached.backward()
+        return [cached.losses], [cached.batch]
 
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""
