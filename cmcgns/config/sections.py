@@ -28,6 +28,9 @@ class CorpusConfig(Section):
     """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, padchest,
     chexpert-plus, brax, vindr-cxr, parquet (the output of jobs/prepare.py), or your own reader as `package.module` or
     `path/to/file.py` (docs/data.md)."""
+    reports: bool = True
+    """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films
+    alone. A `pairs-csv` then needs no column `report`."""
     views: tuple[str, ...] = ("PA", "AP")
     """Views to keep; 'AP Supine' and 'AP Erect' count as AP. In pairs-csv, films without a view are kept."""
     crop_borders: bool = True
@@ -56,9 +59,6 @@ class CorpusConfig(Section):
 
 
 class DataConfig(CorpusConfig):
-    reports: bool = True
-    """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films
-    alone. A `pairs-csv` then needs no column `report`."""
     image_size: PositiveInt = 224
     """Side in pixels of the square that the image encoder sees."""
     resize: PositiveInt = 256

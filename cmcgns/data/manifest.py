@@ -76,6 +76,11 @@ class Manifest:
     summary: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
+    @property
+    def has_reports(self) -> bool:
+        """Whether studies have reports."""
+        return bool(self.settings.get("reports", True))  # sets of earlier versions do
+
     def to_json(self) -> str:
         """The content of manifest.json, with one line per shard."""
         shards = [asdict(shard) | {"rows": shard.rows, "studies": shard.studies} for shard in self.shards]

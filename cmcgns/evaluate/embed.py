@@ -203,7 +203,7 @@ def open_split(run: PretrainedRun, settings: EmbedConfig, job: str = "embed") ->
     if settings.uri is not None:
         key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
     config = with_absolute_paths(run.config.model_copy(update={"data": data}))
-    source, index = open_index(key, config.data, Target(config.data.resize, "longer"), config.data.reports)
+    source, index = open_index(key, config.data, Target(config.data.resize, "longer"))
     studies = index.split(settings.split)
     if not len(studies):
         raise UserError(

@@ -172,7 +172,7 @@ def open_sets(evaluation: Evaluation) -> None:
     target = Target(largest, "longer")
 
     def corpus() -> ImageSet | None:
-        source, index = open_index("evaluate.run", with_absolute_paths(config).data, target, config.data.reports)
+        source, index = open_index("evaluate.run", with_absolute_paths(config).data, target)
         images = phantom_set(source) if isinstance(source, PhantomSource) else labelled_set(source, index)
         return with_valid_as_test(images, config.data.seed) if images and settings.split == "valid" else images
 

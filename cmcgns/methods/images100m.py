@@ -44,10 +44,9 @@ class Settings(MethodSettings):
     """Width E of the space of the prototypes."""
     projector_width: PositiveInt = 2048
     """Width of the hidden layer between encoder and prototypes."""
-    projector_norm: Literal["centre", "batch", "none"] = "centre"
-    """What keeps views apart at the start, when they are all similar: `centre` takes the mean over the microbatch of all ranks
-    from the projector's output, `batch` is batch normalisation of its hidden layer on each rank (published). With `none` all
-    films had one code after 25 steps, and kept it."""
+    projector_norm: Literal["batch", "none"] = "batch"
+    """`batch`: batch normalisation of the projector's hidden layer on each rank (published), without which small runs learn
+    nothing (docs/methods.md). `none`: results do not depend on `microbatch_size`."""
     temperature: float = Field(0.1, gt=0.0)
     """Temperature of the predictions, never learned."""
     epsilon: float = Field(0.05, gt=0.0)
@@ -68,8 +67,9 @@ class Settings(MethodSettings):
     """Strengths of the random views: `{rotation: 5, blur_share: 0}`. `data.augment_*` has no effect on views."""
     num_views: int = Field(2, ge=2)
     """Views of each film; the first two have codes."""
-    instance_weight: LossWeight = 0.0
-    """Weight of InfoNCE between the first two views of all ranks' films; a number or a ramp."""
+    instance_weight: LossWeight = 1.0
+    """Weight of InfoNCE between the first two views of all ranks' films; a number or a ramp. With 0 (published) batches of
+    tens of films learn nothing (docs/methods.md)."""
     supervision: Literal["none", "reports"] = "none"
     """`reports`: InfoNCE between the first view of a film and its report in addition."""
     supervision_weight: LossWeight = 1.0
@@ -143,10 +143,7 @@ class Images100MModel(DualEncoder):
         views_VBE, pooled_BC = None, None
         if batch.view_VB1HW is not None:
             pooled = self.image_encoder(batch.view_VB1HW.flatten(0, 1))[1]
-            rows_NE = self.projector(pooled)
-            if self.settings.projector_norm == "centre":
-                rows_NE = rows_NE - mean_of_ranks(rows_NE)
-            views_VBE = unit(rows_NE).unflatten(0, batch.view_VB1HW.shape[:2])
+            views_VBE = unit(self.projector(pooled)).unflatten(0, batch.view_VB1HW.shape[:2])
             pooled_BC = pooled[: batch.studies]
         if not self.training or pooled_BC is None:
             _, image_BD = self.embed_images(batch.image_B1HW)
@@ -250,13 +247,6 @@ class Images100M(Method[Settings]):
 
 
 METHOD = Images100M
-
-
-def mean_of_ranks(rows_NE: Tensor) -> Tensor:
-    """Mean of the rows of all ranks, (E,), without gradient. Collective."""
-    wide = torch.promote_types(rows_NE.dtype, torch.float32)
-    mean_E = distributed.all_reduce(rows_NE.detach().mean(0, dtype=wide)) / distributed.world_size()
-    return mean_E.to(rows_NE.dtype)
 
 
 @cache

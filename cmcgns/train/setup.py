@@ -71,7 +71,7 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """The corpus of ``config.data`` with its training and validation split."""
     data = config.data
-    source, index = open_index("data.uri", data, Target(data.resize, "longer"), data.reports)
+    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
     train, train_arrangement = source.arrange(index.split("train"), data.group_studies)
     valid, valid_arrangement = source.arrange(index.split("valid"), data.group_studies)
     most = data.validation_studies

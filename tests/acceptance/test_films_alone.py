@@ -11,10 +11,11 @@ from tests.jobs import Job, result, rows
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
-STEPS = 60
+STEPS = 150
 SETTINGS = (
     "--method.name=images100m", "--objective.prototypes=32", "--objective.freeze_steps=5",
     "--data.reports=false", "--data.validation_studies=64", "--data.resize=112", "--data.image_size=96",
+    "--model.image_encoder=resnet-tiny-16", "--train.learning_rate=1e-3",
     "--train.num_workers=1", "--train.engine=torch", "--train.zero_stage=0", "--train.microbatch_size=32",
     "--train.global_batch_size=32", f"--train.stage1_steps={STEPS}", "--train.stage2_steps=0", "--train.warmup_steps=5",
 )  # fmt: skip

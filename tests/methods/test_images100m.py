@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
-from cmcgns.config import Config
 from cmcgns.methods.base import load_method
 from cmcgns.methods.codes import codes_of_all_ranks, own_rows, sinkhorn, swapped_loss
 from cmcgns.methods.images100m import CODED, Images100MOutputs, statistics
@@ -118,10 +117,6 @@ def test_the_swapped_loss_is_a_loop_over_pairs_of_views() -> None:
     assert float(swapped_loss(scores_VBK, codes_ABK, 0.1)) == pytest.approx(total, rel=1e-12)
 
 
-def model_config() -> Config:
-    return small_config(method__name="images100m", objective__queue=16)
-
-
 def on_a_rank() -> dict[str, Any]:
     """Loss, codes and gradient of this rank's part of the golden batch, and the queue after three microbatches of 8 films."""
     numbers, world = golden("swav"), distributed.world_size()
@@ -135,9 +130,10 @@ def on_a_rank() -> dict[str, Any]:
     loss = swapped_loss(scores_VBK, codes_ABK, 0.1)
     of_views, of_prototypes = torch.autograd.grad(loss, raw)
     alone = sinkhorn(scores_VBK[0].detach(), 0.05, 3)
-    model = forward(objective__queue=16)[1]
+    config = small_config(method__name="images100m", objective__queue=16, objective__projector_norm="none")
+    model = small_model(config).double().train()
     for seed in range(3):
-        model(random_batch(model_config(), slice(own.start, own.stop), seed))
+        model(random_batch(config, slice(own.start, own.stop), seed))
     return {"queue": model.queue_AQE.numpy()} | {
         name: each.detach().numpy()
         for name, each in zip(
@@ -184,7 +180,9 @@ def test_a_collapsed_encoder_is_named() -> None:
 
 
 def forward(seed: int = 0, **more: Any) -> tuple[Any, Any, Any]:
-    config = small_config(method__name="images100m", objective__freeze_steps=0, **more)
+    config = small_config(
+        **{"method__name": "images100m", "objective__freeze_steps": 0, "objective__instance_weight": 0.0, **more}
+    )
     model = small_model(config).double()
     return config, model.train(), random_batch(config, slice(0, 6), seed)
 

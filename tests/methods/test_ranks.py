@@ -68,12 +68,17 @@ CONFIGS = {
     },
     **{f"xdc {each}": {"method__name": "xdc", "objective__variant": each} for each in ("sdc", "mdc", "cdc")},
     "xdc hybrid": {"method__name": "xdc", "objective__global_weight": 0.5, "objective__class_weights": "none"},
-    "images100m": {"method__name": "images100m", "objective__freeze_steps": 0},
+    "images100m": {
+        # batch normalisation over 2 studies is not that over 6
+        "method__name": "images100m", "objective__freeze_steps": 0, "objective__projector_norm": "none",
+    },
     "images100m by k-means": {
         "method__name": "images100m", "objective__codes": "kmeans", "objective__prototypes": 6, "objective__embed": 32,
+        "objective__projector_norm": "none",
     },
     "images100m with reports": {
         "method__name": "images100m", "objective__freeze_steps": 0, "objective__supervision": "reports",
+        "objective__projector_norm": "none",
         "objective__instance_weight": 0.5, "objective__num_views": 3, "objective__queue": 8,
     },
     "vit": {},

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 from transformers import AutoModel
 
+from cmcgns.data.prepare.check import check_set
 from cmcgns.data.readers import open_source
 from cmcgns.errors import UserError
+from tests.data.prepare.sets import prepare_here
+from tests.data.prepare.sets import rows as prepared_rows
 from tests.data.trees import csv_file
 from tests.data.trees import rows as index_rows
 from tests.jobs import REPOSITORY, result, rows, run_here
@@ -55,8 +58,35 @@ def test_a_table_without_reports_is_read_only_if_the_settings_say_so(films: Path
 
 
 @pytest.mark.ray
+def test_films_without_reports_are_prepared_with_their_labels(local_ray: None, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", str(tmp_path / "set")
+    lines = [f"{number}.png,p{number},{number % 2},No effusion." for number in range(12)]
+    for number in range(12):
+        film_HW = np.random.default_rng(number).integers(0, 256, (40, 50), np.uint8)
+        raw.mkdir(exist_ok=True)
+        Image.fromarray(film_HW).save(raw / f"{number}.png")
+    csv_file(raw / "pairs.csv", "image,patient,effusion,report", *lines)
+    alone = ("--data.reports=false", "--prepare.image_size=40")
+    assert prepare_here(raw, out, *alone) == 0
+    kept = prepared_rows(out)
+    assert {row["image_id"]: dict(row["labels"])["effusion"] for row in kept} == {f"{n}.png": n % 2 for n in range(12)}
+    assert {(row["report"], tuple(row["sentences"])) for row in kept} == {("", ())}
+    assert check_set(out) == 0
+    assert not (tmp_path / "set" / "findings.jsonl").exists()  # no report is in two splits
+    assert len(open_source(out, "parquet", reports=False).index().table) == 12
+    with pytest.raises(UserError, match=r"was prepared without reports; for films alone set data\.reports=false"):
+        open_source(out, "parquet").index()
+    with pytest.raises(UserError, match="is a complete set with reports False, not True"):
+        prepare_here(raw, out, "--prepare.image_size=40")
+    with pytest.raises(UserError, match=r"scrub_reports true: data\.reports false reads no reports"):
+        prepare_here(raw, out, *alone, "--prepare.scrub_reports=true")
+
+
+@pytest.mark.ray
 def test_films_without_reports_pretrain_an_encoder(local_ray: None, films: Path, tmp_path: Path) -> None:
-    uri = f"--data.uri={films / 'labels.csv'}"
+    prepared = str(tmp_path / "set")
+    assert prepare_here(films / "labels.csv", prepared, "--data.reports=false") == 0
+    uri = f"--data.uri={prepared}"
     refused = run_here(tmp_path, "pretrain", *ALONE[:2], uri, "--data.reports=false")
     assert refused.returncode == 2
     assert "data.reports false: method.name cm-cgns learns from reports" in refused.stderr + refused.stdout

@@ -43,6 +43,8 @@ class PrepareJobConfig(Section):
     def parts_work_together(self) -> Self:
         if not self.prepare.out:
             raise ValueError("prepare.out is missing; give a folder for the prepared set, such as s3://bucket/prepared")
+        if self.prepare.scrub_reports and not self.data.reports:
+            raise ValueError("prepare.scrub_reports true: data.reports false reads no reports; remove one of the two")
         if self.data.format == "parquet":
             raise ValueError("data.format parquet: that set is already prepared; give the raw one")
         return self

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from cmcgns import storage
+from cmcgns.config import CorpusConfig
 from cmcgns.data.manifest import PLAN, SPLITS, VERSION, content_hash, read_manifest, well_formed
 from cmcgns.data.order import Arrangement, arranged
 from cmcgns.data.prepare.config import PrepareConfig, PrepareJobConfig
@@ -59,7 +60,9 @@ def arrange_splits(index: StudyIndex, group_studies: int, pseudonyms: Pseudonyms
 def make_plan(config: PrepareJobConfig, source: Source, splits: dict[str, Split], pseudonyms: Pseudonyms) -> Plan:
     """The plan of a new set."""
     groups = {name: split.arrangement.groups for name, split in splits.items()}
-    per_shard = _groups_per_shard(config, splits, Maker(source, config.prepare, pseudonyms), sum(groups.values()))
+    per_shard = _groups_per_shard(
+        config, splits, Maker(source, config.prepare, pseudonyms, config.data.reports), sum(groups.values())
+    )
     shards = []
     for split, count in groups.items():
         files = -(-count // per_shard)
@@ -93,6 +96,7 @@ def settings_of(config: PrepareJobConfig, pseudonyms: Pseudonyms) -> dict[str, A
     """The settings that affect the content of a set."""
     prepare = config.prepare.model_dump(mode="json", exclude=set(FREE_SETTINGS))
     return prepare | {
+        "reports": config.data.reports,
         "views": list(config.data.views),
         "crop_borders": config.data.crop_borders,
         "group_studies": config.data.group_studies,
@@ -167,7 +171,7 @@ def _check_unchanged(
 ) -> None:
     for name, value in settings_of(config, pseudonyms).items():
         # a set of an earlier version lacks newer settings
-        was = known.get(name, getattr(PrepareConfig(), name, None))
+        was = known.get(name, getattr(PrepareConfig(), name, getattr(CorpusConfig(), name, None)))
         if was != value:
             raise UserError(f"{state} with {name} {was!r}, not {value!r}; give the same value, or a new folder")
     now = describe_source(source, splits, pseudonyms)

@@ -109,15 +109,16 @@ class PrepareJob(Job):
         excluded = ", ".join(f"{count} {reason}" for reason, count in index.filtered.items()) or "none"
         encoding = "PNG" if settings.encoding == "png" else f"JPEG of quality {settings.quality}"
         total = len(self.shards.shards)
+        reports = "none is read" if not data.reports else "text unchanged, with any names and dates in it"
+        if settings.scrub_reports:
+            reports = "dates, long numbers, names after titles and addresses removed; other names stay"
         return {
             "data": f"{self.source.uri} ({self.source.format}): {len(index.table)} studies, {films} films; films excluded: "
             f"{excluded}; studies rejected by the reader: {len(index.bad_rows)}",
             "films": f"shorter side {settings.image_size} pixels, {encoding}"
             f"{', black borders cropped' if data.crop_borders else ''}",
             "ids": "unchanged" if settings.pseudonymise_key_file is None else "hashes keyed with pseudonymise_key_file",
-            "reports": "dates, long numbers, names after titles and addresses removed; other names stay"
-            if settings.scrub_reports
-            else "text unchanged, with any names and dates in it",
+            "reports": reports,
             "out": f"{settings.out}: {total} shards, {total - len(self.missing)} of them already finished",
         }
 
@@ -125,7 +126,7 @@ class PrepareJob(Job):
         check_task_size(self.config.prepare.cpus_per_task, cpus)
 
     def run(self, terminal: Console) -> dict[str, Any]:
-        maker = Maker(self.source, self.config.prepare, self.pseudonyms)
+        maker = Maker(self.source, self.config.prepare, self.pseudonyms, self.config.data.reports)
         make_missing(terminal, self.config, maker, self.splits, self.missing, self.progress)
         made = [self.progress.made[shard.name] for shard in self.shards.shards]
         write_manifest(self.out, self.shards, self.index, made, self.progress.bad_rows)
@@ -309,9 +310,10 @@ def report_complete(terminal: Console, out: str, how: str) -> None:
     """Print the content of the set."""
     manifest = read_manifest(out)
     terminal.print(summary_table(manifest))
+    alone = "" if manifest.has_reports else " --data.reports=false"
     terminal.print(
         f"{out} {how}: {manifest.rows} films of {manifest.studies} studies, {manifest.bad_rows} bad rows; "
-        f"content hash {manifest.content_hash}\nuse it with --data.uri={out} --data.format=parquet",
+        f"content hash {manifest.content_hash}\nuse it with --data.uri={out} --data.format=parquet{alone}",
         highlight=False,
     )
 

@@ -153,6 +153,8 @@ class Maker:
     source: Source
     settings: PrepareConfig
     pseudonyms: Pseudonyms
+    reports: bool = True
+    """Studies have reports; otherwise rows have an empty text and no sentences."""
 
     def write(self, plan: ShardPlan, groups: Iterator[list[dict[str, Any]]]) -> MadeShard:
         """Make the shard of ``plan`` from the studies of each of its groups, and commit it."""
@@ -202,9 +204,7 @@ class Maker:
         study_id = self.pseudonyms(study["study_id"])
         try:
             with noted() as of_report:
-                report = self.source.read_report(study)
-                report = scrub(report) if self.settings.scrub_reports else report
-                text = {"report": report, "sentences": parse_report(report).sentences}
+                text = self._text(study)
         except BadRow as reason:
             return [], {study_id: str(reason)}, Counter()
         rows, bad, repaired = [], {}, Counter[str]()
@@ -217,6 +217,13 @@ class Maker:
             except BadRow as reason:
                 bad[f"{study_id}/{self.pseudonyms(film['image_id'])}"] = str(reason)
         return rows, bad, repaired
+
+    def _text(self, study: dict[str, Any]) -> dict[str, Any]:
+        if not self.reports:
+            return {"report": "", "sentences": []}
+        report = self.source.read_report(study)
+        report = scrub(report) if self.settings.scrub_reports else report
+        return {"report": report, "sentences": parse_report(report).sentences}
 
     def _image(self, reader: Reader, path: str) -> dict[str, Any]:
         image = reader.read_image(path)

@@ -148,15 +148,15 @@ def open_source(
     return source
 
 
-def open_index(key: str, data: CorpusConfig, target: Target, reports: bool = True) -> tuple[Source, StudyIndex]:
+def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, StudyIndex]:
     """The corpus of the settings ``data`` and its index; if it cannot be read, the error names the setting ``key``.
 
-    ``target``: size to which films will be shrunk. ``reports``: films have reports.
+    ``target``: size to which films will be shrunk.
     """
     try:
         source = open_source(
             data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
-            data.phantom_studies, data.phantom_size, reports,
+            data.phantom_studies, data.phantom_size, data.reports,
         )  # fmt: skip
         with noted() as notes:
             index = source.index()

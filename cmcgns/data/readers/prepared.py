@@ -36,6 +36,8 @@ class PreparedSource:
     uri: str
     views: tuple[str, ...] = DEFAULT_VIEWS
     format: str = "parquet"
+    reports: bool = True
+    """Studies have reports, which a set may lack."""
 
     @property
     def content_hash(self) -> str:
@@ -50,6 +52,8 @@ class PreparedSource:
                 "with python jobs/prepare.py --prepare.out=%s --prepare.check=true, or prepare it again",
                 self.uri, self.uri,
             )  # fmt: skip
+        if self.reports and not manifest.has_reports:
+            raise UserError(f"{self.uri} was prepared without reports; for films alone set data.reports=false")
         with ThreadPoolExecutor(READ_THREADS) as threads:
             parts = list(threads.map(lambda shard: _index_rows(self.uri, shard), manifest.shards))
         rows = pa.concat_tables(parts) if parts else None
@@ -196,4 +200,4 @@ def _read_group(uri: str, name: str, columns: tuple[str, ...]) -> pa.Table | Bad
 
 def open_corpus(options: CorpusOptions) -> PreparedSource:
     """The reader of ``parquet``, a prepared set."""
-    return PreparedSource(options.uri, options.views)
+    return PreparedSource(options.uri, options.views, reports=options.reports)
