@@ -37,7 +37,7 @@ def small_config(**train: object) -> Config:
         settings["train"]["stage3_steps"] = 4 if own.stages == 3 else 0
     for key, value in train.items():
         section, _, name = key.rpartition("__")
-        settings[section or "train"][name] = value
+        settings.setdefault(section or "train", {})[name] = value
     return Config.model_validate(settings)
 
 

@@ -15,6 +15,7 @@ from cmcgns.config.sections import (
     MethodConfig,
     ModelConfig,
     PoolConfig,
+    PretrainRunConfig,
     RunConfig,
     Section,
     TrainConfig,
@@ -35,6 +36,7 @@ __all__ = [
     "MethodSettings",
     "ModelConfig",
     "PoolConfig",
+    "PretrainRunConfig",
     "RunConfig",
     "RunSections",
     "Section",
@@ -57,7 +59,7 @@ class RunSections(Section):
     objective: SerializeAsAny[MethodSettings] = Field(default_factory=dict, validate_default=True)
     clustering: ClusteringConfig = ClusteringConfig()
     train: TrainConfig = TrainConfig()
-    run: RunConfig = RunConfig()
+    run: PretrainRunConfig = PretrainRunConfig()
 
     @field_validator("objective", mode="before")
     @classmethod

@@ -288,3 +288,9 @@ class RunConfig(Section):
         """Settings that conflict."""
         if self.resume and self.name and self.resume != self.name:
             yield f"run.resume {self.resume} keeps the name of that run; remove run.name {self.name}"
+
+
+class PretrainRunConfig(RunConfig):
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Also send the numbers of metrics.jsonl and the settings to Weights & Biases or MLflow (docs/pretraining.md). No films, no
+    reports, no pictures. Keys come from the environment."""

@@ -17,7 +17,7 @@ from optuna.trial import create_trial
 
 from cmcgns import storage
 from cmcgns.cli import to_yaml
-from cmcgns.config import Config, RunConfig
+from cmcgns.config import Config, PretrainRunConfig
 from cmcgns.plotting import Axes, Figure, FormatStrFormatter, LogLocator, NullFormatter, colormaps
 from cmcgns.run_folder import RunFolder
 from cmcgns.sweep.ledger import Ledger, SeedScores, Trial
@@ -161,7 +161,9 @@ class SweepResult:
 def trial_settings(base: Config, trial: Trial) -> Config:
     """Settings of a trial, for a run outside the sweep."""
     config = apply_drawn(base, trial.drawn)
-    return config.model_copy(update={"train": config.train.model_copy(update={"seed": trial.seed}), "run": RunConfig()})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"seed": trial.seed}), "run": PretrainRunConfig()}
+    )
 
 
 def trials_table(ledger: Ledger, base: Config, metric: str, folder: RunFolder) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmcgns import storage
-from cmcgns.config import Config, RunConfig
+from cmcgns.config import Config, PretrainRunConfig
 from cmcgns.errors import UserError
 from cmcgns.faiss_install import check_faiss
 from cmcgns.measures import needs_parts, not_reported
@@ -69,7 +69,7 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     folder, config = find_folder(run, "sweep", "sweep.resume"), with_absolute_paths(config)
     if folder.resumed:
         refuse_changes(config, folder, FREE_IN_SWEEPS)
-    base = config.pretraining().model_copy(update={"run": RunConfig()})
+    base = config.pretraining().model_copy(update={"run": PretrainRunConfig()})
     if base.banks:
         check_faiss(base.clustering.device)
     check_metric(settings.metric, base)

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from cmcgns import distributed, storage
+from cmcgns.config import Config
 from cmcgns.methods.base import Losses, Method
+from cmcgns.train.loggers import Loggers, open_loggers
 
 
 class StepMetrics:
@@ -53,14 +55,15 @@ class StepMetrics:
 class RunLog:
     """metrics.jsonl and tensorboard/ of a run folder (rank 0). On object storage both are uploaded at checkpoints."""
 
-    def __init__(self, folder: str, scratch: Path, step: int) -> None:
-        """Continue after ``step``: later rows are deleted."""
+    def __init__(self, folder: str, scratch: Path, step: int, config: Config | None = None) -> None:
+        """Continue after ``step``: later rows are deleted. ``config`` names further loggers."""
         self.folder, self.remote = folder, storage.is_s3(folder)
         self.local = scratch if self.remote else Path(folder)
         self.path = self.local / "metrics.jsonl"
         self._keep_until(step)
         self._file = self.path.open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(self.local / "tensorboard"), purge_step=step + 1)
+        self.loggers = Loggers([] if config is None else open_loggers(config, folder, self.local))
 
     def _keep_until(self, step: int) -> None:
         uri = storage.join(self.folder, "metrics.jsonl")
@@ -76,6 +79,7 @@ class RunLog:
                 if isinstance(value, int | float) and key not in ("step", "stage", "epoch"):
                     self.tensorboard.add_scalar(f"{row['split']}/{key}", value, row["step"])
         self._file.flush()
+        self.loggers.write(rows)
 
     def picture(self, name: str, image_CHW: Tensor, step: int) -> None:
         """Add a picture in [0, 1] to TensorBoard, and write it as PNG to the run folder."""
@@ -94,6 +98,7 @@ class RunLog:
 
     def close(self) -> None:
         """Upload the rest and close."""
+        self.loggers.close()
         self.sync()
         self._file.close()
         self.tensorboard.close()

@@ -27,6 +27,7 @@ from cmcgns.faiss_install import check_faiss
 from cmcgns.models.presets import TEXT_PRESETS
 from cmcgns.plugins import absolute_plugin
 from cmcgns.run_folder import RunFolder, name_taken, open_folder, refuse_changes, write_config
+from cmcgns.train.loggers import check_loggers
 from cmcgns.train.resume import find_checkpoint, list_checkpoints
 from cmcgns.train.schedule import Schedule, build_schedule
 from cmcgns.user_folders import check_extension_lock
@@ -172,7 +173,7 @@ FREE_TO_CHANGE = {
         "activation_checkpointing", "placement", "overlap_comm", "deterministic",
         "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_failures",
     },
-    "run": {"name", "storage", "resume"},
+    "run": {"name", "storage", "resume", "loggers"},
 }  # fmt: skip
 """Settings that may change when a run is resumed; all others affect what is learned."""
 
@@ -289,6 +290,7 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
         UserError: a setting does not fit this machine, the run folder or the corpus.
     """
     config = with_absolute_paths(config)
+    check_loggers(config)
     if config.banks:
         check_faiss(config.clustering.device)
     if config.train.engine == "deepspeed" and config.train.zero_stage and not config.train.use_gpu:

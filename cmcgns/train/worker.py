@@ -177,7 +177,7 @@ def _train(assignment: Assignment) -> None:
             check_checkpoint(assignment, checkpoint.path, folder)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmcgns-run-")))
         step = 0 if folder is None else load_progress(folder).step
-        log = RunLog(assignment.folder, scratch, step) if distributed.rank() == 0 else None
+        log = RunLog(assignment.folder, scratch, step, config) if distributed.rank() == 0 else None
         source = RayBlocks(assignment.train, assignment.valid, config.train.microbatch_size)
         stack.callback(source.close)
         parts = build_parts(assignment, source, device, log)
