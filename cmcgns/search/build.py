@@ -150,9 +150,10 @@ class ShardWriter:
         self.tables: list[pa.Table] = []
         self.stack = ExitStack()
         self.pictures = self._scratch(PICTURES) if pictures else None
-        self.png = (
-            None if self.pictures is None else pq.ParquetWriter(self.pictures, PICTURES_SCHEMA, compression="none")
-        )
+        self.png = None
+        if self.pictures is not None:  # statistics and dictionaries would hold whole pictures once more
+            options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+            self.png = pq.ParquetWriter(self.pictures, PICTURES_SCHEMA, **options)
 
     def __enter__(self) -> "ShardWriter":
         return self

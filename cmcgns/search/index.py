@@ -58,7 +58,7 @@ class Case:
     view: str
     split: str
     sentences: list[str]
-    """Of the report, normalised."""
+    """Of the report, as far as the model read it, normalised."""
     row: int
     """Number of the film in the index."""
 

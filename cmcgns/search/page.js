@@ -24,6 +24,7 @@ async function ask(kind, body) {
     const text = await response.text();
     if (number !== latest) return;
     element("access").hidden = response.status !== 401;
+    if (response.status === 413) return say("The server refused the size of the file (search.upload_mib).", true);
     if (!response.ok) return say(text, true);
     say("");
     element("answer").innerHTML = text; // the server escapes every text, and the page's policy runs no script in it

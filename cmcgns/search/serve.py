@@ -70,9 +70,8 @@ def make_server(own: SearchConfig, index: Index, token: str | None) -> Any:
     most_bytes = own.upload_mib * 2**20
     app = make_app(index, token, most_bytes, own.hosts)
     try:
-        # one byte more than Flask takes, whose message says more
         return create_server(
-            app, host=own.host, port=own.port, threads=THREADS, max_request_body_size=most_bytes + 1, ident=None
+            app, host=own.host, port=own.port, threads=THREADS, max_request_body_size=most_bytes, ident=None
         )
     except OSError as error:
         raise UserError(
