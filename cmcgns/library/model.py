@@ -66,10 +66,11 @@ def load(
         raise UserError(f"precision {precision!r}: choose fp32 or bf16")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    return Model(open_model(LOAD, str(where), trusted), _device(device), precision, batch_size, progress)
+    return Model(open_model(LOAD, str(where), trusted), device_named(device), precision, batch_size, progress)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device `cpu`, `cuda` or `cuda:1`; raises ``UserError`` if this machine has none of that name."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -107,7 +108,12 @@ class Model:
     """A trained dual encoder. It takes films as ``FilmLike``, and reads films and texts as pretraining does."""
 
     def __init__(
-        self, run: PretrainedRun, device: torch.device, precision: Precision, batch_size: int, progress: bool
+        self,
+        run: PretrainedRun,
+        device: torch.device,
+        precision: Precision = "fp32",
+        batch_size: int = 32,
+        progress: bool = True,
     ) -> None:
         self.run, self.method, self.config = run, run.method, run.config
         self.device, self.precision = device, precision

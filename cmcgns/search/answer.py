@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cmcgns.data.reports import as_parsed
-from cmcgns.library.films import FilmLike, read_square
+from cmcgns.library.films import READERS, FilmLike, read_square
 from cmcgns.library.model import Heatmap, Model
 from cmcgns.library.texts import embed_sentences
 from cmcgns.search.index import Case, Index
@@ -154,7 +155,8 @@ def embed_in_batches(model: Model, sentences: Sequence[str]) -> NDArray[np.float
 def with_pictures(index: Index, matches: Sequence[Match]) -> list[Match]:
     """The matches with films and heat maps, as far as index and method have them."""
     model = index.model
-    pictures = [index.picture(match.case) for match in matches]
+    with ThreadPoolExecutor(READERS) as threads:  # each may wait for S3
+        pictures = list(threads.map(index.picture, (match.case for match in matches)))
     squares = [square_RR for square_RR in pictures if square_RR is not None]
     if len(squares) < len(matches):
         return list(matches)

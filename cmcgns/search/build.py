@@ -60,6 +60,8 @@ from cmcgns.terminal import print_plan
 
 FLAT_FILMS = 100_000
 """Most films of an index that `auto` makes flat."""
+PICTURES_PER_GROUP = 16
+"""Pictures that are read together with one."""
 DONE = "json"
 """File that makes a shard complete, gone when the index is."""
 FREE_TO_CHANGE = {"search": {
@@ -168,7 +170,7 @@ class ShardWriter:
         png = table["png"].to_pylist()
         hashes = [xxhash.xxh3_128_hexdigest(each) if self.png else "" for each in png]
         if self.png is not None:
-            self.png.write_table(table.select(["png"]).cast(PICTURES_SCHEMA), row_group_size=64)
+            self.png.write_table(table.select(["png"]).cast(PICTURES_SCHEMA), row_group_size=PICTURES_PER_GROUP)
         self.tables.append(table.drop_columns(["png"]).append_column("picture_hash", pa.array(hashes, pa.string())))
 
     def finish(self) -> Shard:
@@ -273,9 +275,11 @@ class BuildJob(Job):
         if self.is_complete():
             known = read_manifest(uri)
             model, corpus = known.model["identity"], known.corpus["digest"]
-        else:
+        elif storage.exists(storage.join(uri, PLAN)):
             began = json.loads(storage.read_bytes(storage.join(uri, PLAN)))
             model, corpus = began["model"], began["digest"]
+        else:  # killed before it began
+            return
         if model != self.begun_with.model:
             raise UserError(f"search.index {uri} was begun by another run than {self.model_run.uri}; give a new folder")
         if corpus != self.begun_with.digest:
@@ -419,9 +423,15 @@ def complete(
         versions={name: metadata.version(name) for name in BuildJob.packages},
     )
     storage.write_bytes(storage.join(uri, INDEX), manifest.to_json())
+    clear(uri, len(shards))
+
+
+def clear(uri: str, shards: int) -> None:
+    """Delete the files that only an incomplete index needs."""
     storage.delete_file(storage.join(uri, PLAN))
-    for number in range(len(shards)):
+    for number in range(shards):
         storage.delete_file(storage.join(uri, shard_file(number, DONE)))
+    storage.clear_leftovers(uri)
 
 
 def measured(uri: str, shards: list[Shard], least: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -450,6 +460,7 @@ def build_index(config: SearchJobConfig, terminal: Console) -> int:
     """Exit status of a build: 0 complete, 1 failed, 130 stopped by the user. Finished shards are kept."""
     job = BuildJob(config)
     if job.is_complete():
+        clear(job.settings.index, len(read_manifest(job.settings.index).shards))
         print_plan(terminal, describe(job.settings.index))
         return 0
     return run(job)

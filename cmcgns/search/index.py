@@ -22,8 +22,8 @@ from cmcgns import storage
 from cmcgns.errors import UserError
 from cmcgns.faiss_install import check_faiss
 from cmcgns.library.films import FilmLike
-from cmcgns.library.model import Model, load
-from cmcgns.library.runs import open_model
+from cmcgns.library.model import Model, device_named
+from cmcgns.library.runs import PretrainedRun, open_model
 from cmcgns.search.manifest import (
     FILMS,
     PICTURES,
@@ -99,24 +99,24 @@ def open_index(
     check_faiss("cpu")
     uri = storage.absolute(key, where).rstrip("/")
     manifest = read_manifest(uri, key)
-    if not isinstance(model, Model):
-        run_uri = manifest.model["uri"] if model is None else str(model)
-        if model is None and not storage.exists(run_uri):
-            raise UserError(
-                f"{key} {uri} was built by {run_uri}, which is not there any more; say where it is now ({_model_key(key)})"
-            )
-        check_model(uri, manifest, open_model(_model_key(key), run_uri, trusted))
-        model = load(run_uri, device=device, trusted=trusted)
-    else:
+    if isinstance(model, Model):
         check_model(uri, manifest, model.run)
-    return Index(uri, manifest, model)
+        return Index(uri, manifest, model)
+    run_uri = manifest.model["uri"] if model is None else str(model)
+    if model is None and not storage.exists(run_uri):
+        raise UserError(
+            f"{key} {uri} was built by {run_uri}, which is not there any more; say where it is now ({_model_key(key)})"
+        )
+    run = open_model(_model_key(key), run_uri, trusted)
+    check_model(uri, manifest, run)
+    return Index(uri, manifest, Model(run, device_named(device)))
 
 
 def _model_key(key: str) -> str:
     return f"{KEY} model" if key == KEY else "search.run"
 
 
-def check_model(uri: str, manifest: Manifest, run: Any) -> None:
+def check_model(uri: str, manifest: Manifest, run: PretrainedRun) -> None:
     """Raise ``UserError`` unless ``run`` has the weights that built the index."""
     wanted, found = manifest.model["identity"], run.identity()
     if found != wanted:
@@ -131,6 +131,7 @@ class Index:
 
     def __init__(self, uri: str, manifest: Manifest, model: Model) -> None:
         self.uri, self.manifest, self.model = uri, manifest, model
+        self._footers = dict[str, tuple[Any, NDArray[np.int64]]]()
         self._scratch = tempfile.TemporaryDirectory(prefix="cmcgns-index-")
         shards = manifest.shards
         self._folder = verified_files(uri, shards, [FILMS, REPORTS, ROWS], Path(self._scratch.name))
@@ -221,11 +222,15 @@ class Index:
         ]
 
     def _png(self, uri: str, row: int) -> bytes:
-        def one(file: Any) -> bytes:
-            group, start = 0, 0
-            while row >= start + file.metadata.row_group(group).num_rows:
-                start += file.metadata.row_group(group).num_rows
-                group += 1
-            return bytes(file.read_row_group(group)["png"][row - start].as_py())
+        footer, start_g = self._row_groups(uri)
+        group = int(np.searchsorted(start_g, row, side="right")) - 1
+        read_group = lambda file: file.read_row_group(group)["png"][row - int(start_g[group])].as_py()
+        return bytes(parquet.read(uri, read_group, footer=footer))
 
-        return parquet.read(uri, one, PICTURES_SCHEMA)
+    def _row_groups(self, uri: str) -> tuple[Any, NDArray[np.int64]]:
+        """The footer of a file of pictures, read once, and the first row of each of its row groups."""
+        if uri not in self._footers:
+            footer = parquet.read(uri, lambda file: file.metadata, PICTURES_SCHEMA)
+            sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+            self._footers[uri] = footer, np.cumsum([0, *sizes])
+        return self._footers[uri]

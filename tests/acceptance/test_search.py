@@ -23,6 +23,7 @@ from cmcgns.search.manifest import PICTURES
 from cmcgns.search.nearest import DEPTH, SAMPLE, Floats
 from tests.browser import Browser, running_browser
 from tests.jobs import REPOSITORY, Job, Running
+from tests.s3 import S3Server
 from tests.search.test_build import drawn_films, recall_of
 
 pytestmark = pytest.mark.ray
@@ -120,7 +121,9 @@ def vectors(index: Index, of: str) -> Floats:
 
 def test_inverted_lists_over_real_films_find_what_they_state(storage: Path, openi_run: Path) -> None:
     """Recomputed by comparing everything, with other queries than those of the build too."""
-    index = built(storage, openi_run, "openi-ivf", "--search.kind=ivf", "--search.recall=0.9")
+    index = built(
+        storage, openi_run, "openi-ivf", "--search.kind=ivf", "--search.recall=0.9", "--search.shard_films=1000"
+    )
     rows = {of: vectors(index, of) for of in ("films", "reports")}
     for of, shards in (("films", index.films), ("reports", index.reports)):
         for by in ("films", "reports"):
@@ -177,6 +180,43 @@ def test_a_build_killed_twice_ends_as_an_undisturbed_one(storage: Path, phantom_
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         path.name for path in (storage / "phantom").iterdir()
     )
+
+
+@pytest.mark.s3
+def test_from_a_bucket_into_a_bucket_is_as_from_folder_to_folder(
+    storage: Path, phantom_run: Path, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """Run, index, the film of the query, and the answer lie in a bucket."""
+    bucket, corpus = s3_server.make_bucket("search"), PhantomCorpus(STUDIES, seed=0, height=300, width=260)
+    s3_server.upload(phantom_run, f"{bucket}/runs/phantom")
+    (tmp_path / "films").mkdir()
+    Image.fromarray(corpus.render(3)).save(tmp_path / "films" / "film.png")
+    s3_server.upload(tmp_path / "films", f"{bucket}/films")
+    settings = [
+        f"--search.run={bucket}/runs/phantom",
+        f"--search.index={bucket}/index",
+        f"--search.shard_films={SHARD}",
+    ]
+    job = search(storage, *settings)
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    whole, index = load_index(storage / "phantom"), load_index(f"{bucket}/index")
+    assert index.rows.equals(whole.rows)
+    for name in ("films", "reports"):
+        np.testing.assert_allclose(vectors(index, name), vectors(whole, name), atol=1e-5)
+    begun = time.monotonic()
+    job = search(
+        storage, f"--search.index={bucket}/index", f"--search.film={bucket}/films/film.png", f"--search.json={bucket}/a.json",
+        f"--search.page={bucket}/a.html",
+    )  # fmt: skip
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    print(f"answered from a bucket into a bucket in {time.monotonic() - begun:.0f} s, starting Python included")
+    found = json.loads(s3_server.client().get_object(Bucket="search", Key="a.json")["Body"].read())
+    wanted = whole.search(films=[tmp_path / "films" / "film.png"])[0].films
+    assert [case["film"] for case in found["films"]] == [case.path for case in wanted]
+    page = s3_server.client().get_object(Bucket="search", Key="a.html")["Body"].read()
+    assert page.count(b"data:image/png;base64,") == 2 + 2 * 20
 
 
 MILLION = f"""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -18,14 +19,14 @@ FILMS = [(number, film) for number in range(24) for film in range(len(PHANTOM.st
 """Study and number of each film."""
 PIXELS = [PHANTOM.render(*film) for film in FILMS]
 REPORTS = [PHANTOM.study(number).report for number, _ in FILMS]
+Where = TypeVar("Where", Path, str)
 FIRST = [film == 0 for _, film in FILMS]
 
 
 def make_index(
-    folder: Path, model: Model, kind: Kind = "flat", pictures: bool = True, bounds: Sequence[int] = (0, 10, 20)
-) -> Path:
-    """An index over all of ``FILMS`` whose shards begin at ``bounds``."""
-    folder.mkdir(parents=True)
+    folder: Where, model: Model, kind: Kind = "flat", pictures: bool = True, bounds: Sequence[int] = (0, 10, 20)
+) -> Where:
+    """An index over all of ``FILMS``, in a new folder or at a URI, whose shards begin at ``bounds``."""
     squares = list(read_squares(PIXELS, model.config.data, ahead=8))
     read = model._read(REPORTS)
     vector = lambda rows_ND: pa.FixedSizeListArray.from_arrays(pa.array(rows_ND.ravel()), model.dim)

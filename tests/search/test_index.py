@@ -17,10 +17,12 @@ from cmcgns.search.index import Index
 from cmcgns.search.manifest import FILMS as FILMS_FILE
 from cmcgns.search.manifest import PICTURES, ROWS, read_manifest, shard_file
 from cmcgns.search.manifest import REPORTS as REPORTS_FILE
+from tests.docs.test_pages import python_blocks
 from tests.evaluate.test_embed_job import write_run
 from tests.jobs import REPOSITORY
 from tests.library.conftest import CONFIG
 from tests.library.core import WITHOUT_EXTRAS
+from tests.library.test_model import png
 from tests.s3 import S3Server
 from tests.search.made import FILMS, FIRST, PHANTOM, PIXELS, REPORTS, make_index
 
@@ -166,11 +168,9 @@ def test_files_of_two_indexes_do_not_make_one(folder: Path, model: Model, tmp_pa
 
 
 @pytest.mark.s3
-def test_an_index_in_a_bucket_answers_as_a_local_one(
-    folder: Path, index: Index, model: Model, s3_server: S3Server
-) -> None:
+def test_an_index_in_a_bucket_answers_as_a_local_one(index: Index, model: Model, s3_server: S3Server) -> None:
     bucket = s3_server.make_bucket("searched")
-    s3_server.upload(folder, f"{bucket}/index")
+    make_index(f"{bucket}/index", model)
     there = load_index(f"{bucket}/index", model)
     mine, its = index.search(films=PIXELS[:3]), there.search(films=PIXELS[:3])
     assert mine == its
@@ -212,3 +212,15 @@ sys.exit(main(["search", "--search.index={folder}", "--search.text=no pneumothor
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nearest reports" in done.stdout
+
+
+def test_the_python_of_the_page_on_search_runs(
+    folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "indexes").mkdir()
+    (tmp_path / "indexes" / "NAME").symlink_to(folder)
+    (tmp_path / "film.png").write_bytes(png(PIXELS[0]))
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks(REPOSITORY / "docs" / "search.md")
+    exec(compile(block, "search.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 5 + 1
