@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 import xxhash
+import yaml
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -171,7 +172,10 @@ class ShardWriter:
         hashes = [xxhash.xxh3_128_hexdigest(each) if self.png else "" for each in png]
         if self.png is not None:
             self.png.write_table(table.select(["png"]).cast(PICTURES_SCHEMA), row_group_size=PICTURES_PER_GROUP)
-        self.tables.append(table.drop_columns(["png"]).append_column("picture_hash", pa.array(hashes, pa.string())))
+        kept = table.drop_columns(["png"]).take(
+            np.arange(len(table))
+        )  # a copy: a view would keep the pictures in Ray's memory
+        self.tables.append(kept.append_column("picture_hash", pa.array(hashes, pa.string())))
 
     def finish(self) -> Shard:
         """Write the shard; the file that makes it complete comes last."""
@@ -271,6 +275,8 @@ class BuildJob(Job):
     def refuse_another(self) -> None:
         """Raise ``UserError`` if the folder has an index by another run, of another corpus or with other settings."""
         uri = self.settings.index
+        if "search" not in yaml.safe_load(storage.read_bytes(storage.join(uri, "config.yaml"))):
+            raise UserError(f"search.index {uri} is the folder of another job; give a new folder")
         refuse_changes(self.config, self.folder, FREE_TO_CHANGE)
         if self.is_complete():
             known = read_manifest(uri)
@@ -328,6 +334,8 @@ class BuildJob(Job):
         )
         if len(shards) < len(bounds) - 1:
             shards += self.make_shards(terminal, len(shards))
+        if not any(shard.films for shard in shards):
+            raise UserError(f"search.index {own.index}: no film of the corpus can be used; its bad_rows.jsonl says why")
         complete(own.index, self.model_run, self.begun_with.model, self.corpus(), self.kind, own.recall, shards)
         return {"seconds": round(time.perf_counter() - began, 1)}
 

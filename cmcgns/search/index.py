@@ -23,7 +23,7 @@ from cmcgns.errors import UserError
 from cmcgns.faiss_install import check_faiss
 from cmcgns.library.films import FilmLike
 from cmcgns.library.model import Model, device_named
-from cmcgns.library.runs import PretrainedRun, open_model
+from cmcgns.library.runs import LOAD, PretrainedRun, open_model
 from cmcgns.search.manifest import (
     FILMS,
     PICTURES,
@@ -105,15 +105,12 @@ def open_index(
     run_uri = manifest.model["uri"] if model is None else str(model)
     if model is None and not storage.exists(run_uri):
         raise UserError(
-            f"{key} {uri} was built by {run_uri}, which is not there any more; say where it is now ({_model_key(key)})"
+            f"{key} {uri} was built by {run_uri}, which is not there any more; say where it is now "
+            f"({'model=' if key == KEY else 'search.run'})"
         )
-    run = open_model(_model_key(key), run_uri, trusted)
+    run = open_model(LOAD if key == KEY else "search.run", run_uri, trusted)
     check_model(uri, manifest, run)
     return Index(uri, manifest, Model(run, device_named(device)))
-
-
-def _model_key(key: str) -> str:
-    return f"{KEY} model" if key == KEY else "search.run"
 
 
 def check_model(uri: str, manifest: Manifest, run: PretrainedRun) -> None:

@@ -23,6 +23,7 @@ from cmcgns.errors import UserError
 from cmcgns.search.answer import answer_film, answer_text
 from cmcgns.search.config import LOOPBACK, TOKEN_VARIABLE, SearchConfig
 from cmcgns.search.index import Index
+from cmcgns.signals import sigterm_as_ctrl_c
 
 if TYPE_CHECKING:
     from flask import Flask, Response
@@ -51,14 +52,16 @@ HEADERS = {
 
 
 def serve(own: SearchConfig, index: Index, terminal: Console) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C or SIGTERM."""
     logging.getLogger("cmcgns").setLevel(logging.INFO)
     token = token_of(own.host)
     server = make_server(own, index, token)
-    shown = f"[{own.host}]" if ":" in own.host else own.host
-    address = f"http://{shown}:{server.effective_port}/{'' if token is None else f'#token={token}'}"
+    shown, port = f"[{own.host}]" if ":" in own.host else own.host, port_of(server)
+    address = f"http://{shown}:{port}/{'' if token is None else f'#token={token}'}"
     terminal.print(f"{index!r}\n{address}", highlight=False, markup=False)
-    server.run()
+    with sigterm_as_ctrl_c():
+        server.run()
+    server.close()
 
 
 def make_server(own: SearchConfig, index: Index, token: str | None) -> Any:
@@ -78,6 +81,11 @@ def make_server(own: SearchConfig, index: Index, token: str | None) -> Any:
             f"search.host {own.host}, search.port {own.port}: cannot be used ({error.strerror}); give another port, or 0 for a "
             "free one"
         ) from None
+
+
+def port_of(server: Any) -> int:
+    """The port on which a server of waitress listens; a name with several addresses has one socket for each."""
+    return int(server.effective_port if hasattr(server, "effective_port") else server.effective_listen[0][1])
 
 
 def token_of(host: str) -> str | None:

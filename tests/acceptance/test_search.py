@@ -19,7 +19,6 @@ from PIL import Image
 from cmcgns import load_index
 from cmcgns.phantom import PhantomCorpus
 from cmcgns.search.index import Index
-from cmcgns.search.manifest import PICTURES
 from cmcgns.search.nearest import DEPTH, SAMPLE, Floats
 from tests.browser import Browser, running_browser
 from tests.jobs import REPOSITORY, Job, Running
@@ -171,12 +170,10 @@ def test_a_build_killed_twice_ends_as_an_undisturbed_one(storage: Path, phantom_
     assert f"{there} of {of} shards are finished" in said
     assert kept == {name: (folder / name).stat().st_mtime_ns for name in kept}
     index = load_index(folder)
-    assert index.rows.equals(whole.rows)
+    assert index.rows.equals(whole.rows)  # with the hash of each picture
     difference = max(float(np.abs(vectors(index, name) - vectors(whole, name)).max()) for name in ("films", "reports"))
     print(f"the rows and pictures are those of an undisturbed build, embeddings differ by {difference:.1e} at most")
     assert difference < 1e-5
-    for mine, its in zip(index.manifest.shards, whole.manifest.shards, strict=True):
-        assert mine.hashes[PICTURES] == its.hashes[PICTURES]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         path.name for path in (storage / "phantom").iterdir()
     )
@@ -339,7 +336,7 @@ def test_the_page_answers_in_a_browser_and_asks_for_the_token(
             assert {url.split("/")[2] for url in browser.requests} == {address.split("/")[2]}
             browser.requests.clear()
         finally:
-            server.interrupt()
+            server.process.terminate()  # Ctrl-C reaches no job that a script has started with &
             said = server.wait(60)
         assert server.process.returncode == 0, said
         assert "pleural" not in said

@@ -159,4 +159,6 @@ def test_a_build_that_is_killed_continues_and_retrieves_as_the_evaluation_does(
     ):
         refused = run_here(tmp_path, "search", *settings, change)
         assert (refused.returncode, told in refused.stderr) == (2, True), refused.stderr
+    refused = run_here(tmp_path, "search", f"--search.run={run}", f"--search.index={run}")
+    assert "is the folder of another job" in refused.stderr
     assert json.loads((folder / "index.json").read_text())["bad_rows"] == 0

@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import cmcgns
 from cmcgns import UserError, load_index
@@ -88,9 +90,31 @@ def test_an_index_of_another_model_is_refused_by_both_names(
             load_index(folder, other)
     shutil.copytree(run / "export", tmp_path / "moved")
     assert len(load_index(folder, tmp_path / "moved").films) == len(FILMS)
+    assert json.loads((folder / "index.json").read_text())["model"]["uri"] == str(run)
+
+
+@pytest.mark.parametrize("key", ["resize", "image_size", "crop_borders", "max_tokens", "max_sentences"])
+def test_the_same_weights_that_read_films_or_reports_otherwise_are_another_model(
+    key: str, folder: Path, run: Path, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "other")
+    settings = yaml.safe_load((copied / "config.yaml").read_text())
+    was = settings["data"][key]
+    settings["data"][key] = not was if isinstance(was, bool) else {"resize": 64, "image_size": 32}.get(key, 12)
+    (copied / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="is another model"):
+        load_index(folder, copied)
+
+
+def test_a_run_that_was_moved_has_to_be_named(folder: Path, run: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(folder, tmp_path / "index")
-    fields = json.loads((copied / "index.json").read_text())
-    assert fields["model"]["uri"] == str(run)
+    moved = replace(
+        read_manifest(str(folder)), model=read_manifest(str(folder)).model | {"uri": str(tmp_path / "gone")}
+    )
+    (copied / "index.json").write_bytes(moved.to_json())
+    with pytest.raises(UserError, match=f"was built by {tmp_path}/gone, which is not there any more; .*model="):
+        load_index(copied)
+    assert len(load_index(copied, run).films) == len(FILMS)
 
 
 def flip(path: Path, place: float = 0.5) -> None:
