@@ -1,6 +1,7 @@
 """CM-CGNS pretraining of chest X-ray and report encoders on Ray and DeepSpeed, and the trained models in use.
 
-``load`` opens a trained model (docs/library.md). Importing this package is fast: torch is imported when a model is loaded.
+``load`` opens a trained model (docs/library.md), ``load_index`` an index for search (docs/search.md). Importing this package is
+fast: torch is imported when a model is loaded.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cmcgns.errors import UserError
     from cmcgns.library.model import Heatmap, Model, load
+    from cmcgns.search.index import Index, load_index
 
 __version__ = "0.1.0"
-__all__ = ["Heatmap", "Model", "UserError", "__version__", "load"]
-_HOMES = {"Heatmap": "library.model", "Model": "library.model", "load": "library.model", "UserError": "errors"}
+__all__ = ["Heatmap", "Index", "Model", "UserError", "__version__", "load", "load_index"]
+_HOMES = {
+    "Heatmap": "library.model", "Model": "library.model", "load": "library.model", "Index": "search.index",
+    "load_index": "search.index", "UserError": "errors",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ STATUS_FAILED, STATUS_WRONG_INPUT, STATUS_INTERRUPTED, STATUS_TERMINATED = 1, 2,
 STRING_KEYS = (
     "run.name", "run.resume", "run.storage", "method.name", "data.uri", "clustering.start_from", "embed.run", "embed.uri",
     "evaluate.run", "prepare.out", "prepare.pseudonymise_key_file", "sweep.resume",
+    *(f"search.{key}" for key in ("run", "uri", "index", "film", "text", "report", "json", "page", "host")),
 )  # fmt: skip
 """Keys whose values are always strings, even if they look like 2024-01-01 or 007."""
 RESUME_KEYS = ("run.resume", "sweep.resume")

@@ -99,6 +99,18 @@ def embed(arguments: Arguments) -> int:
     return run_job(main, EmbedJobConfig, None, arguments)
 
 
+def search(arguments: Arguments) -> int:
+    """Find the films and reports nearest to a film or a text: --search.index=FOLDER; build the index: --search.run=RUN_FOLDER"""
+    from cmcgns.search.config import SearchJobConfig
+
+    def main(config: SearchJobConfig) -> int:
+        from cmcgns.search.run import search as build_or_query
+
+        return build_or_query(config)
+
+    return run_job(main, SearchJobConfig, None, arguments)
+
+
 def kmeans(arguments: Arguments) -> int:
     """Cluster embeddings in Parquet: --data.uri=URI"""
     from cmcgns.clustering.config import KMeansConfig
@@ -172,7 +184,8 @@ def one_message(action: Callable[[], int]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Arguments], int]] = {
-    command.__name__: command for command in (pretrain, prepare, sweep, evaluate, embed, kmeans, report, export, doctor)
+    command.__name__: command
+    for command in (pretrain, prepare, sweep, evaluate, embed, search, kmeans, report, export, doctor)
 }
 
 

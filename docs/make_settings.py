@@ -9,6 +9,7 @@ from cmcgns.config import METHODS, Config, Section, method_settings
 from cmcgns.data.prepare.config import PrepareJobConfig
 from cmcgns.doctor import DoctorJobConfig
 from cmcgns.evaluate.config import EmbedJobConfig, EvaluateJobConfig
+from cmcgns.search.config import SearchJobConfig
 from cmcgns.sweep.config import SweepJobConfig
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -18,6 +19,7 @@ JOBS: dict[str, type[Section]] = {
     "prepare": PrepareJobConfig,
     "evaluate": EvaluateJobConfig,
     "embed": EmbedJobConfig,
+    "search": SearchJobConfig,
     "kmeans": KMeansConfig,
     "doctor": DoctorJobConfig,
 }

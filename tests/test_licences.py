@@ -13,7 +13,7 @@ from constraints.drift import pinned
 
 ALLOWED = {
     "0BSD", "AFL", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
-    "CNRI-Python", "ISC", "MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Zlib",
+    "CNRI-Python", "ISC", "MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "PSF-2.0", "ZPL-2.1", "Zlib",
 }  # fmt: skip
 """SPDX names of licences that let us use and ship a package, unchanged or not, with its notice."""
 
@@ -33,6 +33,7 @@ WORDS = {
     "mit license": "MIT",
     "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
     "python software foundation license": "PSF-2.0",
+    "zope public license": "ZPL-2.1",  # the version is in waitress's licence file
 }
 """SPDX names for what older metadata say."""
 

@@ -8,7 +8,7 @@ the corpus, this is as good as a full shuffle, and a reader holds only one windo
 # S studies of a split, G groups
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,16 @@ def _mixed(key_S: NDArray[np.int64], salt: np.int64) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))
+
+
+def one_after_the_other(parts: Sequence[Arrangement], groups_per_window: int) -> Arrangement:
+    """The arrangement of the splits ``parts`` in a row; no window has groups of two."""
+    groups, group_S = 0, list[NDArray[np.int32]]()
+    for part in parts:
+        groups = -(-groups // groups_per_window) * groups_per_window
+        group_S.append(part.group_S + np.int32(groups))
+        groups += part.groups
+    return Arrangement(np.concatenate([part.key_S for part in parts]), np.concatenate(group_S), groups)
 
 
 def study_key(study_id: str) -> int:

@@ -15,8 +15,8 @@ class EmbedConfig(Section):
     trusted: tuple[str, ...] = ()
     """Modules and files of others' run settings (method, backbone, reader) that may be executed; ones that are not named here
     are refused."""
-    split: Literal["train", "valid", "test"] = "test"
-    """Studies whose sentences are embedded."""
+    split: Literal["train", "valid", "test", "all"] = "test"
+    """Studies that are embedded."""
     uri: str | None = None
     """Corpus to embed instead of the run's own, in any layout that `data.uri` of a run supports."""
     studies: PositiveInt | None = None

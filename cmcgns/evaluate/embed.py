@@ -4,6 +4,9 @@ n sentences of a block of studies, S sentences of one study (padded), D embeddin
 """
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,9 +23,10 @@ from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.cluster.placement import bundles
 from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config
-from cmcgns.data.batch import Batcher
+from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.image import Target
-from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
+from cmcgns.data.manifest import SPLITS
+from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, one_after_the_other
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import Block, to_block
 from cmcgns.data.stream import piece_studies, stream_split
@@ -30,7 +34,7 @@ from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
 from cmcgns.job import Job, check_capacity
-from cmcgns.library.runs import PretrainedRun, open_run
+from cmcgns.library.runs import PretrainedRun, open_model, open_run
 from cmcgns.methods.base import load_method
 from cmcgns.models.attention import unit
 from cmcgns.models.dual_encoder import DualEncoder
@@ -54,18 +58,27 @@ class SentenceVectors(NamedTuple):
     """Sentence embedding: the mean of the sentence's tokens."""
 
 
-class SentenceEmbedder:
-    """Computes ``SentenceVectors`` of blocks of studies; films are center-cropped, without random augmentation."""
+class Embedder:
+    """The model with its batches; films are center-cropped, without random augmentation."""
 
     def __init__(self, model: DualEncoder, tokenizer: ReportTokenizer, config: Config, device: torch.device) -> None:
         self.model = model.to(device).eval()
         self.method, self.batcher = load_method(config), Batcher(config, tokenizer.pad_id, device)
 
     @torch.inference_mode()
+    def outputs(self, block: Block) -> tuple[ImageReportBatch, Any]:
+        """The block as a batch, and what the model makes of it."""
+        batch = self.batcher(block, (int(block.sentence_counts.sum()),), training=False)
+        return batch, self.model(batch)
+
+
+class SentenceEmbedder(Embedder):
+    """Computes ``SentenceVectors`` of blocks of studies."""
+
+    @torch.inference_mode()
     def __call__(self, block: Block) -> SentenceVectors:
         counts_B = block.sentence_counts
-        batch = self.batcher(block, (int(counts_B.sum()),), training=False)
-        outputs = self.model(batch)
+        batch, outputs = self.outputs(block)
         attention = self.method.attention(self.model, outputs)
         rows = lambda values_BSD: unit(values_BSD.flatten(0, 1)[batch.sentence_row_n].float()).cpu().numpy()
         return SentenceVectors(
@@ -108,21 +121,35 @@ class Split:
     arrangement: Arrangement
 
 
-class EmbedRows:
-    """A Ray Data actor with the model: takes studies, returns sentences."""
+class EmbedRows(ABC):
+    """A Ray Data actor with the model: takes stream rows with text, returns ``table``."""
 
-    def __init__(self, uri: str, study_ids: Any, settings: EmbedConfig) -> None:
+    embedder: type[Embedder] = Embedder
+
+    def __init__(self, uri: str, studies: Any, settings: EmbedConfig) -> None:
         torch.set_num_threads(max(int(settings.cpus_per_worker), 1))
-        run = open_run("embed.run", uri, settings.trusted)
-        self.study_ids = ray.get(study_ids)
-        self.resize = run.config.data.resize
+        run = open_model("embed.run", uri, settings.trusted)
+        self.studies, self.settings, self.resize = ray.get(studies), settings, run.config.data.resize
         device = torch.device("cuda" if settings.use_gpu else "cpu")
-        self.embed = SentenceEmbedder(run.load_model(), run.tokenizer, run.config, device)
+        self.embed: Any = self.embedder(run.load_model(), run.tokenizer, run.config, device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         rows = rows.combine_chunks()
-        block, texts = to_block(rows, self.resize), rows["sentences"].chunk(0).flatten()
-        return sentence_table(self.embed(block), self.study_ids.take(block.positions).to_pylist(), texts)
+        block = to_block(rows, self.resize)
+        return self.table(block, self.studies.take(block.positions), rows["sentences"].chunk(0))
+
+    @abstractmethod
+    def table(self, block: Block, studies: pa.Table, sentences: pa.ListArray) -> pa.Table:
+        """What is kept of a block; ``studies`` are the index rows and ``sentences`` the texts of its studies."""
+
+
+class EmbedSentences(EmbedRows):
+    """Takes studies, returns their sentences."""
+
+    embedder = SentenceEmbedder
+
+    def table(self, block: Block, studies: pa.Table, sentences: pa.ListArray) -> pa.Table:
+        return sentence_table(self.embed(block), studies["study_id"].to_pylist(), sentences.flatten())
 
 
 class EmbedJob(Job):
@@ -201,15 +228,17 @@ def open_split(run: PretrainedRun, settings: EmbedConfig, job: str = "embed") ->
     if not data.reports:
         raise UserError(f"{key} {run.uri} was trained with data.reports false: there are no sentences to read")
     if settings.uri is not None:
-        key, data = "embed.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
+        key, data = f"{job}.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
     config = with_absolute_paths(run.config.model_copy(update={"data": data}))
     source, index = open_index(key, config.data, Target(config.data.resize, "longer"))
-    studies = index.split(settings.split)
-    if not len(studies):
+    names = SPLITS if settings.split == "all" else (settings.split,)
+    arranged = [source.arrange(studies, data.group_studies) for studies in map(index.split, names) if len(studies)]
+    if not arranged:
         raise UserError(
             f"{job}.split {settings.split}: {data.uri} has no study in it, {len(index.table)} in all splits; give another split"
         )
-    studies, arrangement = source.arrange(studies, config.data.group_studies)
+    studies = pa.concat_tables([part for part, _ in arranged])
+    arrangement = one_after_the_other([part for _, part in arranged], data.groups_per_window)
     return Split(
         config, source, studies.slice(0, settings.studies).combine_chunks(), arrangement.first(settings.studies)
     )
@@ -217,25 +246,32 @@ def open_split(run: PretrainedRun, settings: EmbedConfig, job: str = "embed") ->
 
 def write_sentences(run: PretrainedRun, settings: EmbedConfig, split: Split, coordinator: Any, uri: str) -> None:
     """Write all sentences as Parquet files under ``uri``; the order of the files has no meaning."""
-    stream = stream_split(
-        split.source,
-        split.studies,
-        split.arrangement,
-        run.tokenizer,
-        split.config.data,
-        coordinator,
-        studies_ahead=STUDIES_AHEAD + 2 * piece_studies(split.source, split.config.data, len(split.studies)),
-        with_text=True,
-    )
     files, path = storage.lasting_filesystem(uri)
+    with embedded(EmbedSentences, run, settings, split, coordinator, split.studies.select(["study_id"])) as sentences:
+        sentences.write_parquet(path, filesystem=files, min_rows_per_file=ROWS_PER_FILE)
+
+
+@contextmanager
+def embedded(
+    actor: type[EmbedRows], run: PretrainedRun, settings: EmbedConfig, split: Split, coordinator: Any, studies: pa.Table,
+    position: int = 0,
+) -> Iterator[Any]:  # fmt: skip
+    """A Ray dataset of what ``actor`` makes of the split from ``position`` on, in order, to be consumed within the block.
+
+    ``studies``: the columns of the split that the actor needs.
+    """
+    data = split.config.data
+    ahead = STUDIES_AHEAD + 2 * piece_studies(split.source, data, len(split.studies))
+    stream = stream_split(
+        split.source, split.studies, split.arrangement, run.tokenizer, data, coordinator, studies_ahead=ahead, with_text=True
+    )  # fmt: skip
     with stream.context():
-        sentences = stream.rows(VALIDATION_EPOCH, 0).map_batches(
-            EmbedRows,
+        yield stream.rows(VALIDATION_EPOCH, position).map_batches(
+            actor,
             batch_format="pyarrow",
             batch_size=settings.batch_size,
-            fn_constructor_args=(run.uri, ray.put(split.studies["study_id"]), settings),
+            fn_constructor_args=(run.uri, ray.put(studies), settings),
             compute=ray.data.ActorPoolStrategy(size=settings.workers),
             num_cpus=settings.cpus_per_worker,
             num_gpus=1 if settings.use_gpu else 0,
         )
-        sentences.write_parquet(path, filesystem=files, min_rows_per_file=ROWS_PER_FILE)

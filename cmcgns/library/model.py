@@ -66,10 +66,11 @@ def load(
         raise UserError(f"precision {precision!r}: choose fp32 or bf16")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    return Model(open_model(LOAD, str(where), trusted), _device(device), precision, batch_size, progress)
+    return Model(open_model(LOAD, str(where), trusted), device_named(device), precision, batch_size, progress)
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device `cpu`, `cuda` or `cuda:1`; raises ``UserError`` if this machine has none of that name."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -107,7 +108,12 @@ class Model:
     """A trained dual encoder. It takes films as ``FilmLike``, and reads films and texts as pretraining does."""
 
     def __init__(
-        self, run: PretrainedRun, device: torch.device, precision: Precision, batch_size: int, progress: bool
+        self,
+        run: PretrainedRun,
+        device: torch.device,
+        precision: Precision = "fp32",
+        batch_size: int = 32,
+        progress: bool = True,
     ) -> None:
         self.run, self.method, self.config = run, run.method, run.config
         self.device, self.precision = device, precision
@@ -126,11 +132,19 @@ class Model:
         """Dimension D of the embeddings."""
         return self.config.model.embed_dim
 
-    @torch.inference_mode()
     def embed_films(self, films: Iterable[FilmLike]) -> Floats:
         """Embeddings of films, rows of length 1, (N, D)."""
-        films, rows = film_list(films), [np.zeros((0, self.dim), np.float32)]
-        for squares in self._batches(self._squares(films), len(films), "films"):
+        films = film_list(films)
+        return self._embed_squares(self._squares(films), len(films))
+
+    def embed_squares(self, squares: Sequence[NDArray[np.uint8]]) -> Floats:
+        """The same of padded squares, which ``films.read_square`` or a reader has read."""
+        return self._embed_squares(squares, len(squares))
+
+    @torch.inference_mode()
+    def _embed_squares(self, squares_of_films: Iterable[NDArray[np.uint8]], number: int) -> Floats:
+        rows = [np.zeros((0, self.dim), np.float32)]
+        for squares in self._batches(squares_of_films, number, "films"):
             with self._precision():
                 _, image_BD = self.film_encoder(self._seen(np.stack(squares)))
             assert image_BD is not None
@@ -211,16 +225,28 @@ class Model:
             raise UserError(
                 f"heatmap: method {self.config.method.name} attends to no patches (docs/methods.md says which do)"
             )
-        (square_RR,), read = self._squares([film]), self._read([text])
-        batch = self._batch([square_RR], read)
-        with self._precision():
-            attention = self.method.attention(self.network, self.network(batch))
-        assert isinstance(attention, SentenceAttention)
-        sentences = read[0][0].sentences[: read[0][1].sentences]
-        weight_SP = attention.weight_BSP[0, : len(sentences)].float().cpu().numpy()
-        grid = int(weight_SP.shape[1] ** 0.5)
-        film_HW = crop(torch.from_numpy(square_RR)[None, None], self.config.data.image_size, None)[0, 0].numpy()
-        return Heatmap(sentences, weight_SP.reshape(-1, grid, grid), film_HW.copy())
+        return self.heatmaps(list(self._squares([film])), self._read([text]))[0]
+
+    @torch.inference_mode()
+    def heatmaps(
+        self, squares: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[ParsedReport, EncodedReport]]
+    ) -> list[Heatmap]:
+        """The heat map of each padded square with its own text, which ``texts.read_text`` or a reader has read."""
+        found = list[Heatmap]()
+        for rows in self._batches(range(len(squares)), len(squares), "heat maps"):
+            some, read = [squares[row] for row in rows], [texts[row] for row in rows]
+            with self._precision():
+                attention = self.method.attention(self.network, self.network(self._batch(some, read)))
+            assert isinstance(attention, SentenceAttention)
+            grid = int(attention.weight_BSP.shape[2] ** 0.5)
+            for square_RR, (parsed, encoded), weight_SP in zip(some, read, attention.weight_BSP, strict=True):
+                weight_Sgg = weight_SP[: encoded.sentences].float().cpu().numpy().reshape(-1, grid, grid)
+                found.append(Heatmap(parsed.sentences[: encoded.sentences], weight_Sgg, self.seen(square_RR)))
+        return found
+
+    def seen(self, square_RR: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The part of a padded square that the model sees, (H, W)."""
+        return crop(torch.from_numpy(square_RR.copy())[None, None], self.config.data.image_size, None)[0, 0].numpy()
 
     @torch.inference_mode()
     def _part_scores(self, method: ComparesParts, films: Sequence[FilmLike], texts: Sequence[str]) -> Any:

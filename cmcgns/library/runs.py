@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 import yaml
 from safetensors.torch import load_file
 
@@ -21,13 +22,16 @@ from cmcgns.models.backbones import check_finite
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.plugins import absolute_plugin, is_plugin
 from cmcgns.run_folder import EXPORT_HASHES, is_automatic_name
-from cmcgns.storage.integrity import damage
+from cmcgns.storage.integrity import damage, hash_uri
 
 logger = logging.getLogger(__name__)
 BACKBONES = ("image_encoder.backbone.", "text_encoder.backbone.")
 HEADS = "heads.safetensors"
 EXPORT_SETTINGS = "settings.json"
 """File of an export with the settings that loading it needs."""
+WEIGHTS = (".safetensors", ".bin")
+READING = ("resize", "image_size", "crop_borders", "max_tokens", "max_sentences")
+"""Settings of `data` that change how a film or a report is read."""
 LOAD = "cmcgns.load"
 """The key of messages to users of the library."""
 
@@ -70,6 +74,20 @@ class PretrainedRun:
     def export(self) -> str:
         """URI of the folder with encoders, heads and centroids."""
         return self.uri if self.alone else storage.join(self.uri, "export")
+
+    def identity(self) -> str:
+        """Hash of the weights, the vocabulary and how films and reports are read: equal where embeddings can be compared."""
+        data = self.config.data
+        read = {name: getattr(data, name) for name in READING}
+        files = {name: value for name, value in self._hashes().items() if name.endswith(WEIGHTS) or "tokenizer" in name}
+        return xxhash.xxh3_128_hexdigest(json.dumps([read, files], sort_keys=True).encode())
+
+    def _hashes(self) -> dict[str, str]:
+        """Hash of each file of the export, as its own list says, which ``check_export`` has compared."""
+        listed = storage.join(self.export, EXPORT_HASHES)
+        if storage.exists(listed):
+            return dict(json.loads(storage.read_bytes(listed)))
+        return {name: hash_uri(storage.join(self.export, name)) for name in storage.list_files(self.export)}
 
     def load_model(self) -> DualEncoder:
         """The whole model on the CPU, in evaluation mode."""
