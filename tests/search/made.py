@@ -11,8 +11,9 @@ import pyarrow as pa
 from cmcgns.library.films import read_squares
 from cmcgns.library.model import Model
 from cmcgns.phantom import PhantomCorpus
-from cmcgns.search.build import ShardWriter, complete
+from cmcgns.search.build import complete
 from cmcgns.search.nearest import Kind
+from cmcgns.search.shard import ShardWriter
 
 PHANTOM = PhantomCorpus(studies=24, seed=3, height=60, width=48)
 FILMS = [(number, film) for number in range(24) for film in range(len(PHANTOM.study(number).films))]

@@ -15,8 +15,8 @@ from cmcgns.evaluate.tasks.retrieval import retrieval
 from cmcgns.library.model import Model
 from cmcgns.models.retrieval import DEPTHS
 from cmcgns.phantom import PhantomCorpus
-from cmcgns.search.build import in_shards, shard_bounds
 from cmcgns.search.index import Index
+from cmcgns.search.shard import in_shards, shard_bounds
 from cmcgns.storage.integrity import hash_file
 from tests.jobs import REPOSITORY, Running, run_here
 from tests.ray_head import RayHead
