@@ -45,6 +45,7 @@ ARROW_ATTEMPTS = 4
 SCRATCH, LOCK = "cmcgns-write-", "lock"
 LOCK_GRACE_S = 60
 """A folder younger than this may not be locked yet."""
+COPY_BYTES = 8 * 2**20
 LOCAL_FILES = arrow_fs.LocalFileSystem()
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -243,10 +244,36 @@ def delete_folder(uri: str) -> None:
 
 
 def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file under ``local`` to the same path under ``uri``."""
+    """Copy every file under ``local`` to the same path under ``uri``, in pieces."""
     for path in sorted(local.rglob("*")):
         if path.is_file():
-            write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
+            upload_file(path, join(uri, path.relative_to(local).as_posix()))
+
+
+def upload_file(local: Path, uri: str) -> None:
+    """Copy the file ``local`` to ``uri``, in pieces; it appears complete or not at all."""
+    if is_s3(uri):
+        s3.upload(local, uri, if_absent=False)
+        return
+    with local.open("rb") as source, writing(uri) as target:
+        shutil.copyfileobj(source, target)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """The path of a local file, or of a temporary copy of one on S3."""
+    if not is_s3(uri):
+        yield Path(filesystem(uri)[1])
+        return
+    with _scratch_folder() as folder:
+        path = folder / uri.rpartition("/")[2]
+
+        def copy(source: Any) -> None:
+            with explained(str(path)), path.open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+
+        read(uri, copy)
+        yield path
 
 
 def download_folder(uri: str, local: Path) -> None:

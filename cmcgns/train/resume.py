@@ -16,8 +16,8 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.storage.integrity import damage
 
 logger = logging.getLogger(__name__)
-CHECKPOINT_FORMAT = 2
-"""2 since checkpoints have hashes."""
+CHECKPOINT_FORMAT = FIRST_SHARDED = 3
+"""2 since checkpoints have hashes; 3 since each rank writes its own part."""
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})_of_(\d+)_[0-9a-f]{6}")
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list."""
@@ -28,10 +28,10 @@ def hashes_of(rank: int) -> str:
     return f"hashes_{rank}.json"
 
 
-def checkpoint_damage(uri: str, name: str) -> str | None:
+def checkpoint_damage(uri: str, name: str, part: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the checkpoint ``name`` in the folder ``uri``; None if every file of every rank is what was written.
 
-    Reads all of it.
+    Reads all of it, or with ``part`` (i, n) the files of every n-th rank from i on.
     """
     try:
         progress = json.loads(storage.read_bytes(storage.join(uri, "progress.json")))
@@ -45,7 +45,7 @@ def checkpoint_damage(uri: str, name: str) -> str | None:
         return None
     if ranks != ranks_in_name(name):
         return "progress.json is not what was written"
-    found = next(filter(None, (damage(uri, hashes_of(rank)) for rank in range(ranks))), None)
+    found = next(filter(None, (damage(uri, hashes_of(rank)) for rank in range(ranks)[part[0] :: part[1]])), None)
     if found is None and version > CHECKPOINT_FORMAT:
         return f"it has format {version}, and this version of cmcgns reads up to {CHECKPOINT_FORMAT}"
     return found

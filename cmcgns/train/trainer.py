@@ -18,15 +18,19 @@ from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import (
     CheckpointWriter,
+    Contents,
     Progress,
     load_part,
     load_progress,
+    load_shard,
     restore_random_state,
     seed_everything,
 )
-from cmcgns.train.engine import Engine, State, average_buffers, build_engine
+from cmcgns.train.engine import MOMENTS, Engine, average_buffers, build_engine
 from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
+from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED
 from cmcgns.train.schedule import Schedule
+from cmcgns.train.shards import State, join, split
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
 from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
@@ -36,7 +40,7 @@ COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
 SKIPS_IN_A_ROW = 50
 """Skipped steps after which a run ends. In fp16 the first few are normal: the loss scale falls from 65,536."""
 CENTROIDS = "centroids."
-"""Prefix of the centroids' entries in the state of the best weights."""
+"""Prefix of the centroids in the file of the best weights of earlier versions."""
 
 
 class TrainingStoppedError(RuntimeError):
@@ -73,12 +77,15 @@ class Parts:
 class Trainer:
     """Stage 1, then each later stage from the best weights of the one before."""
 
-    def __init__(self, config: Config, parts: Parts, checkpoint: Path | None = None) -> None:
+    def __init__(self, config: Config, parts: Parts, checkpoint: str | None = None) -> None:
+        """``checkpoint``: URI of the one to resume from."""
         self.config, self.parts = config, parts
         self.method, self.banks = parts.method, parts.banks
         self.metrics = StepMetrics(parts.method)
         self.progress = Progress(ranks=distributed.world_size())
         self.best: State = {}
+        """This rank's part of the best weights of a stage."""
+        self.best_centroids: State = {}
         self.skips = 0
         self.last_validation: Validation | None = None
         self.engine: Engine
@@ -243,7 +250,7 @@ class Trainer:
         here = {name.lstrip("-"): numbers[name.lstrip("-")] for name in self.method.ranked_by}
         if not self.progress.best or self._rank(here) >= self._rank(self.progress.best):
             self.progress.best = {"step": self.progress.step, **here}
-            self.best = self.engine.weights() | prefixed(CENTROIDS, self.banks.centroids_state())
+            self.best, self.best_centroids = self.engine.weights_shard(), self.banks.centroids_state()
 
     def _rank(self, numbers: dict[str, float]) -> list[float]:
         return [-numbers[name[1:]] if name.startswith("-") else numbers[name] for name in self.method.ranked_by]
@@ -252,21 +259,22 @@ class Trainer:
         """Continue from the last stage's best weights and centroids with empty banks and a new engine. Collective."""
         self.progress.stage = stage
         self.banks.empty(self.progress.step)
-        self.banks.load_centroids(unprefixed(CENTROIDS, self.best))
-        weights = {name: value for name, value in self.best.items() if not name.startswith(CENTROIDS)}
+        self.banks.load_centroids(self.best_centroids)
         self.engine.close()  # otherwise its averages stay in memory
-        self._build_engine(weights)
-        self.best = {}
+        self._build_engine(self.best)
+        self.best, self.best_centroids = {}, {}
         if distributed.rank() == 0:
             logger.info("stage %d starts from the weights of step %d", stage, self.progress.best["step"])
         if stage < self.parts.schedule.last_stage:
             self.progress.best = {}
 
     def _build_engine(self, weights: State | None) -> None:
+        """A new engine, with initial weights or with those of which each rank passes its part. Collective."""
         with torch.random.fork_rng():  # the same weights on every rank, without consuming dropout RNG
             model = self.parts.build_model()
         if weights is not None:
-            model.load_state_dict(weights)
+            load_weights(model, weights)
+        self.sizes = {name: value.numel() for name, value in model.state_dict().items()}
         frozen = self.method.frozen(self.progress.stage)
         new_parts = self.method.frozen(1) if self.progress.stage == 2 else None
         self.engine = build_engine(model, self.config.train, self.parts.device, frozen, new_parts)
@@ -277,16 +285,15 @@ class Trainer:
         self.write_metrics()
         self.writer.wait()  # before the state is copied: two copies would take twice the memory
         average_buffers(self.engine.module)
-        parts = {
-            "weights": self.engine.weights(),
-            "optimizer": self.engine.optimizer_state(),
-        }
-        clustering = self.banks.state_dict(self.progress.step)
-        if clustering:
-            parts["clustering"] = clustering
-        if self.best:
-            parts["best"] = self.best
-        self.writer.start(self.progress, parts)
+        shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}
+        averages = {f"{moment}.{name}": size for name, size in self.sizes.items() for moment in MOMENTS}
+        whole = {"clustering": self.banks.state_dict(self.progress.step), "best_centroids": self.best_centroids}
+        contents = Contents(
+            {name: parts for name, parts in shards.items() if parts},
+            self.sizes | averages,
+            {name: state for name, state in whole.items() if state},
+        )
+        self.writer.start(self.progress, contents)
         self.watch.lap()
 
     def _keep(self, folder: Path, step: int) -> None:
@@ -295,17 +302,35 @@ class Trainer:
             self.parts.log.sync()
         self.parts.keep(folder, step)
 
-    def _resume(self, folder: Path) -> None:
+    def _resume(self, uri: str) -> None:
         saved = self.progress
-        self._build_engine(load_part(folder, "weights"))
-        self.engine.load_optimizer_state(load_part(folder, "optimizer"))
-        self.banks.load_state_dict(load_part(folder, "clustering"), saved.step)
-        self.best = load_part(folder, "best")
-        if not restore_random_state(folder, saved, self.config.train.seed) and distributed.rank() == 0:
+        self._build_engine(load_shard(uri, "weights", saved))
+        self.engine.load_optimizer_state(load_shard(uri, "optimizer", saved))
+        self.banks.load_state_dict(load_part(uri, "clustering"), saved.step)
+        self.best, self.best_centroids = load_shard(uri, "best", saved), load_part(uri, "best_centroids")
+        if saved.format < FIRST_SHARDED:  # both in one file
+            self.best_centroids = unprefixed(CENTROIDS, load_part(uri, "best"))
+            self.best = {name: part for name, part in self.best.items() if not name.startswith(CENTROIDS)}
+        if not restore_random_state(uri, saved, self.config.train.seed) and distributed.rank() == 0:
             logger.info(
                 "resumed on %d ranks instead of %d: dropout has a new seed", distributed.world_size(), saved.ranks
             )
-        self.progress.ranks = distributed.world_size()
+        self.progress.ranks, self.progress.format = distributed.world_size(), CHECKPOINT_FORMAT
+
+
+def load_weights(model: torch.nn.Module, parts: State) -> None:
+    """Give ``model``, whole on every rank, the weights of which each rank passes its part. Collective."""
+    own = model.state_dict()
+    unlike = sorted(own.keys() ^ parts.keys()) or [
+        name for name, value in own.items() if parts[name].numel() != split(value).numel()
+    ]
+    if any(count for (count,) in distributed.exchange([len(unlike)])):
+        raise TrainingStoppedError(
+            f"the checkpoint is of another model than this version builds from the same settings{': ' if unlike else ''}"
+            f"{', '.join(unlike[:3])}. Resume the run with the version of cmcgns that has written it"
+        )
+    for name, value in own.items():
+        value.copy_(join(parts[name], value.shape))
 
 
 class FiniteCheck:
@@ -340,11 +365,6 @@ class FiniteCheck:
 def is_due(step: int, every: int | None) -> bool:
     """True on every ``every``-th step; never if ``every`` is None."""
     return every is not None and step % every == 0
-
-
-def prefixed(prefix: str, state: State) -> State:
-    """``state`` with ``prefix`` before each name."""
-    return {prefix + name: value for name, value in state.items()}
 
 
 def unprefixed(prefix: str, state: State) -> State:
