@@ -248,8 +248,13 @@ class TrainConfig(Section):
     """Steps between validations; each stage always ends with one."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; each stage always ends with one."""
+    checkpoint_minutes: float | None = Field(None, gt=0.0)
+    """Also write a checkpoint at the first step that ends this many minutes after the last one."""
     keep_checkpoints: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    keep_best: bool = False
+    """Also write a checkpoint after each validation that is the best of its stage so far, and keep the last of these as
+    `best_checkpoint_*`, besides `keep_checkpoints`."""
     max_failures: int = Field(3, ge=-1)
     """How often lost workers are replaced before the run fails; -1 for no limit."""
     seed: int = 0

@@ -5,10 +5,10 @@ files all have theirs.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Progress:
     ranks: int = 1
     best: dict[str, float] = field(default_factory=dict)
     """Step and metrics of the best validation in stage 1; with three stages of this or the last one before the final one."""
+    best_of_stage: dict[str, float] = field(default_factory=dict)
+    """Stage, step and metrics of the best validation in the last stage that had one."""
     collapsed_steps: int = 0
     """Consecutive steps with collapsed features."""
     format: int = CHECKPOINT_FORMAT
@@ -65,7 +67,7 @@ class CheckpointWriter:
 
     def start(self, progress: Progress, contents: Contents) -> None:
         """Begin to write a checkpoint; the one before must have ended."""
-        copied = replace(progress, best=dict(progress.best))
+        copied = deepcopy(progress)
         self._last = self._thread.submit(self._write, copied, contents, random_state())
 
     def check(self) -> None:
@@ -80,9 +82,11 @@ class CheckpointWriter:
             last.result()
 
     def _write(self, progress: Progress, contents: Contents, random: State) -> None:
-        with tempfile.TemporaryDirectory(prefix="cmcgns-checkpoint-") as folder:
-            save_checkpoint(Path(folder), progress, contents, random)
-            self._keep(Path(folder), progress.step)
+        with storage.scratch_folder() as scratch:
+            folder = scratch / "checkpoint"
+            folder.mkdir()
+            save_checkpoint(folder, progress, contents, random)
+            self._keep(folder, progress.step)
 
 
 def save_checkpoint(folder: Path, progress: Progress, contents: Contents, random: State) -> None:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_FORMAT = FIRST_SHARDED = 3
 """2 since checkpoints have hashes; 3 since each rank writes its own part."""
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})_of_(\d+)_[0-9a-f]{6}")
+BEST = "best_"
+"""Prefix of a copy that Ray Train does not know and never deletes."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list."""
 
@@ -94,12 +96,26 @@ def find_checkpoint(folder: RunFolder, checkpoint_every: int) -> str | None:
     return None
 
 
-def delete_half_written(folder: RunFolder, there_before: Collection[str]) -> None:
-    """Delete this attempt's checkpoints whose writing failed: damaged, not listed by Ray Train, and not ``there_before``, since
-    someone may still restore older ones."""
+def keep_best(uri: str, step: int) -> None:
+    """Copy the checkpoint of ``step`` in the run folder ``uri`` to ``best_checkpoint_*``, and delete the best one before."""
+    folders = storage.list_folders(uri)
+    name = max(
+        each for each in folders if CHECKPOINT_NAME.fullmatch(each) and each.startswith(f"checkpoint_{step:08d}_")
+    )
+    storage.copy_folder(storage.join(uri, name), storage.join(uri, f"{BEST}{name}"))
+    for old in folders:
+        if CHECKPOINT_NAME.fullmatch(old.removeprefix(BEST)) and old.startswith(BEST) and old != f"{BEST}{name}":
+            storage.delete_folder(storage.join(uri, old))
+
+
+def delete_half_written(folder: RunFolder, there_before: Collection[str], if_listed: bool = False) -> None:
+    """Delete checkpoints whose writing failed: damaged, not listed by Ray Train, and not ``there_before``, since someone may
+    still restore older ones. ``if_listed``: only if there is such a list."""
     try:
         listed = storage.read_bytes(folder.file(SNAPSHOT)).decode()
     except storage.MissingFileError:
+        if if_listed:
+            return
         listed = ""
     for name in list_checkpoints(folder):
         if name not in there_before and name not in listed and checkpoint_damage(folder.file(name), name) is not None:

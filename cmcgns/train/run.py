@@ -249,6 +249,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     write_start(folder, config, setup.corpus, setup.tokenizer)
     if folder.resumed:
         check_unchanged(setup)
+        delete_half_written(folder, (), if_listed=True)  # of an attempt that was killed
         write_snapshot(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)

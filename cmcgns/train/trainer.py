@@ -1,6 +1,7 @@
 """The training loop of all stages on one rank. It does not use Ray: everything it needs is in ``Parts``."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ class Parts:
     keep: Callable[[Path, int], None]
     """Store this rank's checkpoint folder of a step. Called in a thread, by every rank: it must not use torch's collectives."""
     stop_requested: Callable[[], bool]
+    keep_best: Callable[[int], None] = lambda step: None
+    """Keep the stored checkpoint of a step as the best, in place of the one before. Called by rank 0, in the same thread."""
 
 
 class Trainer:
@@ -86,6 +89,8 @@ class Trainer:
         self.best: State = {}
         """This rank's part of the best weights of a stage."""
         self.best_centroids: State = {}
+        self._best_step: int | None = None
+        """Step of a checkpoint that is the best and may still be being written."""
         self.skips = 0
         self.last_validation: Validation | None = None
         self.engine: Engine
@@ -94,7 +99,10 @@ class Trainer:
         cursor = Cursor(self.progress.epoch, self.progress.position)
         accumulation = config.train.global_batch_size // (config.train.microbatch_size * distributed.world_size())
         # before the engine is built: reading the first films takes about as long
-        self.reader = StepReader(parts.blocks, parts.batcher, cursor, accumulation, parts.stop_requested)
+        self.reader = StepReader(
+            parts.blocks, parts.batcher, cursor, accumulation, parts.stop_requested, self._minutes_are_over
+        )
+        self.saved_at = time.monotonic()
         if checkpoint is None:
             seed_everything(config.train.seed)
             self._build_engine(None)
@@ -105,14 +113,14 @@ class Trainer:
 
     def train(self) -> bool:
         """Run the remaining steps of the schedule; False if the user stopped the run before the end."""
+        stop_requested = False
         try:
-            while self.progress.step < self.parts.schedule.total:
+            while self.progress.step < self.parts.schedule.total and not stop_requested:
                 stop_requested = self.next_step()
-                if stop_requested and self.progress.step < self.parts.schedule.total:
-                    return False
-            return True
         finally:
             self.writer.wait()
+        self._keep_best(self._written_best())
+        return self.progress.step == self.parts.schedule.total
 
     def next_step(self) -> bool:
         """One optimizer step, and logging, validation and checkpoint if due. True if the user has asked to stop. Collective."""
@@ -128,10 +136,11 @@ class Trainer:
         ends_stage = step in schedule.ends
         if is_due(step, train.log_every) or ends_stage:
             self.write_metrics()
+        is_best = False
         if is_due(step, train.validate_every) or ends_stage:
-            self.validate()
-        if is_due(step, train.checkpoint_every) or ends_stage or data.stop_requested:
-            self.save()  # collective: every rank enters
+            is_best = self.validate() and train.keep_best
+        if is_due(step, train.checkpoint_every) or data.checkpoint_due or ends_stage or is_best or data.stop_requested:
+            self.save(is_best)  # collective: every rank enters
         return data.stop_requested
 
     def train_step(self, step: int, data: StepData) -> None:
@@ -169,6 +178,10 @@ class Trainer:
             **gradients,
         }
         self.metrics.record(facts, losses, self.engine.gradient_norm)
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.train.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""
@@ -216,8 +229,10 @@ class Trainer:
                     name, COLLAPSED_SPREAD, COLLAPSED_STEPS, row[name], row["step"],
                 )  # fmt: skip
 
-    def validate(self) -> None:
-        """Score the validation split; keep the best weights for the next stage, if there can be one. Collective."""
+    def validate(self) -> bool:
+        """Score the validation split; keep the best weights for the next stage, if there can be one. Collective.
+
+        True if no earlier validation of the stage ranks higher."""
         average_buffers(self.engine.module)
         size = self.config.train.microbatch_size
         batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
@@ -240,17 +255,22 @@ class Trainer:
             if validation.picture_1HW is not None:
                 self.parts.log.picture("reconstruction", validation.picture_1HW, self.progress.step)
         self.parts.display.update(facts | validation.scores)
-        if stage == 1 or stage < self.parts.schedule.last_stage:
-            self._keep_if_best(validation)
+        is_best = self._is_best(validation)
+        if is_best and (stage == 1 or stage < self.parts.schedule.last_stage):
+            self.progress.best = {name: value for name, value in self.progress.best_of_stage.items() if name != "stage"}
+            self.best, self.best_centroids = self.engine.weights_shard(), self.banks.centroids_state()
         self.watch.lap()
+        return is_best
 
-    def _keep_if_best(self, validation: Validation) -> None:
-        """Keep weights and centroids if no earlier validation of the stage ranks higher; the later one wins a tie."""
+    def _is_best(self, validation: Validation) -> bool:
+        """True, and recorded, if no earlier validation of the stage ranks higher; the later one wins a tie."""
         numbers = validation.scores | {"mean_recall": validation.mean_recall}
         here = {name.lstrip("-"): numbers[name.lstrip("-")] for name in self.method.ranked_by}
-        if not self.progress.best or self._rank(here) >= self._rank(self.progress.best):
-            self.progress.best = {"step": self.progress.step, **here}
-            self.best, self.best_centroids = self.engine.weights_shard(), self.banks.centroids_state()
+        stage, before = self.progress.stage, self.progress.best_of_stage
+        if before.get("stage") == stage and self._rank(here) < self._rank(before):
+            return False
+        self.progress.best_of_stage = {"stage": stage, "step": self.progress.step, **here}
+        return True
 
     def _rank(self, numbers: dict[str, float]) -> list[float]:
         return [-numbers[name[1:]] if name.startswith("-") else numbers[name] for name in self.method.ranked_by]
@@ -280,10 +300,13 @@ class Trainer:
         self.engine = build_engine(model, self.config.train, self.parts.device, frozen, new_parts)
         self.engine.module.train()
 
-    def save(self) -> None:
+    def save(self, is_best: bool = False) -> None:
         """Begin to write a checkpoint from which any number of ranks can resume; training goes on meanwhile. Collective."""
         self.write_metrics()
         self.writer.wait()  # before the state is copied: two copies would take twice the memory
+        self._best_to_keep = self._written_best()
+        self._best_step = self.progress.step if is_best else None
+        self.saved_at = time.monotonic()
         average_buffers(self.engine.module)
         shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}
         averages = {f"{moment}.{name}": size for name, size in self.sizes.items() for moment in MOMENTS}
@@ -300,7 +323,19 @@ class Trainer:
         """In the writer's thread: metrics are stored first, so that those of a checkpoint's steps are always there."""
         if self.parts.log is not None:
             self.parts.log.sync()
+        self._keep_best(self._best_to_keep)  # before Ray Train is told of another one and deletes it
         self.parts.keep(folder, step)
+
+    def _written_best(self) -> int | None:
+        """Step of a new best checkpoint that every rank has written, for rank 0 to keep. Collective."""
+        step, self._best_step = self._best_step, None
+        if step is not None:
+            distributed.exchange([0])  # barrier: every rank has waited for its writer
+        return step if distributed.rank() == 0 else None
+
+    def _keep_best(self, step: int | None) -> None:
+        if step is not None:
+            self.parts.keep_best(step)
 
     def _resume(self, uri: str) -> None:
         saved = self.progress
@@ -311,6 +346,9 @@ class Trainer:
         if saved.format < FIRST_SHARDED:  # both in one file
             self.best_centroids = unprefixed(CENTROIDS, load_part(uri, "best"))
             self.best = {name: part for name, part in self.best.items() if not name.startswith(CENTROIDS)}
+            saved.best_of_stage = {"stage": saved.stage, **saved.best} if self.best else {}
+        if self.config.train.keep_best and saved.best_of_stage.get("step") == saved.step:
+            self._best_step = saved.step  # the run may have ended before it was kept
         if not restore_random_state(uri, saved, self.config.train.seed) and distributed.rank() == 0:
             logger.info(
                 "resumed on %d ranks instead of %d: dropout has a new seed", distributed.world_size(), saved.ranks

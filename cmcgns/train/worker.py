@@ -38,7 +38,7 @@ from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import EXPORT_FORMAT, export_model, load_progress
 from cmcgns.train.launch import Assignment
 from cmcgns.train.metrics import RunLog
-from cmcgns.train.resume import checkpoint_damage
+from cmcgns.train.resume import checkpoint_damage, keep_best
 from cmcgns.train.steps import BlockSource
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
@@ -238,6 +238,7 @@ def build_parts(assignment: Assignment, source: BlockSource, device: torch.devic
         display=CoordinatorDisplay(assignment.coordinator),
         keep=partial(report_checkpoint, assignment, distributed.broadcast_object(secrets.token_hex(3))),
         stop_requested=StopPoll(assignment.coordinator),
+        keep_best=partial(keep_best, assignment.folder),
     )
 
 

@@ -17,8 +17,10 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.train.checkpoint import Contents, Progress, random_state, save_checkpoint
 from cmcgns.train.resume import (
     SNAPSHOT,
+    checkpoint_damage,
     delete_half_written,
     find_checkpoint,
+    keep_best,
     latest_checkpoint,
     list_checkpoints,
     write_snapshot,
@@ -166,6 +168,32 @@ def test_a_half_written_checkpoint_is_deleted_and_nothing_else(
     delete_half_written(run, [OLD, NEW, older.name])
     assert sorted(list_checkpoints(run)) == [OLD, NEW, older.name, whole.name]
     assert "checkpoint_00000012_of_2_777777, whose writing had failed" in caplog.text
+
+
+def test_a_half_written_checkpoint_of_a_killed_run_is_deleted_when_it_is_resumed_and_no_other(run: RunFolder) -> None:
+    half = Path(run.file("checkpoint_00000012_of_2_777777"))
+    shutil.copytree(run.file(NEW), half)
+    (half / "progress.json").unlink()
+    (Path(run.file(OLD)) / "weights_0.safetensors").write_bytes(b"")  # listed: someone damaged it later
+    delete_half_written(run, (), if_listed=True)
+    assert list_checkpoints(run) == [OLD, NEW]
+    shutil.copytree(run.file(OLD), half)
+    Path(run.file(SNAPSHOT)).unlink()  # nothing says what is half-written
+    delete_half_written(run, (), if_listed=True)
+    assert list_checkpoints(run) == [OLD, NEW, half.name]
+
+
+def test_the_best_checkpoint_is_a_whole_copy_that_outlives_its_original(run: RunFolder) -> None:
+    for name, step, others in ((OLD, 4, []), (NEW, 8, [OLD])):
+        keep_best(run.uri, step)
+        assert sorted(path.name for path in Path(run.uri).glob("best_*")) == [f"best_{name}"], others
+    for path in files(run, NEW):
+        path.unlink()
+    assert checkpoint_damage(run.file(f"best_{NEW}"), NEW) is None
+    assert list_checkpoints(run) == [OLD, NEW]
+    Path(run.file(NEW)).rmdir()
+    shutil.move(run.file(f"best_{NEW}"), run.file(NEW))  # to go on from it
+    assert find_checkpoint(run, 4) == NEW
 
 
 def full_disk(write: Callable[[], object]) -> BaseException:
