@@ -257,6 +257,9 @@ class TrainConfig(Section):
     `best_checkpoint_*`, besides `keep_checkpoints`."""
     max_failures: int = Field(3, ge=-1)
     """How often lost workers are replaced before the run fails; -1 for no limit."""
+    hang_timeout_s: float = Field(600.0, ge=5.0, le=1800.0)
+    """Seconds without progress of any worker after which one that does not answer, or keeps the others waiting, is killed and
+    replaced as a lost one. Waiting for films, the clustering pool or storage is no hang."""
     seed: int = 0
     """Seed of initial weights and dropout."""
     deterministic: bool = False

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
 from cmcgns.cluster.coordinator import WORKER_STARTED
+from cmcgns.cluster.heartbeat import HangWatch
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
@@ -128,8 +129,10 @@ def fit(
     # in a separate thread: in the main thread Ray Train aborts on Ctrl-C without a checkpoint
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
+    watch = HangWatch(assignment.coordinator, config.train.num_workers, config.train.hang_timeout_s)
     while thread.is_alive():
         thread.join(timeout=0.5)
+        watch.look()
     result = outcome[0]
     if isinstance(result, Exception):
         return None, result

@@ -309,7 +309,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Write result.json and bad_rows.jsonl; the content of result.json."""
     outcome = account["outcome"] or {}
-    failure = account["failure"] or (error and (memory_failure() or last_line(error))) or None
+    failure = account["failure"] or (error and (account["hang"] or memory_failure() or last_line(error))) or None
     status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"
     scheme = "s3://" if storage.is_s3(folder.uri) else ""
     result = {

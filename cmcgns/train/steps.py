@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from cmcgns import distributed
+from cmcgns.cluster.heartbeat import mark
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block, blank_block
 
@@ -126,6 +127,7 @@ class StepReader:
         size = self.batcher.config.train.microbatch_size
         short = len(blocks) < self.accumulation or any(len(block) != size for block in blocks)
         prefetch = self._prefetch.is_due(self.cursor.position)
+        mark("waiting for the other ranks")
         flags = [int(short), int(self.stop()), int(prefetch), int(self.checkpoint_due())]
         ranks = np.array(distributed.exchange([*flags, *facts.ravel().tolist()]))
         if ranks[:, 0].any():
@@ -166,6 +168,7 @@ def validation_batches(
     while True:
         block = next(blocks, None)
         real = 0 if block is None else len(block)
+        mark("validation")
         padded = blank_block(size, batcher.config.data.resize) if block is None else block.padded(size)
         ranks = distributed.exchange([real, int(padded.sentence_counts.sum())])
         if not any(count for count, _ in ranks):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmcgns import distributed
+from cmcgns.cluster.heartbeat import CLUSTERING, FILMS, STARTING, WRITING, mark
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher
 from cmcgns.methods.base import Losses, Method
@@ -130,6 +131,7 @@ class Trainer:
         if stage != self.progress.stage:
             self.start_stage(stage)
         step = self.progress.step + 1
+        mark(FILMS, step)
         data = self.reader.next_step()
         self.train_step(step, data)
         self._advance(step, data)
@@ -150,6 +152,7 @@ class Trainer:
         losses: list[Losses] = []
         gradients: dict[str, float] = {}
         for i, batch in enumerate(data.microbatches):
+            mark("forward and backward")
             outputs = self.engine(batch, stage)
             losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
             self.banks.observe(losses[-1])
@@ -160,7 +163,9 @@ class Trainer:
                     gradients = term_gradients(self.engine.module, losses[-1].weighted or {"loss": losses[-1].total})
             self.engine.backward(losses[-1].total, last)
         self.finite.check(step)  # before the weights change
+        mark("optimizer step")
         self.engine.step(self.learning_rate(step))
+        mark(CLUSTERING)
         self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, data.microbatches)
         step_s = waited_s + self.watch.lap()
         facts = {
@@ -197,6 +202,7 @@ class Trainer:
 
     def write_metrics(self) -> None:
         """Write the steps since the last call to metrics.jsonl and the display. Collective."""
+        mark("metrics")
         rows = self.metrics.rows()
         self._check_collapse(rows)
         if self.parts.log is not None:
@@ -237,6 +243,7 @@ class Trainer:
         size = self.config.train.microbatch_size
         batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
         self.watch.lap()
+        mark("validation")
         stage = self.progress.stage
         validation = validate(self.engine, self.method, batches, self.banks.centroids, stage, self.progress.step)
         self.last_validation = validation
@@ -277,6 +284,7 @@ class Trainer:
 
     def start_stage(self, stage: int) -> None:
         """Continue from the last stage's best weights and centroids with empty banks and a new engine. Collective."""
+        mark(STARTING)
         self.progress.stage = stage
         self.banks.empty(self.progress.step)
         self.banks.load_centroids(self.best_centroids)
@@ -303,10 +311,12 @@ class Trainer:
     def save(self, is_best: bool = False) -> None:
         """Begin to write a checkpoint from which any number of ranks can resume; training goes on meanwhile. Collective."""
         self.write_metrics()
+        mark(WRITING)
         self.writer.wait()  # before the state is copied: two copies would take twice the memory
         self._best_to_keep = self._written_best()
         self._best_step = self.progress.step if is_best else None
         self.saved_at = time.monotonic()
+        mark("copying the state")
         average_buffers(self.engine.module)
         shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}
         averages = {f"{moment}.{name}": size for name, size in self.sizes.items() for moment in MOMENTS}

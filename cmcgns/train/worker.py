@@ -23,6 +23,7 @@ from ray.util import get_current_placement_group
 from cmcgns import distributed, storage
 from cmcgns.bad_rows import write_bad_rows
 from cmcgns.cluster.coordinator import log_to_coordinator
+from cmcgns.cluster.heartbeat import EXPORT, Heartbeat, mark
 from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
 from cmcgns.config import Bank
@@ -149,7 +150,8 @@ def work(assignment: Assignment) -> None:
     if ray.get(assignment.coordinator.failure.remote()) is not None:
         return  # started again after a failure that a restart does not fix
     try:
-        _train(assignment)
+        with Heartbeat(assignment.coordinator, distributed.rank(), assignment.config.train.hang_timeout_s):
+            _train(assignment)
     except Exception as error:
         if storage.is_full_disk(error):
             places = f"{assignment.folder} or {tempfile.gettempdir()} of {ray.util.get_node_ip_address()}"
@@ -298,6 +300,7 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
         "best_stage1": trainer.progress.best,
     }
     # rank 0 alone keeps what all ranks gather
+    mark(EXPORT)
     weights = trainer.engine.weights(keep=distributed.rank() == 0) if finished else {}
     if weights:
         outcome["export"] = storage.join(assignment.folder, "export")
