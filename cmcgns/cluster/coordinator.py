@@ -157,6 +157,10 @@ class RunCoordinator:
         """Record what ``rank`` does."""
         self.ranks.add(rank, beat)
 
+    def leave(self, rank: int) -> None:
+        """Record that ``rank`` has ended: it is silent from now on."""
+        self.ranks.last.pop(rank, None)
+
     def beats(self) -> tuple[dict[int, Beat], dict[int, Any], float]:
         """Last beat and actor of each rank, and the time."""
         return self.ranks.last, self.ranks.actors, time.time()
@@ -202,7 +206,7 @@ def spare_from_oom() -> None:
 STATE_TIMEOUT_S = 20
 USED_MEMORY = re.compile(r"was ([\d.]+)GB used / ([\d.]+)GB limit")
 LOST = (
-    "the coordinator of the run was killed, most likely because the machine had no memory left (`dmesg` tells). Lower "
+    "the {} of the run was killed, most likely because the machine had no memory left (`dmesg` tells). Lower "
     "train.num_workers, data.studies_ahead or train.microbatch_size, or take a machine with more memory"
 )
 
@@ -242,7 +246,8 @@ def read_account(coordinator: Any, known_bad: dict[str, str]) -> dict[str, Any]:
         account: dict[str, Any] = ray.get(coordinator.account.remote())
         return account
     except ray.exceptions.RayActorError:
-        return {"outcome": None, "failure": LOST, "hang": None, "bad_rows": known_bad, "row": {}, "marks": {}}
+        lost = {"failure": LOST.format("coordinator"), "hang": None, "bad_rows": known_bad}
+        return {"outcome": None, "row": {}, "marks": {}} | lost
 
 
 class CoordinatorHandler(logging.Handler):

@@ -78,6 +78,8 @@ class Heartbeat:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        self._thread.join(self.every_s)
+        self.coordinator.leave.remote(self.rank)  # others may write the export for long
 
     def _beat(self) -> None:
         import ray

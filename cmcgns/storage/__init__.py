@@ -245,18 +245,13 @@ def delete_folder(uri: str) -> None:
 
 def upload_folder(local: Path, uri: str) -> None:
     """Copy every file under ``local`` to the same path under ``uri``, in pieces."""
-    for path in sorted(local.rglob("*")):
-        if path.is_file():
-            upload_file(path, join(uri, path.relative_to(local).as_posix()))
-
-
-def upload_file(local: Path, uri: str) -> None:
-    """Copy the file ``local`` to ``uri``, in pieces; it appears complete or not at all."""
-    if is_s3(uri):
-        s3.upload(local, uri, if_absent=False)
-        return
-    with local.open("rb") as source, writing(uri) as target:
-        shutil.copyfileobj(source, target)
+    for path in sorted(each for each in local.rglob("*") if each.is_file()):
+        target = join(uri, path.relative_to(local).as_posix())
+        if is_s3(uri):
+            s3.upload(path, target)
+            continue
+        with path.open("rb") as source, writing(target) as copy:
+            shutil.copyfileobj(source, copy, COPY_BYTES)
 
 
 def copy_folder(uri: str, target: str) -> None:

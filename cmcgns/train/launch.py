@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
-from cmcgns.cluster.coordinator import WORKER_STARTED
+from cmcgns.cluster.coordinator import LOST, WORKER_STARTED
 from cmcgns.cluster.heartbeat import HangWatch
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
@@ -134,6 +135,8 @@ def fit(
         thread.join(timeout=0.5)
         watch.look()
     result = outcome[0]
+    if isinstance(result, ray.exceptions.RayActorError):  # lost workers are in the result
+        return None, RuntimeError(LOST.format("controller (Ray Train's)"))
     if isinstance(result, Exception):
         return None, result
     return (result.checkpoint.path if result.checkpoint else None), result.error

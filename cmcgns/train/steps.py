@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from cmcgns import distributed
-from cmcgns.cluster.heartbeat import mark
+from cmcgns.cluster.heartbeat import FILMS, mark
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block, blank_block
 
@@ -166,6 +166,7 @@ def validation_batches(
     """
     blocks = source.open_validation()
     while True:
+        mark(FILMS)
         block = next(blocks, None)
         real = 0 if block is None else len(block)
         mark("validation")
