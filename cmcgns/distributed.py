@@ -129,6 +129,15 @@ def exchange(values: Sequence[int]) -> list[list[int]]:
     return rows
 
 
+def join_even(part: Tensor, size: int) -> Tensor:
+    """``size`` elements, of which each rank passes its ceil(size / ranks), the last ones fewer; through host memory."""
+    share = -(-size // world_size())
+    padded = torch.cat([part, part.new_zeros(share - len(part))])
+    whole = part.new_empty(share * world_size())
+    dist.all_gather_into_tensor(whole, padded, group=host_group())
+    return whole[:size]
+
+
 def host_group() -> dist.ProcessGroup | None:
     """Group for host memory: the default group on gloo, else a gloo group next to NCCL."""
     if dist.get_backend() == "gloo":

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from cmcgns.bad_rows import too_many_bad
+from cmcgns.cluster.heartbeat import Beat, Beats
 from cmcgns.cluster.placement import this_node
 from cmcgns.errors import UserError
 
@@ -72,6 +73,7 @@ class RunEnd:
     def __init__(self) -> None:
         self.stop_requested = False
         self.failure: str | None = None
+        self.hang: str | None = None
         self.outcome: dict[str, Any] | None = None
 
     def fail(self, reason: str) -> None:
@@ -95,6 +97,7 @@ class RunCoordinator:
         spare_from_oom()
         self.bad_rows = BadRows(studies, max_bad_fraction, known_bad)
         self.metrics, self.lines, self.end, self.workers = MetricRows(), LogLines(), RunEnd(), WorkerGroup()
+        self.ranks = Beats()
 
     def add_bad_rows(self, rows: list[dict[str, str]]) -> None:
         """Record unusable studies; too many of them end the run."""
@@ -142,6 +145,30 @@ class RunCoordinator:
     def mark(self, moment: str) -> None:
         """Record the current time as that of ``moment``."""
         self.workers.event_times[moment] = time.time()
+        if moment == WORKER_STARTED:  # in place of the ranks before
+            self.ranks.last.clear()
+            self.end.hang = None
+
+    def enlist(self, rank: int, actor: Any) -> None:
+        """Record the actor of ``rank``."""
+        self.ranks.actors[rank] = actor
+
+    def beat(self, rank: int, beat: Beat) -> None:
+        """Record what ``rank`` does."""
+        self.ranks.add(rank, beat)
+
+    def leave(self, rank: int) -> None:
+        """Record that ``rank`` has ended: it is silent from now on."""
+        self.ranks.last.pop(rank, None)
+
+    def beats(self) -> tuple[dict[int, Beat], dict[int, Any], float]:
+        """Last beat and actor of each rank, and the time."""
+        return self.ranks.last, self.ranks.actors, time.time()
+
+    def hangs(self, message: str) -> None:
+        """Record that ranks hang and are killed; until others are started it is the reason if the run fails."""
+        self.end.hang = message
+        self.ranks.last.clear()
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Record rank 0's outcome of a run that finished or was stopped."""
@@ -158,10 +185,11 @@ class RunCoordinator:
         }
 
     def account(self) -> dict[str, Any]:
-        """Outcome, failure, bad rows, latest metrics and event times."""
+        """Outcome, failure, hang, bad rows, latest metrics and event times."""
         return {
             "outcome": self.end.outcome,
             "failure": self.end.failure,
+            "hang": self.end.hang,
             "bad_rows": dict(self.bad_rows.reasons),
             "row": self.metrics.latest,
             "marks": self.workers.event_times,
@@ -178,7 +206,7 @@ def spare_from_oom() -> None:
 STATE_TIMEOUT_S = 20
 USED_MEMORY = re.compile(r"was ([\d.]+)GB used / ([\d.]+)GB limit")
 LOST = (
-    "the coordinator of the run was killed, most likely because the machine had no memory left (`dmesg` tells). Lower "
+    "the {} of the run was killed, most likely because the machine had no memory left (`dmesg` tells). Lower "
     "train.num_workers, data.studies_ahead or train.microbatch_size, or take a machine with more memory"
 )
 
@@ -218,7 +246,8 @@ def read_account(coordinator: Any, known_bad: dict[str, str]) -> dict[str, Any]:
         account: dict[str, Any] = ray.get(coordinator.account.remote())
         return account
     except ray.exceptions.RayActorError:
-        return {"outcome": None, "failure": LOST, "bad_rows": known_bad, "row": {}, "marks": {}}
+        lost = {"failure": LOST.format("coordinator"), "hang": None, "bad_rows": known_bad}
+        return {"outcome": None, "row": {}, "marks": {}} | lost
 
 
 class CoordinatorHandler(logging.Handler):

@@ -251,10 +251,18 @@ class TrainConfig(Section):
     """Steps between validations; each stage always ends with one."""
     checkpoint_every: PositiveInt = 500
     """Steps between checkpoints; each stage always ends with one."""
+    checkpoint_minutes: float | None = Field(None, gt=0.0)
+    """Also write a checkpoint at the first step that ends this many minutes after the last one."""
     keep_checkpoints: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    keep_best: bool = False
+    """Also write a checkpoint after each validation that is the best of its stage so far, and keep the last of these as
+    `best_checkpoint_*`, besides `keep_checkpoints`."""
     max_failures: int = Field(3, ge=-1)
     """How often lost workers are replaced before the run fails; -1 for no limit."""
+    hang_timeout_s: float = Field(600.0, ge=5.0, le=1800.0)
+    """Seconds without progress of any worker after which one that does not answer, or keeps the others waiting, is killed and
+    replaced as a lost one. Waiting for films, the clustering pool or storage is no hang."""
     seed: int = 0
     """Seed of initial weights and dropout."""
     deterministic: bool = False

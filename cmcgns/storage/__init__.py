@@ -45,6 +45,7 @@ ARROW_ATTEMPTS = 4
 SCRATCH, LOCK = "cmcgns-write-", "lock"
 LOCK_GRACE_S = 60
 """A folder younger than this may not be locked yet."""
+COPY_BYTES = 8 * 2**20
 LOCAL_FILES = arrow_fs.LocalFileSystem()
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def put_file(local: Path, uri: str, if_absent: bool = False) -> bool:
 def scratch_file(uri: str) -> Iterator[Path]:
     """A local path for writing the content of ``uri``; for a local ``uri`` it is hidden and in the same folder."""
     if is_s3(uri):
-        with _scratch_folder() as folder:
+        with scratch_folder() as folder:
             yield folder / uri.rpartition("/")[2]
         return
     path = Path(filesystem(uri)[1])
@@ -181,8 +182,8 @@ def scratch_file(uri: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A temporary folder for uploads; folders left by killed processes are deleted first."""
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder with a file for a lock; folders left by killed processes are deleted first."""
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         with suppress(OSError):  # another process was faster
             if time.time() - old.lstat().st_mtime > LOCK_GRACE_S and _abandoned(old):
@@ -243,10 +244,49 @@ def delete_folder(uri: str) -> None:
 
 
 def upload_folder(local: Path, uri: str) -> None:
-    """Copy every file under ``local`` to the same path under ``uri``."""
-    for path in sorted(local.rglob("*")):
-        if path.is_file():
-            write_bytes(join(uri, path.relative_to(local).as_posix()), path.read_bytes())
+    """Copy every file under ``local`` to the same path under ``uri``, in pieces."""
+    for path in sorted(each for each in local.rglob("*") if each.is_file()):
+        target = join(uri, path.relative_to(local).as_posix())
+        if is_s3(uri):
+            s3.upload(path, target)
+            continue
+        with path.open("rb") as source, writing(target) as copy:
+            shutil.copyfileobj(source, copy, COPY_BYTES)
+
+
+def copy_folder(uri: str, target: str) -> None:
+    """Copy the files in the folder ``uri`` to the folder ``target`` beside it; on a local disk without taking more space.
+
+    The files must never be written again."""
+    for name in list_files(uri):
+        if is_s3(uri):
+            s3.copy(join(uri, name), join(target, name))
+            continue
+        source, path = Path(filesystem(uri)[1]) / name, Path(filesystem(target)[1]) / name
+        with explained(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(source, path)
+            except OSError:  # a file system without links
+                shutil.copyfile(source, path)
+
+
+@contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """The path of a local file, or of a temporary copy of one on S3."""
+    if not is_s3(uri):
+        yield Path(filesystem(uri)[1])
+        return
+    with scratch_folder() as folder:
+        path = folder / uri.rpartition("/")[2]
+
+        def copy(source: Any) -> None:
+            with explained(str(path)), path.open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+
+        read(uri, copy)
+        yield path
 
 
 def download_folder(uri: str, local: Path) -> None:

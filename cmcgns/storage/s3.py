@@ -282,6 +282,13 @@ def upload(local: Path, uri: str, if_absent: bool = False) -> bool:
     return _written(uri, send)
 
 
+def copy(uri: str, target: str) -> None:
+    """Copy an object within S3, a large one in parts, without downloading it."""
+    (bucket, key), (to_bucket, to_key) = split(uri), split(target)
+    with explained(target):
+        client().copy({"Bucket": bucket, "Key": key}, to_bucket, to_key)
+
+
 def _written(uri: str, request: Callable[[], object]) -> bool:
     """Whether a conditional write took place."""
     from botocore.exceptions import ClientError

@@ -9,7 +9,7 @@ from cmcgns.clustering.online_clustering import OnlineClustering
 from cmcgns.config import Bank
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.methods.base import BankCentroids, Losses
-from cmcgns.train.engine import State
+from cmcgns.train.shards import State
 
 
 class Banks:

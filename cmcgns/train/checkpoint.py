@@ -1,25 +1,26 @@
 """Checkpoints, and the export that plain transformers can load. Safetensors and JSON, no pickles.
 
-Each rank writes the hashes of its files; a run resumes only from a checkpoint whose files all have theirs.
+Each rank writes its own part of the state (``shards``) and the hashes of its files; a run resumes only from a checkpoint whose
+files all have theirs.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from cmcgns import distributed
+from cmcgns import distributed, storage
 from cmcgns.run_folder import EXPORT_HASHES
 from cmcgns.storage.integrity import hash_file, write_hashes
-from cmcgns.train.engine import State
-from cmcgns.train.resume import CHECKPOINT_FORMAT, hashes_of
+from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED, hashes_of
+from cmcgns.train.shards import State, read_shard, write_shard
 
 
 @dataclass
@@ -36,9 +37,23 @@ class Progress:
     ranks: int = 1
     best: dict[str, float] = field(default_factory=dict)
     """Step and metrics of the best validation in stage 1; with three stages of this or the last one before the final one."""
+    best_of_stage: dict[str, float] = field(default_factory=dict)
+    """Stage, step and metrics of the best validation in the last stage that had one."""
     collapsed_steps: int = 0
     """Consecutive steps with collapsed features."""
     format: int = CHECKPOINT_FORMAT
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds besides progress and random state; it must not change any more."""
+
+    shards: dict[str, State]
+    """This rank's parts, by name of the file."""
+    sizes: dict[str, int]
+    """Elements of the whole tensors behind them."""
+    whole: dict[str, State] = field(default_factory=dict)
+    """What rank 0 alone writes, by name of the file."""
 
 
 class CheckpointWriter:
@@ -50,10 +65,10 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
-    def start(self, progress: Progress, parts: dict[str, State]) -> None:
-        """Begin to write a checkpoint; the one before must have ended. ``parts`` must not change any more."""
-        copied = replace(progress, best=dict(progress.best))
-        self._last = self._thread.submit(self._write, copied, parts, random_state())
+    def start(self, progress: Progress, contents: Contents) -> None:
+        """Begin to write a checkpoint; the one before must have ended."""
+        copied = deepcopy(progress)
+        self._last = self._thread.submit(self._write, copied, contents, random_state())
 
     def check(self) -> None:
         """Raise the error of a checkpoint that has failed in the meantime."""
@@ -66,26 +81,28 @@ class CheckpointWriter:
         if last is not None:
             last.result()
 
-    def _write(self, progress: Progress, parts: dict[str, State], random: State) -> None:
-        with tempfile.TemporaryDirectory(prefix="cmcgns-checkpoint-") as folder:
-            save_checkpoint(Path(folder), progress, parts, random)
-            self._keep(Path(folder), progress.step)
+    def _write(self, progress: Progress, contents: Contents, random: State) -> None:
+        with storage.scratch_folder() as scratch:
+            folder = scratch / "checkpoint"
+            folder.mkdir()
+            save_checkpoint(folder, progress, contents, random)
+            self._keep(folder, progress.step)
 
 
-def save_checkpoint(folder: Path, progress: Progress, parts: dict[str, State], random: State) -> None:
-    """Write this rank's files: every rank its random state, rank 0 also the whole state in ``parts``."""
+def save_checkpoint(folder: Path, progress: Progress, contents: Contents, random: State) -> None:
+    """Write this rank's files and their hashes."""
     rank = distributed.rank()
-    files = {f"random_{rank}.safetensors": random}
+    files = {f"{name}_{rank}.safetensors": parts for name, parts in (contents.shards | {"random": random}).items()}
     if rank == 0:
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
-        files |= {f"{name}.safetensors": tensors for name, tensors in parts.items()}
+        files |= {f"{name}.safetensors": tensors for name, tensors in contents.whole.items()}
     files = dict(
         sorted(files.items(), key=lambda file: -_size(file[1]))
     )  # largest first: little is left to hash at the end
     with ThreadPoolExecutor(1) as beside:  # hash one file while the next one is written
         hashes = {"progress.json": beside.submit(hash_file, folder / "progress.json")} if rank == 0 else {}
         for name, tensors in files.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+            write_shard(folder / name, tensors, contents.sizes)
             hashes[name] = beside.submit(hash_file, folder / name)
         found = {name: each.result() for name, each in hashes.items()}
     (folder / hashes_of(rank)).write_text(json.dumps(found, indent=1))
@@ -95,15 +112,20 @@ def _size(tensors: State) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def load_progress(folder: Path) -> Progress:
-    """Progress stored in the checkpoint ``folder``."""
-    return Progress(**json.loads((folder / "progress.json").read_text()))
+def load_progress(uri: str) -> Progress:
+    """Progress stored in the checkpoint ``uri``."""
+    return Progress(**json.loads(storage.read_bytes(storage.join(uri, "progress.json"))))
 
 
-def load_part(folder: Path, name: str) -> State:
-    """One of the parts of ``save_checkpoint``, on the CPU; empty if the checkpoint does not have it."""
-    path = folder / f"{name}.safetensors"
-    return load_file(path) if path.exists() else {}
+def load_part(uri: str, name: str) -> State:
+    """What rank 0 has written whole to the checkpoint ``uri``; empty if the checkpoint does not have it."""
+    file = storage.join(uri, f"{name}.safetensors")
+    return load(storage.read_bytes(file)) if storage.exists(file) else {}
+
+
+def load_shard(uri: str, name: str, progress: Progress) -> State:
+    """This rank's part, whatever the number of ranks that have written the checkpoint ``uri``; empty if it does not have it."""
+    return read_shard(uri, name, progress.ranks if progress.format >= FIRST_SHARDED else 0)
 
 
 def random_state() -> State:
@@ -112,9 +134,9 @@ def random_state() -> State:
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def restore_random_state(folder: Path, progress: Progress, seed: int) -> bool:
+def restore_random_state(uri: str, progress: Progress, seed: int) -> bool:
     """Restore this rank's random generators. If the number of ranks has changed, seed them again and return False."""
-    state = load_part(folder, f"random_{distributed.rank()}")
+    state = load_part(uri, f"random_{distributed.rank()}")
     if progress.ranks != distributed.world_size() or not state:
         seed_everything(seed + progress.step)
         return False
@@ -145,9 +167,9 @@ def export_model(
 ) -> None:
     """Write encoders and tokenizer as Hugging Face folders, plus the files that only this package reads.
 
-    ``model`` is a new, whole model with the run's settings; ``weights`` are loaded into it.
+    ``model`` is a whole model with the run's settings, also on the meta device; it takes over ``weights``.
     """
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     backbone = model.image_encoder.backbone
     if hasattr(backbone, "save_pretrained"):
         backbone.save_pretrained(folder / "image_encoder")

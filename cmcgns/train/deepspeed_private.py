@@ -22,10 +22,11 @@ def link_averages(optimizer: Any) -> None:
     optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def shard_size(parameter: nn.Parameter) -> int:
-    """ZeRO-3: padded number of elements that each rank stores of ``parameter``. No public function returns it."""
-    size: int = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    return size
+def shard(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """ZeRO-3: what this rank stores of ``parameter``, padded, and the elements of the whole. The public function for it returns
+    None for a frozen parameter."""
+    stored: Any = parameter
+    return stored.ds_tensor, stored.ds_numel
 
 
 def forget_modules() -> None:

@@ -1,7 +1,7 @@
-"""Training engines, DeepSpeed and plain torch: forward, backward, optimizer step, whole state.
+"""Training engines, DeepSpeed and plain torch: forward, backward, optimizer step, each rank's part of the state.
 
-Both save and load the whole state by parameter name, so a checkpoint works with any number of ranks, any ZeRO stage and
-either engine. Parameters stay float32; bf16 and fp16 use autocast. A step whose gradient is not finite is skipped: neither
+Both save and load the same parts by parameter name (``shards``), so a checkpoint works with any number of ranks, any ZeRO stage
+and either engine. Parameters stay float32; bf16 and fp16 use autocast. A step whose gradient is not finite is skipped: neither
 weights nor averages move. Only this file and ``deepspeed_private`` import DeepSpeed.
 """
 
@@ -22,6 +22,7 @@ from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.train import deepspeed_private
+from cmcgns.train.shards import State, join, own_range, split
 from cmcgns.user_folders import torch_extensions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,9 +35,6 @@ FIRST_SCALE, GOOD_STEPS = 2.0**16, 2000
 """Initial factor on losses in fp16, and steps with a finite gradient after which it is doubled; those of torch's GradScaler."""
 BACKBONES = {"image_encoder.backbone.": "image_encoder_rate", "text_encoder.backbone.": "text_encoder_rate"}
 """Name prefixes of the parameters that have a factor on the learning rate of their own, and its setting."""
-
-State = dict[str, Tensor]
-"""Tensors on the CPU by name: weights by parameter name, averages as MOMENT.NAME, and ``optimizer_steps``."""
 
 
 class Engine(Protocol):
@@ -57,14 +55,17 @@ class Engine(Protocol):
 
         Parameters with a rate of their own take that factor of ``learning_rate``."""
 
-    def weights(self) -> State:
-        """Whole float32 weights and buffers. Collective; only rank 0 needs to keep them."""
+    def weights(self, keep: bool = True) -> State:
+        """Whole float32 weights and buffers, gathered one by one; {} without ``keep``. Collective."""
+
+    def weights_shard(self) -> State:
+        """Copy of this rank's part of weights and buffers."""
 
     def optimizer_state(self) -> State:
-        """Whole optimizer state. Collective; only rank 0 needs to keep it."""
+        """Copy of this rank's part of the averages, as MOMENT.NAME, and ``optimizer_steps``. Collective."""
 
     def load_optimizer_state(self, state: State) -> None:
-        """Load a whole optimizer state, which every rank passes in. Collective."""
+        """Load what ``optimizer_state`` returns, each rank its part. Collective."""
 
     def close(self) -> None:
         """Free parameters, gradients, averages and buffers; the engine cannot be used any more."""
@@ -196,14 +197,19 @@ class DeepSpeedEngine:
             self.scale.update(finite=self.engine.skipped_steps == skipped)
             self.optimizer.override_loss_scale(self.scale.value)
 
-    def weights(self) -> State:
-        # for its keys: non-persistent buffers such as position ids are skipped. ZeRO-3's values are empty
-        saved = self.module.state_dict()
-        whole = {name: to_cpu(buffer) for name, buffer in self.module.named_buffers() if name in saved}
+    def weights(self, keep: bool = True) -> State:
+        whole = {name: to_cpu(buffer) for name, buffer in self._buffers() if keep}
         for name, parameter in self.module.named_parameters():
             with self._gathered(parameter):
-                whole[name] = to_cpu(parameter)
+                if keep:
+                    whole[name] = to_cpu(parameter)
         return whole
+
+    def weights_shard(self) -> State:
+        parts = {name: to_cpu(split(buffer)) for name, buffer in self._buffers()}
+        for name, parameter in self.module.named_parameters():
+            parts[name] = to_cpu(self._part(parameter) if self.zero_stage == 3 else split(parameter))
+        return parts
 
     def optimizer_state(self) -> State:
         self._link_averages()
@@ -221,7 +227,7 @@ class DeepSpeedEngine:
         self._link_averages()
         for name, parameter in self._trained():
             for moment in MOMENTS:
-                self._set_average(parameter, moment, state[f"{moment}.{name}"].to(parameter.device))
+                self._set_average(parameter, moment, state[f"{moment}.{name}"])
         for slot in self.optimizer.optimizer.state.values():
             slot["step"] = torch.as_tensor(slot["step"]).clone().fill_(float(steps))
         self.engine.global_steps, self.engine.skipped_steps = int(steps), 0
@@ -246,22 +252,30 @@ class DeepSpeedEngine:
         if self.zero_stage < 3:
             deepspeed_private.link_averages(self.optimizer)
 
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        """ZeRO-3: this rank's part of ``parameter``, without padding."""
+        stored, size = deepspeed_private.shard(parameter)
+        start, stop = own_range(size)
+        return stored[: stop - start]
+
     def _average(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
-        from deepspeed.utils import safe_get_full_optimizer_state
+        """This rank's part of an average. Collective in ZeRO-1 and 2, whose own parts are others."""
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
-        # collective: every rank enters for every parameter
-        return safe_get_full_optimizer_state(parameter, moment)
+        if self.zero_stage < 3:
+            average = safe_get_full_optimizer_state(parameter, moment)
+            return None if average is None else split(average)
+        return safe_get_local_optimizer_state(parameter, moment)[: len(self._part(parameter))]
 
-    def _set_average(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
+    def _set_average(self, parameter: nn.Parameter, moment: str, part: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.zero_stage < 3:
-            safe_set_full_optimizer_state(parameter, whole, moment)
+            safe_set_full_optimizer_state(parameter, join(part, parameter.shape).to(parameter.device), moment)
             return
-        # DeepSpeed's function for a whole average fails if the parameter's size is not a multiple of the ranks
-        share = deepspeed_private.shard_size(parameter)
-        flat = nn.functional.pad(whole.flatten(), (0, share * distributed.world_size() - whole.numel()))
-        safe_set_local_optimizer_state(parameter, flat.narrow(0, share * distributed.rank(), share), moment)
+        stored, _ = deepspeed_private.shard(parameter)
+        padded = nn.functional.pad(part.to(parameter.device), (0, len(stored) - len(part)))
+        safe_set_local_optimizer_state(parameter, padded, moment)
 
     def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
         if self.zero_stage < 3:
@@ -269,6 +283,11 @@ class DeepSpeedEngine:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters([parameter])
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """Buffers that are saved; others, such as position ids, are made anew."""
+        saved = self.module.state_dict()  # for its keys: ZeRO-3's values are empty
+        return [(name, buffer) for name, buffer in self.module.named_buffers() if name in saved]
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
@@ -364,12 +383,15 @@ class TorchEngine:
             self.scale.update(finite)
         self.optimizer.zero_grad()
 
-    def weights(self) -> State:
-        return {name: to_cpu(value) for name, value in self.module.state_dict().items()}
+    def weights(self, keep: bool = True) -> State:
+        return {name: to_cpu(value) for name, value in self.module.state_dict().items() if keep}
+
+    def weights_shard(self) -> State:
+        return {name: to_cpu(split(value)) for name, value in self.module.state_dict().items()}
 
     def optimizer_state(self) -> State:
         state = {
-            f"{moment}.{name}": to_cpu(self.optimizer.state[parameter][moment])
+            f"{moment}.{name}": to_cpu(split(self.optimizer.state[parameter][moment]))
             for name, parameter in self.module.named_parameters()
             for moment in MOMENTS
             if parameter in self.optimizer.state
@@ -386,10 +408,13 @@ class TorchEngine:
 
 
 def restore_adam(optimizer: torch.optim.Optimizer, trained: Iterator[tuple[str, nn.Parameter]], state: State) -> None:
-    """Load averages and step count into a torch optimizer."""
+    """Load averages and step count into a torch optimizer. Collective."""
     for name, parameter in trained:
         if f"{MOMENTS[0]}.{name}" in state:
-            averages = {moment: state[f"{moment}.{name}"].to(parameter.device).clone() for moment in MOMENTS}
+            parts = {moment: state[f"{moment}.{name}"] for moment in MOMENTS}
+            averages = {
+                moment: join(part, parameter.shape).to(parameter.device, copy=True) for moment, part in parts.items()
+            }
             steps = step_count(optimizer, parameter).fill_(float(state["optimizer_steps"]))
             optimizer.state[parameter] = {"step": steps, **averages}
 

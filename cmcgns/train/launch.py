@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
-from cmcgns.cluster.coordinator import WORKER_STARTED
+from cmcgns.cluster.coordinator import LOST, WORKER_STARTED
+from cmcgns.cluster.heartbeat import HangWatch
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
 from cmcgns.data.order import Arrangement
@@ -128,9 +130,13 @@ def fit(
     # in a separate thread: in the main thread Ray Train aborts on Ctrl-C without a checkpoint
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
+    watch = HangWatch(assignment.coordinator, config.train.num_workers, config.train.hang_timeout_s)
     while thread.is_alive():
         thread.join(timeout=0.5)
+        watch.look()
     result = outcome[0]
+    if isinstance(result, ray.exceptions.RayActorError):  # lost workers are in the result
+        return None, RuntimeError(LOST.format("controller (Ray Train's)"))
     if isinstance(result, Exception):
         return None, result
     return (result.checkpoint.path if result.checkpoint else None), result.error

@@ -16,9 +16,11 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.storage.integrity import damage
 
 logger = logging.getLogger(__name__)
-CHECKPOINT_FORMAT = 2
-"""2 since checkpoints have hashes."""
+CHECKPOINT_FORMAT = FIRST_SHARDED = 3
+"""2 since checkpoints have hashes; 3 since each rank writes its own part."""
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{8})_of_(\d+)_[0-9a-f]{6}")
+BEST = "best_"
+"""Prefix of a copy that Ray Train does not know and never deletes."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list."""
 
@@ -28,10 +30,10 @@ def hashes_of(rank: int) -> str:
     return f"hashes_{rank}.json"
 
 
-def checkpoint_damage(uri: str, name: str) -> str | None:
+def checkpoint_damage(uri: str, name: str, part: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the checkpoint ``name`` in the folder ``uri``; None if every file of every rank is what was written.
 
-    Reads all of it.
+    Reads all of it, or with ``part`` (i, n) the files of every n-th rank from i on.
     """
     try:
         progress = json.loads(storage.read_bytes(storage.join(uri, "progress.json")))
@@ -45,7 +47,7 @@ def checkpoint_damage(uri: str, name: str) -> str | None:
         return None
     if ranks != ranks_in_name(name):
         return "progress.json is not what was written"
-    found = next(filter(None, (damage(uri, hashes_of(rank)) for rank in range(ranks))), None)
+    found = next(filter(None, (damage(uri, hashes_of(rank)) for rank in range(ranks)[part[0] :: part[1]])), None)
     if found is None and version > CHECKPOINT_FORMAT:
         return f"it has format {version}, and this version of cmcgns reads up to {CHECKPOINT_FORMAT}"
     return found
@@ -94,12 +96,26 @@ def find_checkpoint(folder: RunFolder, checkpoint_every: int) -> str | None:
     return None
 
 
-def delete_half_written(folder: RunFolder, there_before: Collection[str]) -> None:
-    """Delete this attempt's checkpoints whose writing failed: damaged, not listed by Ray Train, and not ``there_before``, since
-    someone may still restore older ones."""
+def keep_best(uri: str, step: int) -> None:
+    """Copy the checkpoint of ``step`` in the run folder ``uri`` to ``best_checkpoint_*``, and delete the best one before."""
+    folders = storage.list_folders(uri)
+    name = max(
+        each for each in folders if CHECKPOINT_NAME.fullmatch(each) and each.startswith(f"checkpoint_{step:08d}_")
+    )
+    storage.copy_folder(storage.join(uri, name), storage.join(uri, f"{BEST}{name}"))
+    for old in folders:
+        if CHECKPOINT_NAME.fullmatch(old.removeprefix(BEST)) and old.startswith(BEST) and old != f"{BEST}{name}":
+            storage.delete_folder(storage.join(uri, old))
+
+
+def delete_half_written(folder: RunFolder, there_before: Collection[str], if_listed: bool = False) -> None:
+    """Delete checkpoints whose writing failed: damaged, not listed by Ray Train, and not ``there_before``, since someone may
+    still restore older ones. ``if_listed``: only if there is such a list."""
     try:
         listed = storage.read_bytes(folder.file(SNAPSHOT)).decode()
     except storage.MissingFileError:
+        if if_listed:
+            return
         listed = ""
     for name in list_checkpoints(folder):
         if name not in there_before and name not in listed and checkpoint_damage(folder.file(name), name) is not None:

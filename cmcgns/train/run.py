@@ -249,6 +249,7 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     write_start(folder, config, setup.corpus, setup.tokenizer)
     if folder.resumed:
         check_unchanged(setup)
+        delete_half_written(folder, (), if_listed=True)  # of an attempt that was killed
         write_snapshot(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
@@ -308,7 +309,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Write result.json and bad_rows.jsonl; the content of result.json."""
     outcome = account["outcome"] or {}
-    failure = account["failure"] or (error and (memory_failure() or last_line(error))) or None
+    failure = account["failure"] or (error and (account["hang"] or memory_failure() or last_line(error))) or None
     status = "failed" if failure or not outcome else "finished" if outcome["finished"] else "stopped"
     scheme = "s3://" if storage.is_s3(folder.uri) else ""
     result = {

@@ -171,7 +171,8 @@ FREE_TO_CHANGE = {
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",
         "activation_checkpointing", "placement", "overlap_comm", "deterministic",
-        "log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "max_failures",
+        "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_best", "max_failures",
+        "hang_timeout_s",
     },
     "run": {"name", "storage", "resume", "loggers"},
 }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from cmcgns import distributed
+from cmcgns.cluster.heartbeat import FILMS, mark
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block, blank_block
 
@@ -78,16 +79,24 @@ class StepData:
     studies_digest: str
     """Hash of the films of this step on all ranks; it does not depend on their order."""
     stop_requested: bool
+    checkpoint_due: bool
+    """By the clock of rank 0."""
 
 
 class StepReader:
     """Reads each step's blocks, over epochs; the last incomplete global batch of an epoch is dropped."""
 
     def __init__(
-        self, source: BlockSource, batcher: Batcher, cursor: Cursor, accumulation: int, stop: Callable[[], bool]
+        self,
+        source: BlockSource,
+        batcher: Batcher,
+        cursor: Cursor,
+        accumulation: int,
+        stop: Callable[[], bool],
+        checkpoint_due: Callable[[], bool] = lambda: False,
     ) -> None:
         self.source, self.batcher, self.cursor = source, batcher, cursor
-        self.accumulation, self.stop = accumulation, stop
+        self.accumulation, self.stop, self.checkpoint_due = accumulation, stop, checkpoint_due
         self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
         self._open(cursor)
 
@@ -118,10 +127,12 @@ class StepReader:
         size = self.batcher.config.train.microbatch_size
         short = len(blocks) < self.accumulation or any(len(block) != size for block in blocks)
         prefetch = self._prefetch.is_due(self.cursor.position)
-        ranks = np.array(distributed.exchange([int(short), int(self.stop()), int(prefetch), *facts.ravel().tolist()]))
+        mark("waiting for the other ranks")
+        flags = [int(short), int(self.stop()), int(prefetch), int(self.checkpoint_due())]
+        ranks = np.array(distributed.exchange([*flags, *facts.ravel().tolist()]))
         if ranks[:, 0].any():
             return None
-        facts_WA4 = ranks[:, 3:].reshape(len(ranks), self.accumulation, 4)
+        facts_WA4 = ranks[:, len(flags) :].reshape(len(ranks), self.accumulation, 4)
         check_order(facts_WA4)
         self.cursor = Cursor(self.cursor.epoch, int(facts_WA4[:, :, 2].max()) + 1)
         if ranks[:, 2].any():  # collective: the ranks' clocks differ
@@ -131,7 +142,7 @@ class StepReader:
             for i, block in enumerate(blocks)
         ]
         whole = int(facts_WA4[:, :, 3].astype(np.uint64).sum(dtype=np.uint64))
-        return StepData(microbatches, self.cursor, f"{whole:016x}", bool(ranks[:, 1].any()))
+        return StepData(microbatches, self.cursor, f"{whole:016x}", bool(ranks[:, 1].any()), bool(ranks[0, 3]))
 
 
 def digest(block: Block) -> int:
@@ -155,8 +166,10 @@ def validation_batches(
     """
     blocks = source.open_validation()
     while True:
+        mark(FILMS)
         block = next(blocks, None)
         real = 0 if block is None else len(block)
+        mark("validation")
         padded = blank_block(size, batcher.config.data.resize) if block is None else block.padded(size)
         ranks = distributed.exchange([real, int(padded.sentence_counts.sum())])
         if not any(count for count, _ in ranks):

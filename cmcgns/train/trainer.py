@@ -1,6 +1,7 @@
 """The training loop of all stages on one rank. It does not use Ray: everything it needs is in ``Parts``."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmcgns import distributed
+from cmcgns.cluster.heartbeat import CLUSTERING, FILMS, STARTING, WRITING, mark
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.methods.base import Losses, Method
@@ -18,16 +20,20 @@ from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import (
     CheckpointWriter,
+    Contents,
     Progress,
     load_part,
     load_progress,
+    load_shard,
     restore_random_state,
     seed_everything,
 )
-from cmcgns.train.engine import Engine, State, average_buffers, build_engine
+from cmcgns.train.engine import MOMENTS, Engine, average_buffers, build_engine
 from cmcgns.train.global_batch import cached_step
 from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
+from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED
 from cmcgns.train.schedule import Schedule
+from cmcgns.train.shards import State, join, split
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
 from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
@@ -37,7 +43,7 @@ COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
 SKIPS_IN_A_ROW = 50
 """Skipped steps after which a run ends. In fp16 the first few are normal: the loss scale falls from 65,536."""
 CENTROIDS = "centroids."
-"""Prefix of the centroids' entries in the state of the best weights."""
+"""Prefix of the centroids in the file of the best weights of earlier versions."""
 
 
 class TrainingStoppedError(RuntimeError):
@@ -69,17 +75,24 @@ class Parts:
     keep: Callable[[Path, int], None]
     """Store this rank's checkpoint folder of a step. Called in a thread, by every rank: it must not use torch's collectives."""
     stop_requested: Callable[[], bool]
+    keep_best: Callable[[int], None] = lambda step: None
+    """Keep the stored checkpoint of a step as the best, in place of the one before. Called by rank 0, in the same thread."""
 
 
 class Trainer:
     """Stage 1, then each later stage from the best weights of the one before."""
 
-    def __init__(self, config: Config, parts: Parts, checkpoint: Path | None = None) -> None:
+    def __init__(self, config: Config, parts: Parts, checkpoint: str | None = None) -> None:
+        """``checkpoint``: URI of the one to resume from."""
         self.config, self.parts = config, parts
         self.method, self.banks = parts.method, parts.banks
         self.metrics = StepMetrics(parts.method)
         self.progress = Progress(ranks=distributed.world_size())
         self.best: State = {}
+        """This rank's part of the best weights of a stage."""
+        self.best_centroids: State = {}
+        self._best_step: int | None = None
+        """Step of a checkpoint that is the best and may still be being written."""
         self.skips = 0
         self.last_validation: Validation | None = None
         self.engine: Engine
@@ -88,7 +101,10 @@ class Trainer:
         cursor = Cursor(self.progress.epoch, self.progress.position)
         accumulation = config.train.global_batch_size // (config.train.microbatch_size * distributed.world_size())
         # before the engine is built: reading the first films takes about as long
-        self.reader = StepReader(parts.blocks, parts.batcher, cursor, accumulation, parts.stop_requested)
+        self.reader = StepReader(
+            parts.blocks, parts.batcher, cursor, accumulation, parts.stop_requested, self._minutes_are_over
+        )
+        self.saved_at = time.monotonic()
         if checkpoint is None:
             seed_everything(config.train.seed)
             self._build_engine(None)
@@ -99,14 +115,14 @@ class Trainer:
 
     def train(self) -> bool:
         """Run the remaining steps of the schedule; False if the user stopped the run before the end."""
+        stop_requested = False
         try:
-            while self.progress.step < self.parts.schedule.total:
+            while self.progress.step < self.parts.schedule.total and not stop_requested:
                 stop_requested = self.next_step()
-                if stop_requested and self.progress.step < self.parts.schedule.total:
-                    return False
-            return True
         finally:
             self.writer.wait()
+        self._keep_best(self._written_best())
+        return self.progress.step == self.parts.schedule.total
 
     def next_step(self) -> bool:
         """One optimizer step, and logging, validation and checkpoint if due. True if the user has asked to stop. Collective."""
@@ -116,16 +132,18 @@ class Trainer:
         if stage != self.progress.stage:
             self.start_stage(stage)
         step = self.progress.step + 1
+        mark(FILMS, step)
         data = self.reader.next_step()
         self.train_step(step, data)
         self._advance(step, data)
         ends_stage = step in schedule.ends
         if is_due(step, train.log_every) or ends_stage:
             self.write_metrics()
+        is_best = False
         if is_due(step, train.validate_every) or ends_stage:
-            self.validate()
-        if is_due(step, train.checkpoint_every) or ends_stage or data.stop_requested:
-            self.save()  # collective: every rank enters
+            is_best = self.validate() and train.keep_best
+        if is_due(step, train.checkpoint_every) or data.checkpoint_due or ends_stage or is_best or data.stop_requested:
+            self.save(is_best)  # collective: every rank enters
         return data.stop_requested
 
     def train_step(self, step: int, data: StepData) -> None:
@@ -137,7 +155,9 @@ class Trainer:
         else:
             losses, batches, gradients = self._microbatches(step, data)
         self.finite.check(step)  # before the weights change
+        mark("optimizer step")
         self.engine.step(self.learning_rate(step))
+        mark(CLUSTERING)
         self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, batches)
         step_s = waited_s + self.watch.lap()
         facts = {
@@ -156,12 +176,17 @@ class Trainer:
         }
         self.metrics.record(facts, losses, self.engine.gradient_norm)
 
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.train.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
     def _microbatches(self, step: int, data: StepData) -> tuple[list[Losses], list[ImageReportBatch], dict[str, float]]:
         """Forward, losses and backward of one microbatch after the other. Losses, batches, and gradients by term if asked for."""
         stage = self.progress.stage
         losses: list[Losses] = []
         gradients: dict[str, float] = {}
         for i, batch in enumerate(data.microbatches):
+            mark("forward and backward")
             outputs = self.engine(batch, stage)
             losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
             self.banks.observe(losses[-1])
@@ -175,6 +200,7 @@ class Trainer:
 
     def _global_batch(self, step: int, data: StepData) -> tuple[list[Losses], list[ImageReportBatch]]:
         """Losses over all microbatches at once, and their backward."""
+        mark("forward and backward")
         stage, centroids = self.progress.stage, self.banks.centroids
         cached = cached_step(
             lambda batch: self.engine(batch, stage),
@@ -202,6 +228,7 @@ class Trainer:
 
     def write_metrics(self) -> None:
         """Write the steps since the last call to metrics.jsonl and the display. Collective."""
+        mark("metrics")
         rows = self.metrics.rows()
         self._check_collapse(rows)
         if self.parts.log is not None:
@@ -234,12 +261,15 @@ class Trainer:
                     name, COLLAPSED_SPREAD, COLLAPSED_STEPS, row[name], row["step"],
                 )  # fmt: skip
 
-    def validate(self) -> None:
-        """Score the validation split; keep the best weights for the next stage, if there can be one. Collective."""
+    def validate(self) -> bool:
+        """Score the validation split; keep the best weights for the next stage, if there can be one. Collective.
+
+        True if no earlier validation of the stage ranks higher."""
         average_buffers(self.engine.module)
         size = self.config.train.microbatch_size
         batches = TimedIterator(validation_batches(self.parts.blocks, self.parts.batcher, size))
         self.watch.lap()
+        mark("validation")
         stage = self.progress.stage
         validation = validate(self.engine, self.method, batches, self.banks.centroids, stage, self.progress.step)
         self.last_validation = validation
@@ -258,79 +288,123 @@ class Trainer:
             if validation.picture_1HW is not None:
                 self.parts.log.picture("reconstruction", validation.picture_1HW, self.progress.step)
         self.parts.display.update(facts | validation.scores)
-        if stage == 1 or stage < self.parts.schedule.last_stage:
-            self._keep_if_best(validation)
+        is_best = self._is_best(validation)
+        if is_best and (stage == 1 or stage < self.parts.schedule.last_stage):
+            self.progress.best = {name: value for name, value in self.progress.best_of_stage.items() if name != "stage"}
+            self.best, self.best_centroids = self.engine.weights_shard(), self.banks.centroids_state()
         self.watch.lap()
+        return is_best
 
-    def _keep_if_best(self, validation: Validation) -> None:
-        """Keep weights and centroids if no earlier validation of the stage ranks higher; the later one wins a tie."""
+    def _is_best(self, validation: Validation) -> bool:
+        """True, and recorded, if no earlier validation of the stage ranks higher; the later one wins a tie."""
         numbers = validation.scores | {"mean_recall": validation.mean_recall}
         here = {name.lstrip("-"): numbers[name.lstrip("-")] for name in self.method.ranked_by}
-        if not self.progress.best or self._rank(here) >= self._rank(self.progress.best):
-            self.progress.best = {"step": self.progress.step, **here}
-            self.best = self.engine.weights() | prefixed(CENTROIDS, self.banks.centroids_state())
+        stage, before = self.progress.stage, self.progress.best_of_stage
+        if before.get("stage") == stage and self._rank(here) < self._rank(before):
+            return False
+        self.progress.best_of_stage = {"stage": stage, "step": self.progress.step, **here}
+        return True
 
     def _rank(self, numbers: dict[str, float]) -> list[float]:
         return [-numbers[name[1:]] if name.startswith("-") else numbers[name] for name in self.method.ranked_by]
 
     def start_stage(self, stage: int) -> None:
         """Continue from the last stage's best weights and centroids with empty banks and a new engine. Collective."""
+        mark(STARTING)
         self.progress.stage = stage
         self.banks.empty(self.progress.step)
-        self.banks.load_centroids(unprefixed(CENTROIDS, self.best))
-        weights = {name: value for name, value in self.best.items() if not name.startswith(CENTROIDS)}
+        self.banks.load_centroids(self.best_centroids)
         self.engine.close()  # otherwise its averages stay in memory
-        self._build_engine(weights)
-        self.best = {}
+        self._build_engine(self.best)
+        self.best, self.best_centroids = {}, {}
         if distributed.rank() == 0:
             logger.info("stage %d starts from the weights of step %d", stage, self.progress.best["step"])
         if stage < self.parts.schedule.last_stage:
             self.progress.best = {}
 
     def _build_engine(self, weights: State | None) -> None:
+        """A new engine, with initial weights or with those of which each rank passes its part. Collective."""
         with torch.random.fork_rng():  # the same weights on every rank, without consuming dropout RNG
             model = self.parts.build_model()
         if weights is not None:
-            model.load_state_dict(weights)
+            load_weights(model, weights)
+        self.sizes = {name: value.numel() for name, value in model.state_dict().items()}
         frozen = self.method.frozen(self.progress.stage)
         new_parts = self.method.frozen(1) if self.progress.stage == 2 else None
         self.engine = build_engine(model, self.config.train, self.parts.device, frozen, new_parts)
         self.engine.module.train()
 
-    def save(self) -> None:
+    def save(self, is_best: bool = False) -> None:
         """Begin to write a checkpoint from which any number of ranks can resume; training goes on meanwhile. Collective."""
         self.write_metrics()
+        mark(WRITING)
         self.writer.wait()  # before the state is copied: two copies would take twice the memory
+        self._best_to_keep = self._written_best()
+        self._best_step = self.progress.step if is_best else None
+        self.saved_at = time.monotonic()
+        mark("copying the state")
         average_buffers(self.engine.module)
-        parts = {
-            "weights": self.engine.weights(),
-            "optimizer": self.engine.optimizer_state(),
-        }
-        clustering = self.banks.state_dict(self.progress.step)
-        if clustering:
-            parts["clustering"] = clustering
-        if self.best:
-            parts["best"] = self.best
-        self.writer.start(self.progress, parts)
+        shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}
+        averages = {f"{moment}.{name}": size for name, size in self.sizes.items() for moment in MOMENTS}
+        whole = {"clustering": self.banks.state_dict(self.progress.step), "best_centroids": self.best_centroids}
+        contents = Contents(
+            {name: parts for name, parts in shards.items() if parts},
+            self.sizes | averages,
+            {name: state for name, state in whole.items() if state},
+        )
+        self.writer.start(self.progress, contents)
         self.watch.lap()
 
     def _keep(self, folder: Path, step: int) -> None:
         """In the writer's thread: metrics are stored first, so that those of a checkpoint's steps are always there."""
         if self.parts.log is not None:
             self.parts.log.sync()
+        self._keep_best(self._best_to_keep)  # before Ray Train is told of another one and deletes it
         self.parts.keep(folder, step)
 
-    def _resume(self, folder: Path) -> None:
+    def _written_best(self) -> int | None:
+        """Step of a new best checkpoint that every rank has written, for rank 0 to keep. Collective."""
+        step, self._best_step = self._best_step, None
+        if step is not None:
+            distributed.exchange([0])  # barrier: every rank has waited for its writer
+        return step if distributed.rank() == 0 else None
+
+    def _keep_best(self, step: int | None) -> None:
+        if step is not None:
+            self.parts.keep_best(step)
+
+    def _resume(self, uri: str) -> None:
         saved = self.progress
-        self._build_engine(load_part(folder, "weights"))
-        self.engine.load_optimizer_state(load_part(folder, "optimizer"))
-        self.banks.load_state_dict(load_part(folder, "clustering"), saved.step)
-        self.best = load_part(folder, "best")
-        if not restore_random_state(folder, saved, self.config.train.seed) and distributed.rank() == 0:
+        self._build_engine(load_shard(uri, "weights", saved))
+        self.engine.load_optimizer_state(load_shard(uri, "optimizer", saved))
+        self.banks.load_state_dict(load_part(uri, "clustering"), saved.step)
+        self.best, self.best_centroids = load_shard(uri, "best", saved), load_part(uri, "best_centroids")
+        if saved.format < FIRST_SHARDED:  # both in one file
+            self.best_centroids = unprefixed(CENTROIDS, load_part(uri, "best"))
+            self.best = {name: part for name, part in self.best.items() if not name.startswith(CENTROIDS)}
+            saved.best_of_stage = {"stage": saved.stage, **saved.best} if self.best else {}
+        if self.config.train.keep_best and saved.best_of_stage.get("step") == saved.step:
+            self._best_step = saved.step  # the run may have ended before it was kept
+        if not restore_random_state(uri, saved, self.config.train.seed) and distributed.rank() == 0:
             logger.info(
                 "resumed on %d ranks instead of %d: dropout has a new seed", distributed.world_size(), saved.ranks
             )
-        self.progress.ranks = distributed.world_size()
+        self.progress.ranks, self.progress.format = distributed.world_size(), CHECKPOINT_FORMAT
+
+
+def load_weights(model: torch.nn.Module, parts: State) -> None:
+    """Give ``model``, whole on every rank, the weights of which each rank passes its part. Collective."""
+    own = model.state_dict()
+    unlike = sorted(own.keys() ^ parts.keys()) or [
+        name for name, value in own.items() if parts[name].numel() != split(value).numel()
+    ]
+    if any(count for (count,) in distributed.exchange([len(unlike)])):
+        raise TrainingStoppedError(
+            f"the checkpoint is of another model than this version builds from the same settings{': ' if unlike else ''}"
+            f"{', '.join(unlike[:3])}. Resume the run with the version of cmcgns that has written it"
+        )
+    for name, value in own.items():
+        value.copy_(join(parts[name], value.shape))
 
 
 class FiniteCheck:
@@ -365,11 +439,6 @@ class FiniteCheck:
 def is_due(step: int, every: int | None) -> bool:
     """True on every ``every``-th step; never if ``every`` is None."""
     return every is not None and step % every == 0
-
-
-def prefixed(prefix: str, state: State) -> State:
-    """``state`` with ``prefix`` before each name."""
-    return {prefix + name: value for name, value in state.items()}
 
 
 def unprefixed(prefix: str, state: State) -> State:

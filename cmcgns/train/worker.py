@@ -23,6 +23,7 @@ from ray.util import get_current_placement_group
 from cmcgns import distributed, storage
 from cmcgns.bad_rows import write_bad_rows
 from cmcgns.cluster.coordinator import log_to_coordinator
+from cmcgns.cluster.heartbeat import EXPORT, Heartbeat, mark
 from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
 from cmcgns.config import Bank
@@ -38,7 +39,7 @@ from cmcgns.train.banks import Banks
 from cmcgns.train.checkpoint import EXPORT_FORMAT, export_model, load_progress
 from cmcgns.train.launch import Assignment
 from cmcgns.train.metrics import RunLog
-from cmcgns.train.resume import checkpoint_damage
+from cmcgns.train.resume import checkpoint_damage, keep_best
 from cmcgns.train.steps import BlockSource
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
@@ -149,7 +150,8 @@ def work(assignment: Assignment) -> None:
     if ray.get(assignment.coordinator.failure.remote()) is not None:
         return  # started again after a failure that a restart does not fix
     try:
-        _train(assignment)
+        with Heartbeat(assignment.coordinator, distributed.rank(), assignment.config.train.hang_timeout_s):
+            _train(assignment)
     except Exception as error:
         if storage.is_full_disk(error):
             places = f"{assignment.folder} or {tempfile.gettempdir()} of {ray.util.get_node_ip_address()}"
@@ -172,17 +174,15 @@ def _train(assignment: Assignment) -> None:
         assignment.coordinator.hold.remote(get_current_placement_group())
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
-        folder = None if checkpoint is None else Path(stack.enter_context(checkpoint.as_directory()))
-        if checkpoint is not None and folder is not None:
-            check_checkpoint(assignment, checkpoint.path, folder)
+        uri = None if checkpoint is None else check_checkpoint(assignment, checkpoint.path)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmcgns-run-")))
-        step = 0 if folder is None else load_progress(folder).step
+        step = 0 if uri is None else load_progress(uri).step
         log = RunLog(assignment.folder, scratch, step, config) if distributed.rank() == 0 else None
         source = RayBlocks(assignment.train, assignment.valid, config.train.microbatch_size)
         stack.callback(source.close)
         parts = build_parts(assignment, source, device, log)
-        trainer = Trainer(config, parts, folder)
-        if folder is None:
+        trainer = Trainer(config, parts, uri)
+        if uri is None:
             parts.banks.empty(0)  # the pool may still hold rows that replaced workers pushed
         elif distributed.rank() == 0:
             logger.warning("resuming after step %d of %d", step, assignment.schedule.total)
@@ -197,17 +197,21 @@ def _train(assignment: Assignment) -> None:
             ray.get(assignment.coordinator.finish.remote(outcome))
 
 
-def check_checkpoint(assignment: Assignment, path: str, folder: Path) -> None:
-    """Raise if the checkpoint of a run that lost a worker, in ``folder`` on this node, is damaged on any rank. Collective."""
+def check_checkpoint(assignment: Assignment, path: str) -> str:
+    """URI of the run's checkpoint at ``path``, Ray's word for it; raises on all ranks if it is damaged. Collective.
+
+    Each rank reads a part of it, unless the driver has verified it.
+    """
     name = path.rstrip("/").rpartition("/")[2]
+    uri = storage.join(assignment.folder, name)
     if name == assignment.verified:
-        return
-    reason = checkpoint_damage(str(folder), name)
+        return uri
+    reason = checkpoint_damage(uri, name, (distributed.rank(), distributed.world_size()))
     if any(damaged for (damaged,) in distributed.exchange([int(reason is not None)])):
         raise TrainingStoppedError(
-            f"checkpoint {storage.join(assignment.folder, name)} is damaged: {reason or 'in the copy of another rank'}. Resume "
-            "the run: it takes the one before"
+            f"checkpoint {uri} is damaged: {reason or 'in the files of another rank'}. Resume the run: it takes the one before"
         )
+    return uri
 
 
 def build_parts(assignment: Assignment, source: BlockSource, device: torch.device, log: RunLog | None) -> Parts:
@@ -236,6 +240,7 @@ def build_parts(assignment: Assignment, source: BlockSource, device: torch.devic
         display=CoordinatorDisplay(assignment.coordinator),
         keep=partial(report_checkpoint, assignment, distributed.broadcast_object(secrets.token_hex(3))),
         stop_requested=StopPoll(assignment.coordinator),
+        keep_best=partial(keep_best, assignment.folder),
     )
 
 
@@ -285,7 +290,6 @@ def report_checkpoint(assignment: Assignment, unique: str, folder: Path, step: i
 def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[str, Any]:
     """Outcome of the run, with its export if it has finished (rank 0). Collective."""
     first, config = trainer.banks.first, assignment.config
-    weights = trainer.engine.weights()
     outcome: dict[str, Any] = {
         "finished": finished,
         "steps": trainer.progress.step,
@@ -295,11 +299,15 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
         "metrics": trainer.last_validation.scores if trainer.last_validation else {},
         "best_stage1": trainer.progress.best,
     }
-    if finished and distributed.rank() == 0:
+    # rank 0 alone keeps what all ranks gather
+    mark(EXPORT)
+    weights = trainer.engine.weights(keep=distributed.rank() == 0) if finished else {}
+    if weights:
         outcome["export"] = storage.join(assignment.folder, "export")
         with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
             local = Path(scratch)
-            model = trainer.method.build_model(assignment.train.tokenizer.vocabulary_size)
+            with torch.device("meta"):  # it takes over the weights: no second copy of them
+                model = trainer.method.build_model(assignment.train.tokenizer.vocabulary_size)
             preprocess = {
                 "format": EXPORT_FORMAT,
                 "resize": config.data.resize,

@@ -43,10 +43,15 @@ def ratio_of_medians(seconds: dict[str, list[float]], name: str, base: str) -> f
 
 def peak_mib(run: Callable[[], object]) -> float:
     """How far the memory of this process rises above where it stands while ``run`` runs, MiB (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
+    return highest_mib(run) - before / 1024
+
+
+def highest_mib(run: Callable[[], object]) -> float:
+    """The most memory of this process while ``run`` runs, MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run()
-    return (_status("VmHWM") - before) / 1024
+    return _status("VmHWM") / 1024
 
 
 def _status(name: str) -> int:

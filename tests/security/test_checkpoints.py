@@ -14,18 +14,20 @@ from cmcgns import distributed, storage
 from cmcgns.cluster import ray_private
 from cmcgns.errors import UserError
 from cmcgns.run_folder import RunFolder
-from cmcgns.train.checkpoint import Progress, random_state, save_checkpoint
+from cmcgns.train.checkpoint import Contents, Progress, random_state, save_checkpoint
 from cmcgns.train.resume import (
     SNAPSHOT,
+    checkpoint_damage,
     delete_half_written,
     find_checkpoint,
+    keep_best,
     latest_checkpoint,
     list_checkpoints,
     write_snapshot,
 )
 
 OLD, NEW = "checkpoint_00000004_of_2_0a1b2c", "checkpoint_00000008_of_2_3d4e5f"
-PARTS = ("weights", "optimizer", "clustering", "best")
+SHARDS, WHOLE = ("weights", "optimizer", "best"), ("clustering", "best_centroids")
 
 
 @pytest.fixture
@@ -35,8 +37,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
         (tmp_path / "run" / name).mkdir(parents=True)
         for rank in (1, 0):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            parts = {part: {"values": torch.randn(50), "step": torch.tensor(step)} for part in PARTS}
-            save_checkpoint(tmp_path / "run" / name, Progress(step=step, ranks=2), parts, random_state())
+            shards = {part: {"values": torch.randn(25), "step": torch.tensor(step)} for part in SHARDS}
+            whole = {part: {"rows": torch.randn(5, 4)} for part in WHOLE}
+            contents = Contents(shards, {"values": 50}, whole)
+            save_checkpoint(tmp_path / "run" / name, Progress(step=step, ranks=2), contents, random_state())
     rows = "".join(json.dumps({"step": step, "split": "train"}) + "\n" for step in range(1, 10))
     (tmp_path / "run" / "metrics.jsonl").write_text(rows)
     folder = RunFolder(str(tmp_path), "run", resumed=True)
@@ -47,7 +51,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 def files(run: RunFolder, name: str) -> list[Path]:
     """Files of a checkpoint."""
     found = sorted(Path(run.file(name)).iterdir())
-    assert len(found) == len(PARTS) + 5  # progress, and for each rank its random state and its hashes
+    # progress, and for each rank its parts, its random state and its hashes
+    assert len(found) == 2 * len(SHARDS) + len(WHOLE) + 5
     return found
 
 
@@ -154,15 +159,41 @@ def test_a_half_written_checkpoint_is_deleted_and_nothing_else(
 ) -> None:
     half = Path(run.file("checkpoint_00000012_of_2_777777"))
     shutil.copytree(run.file(NEW), half)
-    (half / "weights.safetensors").write_bytes(b"")
+    (half / "weights_1.safetensors").write_bytes(b"")
     whole = Path(run.file("checkpoint_00000010_of_2_888888"))
     shutil.copytree(run.file(NEW), whole)  # whole, though Ray was not told of it
-    (Path(run.file(NEW)) / "weights.safetensors").write_bytes(b"")  # Ray lists it: someone damaged it later
+    (Path(run.file(NEW)) / "weights_1.safetensors").write_bytes(b"")  # Ray lists it: someone damaged it later
     older = Path(run.file("checkpoint_00000009_of_2_999999"))  # damaged before this attempt
     shutil.copytree(half, older)
     delete_half_written(run, [OLD, NEW, older.name])
     assert sorted(list_checkpoints(run)) == [OLD, NEW, older.name, whole.name]
     assert "checkpoint_00000012_of_2_777777, whose writing had failed" in caplog.text
+
+
+def test_a_half_written_checkpoint_of_a_killed_run_is_deleted_when_it_is_resumed_and_no_other(run: RunFolder) -> None:
+    half = Path(run.file("checkpoint_00000012_of_2_777777"))
+    shutil.copytree(run.file(NEW), half)
+    (half / "progress.json").unlink()
+    (Path(run.file(OLD)) / "weights_0.safetensors").write_bytes(b"")  # listed: someone damaged it later
+    delete_half_written(run, (), if_listed=True)
+    assert list_checkpoints(run) == [OLD, NEW]
+    shutil.copytree(run.file(OLD), half)
+    Path(run.file(SNAPSHOT)).unlink()  # nothing says what is half-written
+    delete_half_written(run, (), if_listed=True)
+    assert list_checkpoints(run) == [OLD, NEW, half.name]
+
+
+def test_the_best_checkpoint_is_a_whole_copy_that_outlives_its_original(run: RunFolder) -> None:
+    for name, step, others in ((OLD, 4, []), (NEW, 8, [OLD])):
+        keep_best(run.uri, step)
+        assert sorted(path.name for path in Path(run.uri).glob("best_*")) == [f"best_{name}"], others
+    for path in files(run, NEW):
+        path.unlink()
+    assert checkpoint_damage(run.file(f"best_{NEW}"), NEW) is None
+    assert list_checkpoints(run) == [OLD, NEW]
+    Path(run.file(NEW)).rmdir()
+    shutil.move(run.file(f"best_{NEW}"), run.file(NEW))  # to go on from it
+    assert find_checkpoint(run, 4) == NEW
 
 
 def full_disk(write: Callable[[], object]) -> BaseException:

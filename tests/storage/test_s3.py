@@ -44,6 +44,19 @@ def test_a_file_is_one_get(s3_server: S3Server) -> None:
     assert s3_server.gets("counted/other") == 0
 
 
+def test_folders_travel_in_pieces_there_within_s3_and_back(s3_server: S3Server, tmp_path: Path) -> None:
+    bucket, content = s3_server.make_bucket("pieces"), bytes(range(256)) * 80_000  # 20 MB: several parts
+    (tmp_path / "there" / "in").mkdir(parents=True)
+    (tmp_path / "there" / "in" / "big").write_bytes(content)
+    (tmp_path / "there" / "empty").touch()
+    storage.upload_folder(tmp_path / "there", f"{bucket}/there")
+    storage.copy_folder(f"{bucket}/there", f"{bucket}/copy")
+    assert storage.list_files(f"{bucket}/copy") == ["empty", "in/big"]
+    with storage.local_copy(f"{bucket}/copy/in/big") as path:
+        assert path.read_bytes() == content
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("uri", "says"),
     [

@@ -21,12 +21,16 @@ def check(stage: int) -> None:
     trained = [parameter for _, parameter in engine._trained()]
     flat = deepspeed_private.flat_weights(engine.optimizer, stage)
     if stage == 3:
-        sizes = [deepspeed_private.shard_size(parameter) for parameter in trained]
+        shards = [deepspeed_private.shard(parameter) for parameter in trained]
+        sizes = [len(stored) for stored, _ in shards]
     else:
         sizes = [parameter.numel() for parameter in trained]
     assert sum(len(part) for part in flat) >= sum(sizes), "flat_weights: every weight is in it"
     if stage == 3:
-        assert sizes == [parameter.ds_numel for parameter in trained], "shard_size: one rank stores all"
+        assert sizes == [size for _, size in shards], "shard: one rank stores all"
+        gathered = engine.weights()
+        for (name, _), (stored, _) in zip(engine._trained(), shards, strict=True):
+            assert torch.equal(stored, gathered[name].flatten()), "shard"
         return
     engine._link_averages()
     assert all(engine._average(parameter, "exp_avg") is not None for parameter in trained), "link_averages"

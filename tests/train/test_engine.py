@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS
-from cmcgns.train.engine import DeepSpeedEngine, Engine, build_engine, build_optimizer
+from cmcgns.train.engine import MOMENTS, DeepSpeedEngine, Engine, build_engine, build_optimizer
+from cmcgns.train.shards import State, read_shard, write_shard
+from cmcgns.train.trainer import load_weights
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
 
 STEPS, GLOBAL_BATCH, CPU = 12, 6, torch.device("cpu")
-State = dict[str, Tensor]
 
 
 def config_of(ranks: int = 1, accumulation: int = 1, **train: object) -> Config:
@@ -135,26 +135,37 @@ def on_two_ranks(folder: str) -> dict[str, tuple[float, State]]:
             weights = {key: value.clone() for key, value in engine.weights().items()}
             engine.step(1e-4)
             found[name] = loss, {key: value - weights[key] for key, value in engine.weights().items()}
-    config = config_of(2, zero_stage=2)
-    engine = engine_of(config)
-    losses = train(engine, config, range(4))
-    weights, optimizer = engine.weights(), engine.optimizer_state()
-    if distributed.rank() == 0:
-        save_file({key: value.contiguous() for key, value in weights.items()}, Path(folder) / "weights")
-        save_file({key: value.contiguous() for key, value in optimizer.items()}, Path(folder) / "optimizer")
-    found["goes on"] = 0.0, {"losses": torch.tensor(losses + train(engine, config, range(4, 8)))}
+    for stage in (2, 3):
+        config = config_of(2, zero_stage=stage)
+        engine = engine_of(config)
+        losses = train(engine, config, range(4))
+        store(engine, Path(folder) / f"zero{stage}")
+        found[f"zero{stage} goes on"] = 0.0, {"losses": torch.tensor(losses + train(engine, config, range(4, 8)))}
     return found
 
 
-def on_three_ranks(folder: str) -> list[float]:
-    return go_on(config_of(3, zero_stage=3), folder)
+def store(engine: Engine, folder: Path) -> None:
+    """What the trainer stores: this rank's parts."""
+    folder.mkdir(exist_ok=True)
+    sizes = {name: value.numel() for name, value in small_model(config_of()).state_dict().items()}
+    averages = {f"{moment}.{name}": size for name, size in sizes.items() for moment in MOMENTS}
+    for name, parts in (("weights", engine.weights_shard()), ("optimizer", engine.optimizer_state())):
+        write_shard(folder / f"{name}_{distributed.rank()}.safetensors", parts, sizes | averages)
+
+
+def on_three_ranks(folder: str) -> list[list[float]]:
+    return [go_on(config_of(3, zero_stage=stage), f"{folder}/zero{saved}") for saved, stage in ((2, 3), (3, 1))]
+
+
+def on_two_ranks_again(folder: str) -> list[float]:
+    return go_on(config_of(2, zero_stage=3), f"{folder}/zero3")
 
 
 def go_on(config: Config, folder: str) -> list[float]:
     model = small_model(config, seed=5)
-    model.load_state_dict(load_file(Path(folder) / "weights"))
+    load_weights(model, read_shard(folder, "weights", 2))
     engine = build_engine(model, config.train, CPU, RECONSTRUCTION_PARTS)
-    engine.load_optimizer_state(load_file(Path(folder) / "optimizer"))
+    engine.load_optimizer_state(read_shard(folder, "optimizer", 2))
     engine.module.train()
     losses = train(engine, config, range(4, 8))
     assert int(engine.optimizer_state()["optimizer_steps"]) == 8
@@ -215,16 +226,21 @@ def test_two_ranks_of_plain_torch_take_the_step_of_one_double_batch(
 
 
 @pytest.mark.distributed
-def test_a_state_of_zero_2_on_two_ranks_goes_on_as_zero_3_on_three_and_as_plain_torch(
+def test_the_shards_of_two_ranks_go_on_at_any_zero_stage_on_one_two_and_three_ranks(
     two_ranks: tuple[str, list[dict[str, tuple[float, State]]]],
 ) -> None:
     folder, ranks = two_ranks
-    expected = ranks[0]["goes on"][1]["losses"].tolist()
-    assert expected[:4] == pytest.approx(reference()[:4], rel=1e-4)
-    assert expected == pytest.approx(reference()[:8], rel=1e-4)
-    for losses in run_on_ranks(3, on_three_ranks, folder):
-        assert losses == pytest.approx(expected[4:], rel=1e-4)
-    assert go_on(config_of(engine="torch", zero_stage=0), folder) == pytest.approx(expected[4:], rel=1e-4)
+    expected = {stage: ranks[0][f"zero{stage} goes on"][1]["losses"].tolist() for stage in (2, 3)}
+    for losses in expected.values():
+        assert losses == pytest.approx(reference()[:8], rel=1e-4)
+    for as_zero_3, as_zero_1 in run_on_ranks(3, on_three_ranks, folder):
+        assert as_zero_3 == pytest.approx(expected[2][4:], rel=1e-4)
+        assert as_zero_1 == pytest.approx(expected[3][4:], rel=1e-4)
+    for losses in run_on_ranks(2, on_two_ranks_again, folder):
+        assert losses == pytest.approx(expected[3][4:], rel=1e-6)
+    for stage in (2, 3):
+        plain = go_on(config_of(engine="torch", zero_stage=0), f"{folder}/zero{stage}")
+        assert plain == pytest.approx(expected[stage][4:], rel=1e-4)
 
 
 def accumulated() -> tuple[float, State]:

@@ -111,6 +111,21 @@ def test_a_wish_to_stop_reaches_every_step() -> None:
     assert reader.next_step().stop_requested
 
 
+def on_the_clock_of_rank_0() -> list[bool]:
+    due = iter([False, True, False])
+    config = config_of(2)
+    reader = StepReader(
+        MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Cursor(), 1, lambda: False,
+        lambda: next(due) if distributed.rank() == 0 else True,
+    )  # fmt: skip
+    return [reader.next_step().checkpoint_due for _ in range(3)]
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_by_the_clock_is_due_on_all_ranks_when_it_is_on_rank_0() -> None:
+    assert run_on_ranks(2, on_the_clock_of_rank_0) == [[False, True, False]] * 2
+
+
 def crops(ranks: int) -> dict[int, tuple[float, list[bool]]]:
     """Each study's pixels and mask, by study."""
     config = config_of(ranks)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmcgns.config import Config
@@ -21,8 +23,9 @@ from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel
-from cmcgns.train.checkpoint import load_part, seed_everything
+from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog
+from cmcgns.train.resume import CHECKPOINT_FORMAT
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 from tests.small import banks_of, small_config, small_model
@@ -90,7 +93,7 @@ def start(
         stop_requested=stop,
     )
     place = None if checkpoint is None else (source or folder) / f"checkpoint_{checkpoint}"
-    return Run(folder, Trainer(config, parts, place))
+    return Run(folder, Trainer(config, parts, place and str(place)))
 
 
 @pytest.fixture(scope="module", name="finished")
@@ -155,6 +158,35 @@ def test_a_resumed_run_matches_the_uninterrupted_one(checkpoint: int, finished: 
     assert guides[0].centroids.digest() == guides[1].centroids.digest()
 
 
+@pytest.mark.parametrize("checkpoint", [21, 24])
+def test_a_checkpoint_of_format_2_resumes_to_the_same_losses(checkpoint: int, finished: Run, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(finished.folder, old)
+    place = old / f"checkpoint_{checkpoint}"
+    names = finished.trainer.engine.module.state_dict()
+
+    def shaped(name: str, value: Tensor) -> Tensor:
+        return value.view(names[name].shape if name in names else value.shape)
+
+    for part in ("weights", "optimizer", "best"):
+        parts = load_file(place / f"{part}_0.safetensors")
+        (place / f"{part}_0.safetensors").unlink()
+        whole = {key: shaped(key.partition(".")[2] if key.startswith("exp_avg") else key, parts[key]) for key in parts}
+        if part == "best":
+            centroids = load_file(place / "best_centroids.safetensors")
+            (place / "best_centroids.safetensors").unlink()
+            whole |= {f"centroids.{key}": value for key, value in centroids.items()}
+        save_file(whole, place / f"{part}.safetensors")
+    progress = json.loads((place / "progress.json").read_text())
+    (place / "progress.json").write_text(json.dumps(progress | {"format": 2}))
+    resumed = start(config_of(checkpoint_every=3), tmp_path / "resumed", checkpoint, old)
+    assert resumed.trainer.train()
+    for ours, theirs in zip(resumed.rows(), finished.rows(), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6), ours["step"]
+    again = json.loads((tmp_path / "resumed" / "checkpoint_27" / "progress.json").read_text())
+    assert again["format"] == CHECKPOINT_FORMAT
+
+
 def test_two_runs_give_the_same_bits_with_deterministic_algorithms(finished: Run, tmp_path: Path) -> None:
     torch.use_deterministic_algorithms(True)
     try:
@@ -181,9 +213,44 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_the_state_of
     writer.wait()
     saved = tmp_path / "run" / "checkpoint_2"
     assert json.loads((saved / "progress.json").read_text())["step"] == 2
-    assert all(torch.equal(value, weights[name]) for name, value in load_part(saved, "weights").items())
-    assert torch.equal(load_part(saved, "random_0")["cpu"], random)
+    stored = load_file(saved / "weights_0.safetensors")
+    assert set(stored) == set(weights)
+    assert all(torch.equal(value, weights[name].flatten()) for name, value in stored.items() if value.dim())
+    assert torch.equal(load_file(saved / "random_0.safetensors")["cpu"], random)
     assert not all(torch.equal(value, weights[name]) for name, value in run.trainer.engine.weights().items())
+
+
+def test_a_checkpoint_is_also_written_when_its_minutes_are_over(tmp_path: Path) -> None:
+    run = start(config_of(checkpoint_every=5, checkpoint_minutes=10.0), tmp_path / "run")
+    for step in range(1, 7):
+        if step == 3:
+            run.trainer.saved_at -= 600  # ten minutes have passed since the start
+        run.trainer.next_step()
+    run.trainer.writer.wait()
+    assert sorted(path.name for path in run.folder.glob("checkpoint_*")) == ["checkpoint_3", "checkpoint_5"]
+
+
+def test_the_best_checkpoint_is_kept_once_it_is_written_and_before_the_next_one_is(tmp_path: Path) -> None:
+    run = start(config_of(checkpoint_every=5, validate_every=4, keep_best=True), tmp_path / "run")
+    stored, kept = [], []
+    keep = run.trainer.parts.keep
+
+    def watched(folder: Path, step: int) -> None:
+        keep(folder, step)
+        stored.append(step)
+
+    run.trainer.parts.keep = watched
+    run.trainer.parts.keep_best = lambda step: kept.append((step, stored[-1]))
+    assert run.trainer.train()
+    expected, best = [], {}
+    for row in run.rows("val"):
+        merit = (row["i2t_recall_at_1"] + row["t2i_recall_at_1"], -row["loss_global"])
+        if merit >= best.get(row["stage"], (0.0, -math.inf)):
+            best[row["stage"]] = merit
+            expected.append(row["step"])
+    assert kept == [(step, step) for step in expected]
+    assert set(expected) <= set(stored)
+    assert {5, 10, 15, 20, 24, 25, 30} <= set(stored)
 
 
 def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next_step(tmp_path: Path) -> None:
@@ -214,14 +281,15 @@ def test_stage_2_starts_from_the_best_weights_and_centroids_with_an_empty_bank(f
     run = start(config_of(), tmp_path / "run", 24, finished.folder)
     trainer, guide = run.trainer, run.trainer.parts.banks.first
     best = {key: value.clone() for key, value in trainer.best.items()}
+    centroids = trainer.best_centroids["rows_KD"].clone()
     assert trainer.progress.best["step"] in (8, 16, 24)
     with torch.no_grad():
         for parameter in trainer.engine.module.parameters():
             parameter.add_(1.0)
     trainer.start_stage(2)
     for name, value in trainer.engine.weights().items():
-        assert torch.equal(value, best[name]), name
-    assert torch.equal(guide.centroids.rows_KD, best["centroids.rows_KD"])
+        assert torch.equal(value, best[name].view(value.shape)), name
+    assert torch.equal(guide.centroids.rows_KD, centroids)
     assert (guide.pushed, trainer.progress.stage) == (0, 2)
     assert int(trainer.engine.optimizer_state()["optimizer_steps"]) == 0
     assert all(parameter.requires_grad for parameter in trainer.engine.module.parameters())
