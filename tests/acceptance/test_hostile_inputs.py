@@ -29,13 +29,13 @@ def test_a_run_resumes_from_the_last_whole_checkpoint_and_its_damaged_export_is_
     job.interrupt()
     check_stopped(job, folder)
     *_, older, newest = checkpoints(folder)
-    weights = newest / "weights.safetensors"
+    weights = newest / "weights_0.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     (folder / "checkpoint_manager_snapshot.json").unlink()
     job = resume(tmp_path)
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
-    assert f"{newest.name} is damaged: weights.safetensors is not what was written" in said
+    assert f"{newest.name} is damaged: weights_0.safetensors is not what was written" in said
     assert f"resuming after step {int(older.name.split('_')[1])} of {LENGTH}" in said
     assert [row["step"] for row in rows(folder)] == list(range(1, LENGTH + 1))
     assert result(folder)["status"] == "finished"

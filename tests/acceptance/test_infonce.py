@@ -20,7 +20,7 @@ def test_infonce_pretrains_exports_evaluates_and_sweeps(tmp_path: Path) -> None:
     assert job.process.returncode == 0, said[-3000:]
     run = tmp_path / "run"
     *_, last = checkpoints(run)
-    names = load_file(last / "weights.safetensors").keys()
+    names = load_file(last / "weights_0.safetensors").keys()
     assert not [name for name in names if "decoder" in name or "cross_attention" in name]
     assert not (last / "clustering.safetensors").exists()
     for part in ("image_encoder", "text_encoder"):

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import ray
 import yaml
-from safetensors.torch import load_file
 
 from cmcgns.cli import validate
 from cmcgns.config import Config
@@ -20,6 +19,8 @@ from cmcgns.evaluate.tasks.retrieval import model_retrieval
 from cmcgns.library.runs import PretrainedRun
 from cmcgns.measures import MEAN_RECALL, measure
 from cmcgns.methods.base import load_method
+from cmcgns.train.checkpoint import load_progress, load_shard
+from cmcgns.train.trainer import load_weights
 from tests.jobs import Job, checkpoints, result
 from tests.ray_head import RayHead
 from tests.sweeping import check_free, sweep, table, trials
@@ -76,7 +77,8 @@ def on_test(folder: Path) -> float:
         str(folder / "tokenizer"), str(folder / "tokenizer"), config.data.max_tokens, config.data.max_sentences
     )
     model = load_method(config).build_model(tokenizer.vocabulary_size)
-    model.load_state_dict(load_file(checkpoints(folder)[-1] / "weights.safetensors"))
+    checkpoint = str(checkpoints(folder)[-1])
+    load_weights(model, load_shard(checkpoint, "weights", load_progress(checkpoint)))
     scores: dict[str, Any] = model_retrieval(model.eval(), PretrainedRun(str(folder), config, tokenizer), "test")
     return measure(MEAN_RECALL, scores)
 

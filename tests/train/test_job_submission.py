@@ -64,7 +64,7 @@ def test_infonce_runs_without_clustering_actors_and_without_a_decoder(submitted:
     assert (outcome["clustering_started_at"], outcome["centroids_version"]) == (None, None)
     [*_, last] = checkpoints(run)
     assert not (last / "clustering.safetensors").exists()
-    names = load_file(last / "weights.safetensors").keys()
+    names = load_file(last / "weights_0.safetensors").keys()
     assert not [name for name in names if name.startswith(("decoder.", "cross_attention.", "patch_projection."))]
     assert AutoModel.from_pretrained(run / "export" / "image_encoder").config.model_type == "resnet"
     assert not (run / "export" / "centroids.safetensors").exists()
