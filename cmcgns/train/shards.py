@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmcgns import distributed, storage
+from cmcgns import distributed
 
 State = dict[str, Tensor]
 """Tensors on the CPU by name."""
@@ -55,6 +55,8 @@ def read_shard(uri: str, name: str, ranks: int) -> State:
 
     Reads the ranges that this rank needs, one file after the other. ``ranks`` 0: one file of whole tensors, as format 2 has them.
     """
+    from cmcgns import storage  # needs pyarrow, which engines do without
+
     files = [storage.join(uri, f"{name}_{rank}.safetensors") for rank in range(ranks)]
     if not storage.exists(files[0] if files else storage.join(uri, f"{name}.safetensors")):
         return {}
@@ -77,6 +79,8 @@ def read_shard(uri: str, name: str, ranks: int) -> State:
 
 @contextmanager
 def _opened(uri: str) -> Iterator[Any]:
+    from cmcgns import storage
+
     with storage.local_copy(uri) as path, safe_open(path, "pt") as file:  # mapped: only what is taken is read
         yield file
 

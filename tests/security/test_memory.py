@@ -33,5 +33,5 @@ def test_the_coordinator_is_the_last_to_be_killed_and_its_loss_is_told(
     assert read_account(coordinator, {})["failure"] is None
     os.kill(pid, signal.SIGKILL)
     account = read_account(coordinator, {"film 3": "is empty"})
-    assert (account["failure"], account["bad_rows"]) == (LOST, {"film 3": "is empty"})
+    assert (account["failure"], account["bad_rows"]) == (LOST.format("coordinator"), {"film 3": "is empty"})
     assert "memory" in LOST
