@@ -10,7 +10,8 @@ from tests.small import losses_of, random_batch
 from tests.train.test_skipped_steps import ENGINES, engine_of, settings
 
 STEPS, LAST = 200, 20
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-4
+"""With 1e-3 the runs of this small model part: fp32 ended at 3.50, bf16 at 3.43 and fp16 at 3.98."""
 
 
 def trained(engine_name: str, precision: str) -> tuple[list[float], int]:
