@@ -124,11 +124,13 @@ def _complaint(configs: dict[str, Config], content: AblationFile) -> str | None:
 
 def over_seeds(scores: Sequence[Score], variants: dict[str, list[str]]) -> list[Score]:
     """Scores of each variant: means over its runs, resampled over test studies and seeds. ``variants`` gives the encoder names of
-    each variant."""
+    each variant, in the order of the seeds: all variants draw the same seeds, so that differences are paired by seed."""
     means = []
+    by_name = {(score.encoder, score.key): score for score in scores}
     for key in dict.fromkeys(score.key for score in scores):
         for variant, encoders in variants.items():
-            own = [score for score in scores if score.key == key and score.encoder in encoders]
+            # scores come in any order
+            own = [by_name[encoder, key] for encoder in encoders if (encoder, key) in by_name]
             if own and all(score.resampled_R is not None for score in own):
                 value, resampled = over_draws([score.value for score in own], [_resamples(score) for score in own])
                 means.append(replace(own[0], encoder=variant, value=value, resampled_R=resampled, note=_spread(own)))

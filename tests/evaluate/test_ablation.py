@@ -128,6 +128,13 @@ def test_an_interval_over_seeds_is_wider_where_seeds_differ() -> None:
     assert apart[0].note == "2 seeds, standard deviation 0.2828"
 
 
+def test_differences_are_paired_by_seed_in_whatever_order_runs_were_evaluated() -> None:
+    by_chance = [score("b-1", 0.8), score("a-0", 0.3), score("a-1", 0.7), score("b-0", 0.4)]
+    [found] = gains(over_seeds(by_chance, {"A": ["a-0", "a-1"], "B": ["b-0", "b-1"]}), {"B": "A"})
+    assert found.value == pytest.approx(0.1)
+    assert found.interval == pytest.approx((0.1, 0.1))
+
+
 def test_a_variant_is_compared_with_the_one_before_it_or_with_one_that_the_file_names(tmp_path: Path) -> None:
     path = tmp_path / "ablation.yaml"
     content = {"seeds": [0], "variants": dict.fromkeys("ABCD", LENGTH), "compare_with": {"C": "A"}}
