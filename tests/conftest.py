@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start clusters, servers or ranks first: the quick ones fill what the last of them leaves of two processes."""
     long = {item.path for item in items if any(mark.name in STARTING for mark in item.iter_markers())}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(autouse=True)
+def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cmcgns` changes sys.argv, by which messages name the command."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
 
 
 @pytest.fixture(scope="session")

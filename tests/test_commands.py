@@ -19,12 +19,6 @@ SCRIPTS = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py"))
 WITHOUT_SETTINGS = {"report"}
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command changes sys.argv."""
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-
-
 def by_script(name: str, *arguments: str) -> int:
     sys.argv = [f"jobs/{name}.py", *arguments]
     with pytest.raises(SystemExit) as end:
