@@ -9,6 +9,8 @@ import logging
 import math
 import netrc
 import os
+import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,6 +28,8 @@ PROJECT = "cmcgns"
 """Project or experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names another."""
 IDS = "loggers.json"
 """File of a run folder with the run's id at each service, with which a resumed run goes on there."""
+CLOSE_S = 60
+"""Seconds that the end of a run waits for its last metrics to be sent."""
 MOST_METRICS = 1000
 """Metrics that MLflow takes in one request."""
 PRIVATE = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -154,18 +158,32 @@ LOGGERS: dict[str, Callable[[str, str | None, Mapping[str, Any], Path], MetricsL
 
 
 class Loggers:
-    """All services of a run."""
+    """All services of a run, in a thread: a service that does not answer must not stall the loop."""
 
     def __init__(self, loggers: list[MetricsLogger]) -> None:
         self._loggers, self._warned = loggers, set[str]()
+        self._rows = queue.SimpleQueue[list[dict[str, Any]] | None]()
+        self._thread = threading.Thread(target=self._send_all, name="loggers", daemon=True)
+        if loggers:
+            self._thread.start()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Send the numbers of rows of metrics.jsonl; what cannot be sent is tried again with the next ones."""
-        for each in self._loggers:
-            self._try(each, lambda each=each: each.write(rows))  # type: ignore[misc]
+        """Send the numbers of rows of metrics.jsonl; MLflow's that cannot be sent are tried again with the next ones."""
+        self._rows.put(rows)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is left; waits a minute at most."""
+        if not self._loggers:
+            return
+        self._rows.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            logger.warning("run.loggers: not all metrics were sent within %d s; metrics.jsonl has them", CLOSE_S)
+
+    def _send_all(self) -> None:
+        while (rows := self._rows.get()) is not None:
+            for each in self._loggers:
+                self._try(each, lambda each=each, rows=rows: each.write(rows))  # type: ignore[misc]
         for each in self._loggers:
             self._try(each, each.close)
 

@@ -151,7 +151,7 @@ class Trainer:
         waited_s, stage = self.watch.lap(), self.progress.stage
         pool_waited_s = self.banks.waited_s
         if self.config.train.contrast == "global_batch" and len(data.microbatches) > 1:
-            losses, batches, gradients = *self._global_batch(step, data), dict[str, float]()
+            losses, batches, gradients = self._global_batch(step, data)
         else:
             losses, batches, gradients = self._microbatches(step, data)
         self.finite.check(step)  # before the weights change
@@ -198,12 +198,16 @@ class Trainer:
             self.engine.backward(losses[-1].total, last)
         return losses, data.microbatches, gradients
 
-    def _global_batch(self, step: int, data: StepData) -> tuple[list[Losses], list[ImageReportBatch]]:
-        """Losses over all microbatches at once, and their backward."""
-        mark("forward and backward")
+    def _global_batch(self, step: int, data: StepData) -> tuple[list[Losses], list[ImageReportBatch], dict[str, float]]:
+        """The same with losses over all microbatches at once; no gradients by term."""
         stage, centroids = self.progress.stage, self.banks.centroids
+
+        def forward(batch: ImageReportBatch) -> Any:
+            mark("forward and backward")  # of each one: a step of many may take longer than hang_timeout_s
+            return self.engine(batch, stage)
+
         cached = cached_step(
-            lambda batch: self.engine(batch, stage),
+            forward,
             self.engine.backward,
             lambda outputs, batch: self.method.losses(outputs, batch, centroids, stage, step),
             self.engine.module,
@@ -212,7 +216,7 @@ class Trainer:
         self.banks.observe(cached.losses)
         self.finite.start(self.method.terms(stage), cached.losses.terms.unsqueeze(0))
         cached.backward()
-        return [cached.losses], [cached.batch]
+        return [cached.losses], [cached.batch], {}
 
     def learning_rate(self, step: int) -> float:
         """The scheduled learning rate of ``step``."""

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,24 @@ def test_a_service_that_is_away_does_not_end_a_run(caplog: pytest.LogCaptureFixt
     assert away.taken == rows(2)
     assert other.taken == rows(1) + rows(2)
     assert caplog.text.count("did not take metrics (ConnectionError)") == 1
+
+
+def test_a_service_that_does_not_answer_neither_stalls_the_loop_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = threading.Event()
+
+    class Silent(Away):
+        def write(self, rows: list[dict[str, Any]]) -> None:
+            answered.wait(60)
+
+    monkeypatch.setattr("cmcgns.train.loggers.CLOSE_S", 0.2)
+    loggers = Loggers([Silent()])
+    loggers.write(rows(1))
+    loggers.close()
+    assert not answered.is_set()
+    answered.set()
+    assert "not all metrics were sent within" in caplog.text
 
 
 def test_a_missing_package_or_key_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
