@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cmcgns` changes sys.argv, by which messages name the command."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers() -> Iterator[None]:
+    """Ray Train's `fit` leaves a handler of SIGINT behind that calls its controller, which is gone."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # None: installed by C
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
