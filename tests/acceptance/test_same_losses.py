@@ -1,22 +1,18 @@
 """CM-CGNS behind the seam for methods trains as before it, bit for bit: the same rows of metrics as the commit before."""
 
 import json
-import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
 
+from tests.acceptance.earlier import environment, working_tree
 from tests.jobs import REPOSITORY
 
 BEFORE = "d9f039299e21c026c8b630ca0e9979b4c1f63f92"
-PACKAGES = "packages"
 TIMES = ("studies_per_s", "data_wait_s", "pool_wait_s", "step_s")
 RUNS = {
     # 60 steps of the tiny phantom: both stages, clusters from step 20
@@ -32,37 +28,14 @@ RUNS = {
 @pytest.fixture(scope="module", name="before")
 def fixture_before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working tree of the commit before the seam."""
-    tree = tmp_path_factory.mktemp("before") / "tree"
-    git = ["git", "-C", str(REPOSITORY)]
-    if subprocess.run([*git, "cat-file", "-e", BEFORE], check=False, capture_output=True).returncode:
-        pytest.skip(f"the commit {BEFORE[:7]} is not in this clone")
-    subprocess.run([*git, "worktree", "add", "--detach", str(tree), BEFORE], check=True, capture_output=True)
-    install_missing(tree)
-    yield tree
-    subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True, capture_output=True)
-
-
-def install_missing(tree: Path) -> None:
-    """Install beside ``tree`` what it depends on and this environment no longer has."""
-    wanted = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["dependencies"]
-    missing = [each for each in wanted if not is_installed(Requirement(each).name)]
-    if missing:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tree.parent / PACKAGES)]
-        subprocess.run([*pip, *missing], check=True)
-
-
-def is_installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False
+    with working_tree(BEFORE, tmp_path_factory.mktemp("before")) as tree:
+        yield tree
 
 
 def rows_of(tree: Path, folder: Path, settings: tuple[str, ...]) -> list[dict[str, Any]]:
     """Every row of metrics, without times."""
     command = [sys.executable, "jobs/pretrain.py", *settings, f"--run.storage={folder}", "--run.name=run"]
-    env = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree.parent / PACKAGES}"}
-    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]

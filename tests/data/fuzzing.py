@@ -1,11 +1,16 @@
 """Mutated inputs: DICOM, PNG, JPEG, TIFF, tables and reports with flipped bytes, swapped lengths and cuts, by a seed."""
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from cmcgns.data.decode import decode_image
+from cmcgns.data.readers import open_source
 from cmcgns.data.reports import parse_report
 from cmcgns.data.text import decode_text
 from cmcgns.errors import BadRow, UserError
@@ -16,6 +21,8 @@ from tests.data.test_odd_pictures import png, tiff
 
 HEAD = 2048
 """Bytes in which most flips are, because headers are there."""
+MOST_BYTES = 2**29
+"""Of memory for one input: the budget of a decoding task."""
 REPORT = (
     "FINDINGS:_x000D_\nThe lungs are clear \\n &lt;br&gt; \\.br\\ Épanchement.\nIMPRESSON: No acute disease, 2.5 cm.\n"
 )
@@ -79,3 +86,46 @@ def case(seed: int) -> tuple[str, bytes]:
     """The mutated input number ``seed``."""
     kind, data = sound()[seed % len(sound())]
     return kind, mutated(data, np.random.default_rng(seed))
+
+
+class Fuzzed(NamedTuple):
+    """What a range of seeds came to."""
+
+    outcomes: Counter[str]
+    """By kind and outcome, such as ``dicom refused``."""
+    slowest: tuple[float, int]
+    """Seconds, seed."""
+    largest: tuple[int, int]
+    """Bytes of memory beyond those before, seed."""
+
+
+def fuzz(seeds: range, folder: Path) -> Fuzzed:
+    """Read the mutated inputs of ``seeds``; an error names its seed."""
+
+    def read_table(data: bytes) -> object:
+        (folder / "pairs.csv").write_bytes(data)
+        return open_source(str(folder), format="pairs-csv").index()
+
+    outcomes: Counter[str] = Counter()
+    slowest, largest = (0.0, -1), (0, -1)
+    for seed in seeds:
+        kind, data = case(seed)
+        memory, began = memory_bytes("VmRSS"), time.perf_counter()
+        reset_peak()
+        try:
+            outcomes[f"{kind} {outcome(kind, data, read_table)}"] += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed} ({kind}): {error!r}") from error
+        slowest = max(slowest, (time.perf_counter() - began, seed))
+        largest = max(largest, (memory_bytes("VmHWM") - memory, seed))
+    return Fuzzed(outcomes, slowest, largest)
+
+
+def reset_peak() -> None:
+    """Set VmHWM to the memory in use now (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_bytes(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

@@ -4,13 +4,14 @@ import csv
 import gzip
 import io
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cmcgns.phantom import PhantomCorpus, PhantomStudy
+from cmcgns.phantom import FilmTruth, PhantomCorpus, PhantomStudy
 from cmcgns.phantom.canvas import Draws
 from cmcgns.phantom.writers import LABEL_OF, twelve_bit, write_dicom
 
@@ -41,7 +42,17 @@ class Shot(NamedTuple):
         return {LABEL_OF[name]: float(value) for name, value in self.study.labels.items()}
 
     def grey(self) -> np.ndarray:
-        return CORPUS.render(self.number, self.film)
+        return rendered(self.number, self.film)
+
+
+@cache
+def rendered(number: int, film: int) -> np.ndarray:
+    return CORPUS.render(number, film)
+
+
+@cache
+def truth(number: int, film: int) -> FilmTruth:
+    return CORPUS.truth(number, film)
 
 
 def shots() -> list[Shot]:
@@ -193,8 +204,8 @@ def vindr_truth(shot: Shot) -> dict[str, int]:
 
 
 def vindr_boxes(shot: Shot) -> list[tuple[str, list[float]]]:
-    truth = CORPUS.truth(shot.number, shot.film).boxes
-    return [("Pleural effusion", each) for each in truth.get("effusion", [])]
+    boxes = truth(shot.number, shot.film).boxes
+    return [("Pleural effusion", each) for each in boxes.get("effusion", [])]
 
 
 def write_vindr(folder: Path) -> None:
@@ -205,8 +216,8 @@ def write_vindr(folder: Path) -> None:
         part = "test" if shot.study.split == "test" else "train"
         save(shot, folder / part / f"{shot.image_id}.dicom")
         for place, reader in enumerate(READERS if part == "train" else READERS[:1]):
-            truth = vindr_truth(shot)
-            seen = {name: 1 - value for name, value in truth.items()} if place == 2 else truth
+            agreed = vindr_truth(shot)
+            seen = {name: 1 - value for name, value in agreed.items()} if place == 2 else agreed
             labels[part].append(
                 {"image_id": shot.image_id, "rad_id": reader, **seen, "No finding": int(not any(seen.values()))}
             )

@@ -203,22 +203,17 @@ def write_challenge(folder: Path, name: str, tables: dict[str, str]) -> None:
 PART = {"train": "test", "valid": "train", "test": "development"}
 """The challenge's part of each split of the phantom: another one."""
 GIVEN = {"train": "test", "valid": "train", "test": "valid"}
+RELEASES = {
+    "cxr-lt-2023": {"train": "train.csv", "development": "development.csv", "test": "test.csv"},
+    "cxr-lt-2024": {
+        "train": "train_labeled.csv",
+        "development": "development_labeled_task1.csv",
+        "test": "test_labeled_task1.csv",
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("release", "tables"),
-    [
-        ("cxr-lt-2023", {"train": "train.csv", "development": "development.csv", "test": "test.csv"}),
-        (
-            "cxr-lt-2024",
-            {
-                "train": "train_labeled.csv",
-                "development": "development_labeled_task1.csv",
-                "test": "test_labeled_task1.csv",
-            },
-        ),
-    ],
-)
+@pytest.mark.parametrize(("release", "tables"), RELEASES.items(), ids=list(RELEASES))
 def test_splits_and_findings_of_cxr_lt_are_used(tmp_path: Path, release: str, tables: dict[str, str]) -> None:
     write_mimic_cxr_jpg(CORPUS, tmp_path)
     write_challenge(tmp_path, release, tables)

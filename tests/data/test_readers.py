@@ -181,17 +181,22 @@ def test_open_i_with_and_without_its_table_of_views(tmp_path: Path) -> None:
     assert index.filtered == {"image file is missing": 1, "view LATERAL": 1}
 
 
-@pytest.mark.parametrize("reports", ["ecgen-radiology", "NLMCXR_reports/ecgen-radiology"])
-def test_the_dicom_tree_of_open_i_is_found_by_both_forms_of_its_ids(tmp_path: Path, reports: str) -> None:
-    folder = tmp_path / reports
-    folder.mkdir(parents=True)
+def open_i_dicom(folder: Path, reports: str = "ecgen-radiology") -> dict[int, str]:
+    """A tree of Open-I's DICOM collection; names of its films by number of the report."""
+    (folder / reports).mkdir(parents=True)
     films = {1: "1_IM-0001-{}001", 2: "2_IM-0652-{}001", 12: "12_IM-0133-{}001"}
     for number, name in films.items():
         ids = [f"CXR{number}_{name.format(place)}" if number == 1 else f"CXR{name.format(place)}" for place in (3, 4)]
-        open_i_report(folder, number, "The lungs are clear.", f"Number {number} is normal.", *ids)
+        open_i_report(folder / reports, number, "The lungs are clear.", f"Number {number} is normal.", *ids)
         for place in (3, 4):
-            picture(tmp_path / f"{number}/{name.format(place)}.png")
-            (tmp_path / f"{number}/{name.format(place)}.png").rename(tmp_path / f"{number}/{name.format(place)}.dcm")
+            picture(folder / f"{number}/{name.format(place)}.png")
+            (folder / f"{number}/{name.format(place)}.png").rename(folder / f"{number}/{name.format(place)}.dcm")
+    return films
+
+
+@pytest.mark.parametrize("reports", ["ecgen-radiology", "NLMCXR_reports/ecgen-radiology"])
+def test_the_dicom_tree_of_open_i_is_found_by_both_forms_of_its_ids(tmp_path: Path, reports: str) -> None:
+    films = open_i_dicom(tmp_path, reports)
     source = open_source(str(tmp_path))
     assert source.format == "open-i"
     index = source.index()

@@ -83,11 +83,8 @@ BATCHES = ("CheXpert-v1.0 batch 2 (train 1)", "CheXpert-v1.0 batch 3 (train 2)",
 TABLES = "CheXpert-v1.0 batch 1 (validate & csv)"
 
 
-@pytest.mark.parametrize("given", ["", TABLES, BATCHES[0]], ids=["around", "tables", "a batch"])
-@pytest.mark.parametrize("inside", ["", "train/"], ids=["as unpacked", "with their folder"])
-def test_the_batches_of_the_full_release_are_the_same_set(tmp_path: Path, given: str, inside: str) -> None:
-    tree(tmp_path / "small")
-    small, full = tmp_path / "small", tmp_path / "full"
+def full_release(small: Path, full: Path, inside: str = "") -> None:
+    """The films of the tree ``small`` in the batches of the full release."""
     for number, folder in enumerate(sorted((small / "train").iterdir())):
         target = full / BATCHES[number % 3] / inside / folder.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +93,14 @@ def test_the_batches_of_the_full_release_are_the_same_set(tmp_path: Path, given:
         text = (small / name).read_text().replace("CheXpert-v1.0-small/", "CheXpert-v1.0/")
         write(full / TABLES / name, text.splitlines())
     shutil.copytree(small / "valid", full / TABLES / "valid")
+
+
+@pytest.mark.parametrize("given", ["", TABLES, BATCHES[0]], ids=["around", "tables", "a batch"])
+@pytest.mark.parametrize("inside", ["", "train/"], ids=["as unpacked", "with their folder"])
+def test_the_batches_of_the_full_release_are_the_same_set(tmp_path: Path, given: str, inside: str) -> None:
+    small, full = tmp_path / "small", tmp_path / "full"
+    tree(small)
+    full_release(small, full, inside)
     one, other = open_set("chexpert", str(small)), open_set("chexpert", str(full / given))
     paths = other.table["path"].to_pylist()
     assert all(path.startswith("CheXpert-v1.0 batch ") for path in paths)

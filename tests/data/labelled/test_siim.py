@@ -74,13 +74,18 @@ def test_the_rows_of_an_image_are_one_mask_on_its_film(tmp_path: Path, zoom: int
         assert row["labels"] == [float(truth.any())]
 
 
+def as_second_stage(folder: Path) -> None:
+    """Rename the table and the films of ``tree``."""
+    table = (folder / "train-rle.csv").read_text()
+    (folder / "train-rle.csv").unlink()
+    write(folder / "stage_2_train.csv", table.replace(", ", ",").splitlines())
+    (folder / "dicom-images-train").rename(folder / "stage_2_images")
+
+
 def test_the_table_of_the_second_stage_is_read_like_that_of_the_first(tmp_path: Path) -> None:
     tree(tmp_path)
     first = open_set("siim", str(tmp_path))
-    table = (tmp_path / "train-rle.csv").read_text()
-    (tmp_path / "train-rle.csv").unlink()
-    write(tmp_path / "stage_2_train.csv", table.replace(", ", ",").splitlines())
-    (tmp_path / "dicom-images-train").rename(tmp_path / "stage_2_images")
+    as_second_stage(tmp_path)
     second = open_set("siim", str(tmp_path))
     assert second.table.drop_columns(["path"]) == first.table.drop_columns(["path"])
 
