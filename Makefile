@@ -1,5 +1,5 @@
 # make pretrain | test | test-quick | check | accept [ONLY=name] | accept-gpu: each prepares .venv first, from nothing.
-# make constraints: new versions; make drift: what breaks with them
+# make docs: the documentation site, in build/docs; make constraints: new versions; make drift: what breaks with them
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 # where it is set, each of a run's dozen processes compiles torch and transformers anew: 18 s instead of 7
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: pretrain test test-quick check accept accept-gpu benchmark constraints drift
+.PHONY: pretrain test test-quick check docs accept accept-gpu benchmark constraints drift
 
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
@@ -34,6 +34,11 @@ check: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+# a warning fails: a link that leads nowhere, a page that no table of contents names
+docs: $(VENV)/.ready-test
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 # each test's figures go to .cache/acceptance/; `python -m tests.acceptance` prints them as rows of the table
 accept: $(VENV)/.ready-test

@@ -1,7 +1,7 @@
 """CM-CGNS pretraining of chest X-ray and report encoders on Ray and DeepSpeed, and the trained models in use.
 
-``load`` opens a trained model (docs/library.md), ``load_index`` an index for search (docs/search.md). Importing this package is
-fast: torch is imported when a model is loaded.
+``load`` opens a trained model (docs/library.md), ``load_index`` an index for search (docs/searching.md). Importing this package
+is fast: torch is imported when a model is loaded.
 """
 
 from typing import TYPE_CHECKING, Any

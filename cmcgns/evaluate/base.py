@@ -62,6 +62,8 @@ class Task(ABC):
     """With ``features``: needs a text encoder too, so encoders without one are skipped."""
     needs_attention: ClassVar[bool] = False
     """Needs sentence attention, so encoders of methods without it are skipped."""
+    least_studies: ClassVar[int] = 1
+    """With ``pairs``: skipped when the split has fewer studies."""
     needs_truth: ClassVar[bool] = False
     """With ``pairs``: needs the findings that each sentence states, which are known only for the phantom."""
 

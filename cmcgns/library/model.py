@@ -91,7 +91,7 @@ class Heatmap:
     weight_Sgg: Floats
     """Attention of each sentence to each patch."""
     film_HW: NDArray[np.uint8]
-    """The film as the model saw it: resized and center-cropped."""
+    """The film as the model saw it, resized and center-cropped."""
 
     def picture(self, sentence: int = 0) -> Image.Image:
         """The film with the attention of one sentence over it: black least, bright most."""

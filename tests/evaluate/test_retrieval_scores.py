@@ -8,7 +8,7 @@ import torch
 
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
-from cmcgns.evaluate.tasks.retrieval import DEPTHS, chance, retrieval_scores
+from cmcgns.evaluate.tasks.retrieval import DEPTHS, Retrieval, chance, retrieval_scores
 from cmcgns.models.retrieval import first_hits
 
 
@@ -95,3 +95,9 @@ def test_films_of_one_patient_are_drawn_together() -> None:
     apart = dataclasses.replace(together, group_N=np.arange(80).astype(str))
     wide, narrow = (measured(each)["film to report", "recall@1"].interval or (0.0, 0.0) for each in (together, apart))
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(2.0, rel=0.3)
+
+
+def test_the_smallest_split_for_retrieval_is_the_first_in_which_chance_is_below_one() -> None:
+    least = Retrieval.least_studies
+    assert chance(np.arange(least - 1), max(DEPTHS)) == 1
+    assert chance(np.arange(least), max(DEPTHS)) < 1

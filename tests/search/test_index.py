@@ -245,6 +245,6 @@ def test_the_python_of_the_page_on_search_runs(
     (tmp_path / "indexes" / "NAME").symlink_to(folder)
     (tmp_path / "film.png").write_bytes(png(PIXELS[0]))
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks(REPOSITORY / "docs" / "search.md")
-    exec(compile(block, "search.md", "exec"), {})
+    (block,) = python_blocks(REPOSITORY / "docs" / "searching.md")
+    exec(compile(block, "searching.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 5 + 1

@@ -86,7 +86,7 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
             continue
         pairs = embed.remote(encoder, settings.split)
         try:  # one at a time: each needs a CPU in addition to those for its data
-            digest = ray.get(studies_digest.remote(pairs))
+            digest, number = ray.get(studies_digest.remote(pairs))
         except Exception as error:
             evaluation.failures.append(f"pairs by {encoder.name}: {cause(error)}")
             continue
@@ -95,6 +95,10 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
             continue
         evaluation.pairs_digest = digest
         for name, task in own.items():
+            if number < task.least_studies:
+                reason = f"the {settings.split} split has {number} studies, it needs {task.least_studies} or more"
+                evaluation.skipped.append(f"{name} by {encoder.name}: {reason}")
+                continue
             reference = run_pair_task.remote(task, name, pairs, encoder, shared, settings)
             started[reference] = f"{name} by {encoder.name}"
     return started
@@ -201,10 +205,10 @@ def embed(encoder: EncoderSpec, split: SplitName) -> Pairs:
 
 
 @ray.remote(num_cpus=0)
-def studies_digest(pairs: Pairs) -> str:
-    """Hash of the studies and films of ``pairs``, computed where they are stored."""
+def studies_digest(pairs: Pairs) -> tuple[str, int]:
+    """Hash of the studies and films of ``pairs`` and their number, computed where they are stored."""
     shown = [*pairs.study_N, *pairs.path_N]
-    return hashlib.blake2b("\n".join(shown).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b("\n".join(shown).encode(), digest_size=6).hexdigest(), len(pairs.study_N)
 
 
 @ray.remote(num_cpus=1)
