@@ -6,6 +6,7 @@ the sentence loss it was 0.22, of which another film kept 0.14.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cmcgns.evaluate.tasks.clusters import fit_clusters
 from cmcgns.library.runs import open_run
 from cmcgns.methods.base import load_method
 from tests.evaluate.clusters import Agreement, agreement, attended, texts_of_test_split
+from tests.evaluate.false_negatives import of_run
 from tests.jobs import REPOSITORY, Job
 
 pytestmark = pytest.mark.ray
@@ -34,12 +36,19 @@ def run_job(name: str, *settings: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Agreement]:
-    """Agreement of the trained model's clusters, and of the controls', with what sentences never seen say."""
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
     tmp_path = tmp_path_factory.mktemp("run")
     job = Job(tmp_path, "--run.name=pretrained", f"--train.stage1_steps={STEPS}", config=None)
     output = job.wait(timeout_s=1500)
     assert job.process.returncode == 0, output[-3000:]
+    return tmp_path / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def found(pretrained: Path) -> dict[str, Agreement]:
+    """Agreement of the trained model's clusters, and of the controls', with what sentences never seen say."""
+    tmp_path = pretrained.parent
     store = f"--run.storage={tmp_path}"
     run_job("embed", f"--embed.run={tmp_path}/pretrained", store, "--run.name=embedded")
     shown = run_job(
@@ -77,3 +86,9 @@ def test_clusters_follow_what_unseen_sentences_say(found: dict[str, Agreement]) 
 @pytest.mark.parametrize("control", [RANDOM, OTHER_FILM])
 def test_clusters_follow_it_more_than_those_of_a_control(found: dict[str, Agreement], control: str) -> None:
     assert found[TRAINED].mutual_information >= found[control].mutual_information + LEAD
+
+
+def test_most_films_that_clusters_leave_out_show_what_the_sentence_says(pretrained: Path) -> None:
+    left_out = of_run(open_run("embed.run", str(pretrained)))
+    print(f"left out: precision {left_out.precision:.3f} beside {left_out.base_rate:.3f}, recall {left_out.recall:.3f}")
+    assert left_out.precision > max(0.5, left_out.base_rate)

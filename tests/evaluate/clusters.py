@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
 from cmcgns.clustering.kmeans import Array
 from cmcgns.data.image import Target
 from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
-from cmcgns.data.readers import open_index
+from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import Block, StreamStudy, stream_table, to_block
 from cmcgns.data.stream import Stream, read_study
 from cmcgns.evaluate.embed import SentenceEmbedder
@@ -70,11 +71,17 @@ def blocks_of_test_split(run: PretrainedRun) -> list[Block]:
     return [to_block(table.slice(start, BATCH).combine_chunks(), resize) for start in starts]
 
 
+def index_of_test_split(run: PretrainedRun) -> tuple[Source, pa.Table]:
+    """The corpus, and the rows of the split in order."""
+    data = run.config.data
+    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
+    return source, source.arrange(index.split("test"), data.group_studies)[0]
+
+
 def studies_of_test_split(run: PretrainedRun) -> list[StreamStudy]:
     """The studies of the split as its stream reads them."""
     data = run.config.data
-    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
-    table, _ = source.arrange(index.split("test"), data.group_studies)
+    source, table = index_of_test_split(run)
     stream = Stream(source, None, len(table), run.tokenizer, data, None)
     found = []
     for study in table.to_pylist():

@@ -3,14 +3,22 @@
 n sentences of N studies, C findings, K centroids, D embedding.
 """
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file
 
+from cmcgns import storage
+from cmcgns.evaluate.embed import SentenceEmbedder
 from cmcgns.evaluate.sentence_truth import SentenceTruth, sentence_truth
+from cmcgns.library.runs import PretrainedRun
 from cmcgns.phantom.findings import FINDINGS
+from tests.evaluate.clusters import blocks_of_test_split, index_of_test_split, studies_of_test_split
 
 Bools = npt.NDArray[np.bool_]
 
@@ -59,3 +67,19 @@ def found_by_clusters(
     both = float((left_out_mN & too_mN & other_mN).sum())
     left_out, too = float((left_out_mN & other_mN).sum()), float((too_mN & other_mN).sum())
     return Found(both / max(left_out, 1), both / max(too, 1), too / max(float(other_mN.sum()), 1))
+
+
+def of_run(run: PretrainedRun) -> Found:
+    """What the centroids of a finished run leave out among its test studies."""
+    embed = SentenceEmbedder(run.load_model(), run.tokenizer, run.config, torch.device("cpu"))
+    sentence_nD = np.concatenate([embed(block).sentence_nD for block in blocks_of_test_split(run)])
+    labels = [dict(row["labels"]) for row in index_of_test_split(run)[1].to_pylist()]
+    shown_NC = np.array([[label[name] > 0 for name in FINDINGS] for label in labels])
+    studies = studies_of_test_split(run)
+    assert len(studies) == len(labels)
+    with tempfile.TemporaryDirectory() as scratch:
+        storage.download_folder(run.export, Path(scratch))
+        centroids_KD = load_file(Path(scratch) / "centroids.safetensors")["rows_KD"]
+    study_of_n = np.repeat(np.arange(len(studies)), [len(study.sentences) for study in studies])
+    texts = [text for study in studies for text in study.sentences]
+    return found_by_clusters((sentence_nD @ centroids_KD.T).argmax(1), study_of_n, texts, shown_NC)
