@@ -52,12 +52,13 @@ def losses_of(
 ) -> Losses:
     """The losses of the method, every bank of which has ``centroids_KD``, repeated to its width, with uneven members."""
     rows, counts = dict[str, torch.Tensor | None](), dict[str, torch.Tensor]()
+    device = batch.report_hash_B.device
     for bank in config.banks:
         rows[bank.name] = None
         if centroids_KD is not None:
             times = bank.dim // centroids_KD.shape[1]
             rows[bank.name] = centroids_KD.repeat(1, times) / times**0.5
-        counts[bank.name] = torch.arange(bank.num_clusters) ** 2.0
+        counts[bank.name] = torch.arange(bank.num_clusters, device=device) ** 2.0
     return load_method(config).losses(outputs, batch, BankCentroids(rows, counts), stage, 1)
 
 

@@ -150,7 +150,7 @@ class Gloria(Method[Settings]):
     ) -> Losses:
         own, wide = self.settings, in_full_precision(outputs)
         hash_B = wide.text_hash_B if own.same_text == "left_out" else None
-        scale = wide.image_BD.new_tensor([own.loss_scale])
+        scale = wide.image_BD.new_full((1,), own.loss_scale)
         # the losses are sums of both directions, as published
         both = {
             "loss_global": directed_losses(wide.image_BD, wide.report_BD, hash_B, scale),

@@ -67,7 +67,9 @@ def _first_hit(similarity_cN: Tensor, right_cN: Tensor) -> Tensor:
 def mean_over_sentences(score_nF: Tensor, report_of_n: Tensor, reports: int) -> Tensor:
     """Scores of reports on films, (R, F), from those of their sentences; ``report_of_n`` is the report of each sentence."""
     total_RF = score_nF.new_zeros(reports, score_nF.shape[1]).index_add_(0, report_of_n, score_nF)
-    return total_RF / torch.bincount(report_of_n, minlength=reports).clamp(min=1).unsqueeze(1)
+    # not bincount: on a GPU it waits for the largest index
+    count_R = score_nF.new_zeros(reports).index_add_(0, report_of_n, torch.ones_like(report_of_n, dtype=score_nF.dtype))
+    return total_RF / count_R.clamp(min=1).unsqueeze(1)
 
 
 def centred(score_RF: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Lovt(Method[Settings]):
     ) -> Losses:
         own, wide = self.settings, in_full_precision(outputs)
         left_out = own.same_text == "left_out"
-        scale = wide.image_BD.new_tensor([1 / own.temperature])
+        scale = wide.image_BD.new_full((1,), 1 / own.temperature)
         hash_B, same_BSS = (batch.report_hash_B, same_texts(batch)) if left_out else (None, None)
         target_PP = grid_positives(wide.patches_BPD.shape[1], own.radius, own.beta, scale.device).to(scale.dtype)
         terms = {
