@@ -4,9 +4,10 @@ W ranks; n rows on this rank, N rows on all ranks. Every function here is collec
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -57,8 +58,20 @@ def ragged_all_gather(rows_n: Tensor, counts: Sequence[int], with_grad: bool = F
     gather = all_gather_with_grad if with_grad else all_gather
     longest = max(counts)
     padded = torch.cat([rows_n, rows_n.new_zeros((longest - rows_n.shape[0], *rows_n.shape[1:]))])
-    chunks = gather(padded).split(longest)
-    return torch.cat([chunk[:count] for chunk, count in zip(chunks, counts, strict=True)])
+    return gather(padded).index_select(0, places_of_rows(tuple(counts), rows_n.device))
+
+
+@lru_cache(maxsize=4)
+def places_of_rows(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the rows of all ranks stand, int64 (N), when each rank's ``counts`` are padded to the longest.
+
+    Kept, because a microbatch gathers several tensors with the same counts: one operator each, whatever the number of ranks.
+    """
+    counts_W = np.array(counts)
+    ends_W = counts_W.cumsum()
+    shift_W = np.arange(len(counts)) * counts_W.max() - (ends_W - counts_W)
+    place_N = torch.tensor(np.arange(ends_W[-1]) + shift_W.repeat(counts_W))
+    return place_N.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else place_N.to(device)
 
 
 def to_owners(score_NB: Tensor, counts: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """SigLIP: each film and text are told apart as a pair or no pair, by a sigmoid loss (Zhai et al. 2023, arXiv 2303.15343).
 
-B studies on this rank, G studies on all ranks, D embedding.
+B studies on this rank, G studies on all ranks, C of their texts, D embedding.
 """
 
 from collections.abc import Mapping
@@ -53,6 +53,8 @@ class SigLIP(PairMethod[Settings]):
 
 
 METHOD = SigLIP
+TEXTS = 4096
+"""Texts that are compared at a time: 1 MiB of logits for 64 films."""
 
 
 def sigmoid_loss(
@@ -60,28 +62,30 @@ def sigmoid_loss(
 ) -> Tensor:
     """Negative log-likelihood of all pairs of this rank's films and every rank's texts, divided by the number of films.
 
-    Collective. The texts of one rank at a time: logits are B x B, and the backward pass computes them again.
+    Collective. ``TEXTS`` texts at a time: no rank holds G x G logits, and the backward pass computes them again.
     """
-    size, own = len(image_BD), distributed.rank()
+    size = len(image_BD)
     report_GD, hash_G = all_gather_with_grad(report_BD), all_gather(text_hash_B)
+    place_G = torch.arange(len(hash_G), device=hash_G.device)
+    own_B1 = place_G.narrow(0, distributed.rank() * size, size).unsqueeze(1)
     total = torch.zeros_like(scale[0])
-    for rank, (other_BD, other_hash_B) in enumerate(zip(report_GD.split(size), hash_G.split(size), strict=True)):
-        same_BB = text_hash_B.unsqueeze(1) == other_hash_B
-        pair_BB = same_BB if same_text == "positives" else torch.zeros_like(same_BB)
-        counted_BB = ~same_BB if same_text == "left_out" else torch.ones_like(same_BB)
-        if rank == own:
-            pair_BB, counted_BB = pair_BB.fill_diagonal_(True), counted_BB.fill_diagonal_(True)
+    parts = (each.split(TEXTS) for each in (report_GD, hash_G, place_G))
+    for other_CD, other_hash_C, place_C in zip(*parts, strict=True):
+        own_BC = own_B1 == place_C
+        same_BC = text_hash_B.unsqueeze(1) == other_hash_C
+        pair_BC = own_BC | same_BC if same_text == "positives" else own_BC
+        counted_BC = own_BC | ~same_BC if same_text == "left_out" else torch.ones_like(same_BC)
         total = total + checkpoint(
-            _block_loss, image_BD, other_BD, pair_BB, counted_BB, scale, bias,
+            _block_loss, image_BD, other_CD, pair_BC, counted_BC, scale, bias,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
     return total / size
 
 
 def _block_loss(
-    image_BD: Tensor, report_BD: Tensor, pair_BB: Tensor, counted_BB: Tensor, scale: Tensor, bias: Tensor
+    image_BD: Tensor, report_CD: Tensor, pair_BC: Tensor, counted_BC: Tensor, scale: Tensor, bias: Tensor
 ) -> Tensor:
-    logits_BB = scale * image_BD @ report_BD.T + bias
+    logits_BC = scale * image_BD @ report_CD.T + bias
     return F.binary_cross_entropy_with_logits(
-        logits_BB, pair_BB.to(logits_BB.dtype), counted_BB.to(logits_BB.dtype), reduction="sum"
+        logits_BC, pair_BC.to(logits_BC.dtype), counted_BC.to(logits_BC.dtype), reduction="sum"
     )

@@ -36,4 +36,5 @@ def test_the_host_reads_nothing(found: dict[tuple[str, int], dict[str, Any]], na
 def test_operators_and_bytes_stay_within_their_budgets(found: dict[tuple[str, int], dict[str, Any]], name: str) -> None:
     losses = {ranks: found[name, ranks]["losses"] for ranks in RANKS}
     assert losses[8]["operators"] <= MOST_OPERATORS
+    assert losses[512]["operators"] == losses[8]["operators"]  # none for each rank
     assert losses[512]["bytes"] <= GROWTH * 512 / 8 * losses[8]["bytes"]

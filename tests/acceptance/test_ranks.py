@@ -10,12 +10,12 @@ from tests.methods.test_ranks import (
     check_engines,
     check_ranks,
     fixture_text_encoder,
-    test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time,
+    test_siglip_holds_logits_of_some_texts_at_a_time,
 )
 from tests.ranks import run_on_ranks
 from tests.train.test_engine import *  # noqa: F403
 
-__all__ = ["fixture_text_encoder", "test_siglip_holds_logits_of_the_texts_of_one_rank_at_a_time"]
+__all__ = ["fixture_text_encoder", "test_siglip_holds_logits_of_some_texts_at_a_time"]
 
 STEPS = 20
 

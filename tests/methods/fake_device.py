@@ -131,6 +131,7 @@ def moved_to_device(value: Tensor, mode: FakeTensorMode) -> Tensor:
 def step(config: Config, number: int, stage: int) -> dict[str, Any]:
     """Operators, bytes and host reads of one microbatch on rank 0 of ``number``."""
     own = [slice(STUDIES * rank, STUDIES * (rank + 1)) for rank in range(number)]
+    distributed.places_of_rows.cache_clear()
     mode = FakeTensorMode()
     model = on_device(small_model(config), mode).train()
     batch: ImageReportBatch = random_batch(config, own[0], ranks=own)
