@@ -75,7 +75,7 @@ def stream_of(folder: Path, format: str) -> Stream:
     corpus = open_corpus(config)
     coordinator = start_coordinator(len(corpus.train), 0.2, {})
     tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
-    return stream_split(corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, coordinator)
+    return stream_split(corpus.train, tokenizer, config.data, coordinator)
 
 
 def global_batches(stream: Stream, epoch: int, position: int, ranks: int) -> list[set[int]]:

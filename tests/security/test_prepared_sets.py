@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.manifest import read_manifest
-from cmcgns.data.order import Arrangement
 from cmcgns.data.readers.prepared import PreparedSource, _column_hashes, _footer, _manifest
+from cmcgns.data.studies import ListedStudies
 from cmcgns.errors import BadRow, UserError
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.setup import Corpus, check_corpus, write_corpus
@@ -90,9 +90,9 @@ def test_a_run_does_not_resume_on_a_set_with_other_reports(tmp_path: Path) -> No
     write_prepared_set(tmp_path / "second", replaced(rows, "report", pa.array(["Pneumonia."] * 3)))
 
     def corpus(name: str) -> Corpus:
-        source, nothing = PreparedSource(str(tmp_path / name)), Arrangement.__new__(Arrangement)
-        index = source.index()
-        return Corpus(source, index, index.table, nothing, index.table, nothing)
+        source = PreparedSource(str(tmp_path / name))
+        studies = ListedStudies(source, *source.arrange(source.index().table, 1))
+        return Corpus(source, studies, studies, False, {}, {})
 
     write_corpus(folder, corpus("first"))
     check_corpus(folder, small_config(), corpus("first"))
