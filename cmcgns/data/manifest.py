@@ -32,6 +32,7 @@ INLINE_SHARDS = 1000
 SHARDS_PER_PART = 64
 """About 1 MB."""
 PARTS_AHEAD = 4
+PART = "manifest/{:05d}.jsonl"
 SPLITS = ("train", "valid", "test")
 HASHED_COLUMNS = (*PREPARED_INDEX, "report", "sentences", "image")
 """Columns that are read by themselves."""
@@ -101,12 +102,13 @@ class ShardParts(Collection[Shard]):
 
 def part_path(uri: str, number: int) -> str:
     """URI of a part of the manifest of the set at ``uri``."""
-    return storage.join(uri, part_name(number))
+    return storage.join(uri, PART.format(number))
 
 
-def part_name(number: int) -> str:
-    """Path of a part in its set."""
-    return f"manifest/{number:05d}.jsonl"
+def part_names(manifest: "Manifest") -> list[str]:
+    """Paths of the parts of a manifest in its set."""
+    shards = manifest.shards
+    return [PART.format(number) for number in range(len(shards.hashes))] if isinstance(shards, ShardParts) else []
 
 
 def write_shards(uri: str, shards: Iterable[Shard], count: int) -> list[Shard] | ShardParts:
