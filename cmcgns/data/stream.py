@@ -45,8 +45,8 @@ DEALING_CPUS = 0.1
 """CPUs of the task that deals studies to the ranks; it only copies memory."""
 MAX_PIECES = 600
 """Most pieces of an epoch of a raw set; each adds 2 ms to the start of the epoch."""
-PIECES_AT_ONCE = 2048
-"""Pieces of a prepared set that one Ray dataset reads, a million studies. Each takes some KiB of rank 0 and adds to the start, as
+PIECES_AT_ONCE = 512
+"""Pieces of a prepared set that one Ray dataset reads, 262,144 studies. Each takes some KiB of rank 0 and adds to the start, as
 above."""
 GROUPED_ROWS = 128
 """Studies in one output table of a task that reads whole row groups."""

@@ -3,7 +3,7 @@
 What is compared of each row is in files on the local disk, and a few million rows at a time are in memory.
 """
 
-# N rows of the set, n rows in memory, X and Y rows of two splits
+# N rows of the set, n rows in memory, U hashes, y hashes of the later of two splits, P pairs of hashes
 
 import tempfile
 from collections.abc import Iterator
@@ -215,12 +215,10 @@ def _shared_films(facts: Facts) -> list[Finding]:
     """A finding for each film and the first one of another split that shows the same image, by row."""
     split_N, first = facts.column("split"), dict[tuple[int, int], int]()
     for band in pairwise(BANDS.tolist()):
-        for part_n in facts.parts("picture", *band):
-            key_n = bits(facts.column("picture")[part_n], *band)
-            for row_n in _runs_in_two_splits(part_n, key_n, split_N[part_n]):
-                for one, other in _same_films(facts, row_n, split_N[row_n], band):
-                    key = int(split_N[one]), other
-                    first[key] = min(one, first.get(key, one))
+        for row_n in facts.parts("picture", *band):
+            for one, other in _same_films(facts, row_n, band):
+                key = int(split_N[one]), other
+                first[key] = min(one, first.get(key, one))
     pairs = sorted((one, other) for (_, other), one in first.items())
     return [
         Finding(
@@ -232,30 +230,56 @@ def _shared_films(facts: Facts) -> list[Finding]:
     ]
 
 
-def _same_films(
-    facts: Facts, row_n: NDArray[np.int64], split_n: NDArray[np.uint8], band: tuple[int, int]
-) -> Iterator[tuple[int, int]]:
-    """Of rows that agree in a band: those that show the image of one of an earlier split, each with the first such."""
-    hash_n = facts.column("picture")[row_n]
-    for before, after in combinations(range(len(SPLITS)), 2):
-        of_x, of_y = split_n == before, split_n == after
-        hash_x, place_x = np.unique(hash_n[of_x], return_inverse=True)
-        hash_y, place_y = np.unique(hash_n[of_y], return_inverse=True)
-        for x, y in _near(hash_x, hash_y, band):
-            yield from _same_thumbnails(facts, row_n[of_x][place_x == x], row_n[of_y][place_y == y])
+def _same_films(facts: Facts, row_n: NDArray[np.int64], band: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Of rows that may agree in a band: those that show the image of one of an earlier split, each with the first such."""
+    split_n, hash_n = facts.column("split")[row_n], facts.column("picture")[row_n]
+    by_split = [Hashes.of(row_n[split_n == split], hash_n[split_n == split], band) for split in range(len(SPLITS))]
+    for before, after in combinations(by_split, 2):
+        for x, y in _near(before, after, band):
+            yield from _same_thumbnails(facts, before.rows(x), after.rows(y))
 
 
-def _near(hash_x: NDArray[np.uint64], hash_y: NDArray[np.uint64], band: tuple[int, int]) -> Iterator[tuple[int, int]]:
+@dataclass(frozen=True)
+class Hashes:
+    """The different hashes U of the pictures in some rows, by their bits in a band."""
+
+    hash_U: NDArray[np.uint64]
+    band_U: NDArray[np.uint64]
+    starts: NDArray[np.int64]
+    row_n: NDArray[np.int64]
+    """The rows of each hash from its start on, ascending."""
+
+    @classmethod
+    def of(cls, row_n: NDArray[np.int64], hash_n: NDArray[np.uint64], band: tuple[int, int]) -> "Hashes":
+        """The hashes ``hash_n`` of the rows ``row_n``."""
+        order = np.lexsort((hash_n, bits(hash_n, *band)))
+        hash_n = hash_n[order]
+        first = np.flatnonzero(np.concatenate([[True], np.diff(hash_n) != 0])) if len(hash_n) else np.zeros(0, np.int64)
+        return cls(hash_n[first], bits(hash_n[first], *band), np.append(first, len(hash_n)), row_n[order])
+
+    def rows(self, number: int) -> NDArray[np.int64]:
+        """The rows with a hash."""
+        return self.row_n[self.starts[number] : self.starts[number + 1]]
+
+
+def _near(before: Hashes, after: Hashes, band: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """Pairs of hashes that differ in at most ``MAX_BITS`` bits; not those that an earlier band than ``band`` has found."""
-    if not len(hash_y):
-        return
-    step = max(PAIRS_AT_ONCE // len(hash_y), 1)
-    for start in range(0, len(hash_x), step):
-        differs_xy = hash_x[start : start + step, None] ^ hash_y[None]
-        for x, y in zip(*np.nonzero(np.bitwise_count(differs_xy) <= MAX_BITS), strict=True):
-            before = [edges for edges in pairwise(BANDS.tolist()) if edges < band]
-            if all(bits(differs_xy[x, y : y + 1], *edges)[0] for edges in before):
-                yield start + int(x), int(y)
+    low_y, end_y = (before.band_U.searchsorted(after.band_U, side) for side in ("left", "right"))
+    total_y = np.cumsum(end_y - low_y)
+    start = 0
+    while start < len(total_y):
+        done = total_y[start - 1] if start else 0
+        stop = max(int(total_y.searchsorted(done + PAIRS_AT_ONCE, "right")), start + 1)
+        count_y = (end_y - low_y)[start:stop]
+        y_P = np.repeat(np.arange(start, stop), count_y)
+        x_P = np.arange(len(y_P)) + np.repeat(low_y[start:stop] - (np.cumsum(count_y) - count_y), count_y)
+        differs_P = before.hash_U[x_P] ^ after.hash_U[y_P]
+        is_near_P = np.bitwise_count(differs_P) <= MAX_BITS
+        for edges in pairwise(BANDS.tolist()):
+            if edges < band:
+                is_near_P &= bits(differs_P, *edges) != 0
+        yield from zip(x_P[is_near_P].tolist(), y_P[is_near_P].tolist(), strict=True)
+        start = stop
 
 
 def _same_thumbnails(facts: Facts, row_x: NDArray[np.int64], row_y: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
