@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.config import DataConfig
@@ -135,6 +136,9 @@ def test_studies_of_a_lost_shard_are_bad_rows_and_the_others_keep_their_order(
     good = [row["study_id"] for row, what in found if not isinstance(what, str)]
     assert good == [study for study in whole if study not in lost]
     assert len({row["study_id"] for row, _ in found}) == SIZES["train"]
+    for start, stop in pairwise(train.epoch(5, 4, WINDOW).starts):
+        of_window = [isinstance(what, str) for _, what in found[start:stop]]
+        assert of_window == sorted(of_window)  # the others first
 
 
 def test_a_row_group_costs_the_same_few_bytes_whatever_it_holds(tmp_path: Path) -> None:
@@ -147,13 +151,52 @@ def test_a_row_group_costs_the_same_few_bytes_whatever_it_holds(tmp_path: Path) 
     assert held[0] == held[1] <= 200 * 20
 
 
-def test_other_ids_in_a_shard_are_refused_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def changed(path: Path, column: str) -> None:
+    """Rewrite a shard with the values of ``column`` in reverse order in each row group."""
+    file = pq.ParquetFile(path)
+    groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    with pq.ParquetWriter(path, file.schema_arrow) as writer:
+        for rows in groups:
+            place = rows.schema.get_field_index(column)
+            other = rows.set_column(place, rows.schema.field(column), rows[column].take(np.arange(len(rows))[::-1]))
+            writer.write_table(other, row_group_size=len(other))
+
+
+@pytest.mark.parametrize("column", ["study_id", "patient_id", "image_id", "labels"])
+def test_a_changed_index_is_refused_when_it_is_read(
+    tmp_path: Path, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = small_set(tmp_path / "set", SIZES, GROUP, SHARD, views)
-    small_set(tmp_path / "other", SIZES, GROUP, SHARD, lambda number: views(number + 1))
-    (tmp_path / "other" / "train-00001.parquet").replace(tmp_path / "set" / "train-00001.parquet")
-    train = opened(uri, False, monkeypatch, views=["PA", "AP", "LATERAL"]).studies["train"]
-    with pytest.raises(UserError, match=r"train-00001\.parquet.*the manifest says"):
-        read(train, 0)
+    changed(tmp_path / "set" / "train-00001.parquet", column)
+    message = rf"train-00001\.parquet: column {column} of row group . is not what the manifest says"
+    with pytest.raises(UserError, match=message):
+        read(opened(uri, False, monkeypatch, views=["PA", "AP", "LATERAL"]).studies["train"], 0)
+
+
+def test_a_changed_film_is_a_bad_row_for_each_study_of_its_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = small_set(tmp_path / "set", SIZES, GROUP, SHARD, lambda number: ["PA"])
+    train = opened(uri, False, monkeypatch).studies["train"]
+    whole = read(train, 0)
+    changed(tmp_path / "set" / "train-00001.parquet", "image")
+    prepared._footer.cache_clear()
+    found = read(train, 0)
+    assert [row for row, _ in found] == [row for row, _ in whole]
+    bad = {row["study_id"]: what for row, what in found if isinstance(what, str)}
+    assert set(bad.values()) == {"column image of shard train-00001.parquet is not what was prepared"}
+    assert set(bad) == {f"train {number}" for number in range(SHARD * GROUP, 2 * SHARD * GROUP)}
+
+
+@pytest.mark.parametrize("wanted", [["PA", "AP", "LATERAL"], ["PA"]])
+def test_the_same_rows_in_other_row_groups_are_refused(
+    tmp_path: Path, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = small_set(tmp_path / "set", SIZES, GROUP, SHARD, views)
+    path = tmp_path / "set" / "train-00001.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=9)
+    with pytest.raises(UserError, match=r"train-00001\.parquet has .* row groups, the manifest says .* in 5"):
+        read(opened(uri, False, monkeypatch, views=wanted).studies["train"], 0)
 
 
 def test_a_large_set_of_the_first_version_is_read_without_hashes(

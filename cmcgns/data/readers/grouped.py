@@ -51,9 +51,9 @@ class GroupOrder:
     starts: NDArray[np.int64]
 
     def groups(self, window: int) -> NDArray[np.int32]:
-        """The groups of ``window``, ascending."""
+        """The groups of ``window``."""
         first = window * self.groups_per_window
-        return np.sort(self.group_T[first : first + self.groups_per_window])
+        return self.group_T[first : first + self.groups_per_window]
 
 
 class ReadGroup(NamedTuple):
@@ -262,6 +262,7 @@ def _count_shard(source: PreparedSource, shard: Shard) -> tuple[Shard, list[int]
             raise UserError(
                 f"{storage.join(source.uri, shard.name)}: {rows}, and its views cannot be counted; restore it"
             )
+        check_sizes(source.uri, shard.name, [each.rows for each in shard.row_groups])
         check_index(source.uri, name, rows, group.columns)
         films, excluded = filter_views(rows.to_pandas(), source.views)
         studies.append(films["study_id"].nunique())
