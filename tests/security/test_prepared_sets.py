@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.manifest import read_manifest
+from cmcgns.data.readers.grouped import grouped_splits
 from cmcgns.data.readers.prepared import PreparedSource, _column_hashes, _footer, _manifest
 from cmcgns.data.studies import ListedStudies
 from cmcgns.errors import BadRow, UserError
@@ -81,6 +82,30 @@ def test_the_same_rows_cut_into_other_row_groups_are_refused(tmp_path: Path) -> 
     pq.write_table(plain_rows(), tmp_path / "set" / "train-00000.parquet", row_group_size=2)
     with pytest.raises(UserError, match="has 3 rows in 2 row groups, the manifest says 3 in 1; prepare the set again"):
         read_all(tmp_path / "set")
+
+
+def test_a_run_whose_studies_were_listed_resumes_on_the_same_set_by_row_group_and_on_no_other(tmp_path: Path) -> None:
+    folder, rows = RunFolder(str(tmp_path), "run", resumed=True), plain_rows()
+    (tmp_path / "run").mkdir()
+    write_prepared_set(tmp_path / "set", rows)
+    write_prepared_set(tmp_path / "other", replaced(rows, "study_id", pa.array(["a", "b", "c"])))
+
+    def corpus(name: str, grouped: bool) -> Corpus:
+        source = PreparedSource(str(tmp_path / name))
+        if grouped:
+            train = grouped_splits(source)[0]["train"]
+            return Corpus(source, train, train.first(2), False, {}, {})
+        studies = ListedStudies(source, *source.arrange(source.index().table, 1))
+        return Corpus(source, studies, studies.first(2), False, {}, {})
+
+    write_corpus(folder, corpus("set", grouped=False))
+    check_corpus(folder, small_config(), corpus("set", grouped=True))
+    with pytest.raises(UserError, match="no longer has the studies that the run started with"):
+        check_corpus(folder, small_config(), corpus("other", grouped=True))
+    write_corpus(folder, corpus("set", grouped=True))
+    check_corpus(folder, small_config(), corpus("set", grouped=True))
+    with pytest.raises(UserError, match="no longer has the studies that the run started with"):
+        check_corpus(folder, small_config(), corpus("other", grouped=True))
 
 
 def test_a_run_does_not_resume_on_a_set_with_other_reports(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ THUMBNAIL = 16
 ROWS_AT_ONCE = 2**22
 """Rows whose hashes are in memory at the same time, some 200 MB."""
 PAIRS_AT_ONCE = 2**22
+NAMES = (*SPLITS, "no split")
+"""Of splits; the last one is that of rows whose split was changed to another word."""
 IDS = ("study_id", "image_id", "patient_id", "group")
 FACT_SCHEMA = pa.schema(
     [
@@ -96,7 +98,7 @@ class Facts:
         alone = [group == patient for group, patient in zip(keys["group"], keys["patient_id"], strict=True)]
         reports = table["report_hash"].to_numpy()
         columns = {
-            "split": np.array([SPLITS.index(split) for split in table["split"].to_pylist()], np.uint8),
+            "split": np.array([_number(split) for split in table["split"].to_pylist()], np.uint8),
             "study": np.array(keys["study_id"], np.int64),
             "patient": np.array(keys["patient_id"], np.int64),
             # 0: nothing to compare
@@ -152,6 +154,10 @@ class Facts:
         return self.folder / f"ids-{number}.arrow"
 
 
+def _number(split: str) -> int:
+    return NAMES.index(split) if split in SPLITS else len(SPLITS)
+
+
 @contextmanager
 def facts_on_disk() -> Iterator[Facts]:
     """Room for facts, in a temporary folder."""
@@ -190,7 +196,7 @@ def _shared(facts: Facts, column: str, named_by: str) -> list[Finding]:
             if named_by and len({facts.ids(row, named_by) for row in rows}) > 1:
                 continue  # two ids with the same hash
             name = f"{column} {facts.ids(rows[0], named_by)} " if named_by else ""
-            where = " and ".join(SPLITS[split_N[row]] for row in rows)
+            where = " and ".join(NAMES[split_N[row]] for row in rows)
             what = f"{name}in {where} ({len(run_n)} films)"
             found.append((rows[0], Finding(f"{column} in two splits", [facts.place(row) for row in rows], what)))
     return [finding for _, finding in sorted(found, key=lambda each: each[0])]

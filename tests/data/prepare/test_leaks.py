@@ -77,6 +77,11 @@ def test_a_patient_and_a_group_in_two_splits_are_found_with_their_films() -> Non
     assert all(finding.is_fault for finding in found)
 
 
+def test_a_row_whose_split_was_changed_to_another_word_is_compared_too() -> None:
+    (found,) = leaks_of(row(1, "train", patient_id="p7", group="p7"), row(2, "trian", patient_id="p7", group="p7"))
+    assert found.what == "patient p7 in train and no split (2 films)"
+
+
 def test_equal_reports_are_listed_but_pass() -> None:
     normal = {"sentences": ["no acute process"]}
     (found,) = leaks_of(row(1, "train", **normal), row(2, "test", **normal), row(3, "test", **normal))
