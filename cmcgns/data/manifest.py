@@ -1,8 +1,13 @@
-"""The manifest of a prepared set and the hash of its content; its columns are in ``record``."""
+"""The manifest of a prepared set and the hash of its content; its columns are in ``record``.
+
+The entries of many shards are in parts, files beside ``manifest.json``, which has their hashes: they are written and read one
+after another, so that nothing holds an entry per shard.
+"""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,12 +19,20 @@ import xxhash
 from cmcgns import storage
 from cmcgns.data.record import PREPARED_INDEX
 from cmcgns.errors import UserError
+from cmcgns.storage.ahead import map_ahead
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 """Present in a set until it is complete."""
 VERSION = 2
 """2 since row groups have hashes of their columns and the manifest one of itself; sets of version 1 are read unverified."""
+VERSION_IN_PARTS = 3
+INLINE_SHARDS = 1000
+"""A manifest of more shards is in parts."""
+SHARDS_PER_PART = 64
+"""About 1 MB."""
+PARTS_AHEAD = 4
+PART = "manifest/{:05d}.jsonl"
 SPLITS = ("train", "valid", "test")
 HASHED_COLUMNS = (*PREPARED_INDEX, "report", "sentences", "image")
 """Columns that are read by themselves."""
@@ -58,6 +71,67 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ShardParts(Collection[Shard]):
+    """The shards of a manifest in parts; iterating reads and verifies one part after another."""
+
+    uri: str
+    """The prepared set."""
+    hashes: list[str]
+    """Of each part."""
+    count: int
+    """Number of shards."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __contains__(self, shard: object) -> bool:
+        return any(each == shard for each in self)
+
+    def __iter__(self) -> Iterator[Shard]:
+        for part in map_ahead(self._part, range(len(self.hashes)), PARTS_AHEAD):
+            yield from part
+
+    def _part(self, number: int) -> list[Shard]:
+        path = part_path(self.uri, number)
+        content = storage.read_bytes(path)
+        if xxhash.xxh3_128_hexdigest(content) != self.hashes[number]:
+            raise UserError(f"{path} is not what was written; restore it, or prepare the set again")
+        with well_formed(path, "part of a manifest", "prepare the set again"):
+            return [_as_shard(json.loads(line)) for line in content.splitlines()]
+
+
+def part_path(uri: str, number: int) -> str:
+    """URI of a part of the manifest of the set at ``uri``."""
+    return storage.join(uri, PART.format(number))
+
+
+def part_names(manifest: "Manifest") -> list[str]:
+    """Paths of the parts of a manifest in its set."""
+    shards = manifest.shards
+    return [PART.format(number) for number in range(len(shards.hashes))] if isinstance(shards, ShardParts) else []
+
+
+def write_shards(uri: str, shards: Iterable[Shard], count: int) -> list[Shard] | ShardParts:
+    """``count`` shards as a manifest holds them: themselves, or if they are many the parts that are written here."""
+    if count <= INLINE_SHARDS:
+        return list(shards)
+    hashes, rest = list[str](), iter(shards)
+    while part := list(itertools.islice(rest, SHARDS_PER_PART)):
+        content = "".join(json.dumps(_as_entry(shard)) + "\n" for shard in part).encode()
+        storage.write_bytes(part_path(uri, len(hashes)), content)
+        hashes.append(xxhash.xxh3_128_hexdigest(content))
+    return ShardParts(uri, hashes, count)
+
+
+def _as_entry(shard: Shard) -> dict[str, Any]:
+    return asdict(shard) | {"rows": shard.rows, "studies": shard.studies}
+
+
+def _as_shard(entry: dict[str, Any]) -> Shard:
+    return Shard(entry["name"], entry["split"], entry["bytes"], [RowGroup(**group) for group in entry["row_groups"]])
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Description of a complete prepared set."""
 
@@ -67,7 +141,7 @@ class Manifest:
     """Hash of all rows in order; does not depend on how they are cut into shards."""
     groups: dict[str, int]
     """Groups planned for each split, including those without a usable study."""
-    shards: list[Shard]
+    shards: list[Shard] | ShardParts
     source: dict[str, Any]
     """The raw set: uri, format, digest of its index."""
     settings: dict[str, Any]
@@ -82,9 +156,12 @@ class Manifest:
         return bool(self.settings.get("reports", True))  # sets of earlier versions do
 
     def to_json(self) -> str:
-        """The content of manifest.json, with one line per shard."""
-        shards = [asdict(shard) | {"rows": shard.rows, "studies": shard.studies} for shard in self.shards]
+        """The content of manifest.json, with one line per shard, or with the hashes of its parts."""
         rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "shards"}
+        if isinstance(self.shards, ShardParts):
+            rest |= {"version": VERSION_IN_PARTS, "parts": self.shards.hashes, "shards": len(self.shards)}
+            return json.dumps(rest | {"hash": self_hash(rest)}, indent=1) + "\n"
+        shards = [_as_entry(shard) for shard in self.shards]
         rest["hash"] = self_hash(rest | {"shards": shards})
         lines = ",\n  ".join(json.dumps(shard) for shard in shards)
         return json.dumps(rest, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n'
@@ -95,17 +172,15 @@ def read_manifest(uri: str) -> Manifest:
     path = storage.join(uri, MANIFEST)
     with well_formed(path, "manifest of a prepared set", "prepare the set again"):
         fields: dict[str, Any] = json.loads(storage.read_bytes(path))
-        if fields["version"] not in (1, VERSION):
+        if fields["version"] not in (1, VERSION, VERSION_IN_PARTS):
             raise UserError(
-                f"{path} has version {fields['version']}, this code reads up to version {VERSION}; prepare the set again"
+                f"{path} has version {fields['version']}, this code reads up to version {VERSION_IN_PARTS}; prepare the set again"
             )
         if fields.pop("hash", None) != (self_hash(fields) if fields["version"] > 1 else None):
             raise UserError(f"{path} is not what was written; restore it, or prepare the set again")
-        shards = [
-            Shard(each["name"], each["split"], each["bytes"], [RowGroup(**group) for group in each["row_groups"]])
-            for each in fields.pop("shards")
-        ]
-        return Manifest(shards=shards, **fields)
+        if fields["version"] == VERSION_IN_PARTS:
+            return Manifest(shards=ShardParts(uri, fields.pop("parts"), fields.pop("shards")), **fields)
+        return Manifest(shards=[_as_shard(each) for each in fields.pop("shards")], **fields)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 Studies are in groups: the row groups of a prepared set, or as many studies each of a raw one. An epoch permutes the groups,
 joins every ``groups_per_window`` of them into a window, and shuffles within each window. Since groups are random samples of
 the corpus, this is as good as a full shuffle, and a reader holds only one window in memory.
+
+Where a window starts depends on the number of studies in each group, and its inside on the keys of its own studies. So an
+epoch of any length can be read by window: ``readers/grouped.py``.
 """
 
 # S studies of a split, G groups
@@ -37,15 +40,31 @@ class Arrangement:
 
     def epoch(self, seed: int, epoch: int, groups_per_window: int) -> "EpochOrder":
         """The order of ``epoch``; validation keeps the order of the table."""
-        if epoch == VALIDATION_EPOCH:
-            window_S, row_S = self.group_S.astype(np.int64) // groups_per_window, np.arange(len(self.key_S))
-        else:
-            random = np.random.Generator(np.random.PCG64([seed % 2**64, epoch]))
-            turn_G = random.permutation(self.groups)
-            window_S = turn_G[self.group_S] // groups_per_window
-            # by a hash and not a permutation: a missing study does not change the order of the others
-            row_S = np.lexsort((_mixed(self.key_S, random.integers(2**63)), window_S))
+        draw = EpochDraw.of(seed, epoch, self.groups)
+        window_S = draw.turn_G[self.group_S] // groups_per_window
+        row_S = np.arange(len(self.key_S))
+        if draw.salt is not None:
+            row_S = np.lexsort((mixed(self.key_S, draw.salt), window_S))
         return EpochOrder(row_S, np.searchsorted(window_S[row_S], np.arange(window_S.max(initial=-1) + 2)))
+
+
+@dataclass(frozen=True)
+class EpochDraw:
+    """What is drawn for an epoch."""
+
+    turn_G: NDArray[np.int64]
+    """When each group has its turn."""
+    salt: np.int64 | None
+    """Of the hash by which the studies of a window are sorted; None if they keep the order of the table. A hash and not a
+    permutation: a missing study does not change the order of the others."""
+
+    @classmethod
+    def of(cls, seed: int, epoch: int, groups: int) -> "EpochDraw":
+        """The draw of ``epoch``; nothing is drawn for validation."""
+        if epoch == VALIDATION_EPOCH:
+            return cls(np.arange(groups), None)
+        random = np.random.Generator(np.random.PCG64([seed % 2**64, epoch]))
+        return cls(random.permutation(groups), np.int64(random.integers(2**63)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,7 @@ class EpochOrder:
     starts: NDArray[np.int64]
 
 
-def _mixed(key_S: NDArray[np.int64], salt: np.int64) -> NDArray[np.uint64]:
+def mixed(key_S: NDArray[np.int64], salt: np.int64) -> NDArray[np.uint64]:
     """A hash of each key and ``salt``: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     x = key_S.view(np.uint64) ^ np.uint64(salt)
     x = (x ^ (x >> np.uint64(30))) * _MIX_1

@@ -1,8 +1,8 @@
 """A corpus as a stream of microbatches: Ray Data fetches and decodes, each rank receives whole blocks in a fixed order.
 
-The order is a function of (seed, epoch) and the index (see ``order``), known before anything is read. Each task reads one
-piece of it. After bad rows are dropped, the rest is cut into blocks of exactly ``microbatch_size`` studies; block b goes to
-rank b mod world.
+The order is a function of (seed, epoch) and the index (see ``order``); where its windows start is known before anything is read.
+Each task reads one piece of it. After bad rows are dropped, the rest is cut into blocks of exactly ``microbatch_size`` studies;
+block b goes to rank b mod world.
 """
 
 import time
@@ -23,9 +23,10 @@ from cmcgns.cluster.placement import data_label, data_resources, list_nodes
 from cmcgns.config import DataConfig
 from cmcgns.data.blocks import deal
 from cmcgns.data.image import resize_image
-from cmcgns.data.order import Arrangement, EpochOrder, draw_key, drawn_image
+from cmcgns.data.order import draw_key, drawn_image
 from cmcgns.data.readers import Reader, Source
 from cmcgns.data.record import StreamStudy, stream_table
+from cmcgns.data.studies import Studies
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import BadRow, UserError
 
@@ -44,6 +45,9 @@ DEALING_CPUS = 0.1
 """CPUs of the task that deals studies to the ranks; it only copies memory."""
 MAX_PIECES = 600
 """Most pieces of an epoch of a raw set; each adds 2 ms to the start of the epoch."""
+PIECES_AT_ONCE = 512
+"""Pieces of a prepared set that one Ray dataset reads, 262,144 studies. Each takes some KiB of rank 0 and adds to the start, as
+above."""
 GROUPED_ROWS = 128
 """Studies in one output table of a task that reads whole row groups."""
 BLOCK_BYTES = 8 * 2**20
@@ -53,11 +57,11 @@ these."""
 
 @dataclass(frozen=True)
 class Stream:
-    """One split of a corpus, ready to be streamed to ranks. Small: the index table is in the object store."""
+    """One split of a corpus, ready to be streamed to ranks. Small: its ``Studies`` are in the object store."""
 
     source: Source
     split_ref: Any
-    """Object reference of the split's index table and ``Arrangement``."""
+    """Object reference of the split's ``Studies``."""
     studies: int
     tokenizer: ReportTokenizer
     config: DataConfig
@@ -72,11 +76,18 @@ class Stream:
     with_text: bool = False
     """Rows contain the text of the sentences too."""
 
-    def split(self, epoch: int, position: int, block_size: int, ranks: int) -> list[Any]:
-        """One Ray Data iterator per rank over the epoch from ``position`` on. Several ranks receive blocks of ``block_size`` in
-        turn; a single rank receives all rows, which ``blocks`` cuts."""
+    @property
+    def at_once(self) -> int:
+        """Most studies that one Ray dataset reads; an epoch of more is read by several, one after the other."""
+        if not self.source.in_groups:
+            return self.studies
+        return PIECES_AT_ONCE * piece_studies(self.source, self.config, self.studies)
+
+    def split(self, epoch: int, position: int, block_size: int, ranks: int, end: int | None = None) -> list[Any]:
+        """One Ray Data iterator per rank over the epoch from ``position`` to ``end``. Several ranks receive blocks of
+        ``block_size`` in turn; a single rank receives all rows, which ``blocks`` cuts."""
         with self.context():
-            rows = self.rows(epoch, position)
+            rows = self.rows(epoch, position, end)
             if ranks == 1:
                 return [rows.iterator()]  # scheduled in this process: an extra process would take 140 MiB
             # never equal to the CPUs of a reading task: Ray Data would fuse the two, and read a piece for each study to deal
@@ -90,10 +101,10 @@ class Stream:
         studies = min(STUDIES_PER_DEAL[self.source.in_groups], self.studies_ahead // DEALS_AHEAD)
         return max(studies // (ranks * block_size), 1)
 
-    def rows(self, epoch: int, position: int) -> Any:
-        """The epoch's usable studies from ``position`` on as a Ray dataset of ``stream_schema``. Call and consume it within
-        ``context()``."""
-        pieces = len(piece_bounds(self, epoch, position)) - 1
+    def rows(self, epoch: int, position: int, end: int | None = None) -> Any:
+        """The epoch's usable studies from ``position`` to ``end`` as a Ray dataset of ``stream_schema``. Call and consume it
+        within ``context()``."""
+        pieces = len(piece_bounds(self, epoch, position, end)) - 1
         # the same CPUs as the tasks that follow, so that Ray Data fuses the two; otherwise it first counts all pieces
         cpus = self.config.cpus_per_task
         numbers = ray_private.set_num_cpus(ray.data.range(pieces, override_num_blocks=pieces), cpus)
@@ -103,7 +114,7 @@ class Stream:
             zero_copy_batch=True,
             num_cpus=cpus,
             # by reference: every task unpickles these arguments, and a vocabulary takes as long as a piece
-            fn_kwargs={"stream_ref": ray.put(self), "epoch": epoch, "position": position},
+            fn_kwargs={"stream_ref": ray.put(self), "epoch": epoch, "position": position, "end": end},
         )
 
     def context(self) -> Any:
@@ -171,12 +182,10 @@ def ordered_context(taken_cpus: float, most_bytes: int, most_cpus: float | None)
 
 
 def stream_split(
-    source: Source, studies: pa.Table, arrangement: Arrangement, tokenizer: ReportTokenizer, config: DataConfig, coordinator: Any,
-    **options: Any,
-) -> Stream:  # fmt: skip
-    """The stream of a split; its table and arrangement go into the object store."""
-    split_ref = ray.put((studies.combine_chunks(), arrangement))
-    return Stream(source, split_ref, len(studies), tokenizer, config, coordinator, **options)
+    studies: Studies, tokenizer: ReportTokenizer, config: DataConfig, coordinator: Any, **options: Any
+) -> Stream:
+    """The stream of the split ``studies``, which go into the object store."""
+    return Stream(studies.source, ray.put(studies), len(studies), tokenizer, config, coordinator, **options)
 
 
 @lru_cache(maxsize=8)
@@ -186,10 +195,9 @@ def fetched(reference: Any) -> Any:
 
 
 @lru_cache(maxsize=4)
-def epoch_order(split_ref: Any, seed: int, epoch: int, groups_per_window: int) -> EpochOrder:
-    """The order of an epoch, computed once per process."""
-    order: EpochOrder = fetched(split_ref)[1].epoch(seed, epoch, groups_per_window)
-    return order
+def epoch_order(split_ref: Any, seed: int, epoch: int, groups_per_window: int) -> Any:
+    """The ``Order`` of an epoch, computed once per process."""
+    return fetched(split_ref).epoch(seed, epoch, groups_per_window)
 
 
 def piece_studies(source: Source, config: DataConfig, studies: int) -> int:
@@ -208,21 +216,22 @@ def default_read_ahead(source: Source, config: DataConfig, studies: int, global_
     )
 
 
-def piece_bounds(stream: Stream, epoch: int, position: int) -> np.ndarray:
+def piece_bounds(stream: Stream, epoch: int, position: int, end: int | None = None) -> np.ndarray:
     """Positions where the tasks' pieces start, from ``position`` on, and the end. Row groups of a prepared set are read whole; a
     raw set can be read from any position."""
-    config = stream.config
+    config, end = stream.config, stream.studies if end is None else end
     if not stream.source.in_groups:
         size = piece_studies(stream.source, config, stream.studies)
-        return np.append(np.arange(position, stream.studies, size), stream.studies)
+        return np.append(np.arange(position, end, size), end)
     starts = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window).starts
-    return np.unique(np.maximum(starts, position))
+    between = slice(*np.searchsorted(starts, [position, end]))
+    return np.unique(np.concatenate([[position], starts[between], [end]]))
 
 
-def read_pieces(numbers: pa.Table, stream_ref: Any, epoch: int, position: int) -> Iterator[pa.Table]:
+def read_pieces(numbers: pa.Table, stream_ref: Any, epoch: int, position: int, end: int | None) -> Iterator[pa.Table]:
     """The usable studies of the pieces with these ``numbers``, fetched, decoded and tokenized, in order."""
     stream = fetched(stream_ref)
-    bounds = piece_bounds(stream, epoch, position)
+    bounds = piece_bounds(stream, epoch, position, end)
     try:
         for number in numbers["id"].to_pylist():
             yield from read_piece(stream, epoch, range(bounds[number], bounds[number + 1]))
@@ -234,11 +243,11 @@ def read_pieces(numbers: pa.Table, stream_ref: Any, epoch: int, position: int) -
 
 def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Table]:
     """The usable studies at ``positions`` of the epoch's order, about a hundred per table."""
-    config, (table, _) = stream.config, fetched(stream.split_ref)
+    config, split = stream.config, fetched(stream.split_ref)
     order = epoch_order(stream.split_ref, config.seed, epoch, config.groups_per_window)
-    studies = table.take(order.row_S[positions.start : positions.stop]).to_pylist()
+    studies, reader_of = split.read(order, positions)
     shown = [drawn_image(config.seed, epoch, study["study_id"], len(study["films"])) for study in studies]
-    reader = stream.source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
+    reader = reader_of([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
     read = partial(read_study, reader=reader, stream=stream, epoch=epoch)
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
         at_once = GROUPED_ROWS if stream.source.in_groups else config.window_size

@@ -30,6 +30,7 @@ from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, one_after_the_other
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import Block, to_block
 from cmcgns.data.stream import piece_studies, stream_split
+from cmcgns.data.studies import ListedStudies
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
@@ -262,9 +263,8 @@ def embedded(
     """
     data = split.config.data
     ahead = STUDIES_AHEAD + 2 * piece_studies(split.source, data, len(split.studies))
-    stream = stream_split(
-        split.source, split.studies, split.arrangement, run.tokenizer, data, coordinator, studies_ahead=ahead, with_text=True
-    )  # fmt: skip
+    listed = ListedStudies(split.source, split.studies, split.arrangement)
+    stream = stream_split(listed, run.tokenizer, data, coordinator, studies_ahead=ahead, with_text=True)
     with stream.context():
         yield stream.rows(VALIDATION_EPOCH, position).map_batches(
             actor,

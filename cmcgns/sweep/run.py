@@ -166,7 +166,7 @@ def rank_finalists(setup: Sweep) -> SweepResult | None:
     if not finalists:
         return None
     tests: list[float | None] = [None] * len(finalists)
-    if len(setup.prepared.corpus.index.split("test")):
+    if setup.prepared.corpus.has_test:
         for i, scores in enumerate(finalists):  # one at a time: each needs a CPU in addition to its data tasks
             uri = storage.join(setup.runs, scores.trial.folder)
             try:

@@ -8,7 +8,6 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -19,8 +18,8 @@ from cmcgns.cluster.coordinator import LOST, WORKER_STARTED
 from cmcgns.cluster.heartbeat import HangWatch
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
-from cmcgns.data.order import Arrangement
 from cmcgns.data.stream import Stream, stream_split
+from cmcgns.data.studies import Studies
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.run import CpuShare, studies_ahead, threads_per_worker
@@ -62,14 +61,13 @@ def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: C
     """The assignment that every worker receives."""
     config, corpus = run.config, run.corpus
 
-    def stream(studies: pa.Table, arrangement: Arrangement) -> Stream:
+    def stream(studies: Studies) -> Stream:
         # on a shared cluster a fixed limit: total minus reserved CPUs can be negative after a node is lost
         cpu = {"most_cpus": cpus.data} if cpus.shared_cluster else {"taken_cpus": cpus.all - cpus.data}
         limits = cpu | {"studies_ahead": studies_ahead(config, corpus, cpus.data)}
-        return stream_split(corpus.source, studies, arrangement, run.tokenizer, config.data, coordinator, **limits)
+        return stream_split(studies, run.tokenizer, config.data, coordinator, **limits)
 
-    train = stream(corpus.train, corpus.train_arrangement)
-    valid = stream(corpus.valid, corpus.valid_arrangement)
+    train, valid = stream(corpus.train), stream(corpus.valid)
     return Assignment(
         config,
         run.folder.uri,

@@ -148,7 +148,7 @@ class PretrainJob(Job):
 
     def _describe(self, share: CpuShare) -> dict[str, str]:
         setup, config, corpus, schedule = self.setup, self.config, self.setup.corpus, self.setup.schedule
-        train, clustering, filtered = config.train, config.clustering, corpus.index.filtered
+        train, clustering, filtered = config.train, config.clustering, corpus.filtered
         excluded = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
         sentences = f"about {setup.prepared.sentences} training sentences" if config.data.reports else "no reports"
         threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
@@ -156,7 +156,7 @@ class PretrainJob(Job):
             "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
             "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
             f"validation studies, {sentences}; films excluded: {excluded}; "
-            f"studies rejected by the reader: {len(corpus.index.bad_rows)}; at most "
+            f"studies rejected by the reader: {len(corpus.bad_rows)}; at most "
             f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
             "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
             f"{self.parameters / 1e6:.1f} M parameters, {setup.tokenizer.vocabulary_size} word pieces",

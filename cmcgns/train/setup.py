@@ -4,23 +4,23 @@ import hashlib
 import itertools
 import json
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
 import yaml
 
 from cmcgns import storage
 from cmcgns.bad_rows import too_many_bad
 from cmcgns.config import Config
 from cmcgns.data.image import Target
-from cmcgns.data.order import Arrangement
-from cmcgns.data.readers import Reader, Source, open_index
-from cmcgns.data.record import StudyIndex
+from cmcgns.data.manifest import SPLITS
+from cmcgns.data.readers import Reader, Source, open_splits
 from cmcgns.data.reports import ParsedReport
+from cmcgns.data.studies import Studies
 from cmcgns.data.tokenizer import ReportTokenizer, load_tokenizer, train_tokenizer
 from cmcgns.errors import BadRow, UserError
 from cmcgns.faiss_install import check_faiss
@@ -37,30 +37,30 @@ FETCH_THREADS = 16
 
 @dataclass(frozen=True)
 class Corpus:
-    """An indexed corpus with its training and validation split."""
+    """A corpus with its training and validation split."""
 
     source: Source
-    index: StudyIndex
-    train: pa.Table
-    train_arrangement: Arrangement
-    valid: pa.Table
-    valid_arrangement: Arrangement
+    train: Studies
+    valid: Studies
+    has_test: bool
+    filtered: dict[str, int]
+    """Films of other views by reason."""
+    bad_rows: dict[str, str]
+    """Reason for each study that the reader rejected while indexing."""
 
     @property
     def studies(self) -> int:
         """Training and validation studies, including those that the reader rejected while indexing."""
-        return len(self.train) + len(self.valid) + len(self.index.bad_rows)
-
-    @property
-    def bad_rows(self) -> dict[str, str]:
-        """Reason for each study that the reader rejected while indexing."""
-        return {row["source"]: row["reason"] for row in self.index.bad_rows}
+        return len(self.train) + len(self.valid) + len(self.bad_rows)
 
     @property
     def digest(self) -> str:
         """Hash of the studies and their order; a resumed run compares it."""
-        text = "\n".join(itertools.chain(self.train["study_id"].to_pylist(), self.valid["study_id"].to_pylist()))
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return _hash(itertools.chain(self.train.identity(), self.valid.identity()))
+
+    def listed_digest(self) -> str:
+        """The digest as if the studies were listed; reads the index of the whole set."""
+        return _hash(itertools.chain(self.train.ids(), self.valid.ids()))
 
     @property
     def record(self) -> dict[str, str]:
@@ -69,24 +69,35 @@ class Corpus:
         return {"digest": self.digest} | ({"content_hash": content} if content else {})
 
 
+def _hash(texts: Iterable[str]) -> str:
+    """Hash of ``texts``, one a line."""
+    digest, separator = hashlib.blake2b(digest_size=8), ""
+    for text in texts:
+        digest.update(f"{separator}{text}".encode())
+        separator = "\n"
+    return digest.hexdigest()
+
+
 def open_corpus(config: Config) -> Corpus:
     """The corpus of ``config.data`` with its training and validation split."""
     data = config.data
-    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
-    train, train_arrangement = source.arrange(index.split("train"), data.group_studies)
-    valid, valid_arrangement = source.arrange(index.split("valid"), data.group_studies)
-    most = data.validation_studies
-    corpus = Corpus(source, index, train, train_arrangement, valid.slice(0, most), valid_arrangement.first(most))
-    complaint = too_many_bad(len(corpus.bad_rows), corpus.studies, data.max_bad_fraction, corpus.bad_rows.values())
+    splits = open_splits("data.uri", data, Target(data.resize, "longer"), data.group_studies)
+    bad_rows = {row["source"]: row["reason"] for row in splits.bad_rows}
+    sizes = {split: len(splits.studies[split]) if split in splits.studies else 0 for split in SPLITS}
+    valid = min(sizes["valid"], data.validation_studies or sizes["valid"])
+    complaint = too_many_bad(
+        len(bad_rows), sizes["train"] + valid + len(bad_rows), data.max_bad_fraction, bad_rows.values()
+    )
     if complaint is not None:
         raise UserError(f"data.uri {data.uri}: {complaint}. Fix them, or raise data.max_bad_fraction")
-    if not len(corpus.train) or not len(corpus.valid):
+    if not sizes["train"] or not sizes["valid"]:
         raise UserError(
-            f"data.uri {data.uri} has {len(corpus.train)} training and {len(corpus.valid)} validation studies after "
-            f"filtering views {', '.join(data.views)} ({sum(index.filtered.values())} films excluded); both splits are needed. "
+            f"data.uri {data.uri} has {sizes['train']} training and {sizes['valid']} validation studies after "
+            f"filtering views {', '.join(data.views)} ({sum(splits.filtered.values())} films excluded); both splits are needed. "
             "Check data.views and the splits of the corpus"
         )
-    return corpus
+    train, held_out = splits.studies["train"], splits.studies["valid"].first(data.validation_studies)
+    return Corpus(splits.source, train, held_out, sizes["test"] > 0, splits.filtered, bad_rows)
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,8 @@ def sample_reports(corpus: Corpus, most: int) -> ReportSample:
     reports: list[ParsedReport] = []
     patients: list[str] = []
     with ThreadPoolExecutor(FETCH_THREADS) as threads:
-        for batch in corpus.train.slice(0, most).to_batches(max_chunksize=1024):
-            studies = batch.to_pylist()
-            reader = corpus.source.reader([study["films"][0]["path"] for study in studies], films=False)
+        for studies, reader_of in corpus.train.samples(most):
+            reader = reader_of([study["films"][0]["path"] for study in studies])
             for study, report in zip(studies, threads.map(partial(_parse, reader), studies), strict=True):
                 if report is not None:
                     reports.append(report)
@@ -237,7 +247,8 @@ def write_corpus(folder: RunFolder, corpus: Corpus) -> None:
 def check_corpus(folder: RunFolder, config: Config, corpus: Corpus, resume_key: str = "run.resume") -> None:
     """Raise ``UserError`` if the corpus is not the one that the run or sweep started with."""
     before, now = json.loads(storage.read_bytes(folder.file("corpus.json"))), corpus.record
-    if before["digest"] != now["digest"]:
+    # a run on raw files, or of an earlier version, has listed them
+    if before["digest"] != now["digest"] and before["digest"] != corpus.listed_digest():
         raise UserError(
             f"{resume_key} {folder.name}: data.uri {config.data.uri} no longer has the studies that the run started with "
             f"(digest {now['digest']} instead of {before['digest']}); restore them, or start a new run"

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,35 +13,38 @@ from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block, blank_block
 
 STEPS_AHEAD = 40
-"""Start reading the next epoch at the latest this many steps before the end of the current one."""
+"""Start reading the next stretch at the latest this many steps before the end of the current one."""
 START_S = 8.0
-"""Start reading the next epoch this many seconds before it is needed."""
+"""Start reading the next stretch this many seconds before it is needed."""
 MEASURED_S = 2.0
-"""Seconds after which an epoch's speed is trusted: the first studies are already decoded and arrive faster than reading."""
+"""Seconds after which a stretch's speed is trusted: the first studies are already decoded and arrive faster than reading."""
 
 
 class PrefetchTimer:
-    """Decides when to start reading the next epoch, from the speed of the current one."""
+    """Decides when to start reading what comes next, from the speed at which the current stretch is read: an epoch, or a part of
+    a long one."""
 
-    def __init__(self, studies: int, least: int) -> None:
-        self._studies, self._least = studies, least
+    def __init__(self, end: int, least: int) -> None:
+        self._least = least
         self._speed = 0.0
-        self.start_epoch()
+        self.start(end)
 
-    def start_epoch(self) -> None:
-        """Reset at the start of an epoch. The previous speed is used until this one is known; a short epoch may end before."""
+    def start(self, end: int) -> None:
+        """Reset at the start of a stretch up to position ``end``. The previous speed is used until this one is known; a short
+        stretch may end before."""
+        self._end = end
         self._speed_before = self._speed
         self._first: tuple[float, int] | None = None
 
     def is_due(self, position: int) -> bool:
-        """True if the next epoch should be read now; ``position`` is the progress in the current one."""
+        """True if what comes next should be read now; ``position`` is the progress in the epoch."""
         now = time.monotonic()
         # measured from the first call: the start-up time before it says nothing about the speed
         began, first = self._first = self._first or (now, position)
         if now > began:
             self._speed = (position - first) / (now - began)
         speed = self._speed if now - began > MEASURED_S else self._speed_before
-        return self._studies - position <= max(self._least, speed * START_S)
+        return self._end - position <= max(self._least, speed * START_S)
 
 
 class BlockSource(Protocol):
@@ -51,14 +54,26 @@ class BlockSource(Protocol):
     def studies(self) -> int:
         """Studies of an epoch's order."""
 
-    def open(self, epoch: int, position: int) -> Iterator[Block]:
-        """This rank's blocks of ``epoch``, from ``position`` of its order on."""
+    @property
+    def at_once(self) -> int:
+        """Most studies to open at once."""
 
-    def prepare(self, epoch: int) -> None:
-        """Start reading ``epoch``, which will soon be opened at position 0."""
+    def open(self, stretch: "Stretch") -> Iterator[Block]:
+        """This rank's blocks of ``stretch``."""
+
+    def prepare(self, stretch: "Stretch") -> None:
+        """Start reading ``stretch``, which will soon be opened."""
 
     def open_validation(self) -> Iterator[Block]:
         """This rank's blocks of the validation split."""
+
+
+class Stretch(NamedTuple):
+    """Positions of an epoch's order that are read at once: all, or in a long epoch a part."""
+
+    epoch: int
+    position: int
+    end: int
 
 
 @dataclass
@@ -84,7 +99,10 @@ class StepData:
 
 
 class StepReader:
-    """Reads each step's blocks, over epochs; the last incomplete global batch of an epoch is dropped."""
+    """Reads each step's blocks, over epochs; the last incomplete global batch of an epoch is dropped.
+
+    A long epoch is read by stretches. Where bad rows let one end within a global batch, the next one begins with that batch.
+    """
 
     def __init__(
         self,
@@ -97,24 +115,45 @@ class StepReader:
     ) -> None:
         self.source, self.batcher, self.cursor = source, batcher, cursor
         self.accumulation, self.stop, self.checkpoint_due = accumulation, stop, checkpoint_due
-        self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * batcher.config.train.global_batch_size)
-        self._open(cursor)
+        self._global_batch = batcher.config.train.global_batch_size
+        self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * self._global_batch)
+        self._open(cursor, self._stretch(cursor.epoch, cursor.position))
 
-    def _open(self, cursor: Cursor) -> None:
-        self.cursor = cursor
-        self._blocks = self.source.open(cursor.epoch, cursor.position)
-        self._prefetch.start_epoch()
+    def _stretch(self, epoch: int, position: int, reached: int = 0) -> Stretch:
+        """The stretch from ``position``, of whole global batches; those before it have ``reached`` this position."""
+        size, studies = self._global_batch, self.source.studies
+        most = max(self.source.at_once // size, 1) * size
+        end = position + -(-max(reached - position, 0) // size) * size + most
+        # no short one at the end
+        return Stretch(epoch, position, studies if end + most // 2 >= studies else end)
+
+    def _open(self, cursor: Cursor, stretch: Stretch) -> None:
+        self.cursor, self._current = cursor, stretch
+        self._blocks = self.source.open(stretch)
+        self._prefetch.start(stretch.end)
+
+    def _next(self) -> Stretch:
+        """What comes after the current stretch if the rest of it has no bad rows."""
+        epoch, _, end = self._current
+        if end == self.source.studies:
+            return self._stretch(epoch + 1, 0)
+        rest = (end - self.cursor.position) // self._global_batch * self._global_batch
+        return self._stretch(epoch, self.cursor.position + rest, reached=end)
 
     def next_step(self) -> StepData:
-        """The next step's batches. Collective; opens the next epoch if this one has no full step left."""
+        """The next step's batches. Collective; opens the next stretch or epoch if this one has no full step left."""
         data, empty_epochs = self._read_step(), 0
         while data is None:
-            empty_epochs += 1
-            if empty_epochs == 2:
-                raise RuntimeError(
-                    "an epoch holds less than one global batch of usable studies; lower train.global_batch_size"
-                )
-            self._open(Cursor(self.cursor.epoch + 1, 0))
+            epoch, _, end = self._current
+            if end < self.source.studies:
+                self._open(self.cursor, self._stretch(epoch, self.cursor.position, reached=end))
+            else:
+                empty_epochs += 1
+                if empty_epochs == 2:
+                    raise RuntimeError(
+                        "an epoch holds less than one global batch of usable studies; lower train.global_batch_size"
+                    )
+                self._open(Cursor(epoch + 1, 0), self._stretch(epoch + 1, 0))
             data = self._read_step()
         return data
 
@@ -136,7 +175,7 @@ class StepReader:
         check_order(facts_WA4)
         self.cursor = Cursor(self.cursor.epoch, int(facts_WA4[:, :, 2].max()) + 1)
         if ranks[:, 2].any():  # collective: the ranks' clocks differ
-            self.source.prepare(self.cursor.epoch + 1)
+            self.source.prepare(self._next())
         microbatches = [
             self.batcher(block, tuple(int(count) for count in facts_WA4[:, i, 0]), training=True)
             for i, block in enumerate(blocks)

@@ -40,7 +40,7 @@ from cmcgns.train.checkpoint import EXPORT_FORMAT, export_model, load_progress
 from cmcgns.train.launch import Assignment
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import checkpoint_damage, keep_best
-from cmcgns.train.steps import BlockSource
+from cmcgns.train.steps import BlockSource, Stretch
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class RayBlocks:
     def __init__(self, train: Stream, valid: Stream, block_size: int) -> None:
         self.train, self.valid, self.block_size = train, valid, block_size
         self.coordinator = train.coordinator
-        self.studies = train.studies
-        self._prepared: dict[tuple[int, int], Iterator[Block]] = {}
+        self.studies, self.at_once = train.studies, train.at_once
+        self._prepared: tuple[Stretch, Iterator[Block]] | None = None
         self._started: list[PrefetchedBlocks] = []
 
     def close(self) -> None:
@@ -66,23 +66,28 @@ class RayBlocks:
         for blocks_ahead in self._started:
             blocks_ahead.close()
 
-    def prepare(self, epoch: int) -> None:
-        if (epoch, 0) not in self._prepared:
-            self._prepared[epoch, 0] = self._open(self.train, epoch, 0)
+    def prepare(self, stretch: Stretch) -> None:
+        if self._prepared is None or self._prepared[0] != stretch:
+            self._prepared = stretch, self.open(stretch)
 
-    def open(self, epoch: int, position: int) -> Iterator[Block]:
-        ready = self._prepared.pop((epoch, position), None)
-        return self._open(self.train, epoch, position) if ready is None else ready
+    def open(self, stretch: Stretch) -> Iterator[Block]:
+        known, ready = self._prepared or (None, None)
+        self._prepared = None
+        if known == stretch and ready is not None:
+            return ready
+        if isinstance(ready, PrefetchedBlocks):
+            ready.close()  # bad rows came after it was prepared, and it begins elsewhere
+        return self._open(self.train, *stretch)
 
     def open_validation(self) -> Iterator[Block]:
-        return self._open(self.valid, VALIDATION_EPOCH, 0)
+        return self._open(self.valid, VALIDATION_EPOCH, 0, self.valid.studies)
 
-    def _open(self, stream: Stream, epoch: int, position: int) -> Iterator[Block]:
+    def _open(self, stream: Stream, epoch: int, position: int, end: int) -> Iterator[Block]:
         if position >= stream.studies:
             return iter(())
         ranks, split = distributed.world_size(), []
         if distributed.rank() == 0:
-            split = stream.split(epoch, position, self.block_size, ranks)
+            split = stream.split(epoch, position, self.block_size, ranks, end)
         own = split[0] if ranks == 1 else self._hand_out(split)
         # rank 0 owns the actor behind all iterators: it must keep them as long as any rank reads
         blocks_ahead = PrefetchedBlocks(blocks(own, stream.config.resize, self.block_size), keep_alive=split)

@@ -1,23 +1,29 @@
 """`jobs/prepare.py` to a local folder beside a bare loop of two processes that decodes, shrinks and encodes the same films.
 
-Run alone: python -m tests.benchmarks.preparing
+Run alone: python -m tests.benchmarks.preparing. With numbers, such as 100000 1000000: so many tiny films prepared and checked,
+each number in a process of its own.
 """
 
 import contextlib
 import io
+import resource
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from cmcgns.cli import load_config
 from cmcgns.data.decode import decode_image
 from cmcgns.data.image import Target, shrink, without_borders
 from cmcgns.data.manifest import read_manifest
+from cmcgns.data.prepare.check import check_set
 from cmcgns.data.prepare.config import PrepareConfig, PrepareJobConfig
 from cmcgns.data.prepare.run import prepare
 from cmcgns.data.prepare.shard import encode
-from tests.benchmarks.corpora import write_raw_films
+from tests.benchmarks.corpora import many_rows, write_raw_films
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
 from tests.benchmarks.streaming import local_ray
 
@@ -57,6 +63,36 @@ def lines(films: int = 600, rounds: int = 3) -> list[Line]:
     ]
 
 
+@dataclass(frozen=True)
+class Growth:
+    """Films a second and the most memory of the driver, MiB."""
+
+    films: int
+    prepare_rate: float
+    prepare_mib: float
+    check_rate: float
+    check_mib: float
+
+
+def growth(films: int) -> Growth:
+    """Prepare and check ``films`` films of 64 pixels."""
+    with tempfile.TemporaryDirectory(prefix="cmcgns-bench-") as scratch:
+        raw, out = many_rows(Path(scratch) / "raw", films), f"{scratch}/set"
+        settings = [f"--data.uri={raw}", f"--prepare.out={out}", "--prepare.shard_mb=16"]
+        found = []
+        for action in (lambda: prepare(load_config(settings, PrepareJobConfig, None)), lambda: check_set(out)):
+            with local_ray():
+                began = time.perf_counter()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    assert action() == 0
+                seconds = time.perf_counter() - began
+            # of the whole process so far: the check comes second and may hold less
+            found += [films / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
+        return Growth(films, *found)
+
+
 if __name__ == "__main__":
     print(where())
-    print(*lines(), sep="\n")
+    sizes = [int(size) for size in sys.argv[1:]]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        print(*(processes.map(growth, sizes) if sizes else lines()), sep="\n")

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import ray
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -27,12 +26,13 @@ from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.cluster.session import ray_session
 from cmcgns.config import DataConfig
 from cmcgns.data.image import Target
-from cmcgns.data.order import Arrangement, drawn_image
+from cmcgns.data.order import drawn_image
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StreamStudy
 from cmcgns.data.stream import Stream, default_read_ahead, read_study, stream_split
+from cmcgns.data.studies import ListedStudies
 from cmcgns.data.tokenizer import ReportTokenizer, train_tokenizer
-from cmcgns.train.steps import STEPS_AHEAD, PrefetchTimer
+from cmcgns.train.steps import STEPS_AHEAD, PrefetchTimer, Stretch
 from cmcgns.train.worker import RayBlocks
 from tests.benchmarks.corpora import many_rows, prepared_set, raw_films
 from tests.benchmarks.measure import Line, where
@@ -52,8 +52,7 @@ class Contest:
     """One corpus, read by both."""
 
     source: Source
-    studies: pa.Table
-    arrangement: Arrangement
+    studies: ListedStudies
     tokenizer: ReportTokenizer
     config: DataConfig
 
@@ -63,12 +62,13 @@ def open_contest(uri: str, **settings: Any) -> Contest:
     # a task for each core, as the DataLoader has a worker: no training holds any
     config = DataConfig(uri=uri, cpus_per_task=1, **settings)
     source, index = open_index("data.uri", config, Target(config.resize, "longer"))
-    studies, arrangement = source.arrange(index.split("train"), config.group_studies)
-    sample = studies.slice(0, 400).to_pylist()
-    reader = source.reader([study["films"][0]["path"] for study in sample], films=False)
+    table, arrangement = source.arrange(index.split("train"), config.group_studies)
+    studies = ListedStudies(source, table.combine_chunks(), arrangement)
+    [(sample, reader_of)] = studies.samples(400)
+    reader = reader_of([study["films"][0]["path"] for study in sample])
     reports = [reader.read_sentences(study, study["films"][0]["path"]) for study in sample]
     words = train_tokenizer((("p", sentence) for report in reports for sentence in report.sentences), 4096, 256, 32)
-    return Contest(source, studies, arrangement, words, config)
+    return Contest(source, studies, words, config)
 
 
 def ready_coordinator(contest: Contest) -> Any:
@@ -85,22 +85,25 @@ class OurEpochs:
         coordinator = coordinator or ready_coordinator(contest)
         ahead = default_read_ahead(contest.source, contest.config, len(contest.studies), 64, decoders=2)
         self.stream: Stream = stream_split(
-            contest.source, contest.studies, contest.arrangement, contest.tokenizer, contest.config, coordinator,
-            studies_ahead=ahead,
-        )  # fmt: skip
+            contest.studies, contest.tokenizer, contest.config, coordinator, studies_ahead=ahead
+        )
         self.blocks = RayBlocks(self.stream, self.stream, BLOCK)
         self.epoch = 0
         self.timer = PrefetchTimer(self.stream.studies, STEPS_AHEAD * BLOCK)
 
     def __call__(self) -> int:
         studies = 0
-        self.timer.start_epoch()
-        for block in self.blocks.open(self.epoch, 0):
+        self.timer.start(self.stream.studies)
+        for block in self.blocks.open(self.whole(self.epoch)):
             studies += len(block)
             if self.timer.is_due(studies):
-                self.blocks.prepare(self.epoch + 1)
+                self.blocks.prepare(self.whole(self.epoch + 1))
         self.epoch += 1
         return studies
+
+    def whole(self, epoch: int, position: int = 0) -> Stretch:
+        """``epoch`` from ``position`` on."""
+        return Stretch(epoch, position, self.stream.studies)
 
     def close(self) -> None:
         """Leave the epoch that was begun last."""
@@ -119,7 +122,7 @@ class LoaderStudies(IterableDataset[Any]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         config = self.contest.config
-        order = self.contest.arrangement.epoch(config.seed, self.epoch, config.groups_per_window)
+        order = self.contest.studies.epoch(config.seed, self.epoch, config.groups_per_window)
         size = len(order.row_S)
         bounds = (
             order.starts if self.contest.source.in_groups else np.append(np.arange(0, size, config.window_size), size)
@@ -130,7 +133,7 @@ class LoaderStudies(IterableDataset[Any]):
 
     def batches(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         config, source = self.contest.config, self.contest.source
-        studies = self.contest.studies.take(rows).to_pylist()
+        studies = self.contest.studies.table.take(rows).to_pylist()
         shown = [drawn_image(config.seed, self.epoch, study["study_id"], len(study["films"])) for study in studies]
         reader = source.reader([study["films"][film]["path"] for study, film in zip(studies, shown, strict=True)])
         for start in range(0, len(studies), BLOCK):
@@ -231,18 +234,18 @@ def manifest_lines(folder: Path, rows: int = 377_110, last: int = 20_000) -> lis
         coordinator = ready_coordinator(contest)
         began = time.perf_counter()
         ours = OurEpochs(contest, coordinator)
-        next(ours.blocks.open(0, 0))
+        next(ours.blocks.open(ours.whole(0)))
         first = time.perf_counter() - began
         ours.close()
     with local_ray():
         ours, start, studies = OurEpochs(contest), len(contest.studies) - last, 0
-        for block in ours.blocks.open(1, start):
+        for block in ours.blocks.open(ours.whole(1, start)):
             studies += len(block)
             if ours.timer.is_due(start + studies):
-                ours.blocks.prepare(2)
+                ours.blocks.prepare(ours.whole(2))
         assert studies == last
         ended = time.perf_counter()
-        next(ours.blocks.open(2, 0))
+        next(ours.blocks.open(ours.whole(2)))
         second = time.perf_counter() - ended
         ours.close()
     return [

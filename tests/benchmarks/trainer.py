@@ -33,6 +33,7 @@ from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.schedule import Schedule
+from cmcgns.train.steps import Stretch
 from cmcgns.train.trainer import Parts, Trainer
 from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
 from tests.small import banks_of, losses_of
@@ -64,19 +65,20 @@ def settings(zero_stage: int, encoder: str = "vit-small", image_size: int = 224)
 class CachedBlocks:
     """A few prepared blocks, repeated, at increasing positions."""
 
-    studies = 10**9
+    studies = at_once = 10**9
 
     def __init__(self, config: Config) -> None:
         made = MemoryBlocks(config, CACHED * MICROBATCH, validation=MICROBATCH)
-        self.blocks, self.validation = list(made.open(0, 0)), list(made.open_validation())
+        self.blocks, self.validation = list(made.whole()), list(made.open_validation())
 
-    def open(self, epoch: int, position: int) -> Iterator[Block]:
+    def open(self, stretch: Stretch) -> Iterator[Block]:
+        position = stretch.position
         while True:
             for block in self.blocks:
                 yield replace(block, positions=block.positions - block.positions[0] + position)
                 position += MICROBATCH
 
-    def prepare(self, epoch: int) -> None:
+    def prepare(self, stretch: Stretch) -> None:
         raise AssertionError("the epoch has no end")
 
     def open_validation(self) -> Iterator[Block]:

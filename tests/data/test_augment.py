@@ -165,7 +165,7 @@ def test_training_sees_augmented_films_on_any_number_of_ranks_and_validation_doe
     config = small_config(**strengths)
     batcher = Batcher(config, 0, CPU)
     source = MemoryBlocks(config, 16)
-    blocks = list(source.open(0, 0))
+    blocks = list(source.whole())
     seen = {}
     for block in blocks:
         batch = batcher(block, (1,), training=True)
@@ -178,7 +178,7 @@ def test_training_sees_augmented_films_on_any_number_of_ranks_and_validation_doe
         assert not torch.equal(batch.image_B1HW, normalise(crop(stored_B1RR, 32, torch.from_numpy(block.draw_keys))))
     # as two microbatches of other sizes, as another number of workers would cut them
     wide = small_config(microbatch_size=8, num_workers=1, global_batch_size=8, **strengths)
-    for block in MemoryBlocks(wide, 16).open(0, 0):
+    for block in MemoryBlocks(wide, 16).whole():
         batch = Batcher(wide, 0, CPU)(block, (1,), training=True)
         for key, film_1HW in zip(block.draw_keys, batch.image_B1HW, strict=True):
             assert torch.equal(film_1HW, seen[int(key)])
@@ -186,7 +186,7 @@ def test_training_sees_augmented_films_on_any_number_of_ranks_and_validation_doe
 
 def test_the_reconstruction_is_of_the_augmented_film() -> None:
     config = small_config(**{f"data__{name}": value for name, value in STRENGTHS.items()})
-    [block, *_] = MemoryBlocks(config, 8).open(0, 0)
+    [block, *_] = MemoryBlocks(config, 8).whole()
     batch = Batcher(config, 0, CPU)(block, (int(block.sentence_counts.sum()),), training=True)
     method = load_method(config)
     outputs = small_model(config).eval()(batch, 2)

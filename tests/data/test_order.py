@@ -1,5 +1,6 @@
 """The order of an epoch: every study once, groups together in windows, independent of missing studies."""
 
+import hashlib
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +13,8 @@ from cmcgns.data.readers import open_source
 from cmcgns.data.stream import MAX_PIECES, Stream, piece_bounds
 
 STUDIES, GROUP, WINDOW = 1000, 32, 4
+PINNED = ((0, 0, "24411393aa7cd526"), (7, 3, "fdf992e3f62a5530"), (7, VALIDATION_EPOCH, "7a4aec930eb259dc"))
+"""Seed, epoch and the hash of the order, computed at commit 769b561."""
 
 
 def arrangement(studies: int = STUDIES) -> tuple[pa.Table, Arrangement]:
@@ -27,6 +30,14 @@ def test_an_epoch_shows_every_study_once_in_windows_of_whole_groups() -> None:
     groups = [set(found.group_S[order.row_S[a:b]]) for a, b in zip(order.starts, order.starts[1:], strict=False)]
     assert all(len(each) == WINDOW for each in groups)
     assert sum(map(len, groups)) == len(set().union(*groups)) == found.groups
+
+
+@pytest.mark.parametrize(("seed", "epoch", "expected"), PINNED)
+def test_the_order_never_changes(seed: int, epoch: int, expected: str) -> None:
+    """A run that an earlier version began goes on in its order."""
+    _, found = arrangement()
+    order = found.epoch(seed, epoch, WINDOW).row_S.astype("<i8").tobytes()
+    assert hashlib.blake2b(order, digest_size=8).hexdigest() == expected
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:

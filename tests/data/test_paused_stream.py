@@ -15,6 +15,7 @@ from cmcgns.data.blocks import blocks
 from cmcgns.data.image import Target
 from cmcgns.data.readers import open_index
 from cmcgns.data.stream import DEALING_CPUS, Stream, bytes_per_study, stream_split
+from cmcgns.data.studies import ListedStudies
 from cmcgns.data.tokenizer import train_tokenizer
 from tests.benchmarks.corpora import prepared_set
 
@@ -32,12 +33,10 @@ STILL_S = 4
 def stream(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Stream:
     config = DataConfig(uri=prepared_set(tmp_path_factory.mktemp("prepared") / "set", STUDIES, SIDE), resize=SIDE)
     source, index = open_index("data.uri", config, Target(SIDE, "longer"))
-    studies, arrangement = source.arrange(index.split("train"), config.group_studies)
+    studies = ListedStudies(source, *source.arrange(index.split("train"), config.group_studies))
     words = train_tokenizer([("p", "nodule in the left lung"), ("p", "no effusion")] * 10, 256, 256, 32)
     coordinator = start_coordinator(STUDIES, 0.0, {})
-    return stream_split(
-        source, studies, arrangement, words, config, coordinator, taken_cpus=TAKEN_CPUS, studies_ahead=AHEAD
-    )  # fmt: skip
+    return stream_split(studies, words, config, coordinator, taken_cpus=TAKEN_CPUS, studies_ahead=AHEAD)
 
 
 @ray.remote(num_cpus=0)

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus on disk of which three training films are broken in three ways."""
     folder = tmp_path_factory.mktemp("corpus")
     write_pairs_csv(PhantomCorpus(90, seed=3, height=48, width=48), folder)
-    films = opened(folder)[1].train["films"].to_pylist()
+    films = opened(folder)[1].train.table["films"].to_pylist()
     (folder / films[5][0]["path"]).write_bytes(b"")
     (folder / films[11][0]["path"]).write_bytes((folder / films[12][0]["path"]).read_bytes()[:200])
     for film in films[20]:
@@ -41,9 +41,7 @@ def stream_of(folder: Path, max_bad_fraction: float) -> tuple[Stream, Any]:
     config, corpus = opened(folder)
     tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
     coordinator = start_coordinator(len(corpus.train), max_bad_fraction, {})
-    return stream_split(
-        corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, coordinator
-    ), coordinator
+    return stream_split(corpus.train, tokenizer, config.data, coordinator), coordinator
 
 
 def test_ranks_get_the_good_studies_of_the_order_block_by_block(local_ray: None, folder: Path) -> None:

@@ -11,6 +11,7 @@ import ray
 
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.config import Config
+from cmcgns.data import readers
 from cmcgns.data.blocks import blocks, deal
 from cmcgns.data.readers import open_source
 from cmcgns.data.record import StreamStudy, stream_table
@@ -75,12 +76,12 @@ def stream_of(folder: Path, format: str) -> Stream:
     corpus = open_corpus(config)
     coordinator = start_coordinator(len(corpus.train), 0.2, {})
     tokenizer = make_tokenizer(config, sample_reports(corpus, 1000))
-    return stream_split(corpus.source, corpus.train, corpus.train_arrangement, tokenizer, config.data, coordinator)
+    return stream_split(corpus.train, tokenizer, config.data, coordinator)
 
 
-def global_batches(stream: Stream, epoch: int, position: int, ranks: int) -> list[set[int]]:
+def global_batches(stream: Stream, epoch: int, position: int, ranks: int, end: int | None = None) -> list[set[int]]:
     """The draw keys of each full global batch, from ranks that take their blocks in turn."""
-    iterators = stream.split(epoch, position, GLOBAL // ranks, ranks)
+    iterators = stream.split(epoch, position, GLOBAL // ranks, ranks, end)
     readers = [reading.remote(iterator, stream.config.resize, GLOBAL // ranks) for iterator in iterators]
     of_rank = ray.get(readers)
     steps = min(len(found) for found in of_rank)
@@ -103,6 +104,18 @@ def test_global_batches_are_the_same_on_any_number_of_workers_raw_or_prepared(co
         assert len(set().union(*wanted)) == GLOBAL * len(wanted)
         for stream, ranks in others:
             assert global_batches(stream, epoch, 0, ranks) == wanted, (stream.source.format, ranks)
+
+
+@pytest.mark.ray
+def test_a_large_prepared_set_gives_the_same_batches_also_part_by_part(
+    corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = stream_of(corpora["prepared"], "parquet")
+    monkeypatch.setattr(readers, "LISTED_STUDIES", 0)
+    large = stream_of(corpora["prepared"], "parquet")
+    wanted = global_batches(listed, 1, 0, 1)
+    assert len(wanted) >= 5
+    assert global_batches(large, 1, 0, 2, 2 * GLOBAL) + global_batches(large, 1, 2 * GLOBAL, 3) == wanted
 
 
 @pytest.mark.ray

@@ -53,7 +53,7 @@ def test_every_sentence_of_a_split_comes_out_as_the_model_sees_it(tmp_path: Path
     by_id = {row["id"]: row for row in found}
 
     corpus, run = open_corpus(config), open_run("embed.run", str(tmp_path / "pretrained"))
-    studies = corpus.index.split("test")
+    studies = corpus.source.index().split("test")
     stream = Stream(corpus.source, None, len(studies), run.tokenizer, config.data, None)
     reader = corpus.source.reader([])
     batcher = Batcher(config, run.tokenizer.pad_id, torch.device("cpu"))

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cmcgns.data.manifest import read_manifest
-from cmcgns.data.order import Arrangement
+from cmcgns.data.readers.grouped import grouped_splits
 from cmcgns.data.readers.prepared import PreparedSource, _column_hashes, _footer, _manifest
+from cmcgns.data.studies import ListedStudies
 from cmcgns.errors import BadRow, UserError
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.setup import Corpus, check_corpus, write_corpus
@@ -83,6 +84,30 @@ def test_the_same_rows_cut_into_other_row_groups_are_refused(tmp_path: Path) -> 
         read_all(tmp_path / "set")
 
 
+def test_a_run_whose_studies_were_listed_resumes_on_the_same_set_by_row_group_and_on_no_other(tmp_path: Path) -> None:
+    folder, rows = RunFolder(str(tmp_path), "run", resumed=True), plain_rows()
+    (tmp_path / "run").mkdir()
+    write_prepared_set(tmp_path / "set", rows)
+    write_prepared_set(tmp_path / "other", replaced(rows, "study_id", pa.array(["a", "b", "c"])))
+
+    def corpus(name: str, grouped: bool) -> Corpus:
+        source = PreparedSource(str(tmp_path / name))
+        if grouped:
+            train = grouped_splits(source)[0]["train"]
+            return Corpus(source, train, train.first(2), False, {}, {})
+        studies = ListedStudies(source, *source.arrange(source.index().table, 1))
+        return Corpus(source, studies, studies.first(2), False, {}, {})
+
+    write_corpus(folder, corpus("set", grouped=False))
+    check_corpus(folder, small_config(), corpus("set", grouped=True))
+    with pytest.raises(UserError, match="no longer has the studies that the run started with"):
+        check_corpus(folder, small_config(), corpus("other", grouped=True))
+    write_corpus(folder, corpus("set", grouped=True))
+    check_corpus(folder, small_config(), corpus("set", grouped=True))
+    with pytest.raises(UserError, match="no longer has the studies that the run started with"):
+        check_corpus(folder, small_config(), corpus("other", grouped=True))
+
+
 def test_a_run_does_not_resume_on_a_set_with_other_reports(tmp_path: Path) -> None:
     folder, rows = RunFolder(str(tmp_path), "run", resumed=True), plain_rows()
     (tmp_path / "run").mkdir()
@@ -90,9 +115,9 @@ def test_a_run_does_not_resume_on_a_set_with_other_reports(tmp_path: Path) -> No
     write_prepared_set(tmp_path / "second", replaced(rows, "report", pa.array(["Pneumonia."] * 3)))
 
     def corpus(name: str) -> Corpus:
-        source, nothing = PreparedSource(str(tmp_path / name)), Arrangement.__new__(Arrangement)
-        index = source.index()
-        return Corpus(source, index, index.table, nothing, index.table, nothing)
+        source = PreparedSource(str(tmp_path / name))
+        studies = ListedStudies(source, *source.arrange(source.index().table, 1))
+        return Corpus(source, studies, studies, False, {}, {})
 
     write_corpus(folder, corpus("first"))
     check_corpus(folder, small_config(), corpus("first"))

@@ -9,6 +9,7 @@ from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
 from cmcgns.data.record import Block
+from cmcgns.train.steps import Stretch
 from tests.small import VOCABULARY
 
 
@@ -21,16 +22,26 @@ def order_of(seed: int, epoch: int, studies: int) -> np.ndarray:
 class MemoryBlocks:
     """``studies`` random studies; those in ``bad`` cannot be used. Block b goes to rank b mod world."""
 
-    def __init__(self, config: Config, studies: int, validation: int = 8, bad: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, config: Config, studies: int, validation: int = 8, bad: tuple[int, ...] = (), at_once: int | None = None
+    ) -> None:
         self.config, self.studies, self.validation, self.bad = config, studies, validation, bad
-        self.prepared: list[int] = []
+        self.at_once = studies if at_once is None else at_once
+        self.prepared: list[Stretch] = []
+        self.opened: list[Stretch] = []
 
-    def open(self, epoch: int, position: int) -> Iterator[Block]:
-        order = order_of(self.config.data.seed, epoch, self.studies)
-        return self._blocks([(place, int(order[place])) for place in range(position, self.studies)], epoch)
+    def open(self, stretch: Stretch) -> Iterator[Block]:
+        self.opened.append(stretch)
+        order = order_of(self.config.data.seed, stretch.epoch, self.studies)
+        places = range(stretch.position, stretch.end)
+        return self._blocks([(place, int(order[place])) for place in places], stretch.epoch)
 
-    def prepare(self, epoch: int) -> None:
-        self.prepared.append(epoch)
+    def prepare(self, stretch: Stretch) -> None:
+        self.prepared.append(stretch)
+
+    def whole(self, epoch: int = 0) -> Iterator[Block]:
+        """The blocks of ``epoch``."""
+        return self.open(Stretch(epoch, 0, self.studies))
 
     def open_validation(self) -> Iterator[Block]:
         return self._blocks([(place, 10_000 + place) for place in range(self.validation)], VALIDATION_EPOCH)

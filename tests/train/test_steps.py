@@ -11,7 +11,7 @@ from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch, mask_positions
 from cmcgns.data.record import Block
 from cmcgns.train import steps
-from cmcgns.train.steps import Cursor, PrefetchTimer, StepReader, validation_batches
+from cmcgns.train.steps import Cursor, PrefetchTimer, StepReader, Stretch, validation_batches
 from tests.ranks import run_on_ranks
 from tests.small import small_config
 from tests.train.memory import MemoryBlocks, order_of, studies_of
@@ -95,7 +95,38 @@ def test_the_next_epoch_is_prepared_before_this_one_ends() -> None:
     source = MemoryBlocks(config, STUDIES)
     reader = StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False)
     reader.next_step()
-    assert set(source.prepared) == {1}
+    assert set(source.prepared) == {Stretch(1, 0, STUDIES)}
+
+
+def digests(bad: tuple[int, ...], at_once: int | None, steps: int = 14) -> tuple[list[str], MemoryBlocks]:
+    """The studies of each step over three epochs, read by stretches of ``at_once``."""
+    config = config_of(1)
+    source = MemoryBlocks(config, STUDIES, bad=bad, at_once=at_once)
+    reader = StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False)
+    return [reader.next_step().studies_digest for _ in range(steps)], source
+
+
+@pytest.mark.parametrize("at_once", [1, 12, 20, 24, 36])
+@pytest.mark.parametrize("bad", [(), BAD, tuple(range(0, 64, 3)), tuple(range(20, 50))])
+def test_an_epoch_read_by_stretches_gives_the_steps_of_one_read_at_once(bad: tuple[int, ...], at_once: int) -> None:
+    whole, _ = digests(bad, None)
+    found, source = digests(bad, at_once)
+    assert found == whole
+    assert max(end - start for _, start, end in source.opened) <= 2 * max(at_once, GLOBAL_BATCH) + len(bad)
+
+
+def test_each_stretch_is_prepared_before_it_is_opened() -> None:
+    _, source = digests((), 24)
+    assert source.opened[:4] == [Stretch(0, 0, 24), Stretch(0, 24, 48), Stretch(0, 48, 64), Stretch(1, 0, 24)]
+    assert set(source.opened[1:]) <= set(source.prepared)
+
+
+def test_after_bad_rows_a_stretch_begins_with_the_batch_that_they_left_incomplete() -> None:
+    order = order_of(0, 0, STUDIES).tolist()
+    _, source = digests((order[3], order[20]), 24)
+    # the first batch of 12 ends at 13, and 10 good studies are left before 24
+    assert source.opened[:2] == [Stretch(0, 0, 24), Stretch(0, 13, 49)]
+    assert source.opened[1] in source.prepared
 
 
 def test_a_corpus_smaller_than_a_global_batch_is_an_error_and_not_an_endless_loop() -> None:
@@ -131,7 +162,7 @@ def crops(ranks: int) -> dict[int, tuple[float, list[bool]]]:
     config = config_of(ranks)
     source = MemoryBlocks(config, STUDIES)
     step = StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False).next_step()
-    keys = next(MemoryBlocks(config, STUDIES).open(0, 0)).draw_keys
+    keys = next(MemoryBlocks(config, STUDIES).whole()).draw_keys
     [batch] = step.microbatches
     return {
         int(key): (float(image.double().sum()), mask.tolist())
@@ -196,7 +227,7 @@ def test_an_epoch_that_is_over_at_once_goes_by_the_speed_of_the_last_one(monkeyp
     monkeypatch.setattr(steps.time, "monotonic", lambda: clock[0])
     begun_at = []
     for _ in range(2):
-        timer.start_epoch()
+        timer.start(1_000)
         for position in range(1, 1_001):
             clock[0] += 0.001  # a second in all
             if timer.is_due(position):

@@ -24,6 +24,7 @@ from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import CHECKPOINT_FORMAT
 from cmcgns.train.schedule import build_schedule
+from cmcgns.train.steps import Stretch
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks
@@ -383,7 +384,7 @@ def test_augmented_films_are_the_same_after_a_resume_and_read_nothing_back(tmp_p
     batches = [run.trainer.reader.next_step().microbatches for run in (whole, resumed)]
     for ours, theirs in zip(*batches, strict=True):
         assert torch.equal(ours.image_B1HW, theirs.image_B1HW)
-    [block, *_] = whole.trainer.parts.blocks.open(0, 0)
+    [block, *_] = whole.trainer.parts.blocks.open(Stretch(0, 0, STUDIES))
     with HostReads(set()) as reads:
         whole.trainer.parts.batcher(block, (1,), training=True)
     assert reads.found == []

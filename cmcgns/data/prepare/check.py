@@ -1,17 +1,13 @@
-"""Check of a prepared set: damaged files, wrong counts, and patients, groups, films or reports in two splits."""
-
-# N rows, P pairs of rows
+"""Check of a prepared set: damaged files, wrong counts, and what is in two splits (``leaks``)."""
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import islice
 
-import cv2
 import imagehash
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import ray
 import ray.data  # before ray_session, which quiets its log
@@ -21,104 +17,25 @@ from cmcgns import storage
 from cmcgns.bad_rows import BAD_ROWS
 from cmcgns.cli import STATUS_FAILED
 from cmcgns.cluster.session import ray_session
-from cmcgns.data.manifest import MANIFEST, Manifest, Shard, content_hash, joint_hash, read_manifest
-from cmcgns.data.prepare.run import summary_table, task_context
+from cmcgns.data.manifest import MANIFEST, Manifest, Shard, content_hash, joint_hash, part_names, read_manifest
+from cmcgns.data.prepare.leaks import FACT_SCHEMA, IDS, Facts, Finding, facts_on_disk, leaks, thumbnail
+from cmcgns.data.prepare.run import task_context
+from cmcgns.data.prepare.summary import summary_table
 from cmcgns.data.readers.prepared import decode_prepared
 from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import as_parsed
 from cmcgns.data.scrub import identifiers
 from cmcgns.errors import UserError
 from cmcgns.storage import parquet
+from cmcgns.storage.ahead import map_ahead
 from cmcgns.terminal import console, quiet_terminal
-
-MAX_BITS = 3
-"""Bits by which the perceptual hashes of two copies of an image may differ, as after another encoding."""
-MAX_LEVELS = 4.0
-"""Mean difference in grey levels between thumbnails of two copies of an image."""
-NO_REPORT = as_parsed([]).report_hash
-BANDS = np.arange(0, 65, 16)
-"""Bits of four bands: two hashes that differ in at most three bits agree in at least one band."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem of a prepared set."""
-
-    kind: str
-    ids: list[str]
-    """Ids of the affected files, or study/film of the affected rows."""
-    what: str
-
-    @property
-    def is_fault(self) -> bool:
-        """Whether it fails the check; equal reports do not, because many reports of normal films are equal, nor do names and
-        dates, which a set may keep on purpose."""
-        return self.kind not in ("report in two splits", "identifier in report", "identifier in export")
-
-
-def leaks(facts: pd.DataFrame) -> list[Finding]:
-    """Every patient, group, film and report of ``facts`` (``FACT_SCHEMA``) that is in two splits."""
-    rows = facts.assign(row=facts["study_id"] + "/" + facts["image_id"])
-    return [
-        *_shared(rows, "patient_id", "patient in two splits"),
-        *_shared(rows[rows["group"] != rows["patient_id"]], "group", "group in two splits"),
-        *_shared_films(rows),
-        *_shared(rows[rows["report_hash"] != NO_REPORT], "report_hash", "report in two splits"),
-    ]
-
-
-def _shared(rows: pd.DataFrame, column: str, kind: str) -> Iterator[Finding]:
-    """A finding for each value of ``column`` that occurs in several splits, with the first row of each."""
-    shared = rows.groupby(column)["split"].transform("nunique") > 1
-    for value, group in rows[shared].groupby(column, sort=False):
-        first = group.drop_duplicates("split")
-        name = f"{column.removesuffix('_id')} {value} " if column != "report_hash" else ""
-        yield Finding(kind, list(first["row"]), f"{name}in {' and '.join(first['split'])} ({len(group)} films)")
-
-
-def _shared_films(rows: pd.DataFrame) -> Iterator[Finding]:
-    """A finding for each pair of films in two splits that show the same image."""
-    hash_N = rows["picture_hash"].to_numpy(np.uint64)
-    split_N = rows["split"].to_numpy(str)
-    pair_P2 = _near(hash_N, split_N)
-    thumbnails = rows["thumbnail"].to_numpy()
-    names = rows["row"].to_numpy(str)
-    for one, other in pair_P2:
-        levels = [np.frombuffer(thumbnails[i], np.uint8).astype(float) for i in (one, other)]
-        if np.abs(levels[0] - levels[1]).mean() <= MAX_LEVELS:
-            what = f"are the same image, in {split_N[one]} and {split_N[other]}"
-            yield Finding("film in two splits", [names[one], names[other]], what)
-
-
-def _near(hash_N: np.ndarray, split_N: np.ndarray) -> np.ndarray:
-    """Pairs (P, 2) of rows in two splits whose hashes differ in at most ``MAX_BITS`` bits."""
-    near = [np.zeros((0, 2), np.int64)]
-    for low, high in pairwise(BANDS):
-        band_N = (hash_N >> np.uint64(low)) & np.uint64(2 ** int(high - low) - 1)
-        table = pd.DataFrame({"band": band_N, "row": np.arange(len(hash_N)), "split": split_N})
-        for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
-            pairs = table[table["split"] == one].merge(table[table["split"] == other], on="band")
-            pair_P2 = pairs[["row_x", "row_y"]].to_numpy(np.int64)
-            bits_P = np.bitwise_count(hash_N[pair_P2[:, 0]] ^ hash_N[pair_P2[:, 1]])
-            near.append(pair_P2[bits_P <= MAX_BITS])
-    return np.unique(np.concatenate(near), axis=0)
-
 
 FINDINGS = "findings.jsonl"
 SHOWN = 5
 """Findings of each kind to print; all of them are in the set's ``findings.jsonl``."""
-THUMBNAIL = 16
-"""Side in pixels of the thumbnail of each film."""
-FACT_IDS = ("study_id", "image_id", "patient_id", "group", "split")
-FACT_SCHEMA = pa.schema(
-    [
-        *(PREPARED_SCHEMA.field(name) for name in FACT_IDS),
-        pa.field("report_hash", pa.int64()),
-        pa.field("picture_hash", pa.uint64()),
-        pa.field("thumbnail", pa.binary(THUMBNAIL**2)),
-    ]
-)
-"""What the search for leaks needs of each row."""
+SHARDS_AT_ONCE = 256
+"""Shards of one Ray dataset: every task gets their entries of the manifest."""
+SIZE_THREADS = 16
 
 
 def check_set(uri: str) -> int:
@@ -129,9 +46,10 @@ def check_set(uri: str) -> int:
     manifest = read_manifest(uri)
     findings = check_files(uri, manifest)
     lost = {finding.ids[0] for finding in findings if finding.kind == "shard"}
-    with quiet_terminal(), ray_session():
-        facts, of_shards = read_shards(uri, [shard for shard in manifest.shards if shard.name not in lost])
-    findings += of_shards + check_counts(manifest, facts, complete=not lost and not of_shards) + leaks(facts)
+    with facts_on_disk() as facts:
+        with quiet_terminal(), ray_session():
+            of_shards = read_shards(uri, (shard for shard in manifest.shards if shard.name not in lost), facts)
+        findings += of_shards + check_counts(manifest, facts, complete=not lost and not of_shards) + leaks(facts)
     terminal.print(summary_table(manifest))
     return conclude(uri, manifest, findings)
 
@@ -139,32 +57,35 @@ def check_set(uri: str) -> int:
 def check_files(uri: str, manifest: Manifest) -> list[Finding]:
     """Missing shards, shards of another size, and unknown files."""
     existing = set(storage.list_files(uri))
-    known = {MANIFEST, BAD_ROWS, FINDINGS, *(shard.name for shard in manifest.shards)}
-    findings = [Finding("file", [name], "is not part of the set") for name in sorted(existing - known)]
-    for shard in manifest.shards:
-        if shard.name not in existing:
+    known = {MANIFEST, BAD_ROWS, FINDINGS, *part_names(manifest)}
+    findings = []
+
+    def size(shard: Shard) -> tuple[Shard, int | None]:
+        return shard, storage.file_size(storage.join(uri, shard.name)) if shard.name in existing else None
+
+    for shard, found in map_ahead(size, manifest.shards, SIZE_THREADS):
+        known.add(shard.name)
+        if found is None:
             findings.append(Finding("shard", [shard.name], "is missing"))
-        elif (size := storage.file_size(storage.join(uri, shard.name))) != shard.bytes:
-            findings.append(Finding("shard", [shard.name], f"has {size} bytes, not {shard.bytes}"))
+        elif found != shard.bytes:
+            findings.append(Finding("shard", [shard.name], f"has {found} bytes, not {shard.bytes}"))
+    return [Finding("file", [name], "is not part of the set") for name in sorted(existing - known)] + findings
+
+
+def read_shards(uri: str, shards: Iterable[Shard], facts: Facts) -> list[Finding]:
+    """Findings of the shards, by one Ray Data task per shard; adds the facts of every row to ``facts``."""
+    rest, findings = iter(shards), list[Finding]()
+    while some := list(islice(rest, SHARDS_AT_ONCE)):
+        with task_context(in_order=True):
+            rows = ray.data.range(len(some), override_num_blocks=len(some)).map_batches(
+                read_numbered, batch_format="pyarrow", num_cpus=1, fn_kwargs={"uri": uri, "shards": some}
+            )
+            for row in rows.iter_rows():
+                if row["failure"]:
+                    raise UserError(row["failure"])
+                findings += [Finding(**each) for each in json.loads(row["findings"])]
+                facts.add(pa.ipc.open_stream(row["facts"]).read_all())
     return findings
-
-
-def read_shards(uri: str, shards: Sequence[Shard]) -> tuple[pd.DataFrame, list[Finding]]:
-    """Facts of every row of the shards, and findings, by one Ray Data task per shard."""
-    if not shards:
-        return FACT_SCHEMA.empty_table().to_pandas(), []
-    facts: list[pa.Table] = []
-    findings: list[Finding] = []
-    with task_context():
-        rows = ray.data.range(len(shards), override_num_blocks=len(shards)).map_batches(
-            read_numbered, batch_format="pyarrow", num_cpus=1, fn_kwargs={"uri": uri, "shards": shards}
-        )
-        for row in rows.iter_rows():
-            if row["failure"]:
-                raise UserError(row["failure"])
-            findings += [Finding(**each) for each in json.loads(row["findings"])]
-            facts.append(pa.ipc.open_stream(row["facts"]).read_all())
-    return pa.concat_tables(facts).to_pandas(), findings
 
 
 def read_numbered(numbers: pa.Table, uri: str, shards: Sequence[Shard]) -> pa.Table:
@@ -226,23 +147,23 @@ def facts_of(rows: pa.Table) -> tuple[pa.Table, list[Finding]]:
             )
         bits = imagehash.phash(Image.fromarray(grey_HW)).hash.ravel()
         facts.append(
-            {name: row[name] for name in FACT_IDS}
+            {name: row[name] for name in (*IDS, "split")}
             | {
                 "report_hash": as_parsed(row["sentences"]).report_hash,
                 "picture_hash": int.from_bytes(np.packbits(bits).tobytes(), "big"),
-                "thumbnail": cv2.resize(grey_HW, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).tobytes(),
+                "thumbnail": thumbnail(grey_HW),
             }
         )
     return pa.Table.from_pylist(facts, schema=FACT_SCHEMA), findings
 
 
-def check_counts(manifest: Manifest, facts: pd.DataFrame, complete: bool) -> list[Finding]:
+def check_counts(manifest: Manifest, facts: Facts, complete: bool) -> list[Finding]:
     """Wrong totals in the manifest; ``complete``: every shard could be read."""
     hashes = joint_hash(group.content_hash for shard in manifest.shards for group in shard.row_groups)
     findings = []
     if hashes != manifest.content_hash:
         findings.append(Finding("manifest", [MANIFEST], "has a content hash that does not match its shards"))
-    counts = {"rows": len(facts), "studies": facts["study_id"].nunique()} if complete else {}
+    counts = {"rows": len(facts), "studies": facts.distinct("study")} if complete else {}
     for name, count in counts.items():
         if count != getattr(manifest, name):
             text = f"says {getattr(manifest, name)} {name}, the shards have {count}"

@@ -6,7 +6,8 @@ from typing import Any
 
 from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED
-from cmcgns.data.prepare.check import Finding, print_findings
+from cmcgns.data.prepare.check import print_findings
+from cmcgns.data.prepare.leaks import Finding
 from cmcgns.data.scrub import identifiers
 from cmcgns.errors import UserError
 from cmcgns.run_folder import EXPORT_HASHES

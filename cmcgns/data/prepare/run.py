@@ -2,28 +2,26 @@
 
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data  # before ray_session, which silences its log
 from rich.console import Console
-from rich.table import Table
 
 from cmcgns import storage
 from cmcgns.bad_rows import too_many_bad, write_bad_rows
 from cmcgns.data.image import Target
-from cmcgns.data.manifest import MANIFEST, PLAN, SPLITS, Manifest, joint_hash, read_manifest
+from cmcgns.data.manifest import MANIFEST, PLAN, Manifest, joint_hash, read_manifest, write_shards
 from cmcgns.data.prepare.config import PrepareJobConfig
 from cmcgns.data.prepare.plan import Plan, Split, arrange_splits, check_complete_set, open_plan
 from cmcgns.data.prepare.shard import MadeShard, Maker, Pseudonyms, ShardAccount, ShardPlan, read_made
+from cmcgns.data.prepare.summary import Summary, summary_table
 from cmcgns.data.readers import Source, open_index
 from cmcgns.data.record import StudyIndex
 from cmcgns.errors import UserError
@@ -31,6 +29,7 @@ from cmcgns.job import Job, run
 from cmcgns.lease import hold
 from cmcgns.plugins import absolute_plugin
 from cmcgns.run_folder import RunFolder
+from cmcgns.storage.ahead import map_ahead
 from cmcgns.terminal import console
 
 READ_THREADS = 16
@@ -54,12 +53,13 @@ class Progress:
     """Reason by study, or by study/film if other films of the study can be used."""
     lost: int
     """Studies that cannot be used."""
-    made: dict[str, MadeShard] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+    """Names; what is in the shards stays in their footers."""
     retries: int = 0
 
     def add(self, shard: MadeShard) -> None:
         """Add a finished shard."""
-        self.made[shard.plan.name] = shard
+        self.made.add(shard.plan.name)
         self.bad_rows |= shard.account.bad_rows
         self.lost += shard.account.lost
 
@@ -128,8 +128,7 @@ class PrepareJob(Job):
     def run(self, terminal: Console) -> dict[str, Any]:
         maker = Maker(self.source, self.config.prepare, self.pseudonyms, self.config.data.reports)
         make_missing(terminal, self.config, maker, self.splits, self.missing, self.progress)
-        made = [self.progress.made[shard.name] for shard in self.shards.shards]
-        write_manifest(self.out, self.shards, self.index, made, self.progress.bad_rows)
+        write_manifest(self.out, self.shards, self.index, self.progress.bad_rows)
         clear(self.out)
         return {}
 
@@ -197,10 +196,14 @@ def read_progress(plan: Plan, index: StudyIndex, out: str, pseudonyms: Pseudonym
     bad_rows = {pseudonyms(row["source"]): row["reason"] for row in index.bad_rows}
     progress = Progress(len(index.table) + len(index.bad_rows), bad_rows, lost=len(bad_rows))
     existing = set(storage.list_files(out))
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for shard in threads.map(lambda shard: read_made(shard, out), [s for s in plan.shards if s.name in existing]):
-            progress.add(shard)
+    for shard in read_all_made([shard for shard in plan.shards if shard.name in existing], out):
+        progress.add(shard)
     return progress
+
+
+def read_all_made(plans: Sequence[ShardPlan], out: str) -> Iterator[MadeShard]:
+    """The existing shards of ``plans``, in order."""
+    return map_ahead(partial(read_made, out=out), plans, READ_THREADS)
 
 
 def make_missing(
@@ -270,9 +273,10 @@ def make_shards(numbers: pa.Table, maker: Maker, splits: Any, plans: Sequence[Sh
     return pa.Table.from_pylist(rows)
 
 
-def task_context() -> AbstractContextManager[Any]:
-    """Ray Data's settings for tasks that take minutes and return little."""
+def task_context(in_order: bool = False) -> AbstractContextManager[Any]:
+    """Ray Data's settings for tasks that take minutes and return little; ``in_order``: the results, in the order of the tasks."""
     context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = in_order
     context.execution_no_progress_timeout_s = -1  # a shard may take longer than any timeout
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
@@ -281,21 +285,22 @@ def task_context() -> AbstractContextManager[Any]:
     return current
 
 
-def write_manifest(out: str, plan: Plan, index: StudyIndex, made: list[MadeShard], bad_rows: dict[str, str]) -> None:
+def write_manifest(out: str, plan: Plan, index: StudyIndex, bad_rows: dict[str, str]) -> None:
     """bad_rows.jsonl, then the manifest, which makes the set complete."""
     write_bad_rows(out, bad_rows)
-    shards = [each.entry() for each in made]
+    summary = Summary()
+    shards = write_shards(out, map(summary.add, read_all_made(plan.shards, out)), len(plan.shards))
     manifest = Manifest(
-        rows=sum(shard.rows for shard in shards),
-        studies=sum(shard.studies for shard in shards),
-        content_hash=joint_hash(group.content_hash for shard in shards for group in shard.row_groups),
+        rows=summary.total("rows"),
+        studies=summary.total("studies"),
+        content_hash=joint_hash(summary.hashes),
         groups=plan.groups,
         shards=shards,
         source=plan.source,
         settings=plan.settings,
         bad_rows=len(bad_rows),
         filtered=index.filtered,
-        summary=summarise(made, bad_rows, index.repaired),
+        summary=summary.as_json(bad_rows, index.repaired),
     )
     storage.write_bytes(storage.join(out, MANIFEST), manifest.to_json().encode())
 
@@ -316,66 +321,3 @@ def report_complete(terminal: Console, out: str, how: str) -> None:
         f"content hash {manifest.content_hash}\nuse it with --data.uri={out} --data.format=parquet{alone}",
         highlight=False,
     )
-
-
-QUANTILES = (0.05, 0.5, 0.95)
-COUNTED = ("views", "sentences", "words", "sides")
-
-
-def summarise(made: Sequence[MadeShard], bad_rows: Mapping[str, str], of_tables: Mapping[str, int]) -> dict[str, Any]:
-    """Counts of each split; reasons of bad rows, and rows by the rule that repaired them or their tables, by frequency."""
-    repaired = sum((Counter(shard.account.repaired) for shard in made), Counter(of_tables))
-    return {
-        "splits": {split: _split_summary([shard for shard in made if shard.plan.split == split]) for split in SPLITS},
-        "dropped": dict(Counter(bad_rows.values()).most_common()),
-        "repaired": dict(repaired.most_common()),
-    }
-
-
-def _split_summary(made: Sequence[MadeShard]) -> dict[str, Any]:
-    counters: dict[str, Counter[Any]] = {name: Counter() for name in COUNTED}
-    for shard in made:
-        for name, counter in counters.items():
-            counter.update(getattr(shard.account, name))
-    lengths = {name: _quantiles(counters[name]) for name in ("sentences", "words", "sides")}
-    return {
-        "rows": sum(shard.account.rows for shard in made),
-        "studies": sum(shard.entry().studies for shard in made),
-        "bytes": sum(shard.bytes for shard in made),
-        "views": {view or "unknown": count for view, count in sorted(counters["views"].items())},
-        **lengths,
-    }
-
-
-def _quantiles(counts: Counter[int]) -> list[int]:
-    """5 %, median and 95 % quantile of values with their counts."""
-    if not counts:
-        return []
-    values = np.array(sorted(counts))
-    shares = np.cumsum([counts[int(value)] for value in values]) / counts.total()
-    return [int(values[np.searchsorted(shares, quantile)]) for quantile in QUANTILES]
-
-
-def summary_table(manifest: Manifest) -> Table:
-    """The summary for the terminal; lengths as 5 % / median / 95 %."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("split", "studies", "films", "MB", "views", "sentences", "words", "longer side"):
-        table.add_column(heading, justify="left" if heading in ("split", "views") else "right")
-    for split, counts in manifest.summary["splits"].items():
-        table.add_row(
-            split,
-            str(counts["studies"]),
-            str(counts["rows"]),
-            f"{counts['bytes'] / 1e6:.1f}",
-            ", ".join(f"{count} {view}" for view, count in counts["views"].items()),
-            *(" / ".join(map(str, counts[name])) for name in ("sentences", "words", "sides")),
-        )
-    kinds = {
-        "excluded": manifest.filtered,
-        "bad": manifest.summary["dropped"],
-        "read by rule": manifest.summary.get("repaired", {}),
-    }
-    for kind, reasons in kinds.items():
-        for reason, count in reasons.items():
-            table.add_row(kind, "", str(count), "", reason)
-    return table

@@ -4,14 +4,16 @@
 """
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from cmcgns import storage
 from cmcgns.config import CorpusConfig
 from cmcgns.data.image import Target
-from cmcgns.data.manifest import MANIFEST, PLAN
+from cmcgns.data.manifest import MANIFEST, PLAN, SPLITS
 from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, FileSource, Reader, Source
+from cmcgns.data.readers.grouped import LISTED_STUDIES, grouped_splits
 from cmcgns.data.readers.mimic import MimicSource
 from cmcgns.data.readers.open_i import OpenISource
 from cmcgns.data.readers.pairs import PairsSource
@@ -20,6 +22,7 @@ from cmcgns.data.readers.prepared import PreparedSource
 from cmcgns.data.readers.published import PublishedSource, published_format
 from cmcgns.data.record import StudyIndex
 from cmcgns.data.repairs import noted
+from cmcgns.data.studies import ListedStudies, Studies
 from cmcgns.errors import UserError, with_prefix
 from cmcgns.plugins import load_plugin
 
@@ -103,6 +106,7 @@ def _first_file(uri: str, suffixes: tuple[str, ...], depth: int = 0) -> str:
 __all__ = [
     "DEFAULT_VIEWS",
     "FORMATS",
+    "LISTED_STUDIES",
     "READERS",
     "CorpusOptions",
     "FileSource",
@@ -114,6 +118,7 @@ __all__ = [
     "PublishedSource",
     "Reader",
     "Source",
+    "Splits",
     "detect_format",
     "open_source",
 ]
@@ -153,14 +158,58 @@ def open_index(key: str, data: CorpusConfig, target: Target) -> tuple[Source, St
 
     ``target``: size to which films will be shrunk.
     """
+    with _named(key, data):
+        source = _source(data, target)
+        return source, _index(source)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A corpus by split, and what was excluded before any pixel was read."""
+
+    source: Source
+    studies: Mapping[str, Studies]
+    """By split; none for a split without studies."""
+    filtered: dict[str, int] = field(default_factory=dict)
+    """As in ``StudyIndex``."""
+    bad_rows: list[dict[str, str]] = field(default_factory=list)
+    """As in ``StudyIndex``."""
+
+
+def open_splits(key: str, data: CorpusConfig, target: Target, group_studies: int) -> Splits:
+    """The corpus of the settings ``data`` for training, as ``open_index`` opens it. The studies of a prepared set of more than
+    ``LISTED_STUDIES`` are not listed."""
+    with _named(key, data):
+        source = _source(data, target)
+        if isinstance(source, PreparedSource) and source.studies > LISTED_STUDIES:
+            return Splits(source, *grouped_splits(source))
+        index = _index(source)
+    studies = {}
+    for split in SPLITS:
+        table, arrangement = source.arrange(index.split(split), group_studies)
+        if len(table):
+            studies[split] = ListedStudies(source, table.combine_chunks(), arrangement)
+    return Splits(source, studies, index.filtered, index.bad_rows)
+
+
+def _source(data: CorpusConfig, target: Target) -> Source:
+    return open_source(
+        data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
+        data.phantom_studies, data.phantom_size, data.reports,
+    )  # fmt: skip
+
+
+def _index(source: Source) -> StudyIndex:
+    with noted() as notes:
+        index = source.index()
+    return replace(index, repaired=dict(notes))
+
+
+@contextmanager
+def _named(key: str, data: CorpusConfig) -> Iterator[None]:
+    """Name the setting ``key`` in errors."""
     try:
-        source = open_source(
-            data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
-            data.phantom_studies, data.phantom_size, data.reports,
-        )  # fmt: skip
-        with noted() as notes:
-            index = source.index()
-        return source, replace(index, repaired=dict(notes))
+        yield
     except UserError as error:
         reason = str(error).removeprefix("data.uri ")
         raise UserError(f"{key} {with_prefix(data.uri, reason)}") from None

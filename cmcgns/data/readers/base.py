@@ -231,16 +231,21 @@ def filter_views(
     """The films of ``views`` (and those of unknown view), and how many were excluded by reason."""
     spellings = {view: canonical_view(view) for view in films["view"].unique()}
     view = films["view"].map(spellings)
+    kept = view.isin(list(wanted_views(views, keep_unknown)))
+    filtered: Counter[str] = Counter()
+    for name, count in view[~kept].value_counts().items():
+        filtered[_exclusion(str(name))] += count
+    return films.assign(view=view)[kept], dict(sorted(filtered.items()))
+
+
+def wanted_views(views: Sequence[str], keep_unknown: bool = True) -> set[str]:
+    """The canonical names of ``views`` and of those that count as such."""
     wanted = {canonical_view(name) for name in views} - {""}
     if wanted & {"PA", "AP"}:
         wanted.add("FRONTAL")
     if keep_unknown:
         wanted.add("")
-    kept = view.isin(list(wanted))
-    filtered: Counter[str] = Counter()
-    for name, count in view[~kept].value_counts().items():
-        filtered[_exclusion(str(name))] += count
-    return films.assign(view=view)[kept], dict(sorted(filtered.items()))
+    return wanted
 
 
 def _exclusion(view: str) -> str:

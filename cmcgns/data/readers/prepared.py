@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -44,7 +44,13 @@ class PreparedSource:
         """Hash of the set's content, which a run records."""
         return _manifest(self.uri).content_hash
 
-    def index(self) -> StudyIndex:
+    @property
+    def studies(self) -> int:
+        """Studies of the set, of all views."""
+        return _manifest(self.uri).studies
+
+    def open_manifest(self) -> Manifest:
+        """The manifest; ``UserError`` if the set has no reports and some are needed."""
         manifest = _manifest(self.uri)
         if manifest.version == 1:
             logger.warning(
@@ -54,11 +60,15 @@ class PreparedSource:
             )  # fmt: skip
         if self.reports and not manifest.has_reports:
             raise UserError(f"{self.uri} was prepared without reports; for films alone set data.reports=false")
+        if not manifest.studies:
+            raise UserError(f"{self.uri} is a prepared set without rows; see its bad_rows.jsonl and prepare again")
+        return manifest
+
+    def index(self) -> StudyIndex:
+        manifest = self.open_manifest()
         with ThreadPoolExecutor(READ_THREADS) as threads:
             parts = list(threads.map(lambda shard: _index_rows(self.uri, shard), manifest.shards))
-        rows = pa.concat_tables(parts) if parts else None
-        if rows is None or not len(rows):
-            raise UserError(f"{self.uri} is a prepared set without rows; see its bad_rows.jsonl and prepare again")
+        rows = pa.concat_tables(parts)
         films, filtered = filter_views(rows.drop_columns(["labels"]).to_pandas(), self.views)
         return StudyIndex(table=index_of_prepared(films, rows["labels"]), filtered=filtered)
 
@@ -143,9 +153,8 @@ def _column_hashes(uri: str) -> dict[str, dict[str, str]]:
     return {f"{shard.name}#{i}": group.columns for shard in shards for i, group in enumerate(shard.row_groups)}
 
 
-def changed_column(uri: str, row_group: str, rows: pa.Table) -> str | None:
-    """The first column of ``rows``, which were read from ``row_group``, that is not what the manifest says."""
-    hashes = _column_hashes(uri)[row_group]
+def changed_column(rows: pa.Table, hashes: Mapping[str, str]) -> str | None:
+    """The first column of a row group whose hash is not the one in ``hashes``."""
     return next(
         (name for name in rows.column_names if name in hashes and column_hash(rows[name]) != hashes[name]), None
     )
@@ -153,49 +162,76 @@ def changed_column(uri: str, row_group: str, rows: pa.Table) -> str | None:
 
 def _index_rows(uri: str, entry: Shard) -> pa.Table:
     """``PREPARED_INDEX`` and the path of each row of a shard; ``UserError`` unless it is what the manifest says."""
-    shard, rows = entry.name, entry.rows
+    shard = entry.name
+    check_sizes(uri, shard, [group.rows for group in entry.row_groups])
     footer = _footer(uri, shard)
     table = parquet.read(storage.join(uri, shard), lambda file: file.read(list(PREPARED_INDEX)), footer=footer)
-    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-    if sizes != [group.rows for group in entry.row_groups]:
-        raise UserError(
-            f"{storage.join(uri, shard)} has {len(table)} rows in {len(sizes)} row groups, the manifest says {rows} in "
-            f"{len(entry.row_groups)}; prepare the set again"
-        )
-    first = 0
+    first, paths = 0, list[str]()
     for number, group in enumerate(entry.row_groups):
-        changed = changed_column(uri, f"{shard}#{number}", table.slice(first, group.rows))
-        if changed:
-            raise UserError(
-                f"{storage.join(uri, shard)}: column {changed} of row group {number} is not what the manifest says; restore the "
-                "shard, or prepare the set again"
-            )
+        name = f"{shard}#{number}"
+        check_index(uri, name, table.slice(first, group.rows), _column_hashes(uri)[name])
+        paths += paths_in(name, group.rows)
         first += group.rows
-    paths = [f"{shard}#{group}/{row}" for group, size in enumerate(sizes) for row in range(size)]
     return table.append_column("path", pa.array(paths, pa.string()))
+
+
+def paths_in(row_group: str, rows: int) -> list[str]:
+    """The path of each film of ``row_group``, which is ``SHARD#ROW_GROUP``."""
+    return [f"{row_group}/{row}" for row in range(rows)]
+
+
+def check_sizes(uri: str, shard: str, expected: Sequence[int]) -> None:
+    """Raise ``UserError`` unless the row groups of ``shard`` have the rows ``expected``."""
+    footer = _footer(uri, shard)
+    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    if sizes != list(expected):
+        raise UserError(
+            f"{storage.join(uri, shard)} has {sum(sizes)} rows in {len(sizes)} row groups, the manifest says {sum(expected)} in "
+            f"{len(expected)}; prepare the set again"
+        )
+
+
+def check_index(uri: str, row_group: str, rows: pa.Table, hashes: Mapping[str, str]) -> None:
+    """Raise ``UserError`` unless the index columns ``rows`` are what the manifest says."""
+    changed, (shard, _, number) = changed_column(rows, hashes), row_group.rpartition("#")
+    if changed:
+        raise UserError(
+            f"{storage.join(uri, shard)}: column {changed} of row group {number} is not what the manifest says; restore the "
+            "shard, or prepare the set again"
+        )
 
 
 def _read_groups(uri: str, paths: Sequence[str], columns: tuple[str, ...]) -> dict[str, pa.Table | BadRow]:
     """The row groups of ``paths`` by name; a ``BadRow`` in place of one that cannot be read."""
     names = sorted({_row_group_of(path) for path in paths})
+
+    def read(name: str) -> pa.Table | BadRow:
+        table = read_columns(uri, name, columns)
+        return table if isinstance(table, BadRow) else checked_content(name, table, _column_hashes(uri)[name])
+
     with ThreadPoolExecutor(min(len(names), READ_THREADS) or 1) as threads:
-        return dict(zip(names, threads.map(lambda name: _read_group(uri, name, columns), names), strict=True))
+        return dict(zip(names, threads.map(read, names), strict=True))
 
 
-def _read_group(uri: str, name: str, columns: tuple[str, ...]) -> pa.Table | BadRow:
-    shard, _, number = name.rpartition("#")
+def read_columns(uri: str, row_group: str, columns: tuple[str, ...]) -> pa.Table | BadRow:
+    """These columns of ``row_group``, not verified yet; a ``BadRow`` if they cannot be read."""
+    shard, _, number = row_group.rpartition("#")
     try:
         footer = _footer(uri, shard)
         path = storage.join(uri, shard)
-        table = parquet.read(path, lambda file: file.read_row_group(int(number), list(columns)), footer=footer)
+        return parquet.read(path, lambda file: file.read_row_group(int(number), list(columns)), footer=footer)
     except storage.MissingFileError:
         return BadRow(f"shard {shard} is missing")
     except storage.ForbiddenFileError:
         return BadRow(f"access to shard {shard} is denied")
     except storage.BrokenFileError:
         return BadRow(f"shard {shard} is truncated or broken")
-    changed = changed_column(uri, name, table)
-    return BadRow(f"column {changed} of shard {shard} is not what was prepared") if changed else table.combine_chunks()
+
+
+def checked_content(row_group: str, rows: pa.Table, hashes: Mapping[str, str]) -> pa.Table | BadRow:
+    """``rows`` in one piece; a ``BadRow`` if they are not what was prepared."""
+    changed, shard = changed_column(rows, hashes), row_group.rpartition("#")[0]
+    return BadRow(f"column {changed} of shard {shard} is not what was prepared") if changed else rows.combine_chunks()
 
 
 def open_corpus(options: CorpusOptions) -> PreparedSource:

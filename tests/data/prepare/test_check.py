@@ -11,6 +11,7 @@ import pytest
 
 from cmcgns.data.manifest import read_manifest, self_hash
 from cmcgns.data.prepare.check import check_set, read_shards
+from cmcgns.data.prepare.leaks import facts_on_disk
 from cmcgns.errors import UserError
 from tests.data.prepare.sets import run, shards
 
@@ -77,8 +78,8 @@ def test_a_changed_value_in_an_intact_file_is_found(copied: Path) -> None:
 def test_storage_failing_during_the_check_is_one_message(copied: Path) -> None:
     manifest = read_manifest(str(copied))
     (copied / manifest.shards[1].name).unlink()
-    with pytest.raises(UserError, match=f"{manifest.shards[1].name} does not exist"):
-        read_shards(str(copied), manifest.shards)
+    with facts_on_disk() as facts, pytest.raises(UserError, match=f"{manifest.shards[1].name} does not exist"):
+        read_shards(str(copied), manifest.shards, facts)
 
 
 def test_a_patient_moved_into_another_split_is_found(copied: Path) -> None:
