@@ -150,18 +150,23 @@ def report(arguments: Arguments) -> int:
 
 
 def export(arguments: Arguments) -> int:
-    """Write the export of a finished run with a model card to a folder of its own: RUN OUT [--evaluation=FOLDER] [--onnx]"""
+    """Write the export of a finished run with a model card: RUN OUT [--evaluation=FOLDER] [--onnx] [--transformers]"""
     parser = _Parser(" ".join(invocation()), description="Encoders, heads, settings and model card of a finished run.")
     parser.add_argument("run", help="folder of a finished pretraining run, local or s3://")
     parser.add_argument("out", help="new folder, local or s3://")
     parser.add_argument("--evaluation", help="folder of an evaluation of the run, whose scores go into the model card")
     parser.add_argument("--onnx", action="store_true", help="also write both encoders as ONNX (extra `onnx`)")
+    parser.add_argument(
+        "--transformers",
+        action="store_true",
+        help="also write both as one model for AutoModel, if a ViT and a BERT by [CLS]",
+    )
 
     def write() -> int:
         from cmcgns.library.export import export_run
 
         given = parser.parse_args(arguments)
-        print(export_run(given.run, given.out, given.evaluation, given.onnx))
+        print(export_run(given.run, given.out, given.evaluation, given.onnx, given.transformers))
         return 0
 
     return one_message(write)

@@ -24,6 +24,7 @@ from cmcgns.data.tokenizer import EncodedReport
 from cmcgns.errors import BadRow, UserError
 from cmcgns.library.film_encoder import FilmEncoder
 from cmcgns.library.films import FilmLike, film_list, read_squares
+from cmcgns.library.hub import download, is_hub_name
 from cmcgns.library.runs import LOAD, PretrainedRun, open_model
 from cmcgns.library.texts import (
     Prompts,
@@ -54,7 +55,8 @@ def load(
     trusted: Collection[str] = (),
     progress: bool = True,
 ) -> "Model":
-    """The model of the finished run, or of the export of one, in the folder or at the `s3://` URI ``where``.
+    """The model of the finished run, or of the export of one, in the folder or at the `s3://` URI ``where``, or OWNER/NAME on the
+    Hugging Face hub.
 
     ``device``: `cpu`, `cuda` or `cuda:1`. ``batch_size``: films or texts of one forward. ``trusted``: modules that the run's
     settings name, besides ours, and that may be executed. ``progress``: show a bar in a terminal or notebook.
@@ -66,7 +68,8 @@ def load(
         raise UserError(f"precision {precision!r}: choose fp32 or bf16")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    return Model(open_model(LOAD, str(where), trusted), device_named(device), precision, batch_size, progress)
+    uri = download(LOAD, str(where)) if is_hub_name(str(where)) else str(where)
+    return Model(open_model(LOAD, uri, trusted), device_named(device), precision, batch_size, progress)
 
 
 def device_named(name: str) -> torch.device:
