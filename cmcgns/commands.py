@@ -132,18 +132,28 @@ def doctor(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> int:
-    """Write report.html of a pretraining run, or of several side by side: RUN [RUN ...] [--out=FILE]"""
+    """Write report.html of a pretraining run, or of several side by side: RUN [RUN ...] [--out=FILE] [--samples=N]"""
     parser = _Parser(" ".join(invocation()), description="Curves, settings and pictures of runs on one page.")
     parser.add_argument("run", nargs="+", help="folder of a pretraining run, local or s3://; it may still be running")
     parser.add_argument(
         "--out", help="the page; by default report.html in the folder of the run, or of the first of several"
     )
 
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="validation studies whose films and sentences are shown: retrieval, heat maps, clusters, pictures; by default 128 "
+        "of the generated corpus and 0 of any other",
+    )
+    parser.add_argument(
+        "--trusted", action="append", default=[], help="a module that the run's settings name and that may be executed"
+    )
+
     def write() -> int:
         from cmcgns.report.page import write_report
 
         given = parser.parse_args(arguments)
-        print(write_report(given.run, given.out))
+        print(write_report(given.run, given.out, given.samples, given.trusted))
         return 0
 
     return one_message(write)

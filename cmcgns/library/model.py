@@ -239,7 +239,7 @@ class Model:
         for rows in self._batches(range(len(squares)), len(squares), "heat maps"):
             some, read = [squares[row] for row in rows], [texts[row] for row in rows]
             with self._precision():
-                attention = self.method.attention(self.network, self.network(self._batch(some, read)))
+                attention = self.method.attention(self.network, self.network(self.batch(some, read)))
             assert isinstance(attention, SentenceAttention)
             grid = int(attention.weight_BSP.shape[2] ** 0.5)
             for square_RR, (parsed, encoded), weight_SP in zip(some, read, attention.weight_BSP, strict=True):
@@ -260,7 +260,7 @@ class Model:
         number = max(len(squares), len(read))
         for rows in self._batches(range(number), number, "films and texts"):
             # films and texts go through the model together; the fewer of both begin again from the first
-            batch = self._batch([squares[i % len(squares)] for i in rows], [read[i % len(read)] for i in rows])
+            batch = self.batch([squares[i % len(squares)] for i in rows], [read[i % len(read)] for i in rows])
             with self._precision():
                 outputs = self.network(batch)
             found = method.parts(outputs, batch)
@@ -277,7 +277,7 @@ class Model:
         score_TN = centred(mean_over_sentences(score_nN, of_texts.study_n, len(read)))
         return score_TN, torch.cat(images), torch.cat(reports)
 
-    def _batch(
+    def batch(
         self, squares: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[ParsedReport, EncodedReport]]
     ) -> ImageReportBatch:
         """Films with their texts as the model takes them."""
