@@ -21,8 +21,6 @@ from cmcgns.report.record import RunRecord, read_record
 REPORT = "report.html"
 BEYOND_THE_RUN = ("run.name", "run.resume", "run.storage")
 """Settings that always differ."""
-
-
 SAMPLES = 128
 """Validation studies of a generated corpus that a report shows by default."""
 
@@ -55,9 +53,13 @@ def with_samples(run: RunRecord, samples: int | None = None, trusted: Collection
     if not number:
         why = "--samples=0" if samples == 0 else f"the corpus may be of patients; --samples={SAMPLES} shows them"
         return replace(run, pictures={}, left_out=[f"all films and sentences: {why}"])
-    from cmcgns.report.samples import read_samples  # torch is slow to import
+    try:
+        from cmcgns.report.samples import read_samples  # torch is slow to import, and the core cannot read every corpus
 
-    found = read_samples(run.uri, number, trusted)
+        found = read_samples(run.uri, number, trusted)
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed: pip install 'cmcgns[cpu]', or 'cmcgns[gpu]' with CUDA"
+        return replace(run, left_out=[f"retrieval, heat maps and clusters: {reason}"])
     return replace(run, samples=found, left_out=found.left_out)
 
 
@@ -75,7 +77,7 @@ def report_page(runs: Sequence[RunRecord]) -> str:
         different=different_settings(runs),
         settings=setting_rows(runs),
         metrics=metric_rows(runs),
-        shows_patients=any(not run.is_generated and (run.pictures or run.samples) for run in runs),
+        shows_patients=any(not run.is_generated and run.shows_films for run in runs),
     )
 
 

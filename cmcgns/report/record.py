@@ -55,7 +55,12 @@ class RunRecord:
     @property
     def is_generated(self) -> bool:
         """Whether its films are drawings of no patient."""
-        return str(self.settings.get("data", {}).get("uri", "phantom")).partition(":")[0] == "phantom"
+        return str(self.settings.get("data", {}).get("uri")).partition(":")[0] == "phantom"
+
+    @property
+    def shows_films(self) -> bool:
+        """Whether there are films or sentences to show."""
+        return bool(self.pictures or (self.samples and self.samples.studies))
 
     @property
     def versions(self) -> dict[str, str]:
