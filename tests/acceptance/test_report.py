@@ -63,7 +63,7 @@ def check_page(browser: Browser, path: Path, runs: int) -> None:
     )
     assert pictures["looks for its report"] == 4 * runs
     assert pictures["film found"] == 12 * runs
-    assert pictures["where the sentence looks"] == 8 * runs
+    assert 4 * runs < pictures["where the sentence looks"] <= 8 * runs  # two sentences of each study, if it has two
     assert pictures["near the centroid"] > 10 * runs
     assert pictures["reconstruction"] == runs
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing is wider than the window
