@@ -132,36 +132,51 @@ def doctor(arguments: Arguments) -> int:
 
 
 def report(arguments: Arguments) -> int:
-    """Write report.html of a pretraining run, or of several side by side: RUN [RUN ...] [--out=FILE]"""
+    """Write report.html of a pretraining run, or of several side by side: RUN [RUN ...] [--out=FILE] [--samples=N]"""
     parser = _Parser(" ".join(invocation()), description="Curves, settings and pictures of runs on one page.")
     parser.add_argument("run", nargs="+", help="folder of a pretraining run, local or s3://; it may still be running")
     parser.add_argument(
         "--out", help="the page; by default report.html in the folder of the run, or of the first of several"
     )
 
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="validation studies whose films and sentences are shown: retrieval, heat maps, clusters, pictures; by default 128 "
+        "of the generated corpus and 0 of any other",
+    )
+    parser.add_argument(
+        "--trusted", action="append", default=[], help="a module that the run's settings name and that may be executed"
+    )
+
     def write() -> int:
         from cmcgns.report.page import write_report
 
         given = parser.parse_args(arguments)
-        print(write_report(given.run, given.out))
+        print(write_report(given.run, given.out, given.samples, given.trusted))
         return 0
 
     return one_message(write)
 
 
 def export(arguments: Arguments) -> int:
-    """Write the export of a finished run with a model card to a folder of its own: RUN OUT [--evaluation=FOLDER] [--onnx]"""
+    """Write the export of a finished run with a model card: RUN OUT [--evaluation=FOLDER] [--onnx] [--transformers]"""
     parser = _Parser(" ".join(invocation()), description="Encoders, heads, settings and model card of a finished run.")
     parser.add_argument("run", help="folder of a finished pretraining run, local or s3://")
     parser.add_argument("out", help="new folder, local or s3://")
     parser.add_argument("--evaluation", help="folder of an evaluation of the run, whose scores go into the model card")
     parser.add_argument("--onnx", action="store_true", help="also write both encoders as ONNX (extra `onnx`)")
+    parser.add_argument(
+        "--transformers",
+        action="store_true",
+        help="also write both as one model for AutoModel, if a ViT and a BERT by [CLS]",
+    )
 
     def write() -> int:
         from cmcgns.library.export import export_run
 
         given = parser.parse_args(arguments)
-        print(export_run(given.run, given.out, given.evaluation, given.onnx))
+        print(export_run(given.run, given.out, given.evaluation, given.onnx, given.transformers))
         return 0
 
     return one_message(write)

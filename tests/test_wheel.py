@@ -101,6 +101,7 @@ print(cmcgns.load({str(tmp_path / "out")!r}).embed_reports(["No effusion is seen
 """
     done = python(installed, script)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "pandas is not installed: pip install" in (folder / "report.html").read_text()  # to read the run's corpus
     assert done.stdout.splitlines() == [f"{folder}/report.html", str(tmp_path / "out"), "(1, 32)"]
 
 

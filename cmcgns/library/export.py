@@ -20,19 +20,23 @@ OF_A_CLASS = ": "
 """In names of metrics of single classes, which the card leaves out."""
 
 
-def export_run(run_uri: str, out: str, evaluation_uri: str | None = None, onnx: bool = False) -> str:
+def export_run(
+    run_uri: str, out: str, evaluation_uri: str | None = None, onnx: bool = False, transformers: bool = False
+) -> str:
     """Write the export of the finished run in the folder ``run_uri`` to the new folder ``out``. Returns its URI.
 
     ``evaluation_uri``: the folder of an evaluation whose scores go into the model card. ``onnx``: also write both as ONNX.
+    ``transformers``: also write both as one model of plain transformers.
 
     Raises:
-        UserError: the run has no export, the evaluation is of another run, or there are files at ``out``.
+        UserError: the run has no export, the evaluation is of another run, there are files at ``out``, or the model does not fit
+            what was asked for.
     """
     out = storage.absolute("export", out)
     if storage.exists(out) and storage.list_files(out):
         raise UserError(f"export: {out} has files already; give a new folder")
     run = open_run("export", run_uri)
-    card = model_card(run, read_result(run), read_scores(run, evaluation_uri), onnx)
+    card = model_card(run, read_result(run), read_scores(run, evaluation_uri), onnx, transformers)
     with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
         local = Path(scratch)
         storage.download_folder(run.export, local)
@@ -42,6 +46,10 @@ def export_run(run_uri: str, out: str, evaluation_uri: str | None = None, onnx: 
             from cmcgns.library.onnx import write_onnx  # needs packages of its own
 
             write_onnx(run.load_model(), run.config, run.vocabulary_size, local)
+        if transformers:
+            from cmcgns.library.dual_encoder import write_dual_encoder  # torch is slow to import
+
+            write_dual_encoder(run.load_model(), run.config, run.tokenizer, local)
         (local / EXPORT_HASHES).unlink(missing_ok=True)
         write_hashes(local, EXPORT_HASHES)
         storage.upload_folder(local, out)
@@ -73,7 +81,13 @@ def read_scores(run: PretrainedRun, uri: str | None) -> list[dict[str, Any]]:
     return [score for score in facts["scores"] if score["encoder"] == names[0] and OF_A_CLASS not in score["metric"]]
 
 
-def model_card(run: PretrainedRun, result: dict[str, Any], scores: Sequence[dict[str, Any]], onnx: bool = False) -> str:
+def model_card(
+    run: PretrainedRun,
+    result: dict[str, Any],
+    scores: Sequence[dict[str, Any]],
+    onnx: bool = False,
+    transformers: bool = False,
+) -> str:
     """The model card, in Markdown: data, settings, metrics and limits; nothing that tells where the data are."""
     environment = Environment(
         loader=PackageLoader("cmcgns.library", "."),
@@ -87,6 +101,7 @@ def model_card(run: PretrainedRun, result: dict[str, Any], scores: Sequence[dict
     return card.render(
         run=run, config=run.config, settings=settings, result=result, metrics=metrics, scores=scores, version=__version__,
         data=describe_data(run), lines=list(setting_lines(settings)), onnx=onnx,
+        transformers=transformers,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from cmcgns.data.tokenizer import EncodedReport
 from cmcgns.errors import BadRow, UserError
 from cmcgns.library.film_encoder import FilmEncoder
 from cmcgns.library.films import FilmLike, film_list, read_squares
+from cmcgns.library.hub import download, is_hub_name
 from cmcgns.library.runs import LOAD, PretrainedRun, open_model
 from cmcgns.library.texts import (
     Prompts,
@@ -54,7 +55,8 @@ def load(
     trusted: Collection[str] = (),
     progress: bool = True,
 ) -> "Model":
-    """The model of the finished run, or of the export of one, in the folder or at the `s3://` URI ``where``.
+    """The model of the finished run, or of the export of one, in the folder or at the `s3://` URI ``where``, or OWNER/NAME on the
+    Hugging Face hub.
 
     ``device``: `cpu`, `cuda` or `cuda:1`. ``batch_size``: films or texts of one forward. ``trusted``: modules that the run's
     settings name, besides ours, and that may be executed. ``progress``: show a bar in a terminal or notebook.
@@ -66,7 +68,8 @@ def load(
         raise UserError(f"precision {precision!r}: choose fp32 or bf16")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    return Model(open_model(LOAD, str(where), trusted), device_named(device), precision, batch_size, progress)
+    uri = download(LOAD, str(where)) if is_hub_name(str(where)) else str(where)
+    return Model(open_model(LOAD, uri, trusted), device_named(device), precision, batch_size, progress)
 
 
 def device_named(name: str) -> torch.device:
@@ -236,7 +239,7 @@ class Model:
         for rows in self._batches(range(len(squares)), len(squares), "heat maps"):
             some, read = [squares[row] for row in rows], [texts[row] for row in rows]
             with self._precision():
-                attention = self.method.attention(self.network, self.network(self._batch(some, read)))
+                attention = self.method.attention(self.network, self.network(self.batch(some, read)))
             assert isinstance(attention, SentenceAttention)
             grid = int(attention.weight_BSP.shape[2] ** 0.5)
             for square_RR, (parsed, encoded), weight_SP in zip(some, read, attention.weight_BSP, strict=True):
@@ -257,7 +260,7 @@ class Model:
         number = max(len(squares), len(read))
         for rows in self._batches(range(number), number, "films and texts"):
             # films and texts go through the model together; the fewer of both begin again from the first
-            batch = self._batch([squares[i % len(squares)] for i in rows], [read[i % len(read)] for i in rows])
+            batch = self.batch([squares[i % len(squares)] for i in rows], [read[i % len(read)] for i in rows])
             with self._precision():
                 outputs = self.network(batch)
             found = method.parts(outputs, batch)
@@ -274,7 +277,7 @@ class Model:
         score_TN = centred(mean_over_sentences(score_nN, of_texts.study_n, len(read)))
         return score_TN, torch.cat(images), torch.cat(reports)
 
-    def _batch(
+    def batch(
         self, squares: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[ParsedReport, EncodedReport]]
     ) -> ImageReportBatch:
         """Films with their texts as the model takes them."""

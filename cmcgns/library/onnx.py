@@ -60,19 +60,19 @@ def write_onnx(model: DualEncoder, config: Config, vocabulary_size: int, folder:
             raise UserError(f"export: --onnx needs {package}, which is not installed: pip install 'cmcgns[onnx]'")
     batch, tokens, sentences = (torch.export.Dim(name) for name in ("batch", "tokens", "sentences"))
     films = _Films(FilmEncoder(model.image_encoder, model.image_projection)).eval()
-    _write(films, _films(config, 2), ("films",), [{0: batch}], folder / FILMS)
-    _compare(films, _films(config, 3), ("films",), folder / FILMS)
+    _write(films, example_films(config, 2), ("films",), [{0: batch}], folder / FILMS)
+    _compare(films, example_films(config, 3), ("films",), folder / FILMS)
     if config.data.reports:
         texts, shapes = _Texts(model.text_encoder).eval(), [{0: batch, 1: tokens}] * 3 + [{0: batch, 1: sentences}]
-        _write(texts, _tokens(vocabulary_size, 2, 16, 2), TEXT_INPUTS, [tuple(shapes)], folder / TEXTS)
-        _compare(texts, _tokens(vocabulary_size, 3, 24, 4), TEXT_INPUTS, folder / TEXTS)
+        _write(texts, example_tokens(vocabulary_size, 2, 16, 2), TEXT_INPUTS, [tuple(shapes)], folder / TEXTS)
+        _compare(texts, example_tokens(vocabulary_size, 3, 24, 4), TEXT_INPUTS, folder / TEXTS)
 
 
-def _films(config: Config, number: int) -> tuple[Tensor, ...]:
+def example_films(config: Config, number: int) -> tuple[Tensor, ...]:
     return (torch.rand(number, 1, *[config.data.image_size] * 2, generator=torch.Generator().manual_seed(0)) * 2 - 1,)
 
 
-def _tokens(vocabulary_size: int, number: int, length: int, sentences: int) -> tuple[Tensor, ...]:
+def example_tokens(vocabulary_size: int, number: int, length: int, sentences: int) -> tuple[Tensor, ...]:
     """Random texts: the first is full, the others have a token less each."""
     drawn = torch.Generator().manual_seed(0)
     token_BT = torch.randint(5, vocabulary_size, (number, length), generator=drawn)

@@ -79,7 +79,7 @@ class PretrainedRun:
         """Hash of the weights, the vocabulary and how films and reports are read: equal where embeddings can be compared."""
         data = self.config.data
         read = {name: getattr(data, name) for name in READING}
-        files = {name: value for name, value in self._hashes().items() if name.endswith(WEIGHTS) or "tokenizer" in name}
+        files = {name: value for name, value in self._hashes().items() if decides_embeddings(name)}
         return xxhash.xxh3_128_hexdigest(json.dumps([read, files], sort_keys=True).encode())
 
     def _hashes(self) -> dict[str, str]:
@@ -116,6 +116,12 @@ class PretrainedRun:
             )
         check_finite(self.export, model.state_dict())
         return model.eval()
+
+
+def decides_embeddings(name: str) -> bool:
+    """Whether a file of an export holds weights or vocabulary; the model for plain transformers only repeats them."""
+    repeats = "/" not in name and name.startswith(("model", "tokenizer"))
+    return not repeats and (name.endswith(WEIGHTS) or "tokenizer" in name)
 
 
 def last_run(storage_uri: str) -> str:

@@ -1,32 +1,66 @@
-"""report.html: one page without any remote part, from the records of one or more runs."""
+"""report.html: one page without any remote part, from the records of one or more runs.
+
+It holds films and sentences of a corpus only if it was generated, or if the caller asks for them: a page is easily sent on.
+"""
 
 import base64
-from collections.abc import Sequence
+import io
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from cmcgns import storage
+from cmcgns.errors import UserError
 from cmcgns.report.curves import draw, panels, to_png
 from cmcgns.report.record import RunRecord, read_record
 
 REPORT = "report.html"
 BEYOND_THE_RUN = ("run.name", "run.resume", "run.storage")
 """Settings that always differ."""
+SAMPLES = 128
+"""Validation studies of a generated corpus that a report shows by default."""
 
 
-def write_report(uris: Sequence[str], out: str | None = None) -> str:
+def write_report(
+    uris: Sequence[str], out: str | None = None, samples: int | None = None, trusted: Collection[str] = ()
+) -> str:
     """Write the report of the runs in the folders ``uris``. Returns its URI.
 
     By default `report.html` in the folder of a single run; of several, a file with their names in the folder of the first.
+    ``samples``, ``trusted``: see ``with_samples``.
     """
-    runs = [read_record(uri) for uri in uris]
+    if samples is not None and samples < 0:
+        raise UserError(f"report: --samples {samples} is below 0; give a number of validation studies, or 0 for none")
+    runs = [with_samples(read_record(uri), samples, trusted) for uri in uris]
     if out is None:
         name = REPORT if len(runs) == 1 else f"report-{'-'.join(run.name for run in runs)}.html"
         out = storage.join(runs[0].uri, name)
     storage.write_bytes(out, report_page(runs).encode())
     return out
+
+
+def with_samples(run: RunRecord, samples: int | None = None, trusted: Collection[str] = ()) -> RunRecord:
+    """``run`` with what its model makes of the first ``samples`` validation studies; with 0 without any film or sentence.
+
+    By default ``SAMPLES`` of a generated corpus and none of any other, which may be of patients. ``trusted``: modules that the
+    run's settings name, besides ours, and that may be executed.
+    """
+    number = samples if samples is not None else SAMPLES if run.is_generated else 0
+    if not number:
+        why = "--samples=0" if samples == 0 else f"the corpus may be of patients; --samples={SAMPLES} shows them"
+        return replace(run, pictures={}, left_out=[f"all films and sentences: {why}"])
+    try:
+        from cmcgns.report.samples import read_samples  # torch is slow to import, and the core cannot read every corpus
+
+        found = read_samples(run.uri, number, trusted)
+    except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed: pip install 'cmcgns[cpu]', or 'cmcgns[gpu]' with CUDA"
+        return replace(run, left_out=[f"retrieval, heat maps and clusters: {reason}"])
+    return replace(run, samples=found, left_out=found.left_out)
 
 
 def report_page(runs: Sequence[RunRecord]) -> str:
@@ -43,6 +77,7 @@ def report_page(runs: Sequence[RunRecord]) -> str:
         different=different_settings(runs),
         settings=setting_rows(runs),
         metrics=metric_rows(runs),
+        shows_patients=any(not run.is_generated and run.shows_films for run in runs),
     )
 
 
@@ -76,9 +111,12 @@ def metric_rows(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     return {key: [row.get(key, "") for row in last] for key in keys}
 
 
-def _inline(data: bytes) -> str:
-    """A PNG as the source of an image."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def _inline(picture: bytes | Image.Image) -> str:
+    """A PNG or a picture as the source of an image."""
+    stored = io.BytesIO(picture) if isinstance(picture, bytes) else io.BytesIO()
+    if isinstance(picture, Image.Image):
+        picture.save(stored, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}"
 
 
 def _number(value: Any) -> str:

@@ -2,14 +2,17 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cmcgns import storage
 from cmcgns.errors import UserError
+
+if TYPE_CHECKING:
+    from cmcgns.report.samples import Samples  # torch is slow to import
 
 Row = dict[str, Any]
 
@@ -30,6 +33,10 @@ class RunRecord:
     """Unusable studies by reason."""
     pictures: dict[str, bytes]
     """PNG files of the folder by name."""
+    samples: "Samples | None" = None
+    """What the model makes of validation studies."""
+    left_out: list[str] = field(default_factory=list)
+    """What the report does not show, and why."""
 
     def split(self, name: str) -> list[Row]:
         """The rows of ``train`` or ``val``, one for each step."""
@@ -44,6 +51,16 @@ class RunRecord:
     def failure(self) -> str:
         """Why it failed; empty if it did not."""
         return str(self.result.get("failure") or "")
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether its films are drawings of no patient."""
+        return str(self.settings.get("data", {}).get("uri")).partition(":")[0] == "phantom"
+
+    @property
+    def shows_films(self) -> bool:
+        """Whether there are films or sentences to show."""
+        return bool(self.pictures or (self.samples and self.samples.studies))
 
     @property
     def versions(self) -> dict[str, str]:

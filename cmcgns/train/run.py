@@ -227,7 +227,7 @@ class PretrainJob(Job):
             "export": str(result["export"]),
             "checkpoint": str(result["checkpoint"]),
             "metrics": self.folder.file("metrics.jsonl"),
-            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}",
+            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}; cmcgns report {self.folder.uri}",
         }
 
 

@@ -10,10 +10,13 @@ from pydicom.uid import RLELossless
 
 from cmcgns.commands import COMMANDS, main
 from cmcgns.config import METHODS
+from cmcgns.library.export import export_run
 from docs import make_settings
 from tests.data.test_dicom import compressed, written
+from tests.evaluate.test_embed_job import write_run
 from tests.jobs import REPOSITORY
 from tests.library.conftest import run as run  # a run folder
+from tests.library.test_dual_encoder import FITS
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
 LONGEST_README = 8000
@@ -27,11 +30,13 @@ def python_blocks(page: Path) -> list[str]:
 def test_the_python_of_a_page_runs_from_top_to_bottom(
     name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a folder with a run, a PNG and a compressed DICOM under the names that the pages use."""
+    """In a folder with a run, an export for transformers, a PNG and a compressed DICOM under the names that the pages use."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "NAME").symlink_to(run)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50), np.uint8)).save(tmp_path / "film.png")
     (tmp_path / "film.dcm").write_bytes(written(compressed(RLELossless)))
+    write_run(tmp_path / "fits", FITS)
+    export_run(str(tmp_path / "fits"), str(tmp_path / "OUT"), transformers=True)
     monkeypatch.chdir(tmp_path)
     blocks, names = python_blocks(REPOSITORY / name), dict[str, object]()
     assert blocks

@@ -55,6 +55,7 @@ class Films:
     def __init__(self, config: Config) -> None:
         data = config.data
         self.config, self.source = config, PhantomSource(data.phantom_studies, 0, data.phantom_size, data.phantom_size)
+        self.images = phantom_set(self.source)
         self.corpus = PhantomCorpus(data.phantom_studies, 0, data.phantom_size, data.phantom_size)
         every = enumerate(map(self.corpus.study, range(data.phantom_studies)))
         self.studies = [(number, study) for number, study in every if study.split == "test"]
@@ -65,9 +66,9 @@ class Films:
 
     def coverage(self, number: int, film: int) -> np.ndarray:
         """Share of each patch that each finding covers, (K, P)."""
-        images, path = phantom_set(self.source), f"{number}/{film}"
+        path = f"{number}/{film}"
         read = self.source.read_image(path)
-        mask_KHW = images.annotations({"path": path, "boxes": None, "masks": None}, read).mask_KHW
+        mask_KHW = self.images.annotations({"path": path, "boxes": None, "masks": None}, read).mask_KHW
         data = self.config.data
         return patch_coverage(center_crop(resize_masks(mask_KHW, data.resize), data.image_size), data.image_size // 16)
 

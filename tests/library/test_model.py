@@ -118,7 +118,7 @@ def test_similarity_by_parts_is_that_of_loops_over_sentences_and_films(model: Mo
     score_NT = np.zeros((len(FILMS), len(REPORTS)))
     for n, film_HW in enumerate(FILMS):
         for t, text in enumerate(REPORTS):
-            batch = model._batch(list(model._squares([film_HW])), model._read([text]))
+            batch = model.batch(list(model._squares([film_HW])), model._read([text]))
             outputs = model.network(batch)
             scores = []
             for s in range(int(batch.sentence_mask_BS.sum())):

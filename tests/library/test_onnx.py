@@ -14,7 +14,7 @@ from cmcgns.config import Config
 from cmcgns.data.batch import pad_reports
 from cmcgns.errors import UserError
 from cmcgns.library.export import CARD
-from cmcgns.library.onnx import FILMS, OUTPUT, TEXTS, _compare, _films, write_onnx
+from cmcgns.library.onnx import FILMS, OUTPUT, TEXTS, _compare, example_films, write_onnx
 from cmcgns.phantom import PhantomCorpus
 from tests.evaluate.test_embed_job import write_run
 from tests.library.conftest import CONFIG
@@ -68,4 +68,4 @@ def test_a_file_that_does_not_give_what_torch_gives_is_refused(tmp_path: Path) -
 
     message = "film_encoder differs from torch by .* in ONNX, more than 0.0001; leave out --onnx"
     with pytest.raises(UserError, match=re.compile(message)):
-        _compare(Other(), _films(CONFIG, 3), ("films",), tmp_path / FILMS)
+        _compare(Other(), example_films(CONFIG, 3), ("films",), tmp_path / FILMS)

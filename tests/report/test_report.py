@@ -42,7 +42,13 @@ def write_run(folder: Path, steps: int = 12, seed: int = 0, **settings: Any) -> 
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (folder / "config.yaml").write_text(
         yaml.safe_dump(
-            {"method": {"name": "cm-cgns"}, "train": {"seed": seed}, "run": {"name": folder.name}} | settings
+            {
+                "method": {"name": "cm-cgns"},
+                "data": {"uri": "phantom"},
+                "train": {"seed": seed},
+                "run": {"name": folder.name},
+            }
+            | settings
         )
     )
     versions = {"torch": "2.13.0", "ray": "2.60.0"}

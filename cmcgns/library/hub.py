@@ -1,0 +1,33 @@
+"""Models on the Hugging Face hub, or on the mirror that HF_ENDPOINT names."""
+
+import re
+from pathlib import Path
+
+from cmcgns.errors import UserError, first_line
+
+NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*")
+RUNS = "runs"
+"""Where runs are by default: never an owner on the hub."""
+
+
+def is_hub_name(where: str) -> bool:
+    """Whether ``where`` is OWNER/NAME, and there is no folder OWNER here that it could be in."""
+    found = NAME.fullmatch(where)
+    return found is not None and found["owner"] != RUNS and not Path(found["owner"]).exists()
+
+
+def download(key: str, name: str) -> str:
+    """The folder of the local copy of the hub's model ``name``, the value of ``key``, as huggingface_hub keeps it.
+
+    Raises:
+        UserError: there is no such model, or it cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download  # only where it is needed
+
+    try:
+        return snapshot_download(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key} {name} is no folder here, and cannot be had from the Hugging Face hub ({first_line(error)}); give the folder "
+            "of a finished run, such as runs/NAME, or its export"
+        ) from None
