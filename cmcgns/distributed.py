@@ -1,6 +1,6 @@
 """Collectives with gradients, for tensors of equal and of ragged length; in one process each returns its argument.
 
-W ranks; n rows on this rank, N rows on all ranks. Every function here is collective: every rank enters.
+W ranks; n rows on this rank, N rows on all ranks. Every function here but ``places_of_rows`` is collective: every rank enters.
 """
 
 from collections.abc import Sequence

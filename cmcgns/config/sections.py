@@ -21,6 +21,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
 
 
+def is_generated(uri: str, format: str = "auto") -> bool:
+    """Whether a corpus is the phantom, whose films are of no patient; another format reads a folder of that name."""
+    return format in ("auto", "phantom") and (uri == "phantom" or uri.startswith("phantom:"))
+
+
 class CorpusConfig(Section):
     uri: str = "phantom"
     """Location of the corpus: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""

@@ -190,7 +190,7 @@ def well_formed(uri: str, kind: str, fix: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{uri} is not a {kind} ({type(error).__name__}); {fix}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cmcgns import __version__, storage
+from cmcgns.config.sections import is_generated
 from cmcgns.errors import UserError
 from cmcgns.library.runs import EXPORT_SETTINGS, PretrainedRun, open_run, portable_settings
 from cmcgns.run_folder import EXPORT_HASHES
@@ -108,7 +109,7 @@ def model_card(
 def describe_data(run: PretrainedRun) -> str:
     """What the run was trained on, without its location."""
     data = run.config.data
-    if data.uri.partition(":")[0] == "phantom":
+    if is_generated(data.uri, data.format):
         return (
             f"{data.phantom_studies:,} generated studies (the phantom corpus, seed {data.seed}): drawings, no patients"
         )

@@ -4,10 +4,7 @@ H, W pixels of a film, R side of the padded square.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +17,7 @@ from cmcgns.config import DataConfig
 from cmcgns.data.decode import decode_image, grey_of
 from cmcgns.data.image import MAX_PIXELS, DecodedImage, Target, resize_image, uncropped, without_borders
 from cmcgns.errors import BadRow, UserError
+from cmcgns.storage.ahead import map_ahead
 
 FilmLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
 """A path, an `s3://` URI, the bytes of a file (JPEG, PNG, TIFF, BMP, WebP, DICOM), a PIL image, an array (H, W) or (H, W, 3)."""
@@ -43,7 +41,7 @@ def read_squares(films: Sequence[FilmLike], data: DataConfig, ahead: int) -> Ite
     Raises:
         UserError: one of them cannot be read, by its number.
     """
-    return map_ahead(lambda item: read_square(item[1], data, f"film {item[0]}"), list(enumerate(films)), ahead)
+    return map_ahead(lambda item: read_square(item[1], data, f"film {item[0]}"), enumerate(films), READERS, ahead)
 
 
 def read_square(film: FilmLike, data: DataConfig, name: str = "film") -> NDArray[np.uint8]:
@@ -107,19 +105,3 @@ def _grey_array(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def _whole(grey_HW: NDArray[np.uint8]) -> DecodedImage:
     return DecodedImage(grey_HW, *grey_HW.shape)
-
-
-def map_ahead(function: Callable[[Item], Result], items: Sequence[Item], ahead: int) -> Iterator[Result]:
-    """``function`` of each item, in order, in threads, with at most ``ahead`` results waiting."""
-    with ThreadPoolExecutor(READERS) as threads:
-        waiting = deque[Future[Result]]()
-        try:
-            for item in items:
-                waiting.append(threads.submit(partial(function, item)))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -1,18 +1,22 @@
 """Models on the Hugging Face hub, or on the mirror that HF_ENDPOINT names."""
 
+import logging
+import os
 import re
 from pathlib import Path
 
 from cmcgns.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*")
 RUNS = "runs"
 """Where runs are by default: never an owner on the hub."""
 
 
-def is_hub_name(where: str) -> bool:
-    """Whether ``where`` is OWNER/NAME, and there is no folder OWNER here that it could be in."""
-    found = NAME.fullmatch(where)
+def is_hub_name(where: str | os.PathLike[str]) -> bool:
+    """Whether ``where`` is OWNER/NAME, and there is no folder OWNER here that it could be in; a path never is."""
+    found = NAME.fullmatch(where) if isinstance(where, str) else None
     return found is not None and found["owner"] != RUNS and not Path(found["owner"]).exists()
 
 
@@ -25,9 +29,11 @@ def download(key: str, name: str) -> str:
     from huggingface_hub import snapshot_download  # only where it is needed
 
     try:
-        return snapshot_download(name)
-    except (OSError, ValueError) as error:
+        folder = snapshot_download(name)
+    except Exception as error:  # those of the HTTP library have no base of ours or Python's
         raise UserError(
             f"{key} {name} is no folder here, and cannot be had from the Hugging Face hub ({first_line(error)}); give the folder "
             "of a finished run, such as runs/NAME, or its export"
         ) from None
+    logger.info("%s of the Hugging Face hub is at %s", name, folder)  # the folder is named after the commit
+    return folder

@@ -21,6 +21,7 @@ from cmcgns.data.batch import Batcher, ImageReportBatch, crop, normalise
 from cmcgns.data.record import Block
 from cmcgns.data.reports import ParsedReport
 from cmcgns.data.tokenizer import EncodedReport
+from cmcgns.data.views import ViewSettings
 from cmcgns.errors import BadRow, UserError
 from cmcgns.library.film_encoder import FilmEncoder
 from cmcgns.library.films import FilmLike, film_list, read_squares
@@ -68,7 +69,7 @@ def load(
         raise UserError(f"precision {precision!r}: choose fp32 or bf16")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    uri = download(LOAD, str(where)) if is_hub_name(str(where)) else str(where)
+    uri = download(LOAD, str(where)) if is_hub_name(where) else str(where)
     return Model(open_model(LOAD, uri, trusted), device_named(device), precision, batch_size, progress)
 
 
@@ -278,9 +279,12 @@ class Model:
         return score_TN, torch.cat(images), torch.cat(reports)
 
     def batch(
-        self, squares: Sequence[NDArray[np.uint8]], texts: Sequence[tuple[ParsedReport, EncodedReport]]
+        self,
+        squares: Sequence[NDArray[np.uint8]],
+        texts: Sequence[tuple[ParsedReport, EncodedReport]],
+        views: tuple[int, ViewSettings] | None = None,
     ) -> ImageReportBatch:
-        """Films with their texts as the model takes them."""
+        """Films with their texts as the model takes them; ``views``: of ``Method.views``, where they are trained with."""
         block = Block(
             positions=np.arange(len(squares)),
             draw_keys=np.zeros(len(squares), np.int64),
@@ -290,7 +294,7 @@ class Model:
             sentence_hashes=[np.array(parsed.sentence_hashes[: encoded.sentences]) for parsed, encoded in texts],
             report_hashes=np.array([parsed.report_hash for parsed, _ in texts]),
         )
-        batcher = Batcher(self.config, self._tokenizer.pad_id, self.device)
+        batcher = Batcher(self.config, self._tokenizer.pad_id, self.device, views)
         return batcher(block, (int(block.sentence_counts.sum()),), training=False)
 
     def _squares(self, films: Sequence[FilmLike]) -> Iterator[NDArray[np.uint8]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cmcgns import storage
+from cmcgns.config.sections import is_generated
 from cmcgns.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class RunRecord:
     @property
     def is_generated(self) -> bool:
         """Whether its films are drawings of no patient."""
-        return str(self.settings.get("data", {}).get("uri")).partition(":")[0] == "phantom"
+        data = self.settings.get("data", {})
+        return is_generated(str(data.get("uri")), str(data.get("format", "auto")))
 
     @property
     def shows_films(self) -> bool:

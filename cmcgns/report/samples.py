@@ -18,14 +18,15 @@ from cmcgns import storage
 from cmcgns.config import Bank
 from cmcgns.data.image import Target, resize_image
 from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
-from cmcgns.data.readers import open_index
+from cmcgns.data.readers import open_splits
 from cmcgns.data.reports import ParsedReport
 from cmcgns.data.tokenizer import EncodedReport
 from cmcgns.errors import BadRow, UserError
-from cmcgns.library.films import map_ahead
+from cmcgns.library.films import READERS
 from cmcgns.library.model import Model
 from cmcgns.library.runs import PretrainedRun, open_run
 from cmcgns.methods.base import BankCentroids
+from cmcgns.storage.ahead import map_ahead
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -128,13 +129,16 @@ def read_samples(uri: str, most: int, trusted: Collection[str] = ()) -> Samples:
 def read_cases(run: PretrainedRun, most: int) -> list[Case]:
     """The usable studies among the first ``most`` of the validation split, each with the film that validations see."""
     data, tokenizer = run.config.data, run.tokenizer
-    source, index = open_index("data.uri", data, Target(data.resize, "longer"))
-    valid, _ = source.arrange(index.split("valid"), data.group_studies)
-    studies = valid.slice(0, min(most, data.validation_studies or most)).to_pylist()
+    split = open_splits("data.uri", data, Target(data.resize, "longer"), data.group_studies).studies.get("valid")
+    if split is None:
+        return []
+    valid = split.first(min(most, data.validation_studies or most))
+    order = valid.epoch(data.seed, VALIDATION_EPOCH, data.groups_per_window)
+    studies, reader_of = valid.read(order, range(len(valid)))
     film_of = lambda study: study["films"][
         drawn_image(data.seed, VALIDATION_EPOCH, study["study_id"], len(study["films"]))
     ]["path"]
-    reader = source.reader([film_of(study) for study in studies])
+    reader = reader_of([film_of(study) for study in studies])
 
     def read(study: dict[str, Any]) -> Case | None:
         path = film_of(study)
@@ -145,7 +149,7 @@ def read_cases(run: PretrainedRun, most: int) -> list[Case]:
         except BadRow:
             return None  # the run has listed it
 
-    return [case for case in map_ahead(read, studies, ahead=16) if case is not None]
+    return [case for case in map_ahead(read, studies, READERS) if case is not None]
 
 
 @torch.inference_mode()
@@ -154,17 +158,19 @@ def _samples(model: Model, cases: Sequence[Case]) -> Samples:
     images, reports, rows = list[Floats](), list[Floats](), dict[str, list[Floats]]()
     for start in range(0, len(cases), model.batch_size):
         some = cases[start : start + model.batch_size]
-        batch = model.batch([case.square_RR for case in some], [(case.parsed, case.encoded) for case in some])
+        texts = [(case.parsed, case.encoded) for case in some]
+        batch = model.batch([case.square_RR for case in some], texts, model.method.views)
         outputs = model.network(batch)
         images.append(outputs.image_BD.numpy())
         reports.append(outputs.report_BD.numpy())
-        if centroids:
-            none = BankCentroids(dict.fromkeys(bank.name for bank in model.method.banks), {})
-            for name, rows_nD in model.method.losses(outputs, batch, none, stage=1, step=0).bank_rows.items():
+        if any(each is not None for each in centroids.values()):
+            for name, rows_nD in model.method.losses(outputs, batch, centroids, stage=1, step=0).bank_rows.items():
                 rows.setdefault(name, []).append(rows_nD.numpy())
     cosine_NN = np.concatenate(images) @ np.concatenate(reports).T
     right_NN = np.array([[one.parsed.report_hash == other.parsed.report_hash for other in cases] for one in cases])
-    left_out = [] if centroids or not model.method.banks else ["clusters: clustering has not started in this run"]
+    left_out = []
+    if model.method.banks and not rows:
+        left_out.append("clusters: clustering has not started in this run")
     if not model.method.has_attention:
         left_out.append(f"heat maps: method {model.config.method.name} attends to no patches")
     return Samples(
@@ -173,24 +179,25 @@ def _samples(model: Model, cases: Sequence[Case]) -> Samples:
         reports=queries(model, cases, cosine_NN.T, right_NN.T),
         heats=heats(model, cases) if model.method.has_attention else [],
         clusters={
-            bank.name: clusters(model, cases, bank, rows[bank.name], centroids[bank.name])
+            bank.name: clusters(model, cases, bank, rows[bank.name], centroid_KD.numpy())
             for bank in model.method.banks
-            if bank.name in centroids
+            if (centroid_KD := centroids[bank.name]) is not None
         },
         left_out=left_out,
     )
 
 
-def read_centroids(run: PretrainedRun) -> dict[str, Floats]:
-    """Centroids (K, D) of each bank whose clustering has started."""
+def read_centroids(run: PretrainedRun) -> BankCentroids:
+    """The centroids with which the run ended."""
     uri = storage.join(run.export, "centroids.safetensors")
     tensors = load(storage.read_bytes(uri)) if storage.exists(uri) else {}
-    found = dict[str, Floats]()
+    rows, counts = dict[str, torch.Tensor | None](), dict[str, torch.Tensor]()
     for number, bank in enumerate(run.config.banks):
         prefix = f"{bank.name}/" if number else ""  # as Banks names them
-        if f"{prefix}rows_KD" in tensors and int(tensors[f"{prefix}version_and_start"][0]) > 0:
-            found[bank.name] = tensors[f"{prefix}rows_KD"].numpy()
-    return found
+        started = f"{prefix}rows_KD" in tensors and int(tensors[f"{prefix}version_and_start"][0]) > 0
+        rows[bank.name] = tensors[f"{prefix}rows_KD"] if started else None
+        counts[bank.name] = tensors.get(f"{prefix}counts_K", torch.ones(bank.num_clusters))
+    return BankCentroids(rows, counts)
 
 
 def spread_out(number: int, of: int) -> list[int]:

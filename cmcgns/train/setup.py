@@ -16,6 +16,7 @@ import yaml
 from cmcgns import storage
 from cmcgns.bad_rows import too_many_bad
 from cmcgns.config import Config
+from cmcgns.config.sections import is_generated
 from cmcgns.data.image import Target
 from cmcgns.data.manifest import SPLITS
 from cmcgns.data.readers import Reader, Source, open_splits
@@ -154,7 +155,7 @@ def make_tokenizer(config: Config, sample: ReportSample) -> ReportTokenizer:
         for patient, report in zip(sample.patients, sample.reports, strict=True)
         for sentence in report.sentences
     )
-    patients = 1 if config.data.uri.split(":")[0] == "phantom" else model.vocabulary_patients
+    patients = 1 if is_generated(config.data.uri, config.data.format) else model.vocabulary_patients
     return train_tokenizer(sentences, model.vocabulary_size, *limits, patients, model.subwords)
 
 
@@ -193,7 +194,7 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     """``config`` with absolute local paths: workers and data tasks run in other folders than the driver."""
     data, model = config.data, config.model
     uri = data.uri
-    if not (storage.is_s3(uri) or "://" in uri or uri.split(":")[0] == "phantom"):
+    if not (storage.is_s3(uri) or "://" in uri or is_generated(uri, data.format)):
         uri = str(Path(uri).expanduser().absolute())
     given = {name: getattr(model, name) for name in ("image_encoder", "text_encoder", "tokenizer")}
     folders = {

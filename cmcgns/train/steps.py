@@ -48,7 +48,7 @@ class PrefetchTimer:
 
 
 class BlockSource(Protocol):
-    """Source of blocks; every rank opens the same epoch at the same position. Collective."""
+    """Source of blocks; every rank opens the same stretch. Collective."""
 
     @property
     def studies(self) -> int:
@@ -130,6 +130,7 @@ class StepReader:
     def _open(self, cursor: Cursor, stretch: Stretch) -> None:
         self.cursor, self._current = cursor, stretch
         self._blocks = self.source.open(stretch)
+        self._next_is_prepared = False
         self._prefetch.start(stretch.end)
 
     def _next(self) -> Stretch:
@@ -158,7 +159,7 @@ class StepReader:
         return data
 
     def _read_step(self) -> StepData | None:
-        """One step's batches, or None if any rank has too few blocks left in this epoch."""
+        """One step's batches, or None if any rank has too few blocks left in this stretch."""
         blocks = [block for _, block in zip(range(self.accumulation), self._blocks, strict=False)]
         facts = np.zeros((self.accumulation, 4), np.int64)
         for row, block in zip(facts, blocks, strict=False):
@@ -174,7 +175,9 @@ class StepReader:
         facts_WA4 = ranks[:, len(flags) :].reshape(len(ranks), self.accumulation, 4)
         check_order(facts_WA4)
         self.cursor = Cursor(self.cursor.epoch, int(facts_WA4[:, :, 2].max()) + 1)
-        if ranks[:, 2].any():  # collective: the ranks' clocks differ
+        # once: each bad row after it moves where the next stretch begins, and opening one anew costs seconds
+        if ranks[:, 2].any() and not self._next_is_prepared:  # collective: the ranks' clocks differ
+            self._next_is_prepared = True
             self.source.prepare(self._next())
         microbatches = [
             self.batcher(block, tuple(int(count) for count in facts_WA4[:, i, 0]), training=True)

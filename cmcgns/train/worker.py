@@ -52,7 +52,7 @@ BLOCKS_AHEAD = 4
 
 
 class RayBlocks:
-    """Blocks from Ray Data: rank 0 creates each epoch's dataset and gives every rank its iterator."""
+    """Blocks from Ray Data: rank 0 creates each stretch's dataset and gives every rank its iterator."""
 
     def __init__(self, train: Stream, valid: Stream, block_size: int) -> None:
         self.train, self.valid, self.block_size = train, valid, block_size

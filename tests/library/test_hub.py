@@ -79,6 +79,7 @@ def test_what_may_be_a_folder_here_is_no_name_of_the_hub(tmp_path: Path, monkeyp
     Path("models").mkdir()
     no_names = ("film", "/a/b", "./a/b", "a/b/c", "../b", "s3://a/b", "a/", "~/b", "a/..", "runs/p", "models/p")
     assert not any(map(is_hub_name, no_names))
+    assert not is_hub_name(Path("exports/clip"))  # a path is a folder, mounted or not
     assert is_hub_name("hospital/chest-films_2.0")
     with pytest.raises(cmcgns.UserError, match=r"models/p does not exist; give the folder of a finished run"):
         cmcgns.load("models/p")

@@ -18,7 +18,6 @@ from pydicom.uid import RLELossless
 import cmcgns
 from cmcgns.data.prepare.check_export import check_files, find_identifiers
 from cmcgns.data.reports import parse_report
-from cmcgns.library.films import map_ahead
 from cmcgns.library.model import Model
 from cmcgns.library.runs import EXPORT_SETTINGS, open_model, portable_settings
 from cmcgns.phantom import PhantomCorpus
@@ -305,14 +304,6 @@ def test_long_work_shows_its_progress_in_a_terminal_unless_told_not_to(
         capsys.readouterr()
         model.embed_films(FILMS)
         assert ("films" in capsys.readouterr().err) == shown
-
-
-def test_items_are_read_ahead_in_order_and_no_further_than_allowed() -> None:
-    begun = list[int]()
-    results = map_ahead(lambda i: begun.append(i) or i * i, range(100), ahead=4)  # type: ignore[func-returns-value]
-    assert [next(results) for _ in range(3)] == [0, 1, 4]
-    assert len(begun) <= 3 + 4
-    assert list(results) == [i * i for i in range(3, 100)]
 
 
 USER_SCRIPT = f"""

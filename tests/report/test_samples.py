@@ -9,6 +9,7 @@ import torch
 
 import cmcgns
 from cmcgns.commands import main
+from cmcgns.config import Config
 from cmcgns.data.image import Target
 from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
 from cmcgns.data.readers import open_index
@@ -22,6 +23,7 @@ from cmcgns.train.checkpoint import export_model
 from tests.evaluate import test_embed_job
 from tests.library.conftest import CONFIG
 from tests.report.test_report import Page, write_run
+from tests.small import small_config
 
 MOST = 20
 K = CONFIG.banks[0].num_clusters
@@ -31,9 +33,18 @@ K = CONFIG.banks[0].num_clusters
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with metrics, pictures, the export of an untrained model, and centroids that were drawn."""
     folder = write_run(tmp_path_factory.mktemp("samples") / "finished")
-    model = test_embed_job.write_run(folder, CONFIG)
-    centroids = unit(torch.randn(K, CONFIG.banks[0].dim, generator=torch.Generator().manual_seed(0)))
-    state = {"rows_KD": centroids, "counts_K": torch.ones(K), "version_and_start": torch.tensor([3, 300])}
+    return with_centroids(folder, CONFIG)
+
+
+def with_centroids(folder: Path, config: Config) -> Path:
+    """Write the export of an untrained model into ``folder``, and drawn centroids for every bank of its method."""
+    model = test_embed_job.write_run(folder, config)
+    state = dict[str, torch.Tensor]()
+    for number, bank in enumerate(config.banks):
+        prefix = f"{bank.name}/" if number else ""
+        drawn_KD = torch.randn(bank.num_clusters, bank.dim, generator=torch.Generator().manual_seed(number))
+        state[f"{prefix}rows_KD"], state[f"{prefix}counts_K"] = unit(drawn_KD), torch.ones(bank.num_clusters)
+        state[f"{prefix}version_and_start"] = torch.tensor([3, 300])
     tokenizer: ReportTokenizer = cmcgns.load(str(folder)).run.tokenizer
     shutil.rmtree(folder / "export")
     (folder / "export").mkdir()
@@ -123,6 +134,33 @@ def test_clusters_show_the_rows_nearest_to_their_centroids(samples: Samples, tru
         near = [owners[i] for i in own if cosine_nK[i, cluster.number] > cluster.sentences[0][1] - 1e-5]
         assert cluster.sentences[0][0] in [sentence for _, sentence in near]
         assert any(np.array_equal(cluster.films[0], truth.seen(study)) for study, _ in near)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method__name": "xdc"},
+        {"method__name": "mgca", "objective__prototype_source": "pool", "objective__num_prototypes": 6},
+        {
+            "method__name": "images100m", "objective__codes": "kmeans", "objective__prototypes": 6, "objective__embed": 32,
+            "objective__supervision": "reports",
+        },
+    ],
+    ids=["two banks", "films and reports in one bank", "views of films"],
+)  # fmt: skip
+def test_clusters_of_other_banks_are_shown(tmp_path: Path, method: dict[str, object]) -> None:
+    config = small_config(**method)
+    found = read_samples(str(with_centroids(tmp_path / "run", config)), MOST)
+    assert list(found.clusters) == [bank.name for bank in config.banks]
+    assert all(sum(each.share for each in clusters) == pytest.approx(1) for clusters in found.clusters.values())
+
+
+def test_a_hospital_that_calls_its_folder_phantom_is_no_generated_corpus(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "hospital"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("format: auto\n", "format: pairs-csv\n"))
+    assert read_record(str(finished)).is_generated
+    assert not read_record(str(folder)).is_generated
 
 
 def test_the_page_of_a_generated_corpus_shows_them_without_being_asked(finished: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_an_epoch_read_by_stretches_gives_the_steps_of_one_read_at_once(bad: tup
     whole, _ = digests(bad, None)
     found, source = digests(bad, at_once)
     assert found == whole
+    assert len(source.prepared) <= len(source.opened)  # not one for each bad row
     assert max(end - start for _, start, end in source.opened) <= 2 * max(at_once, GLOBAL_BATCH) + len(bad)
 
 

@@ -46,7 +46,7 @@ def check_set(uri: str) -> int:
     manifest = read_manifest(uri)
     findings = check_files(uri, manifest)
     lost = {finding.ids[0] for finding in findings if finding.kind == "shard"}
-    with facts_on_disk() as facts:
+    with facts_on_disk(manifest.rows) as facts:
         with quiet_terminal(), ray_session():
             of_shards = read_shards(uri, (shard for shard in manifest.shards if shard.name not in lost), facts)
         findings += of_shards + check_counts(manifest, facts, complete=not lost and not of_shards) + leaks(facts)

@@ -5,6 +5,7 @@ What is compared of each row is in files on the local disk, and a few million ro
 
 # N rows of the set, n rows in memory, U hashes, y hashes of the later of two splits, P pairs of hashes
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from cmcgns.data.manifest import SPLITS
 from cmcgns.data.order import study_key
 from cmcgns.data.record import PREPARED_SCHEMA
 from cmcgns.data.reports import as_parsed
+from cmcgns.errors import UserError
 
 MAX_BITS = 3
 """Bits by which the perceptual hashes of two copies of an image may differ, as after another encoding."""
@@ -32,6 +34,8 @@ BANDS = np.arange(0, 65, 16)
 NO_REPORT = as_parsed([]).report_hash
 THUMBNAIL = 16
 """Side in pixels of the thumbnail of each film."""
+BYTES_A_FILM = 400
+"""On disk: the thumbnail, hashes and ids of some 100 letters."""
 ROWS_AT_ONCE = 2**22
 """Rows whose hashes are in memory at the same time, some 200 MB."""
 PAIRS_AT_ONCE = 2**22
@@ -159,8 +163,18 @@ def _number(split: str) -> int:
 
 
 @contextmanager
-def facts_on_disk() -> Iterator[Facts]:
-    """Room for facts, in a temporary folder."""
+def facts_on_disk(rows: int) -> Iterator[Facts]:
+    """Room for the facts of ``rows`` films, in a temporary folder.
+
+    Raises:
+        UserError: the disk has less.
+    """
+    needed, free = rows * BYTES_A_FILM, shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise UserError(
+            f"--check of {rows:,} films needs {needed / 2**30:.1f} GiB in {tempfile.gettempdir()}, and {free / 2**30:.1f} GiB "
+            "are free; set TMPDIR to a folder with more"
+        )
     with tempfile.TemporaryDirectory(prefix="cmcgns-check-") as folder:
         facts = Facts(Path(folder))
         try:

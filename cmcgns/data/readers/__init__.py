@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from cmcgns import storage
 from cmcgns.config import CorpusConfig
+from cmcgns.config.sections import is_generated
 from cmcgns.data.image import Target
 from cmcgns.data.manifest import MANIFEST, PLAN, SPLITS
 from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, FileSource, Reader, Source
@@ -47,7 +48,7 @@ METADATA_TABLE = "mimic-cxr-*-metadata.csv*"
 
 def detect_format(uri: str) -> str:
     """The format of the corpus at ``uri``; ``UserError`` with the known ones if it is none of them."""
-    if uri == "phantom" or uri.startswith("phantom:"):
+    if is_generated(uri):
         return "phantom"
     if uri.endswith(".csv"):
         return "pairs-csv"

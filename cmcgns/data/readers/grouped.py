@@ -115,6 +115,8 @@ class GroupedStudies:
         parts, content = list[pa.Table](), dict[str, pa.Table | BadRow]()
         for window in range(first, end):
             start = int(order.starts[window])
+            if start == order.starts[window + 1]:  # all its groups are lost, or have no film of the wanted views
+                continue
             studies, found = self._window(order, window)
             parts.append(studies.slice(max(positions.start - start, 0), positions.stop - max(positions.start, start)))
             content |= found
@@ -226,9 +228,9 @@ def grouped_splits(source: PreparedSource) -> tuple[dict[str, GroupedStudies], d
             entries[shard.split].append(Entry.of(shard, studies, manifest.version > 1))
             filtered.update(excluded)
         splits = {split: _joined(source, manifest, split, entries.pop(split)) for split in sorted(entries)}
-    for split in splits.values():
-        if (np.diff(split.group_R) <= 0).any() or not 0 <= split.group_R[0] <= split.group_R[-1] < split.groups:
-            raise UserError(f"{path}: its row groups are not in the order of their groups; prepare the set again")
+        for split in splits.values():
+            if (np.diff(split.group_R) <= 0).any() or not 0 <= split.group_R[0] <= split.group_R[-1] < split.groups:
+                raise UserError(f"{path}: its row groups are not in the order of their groups; prepare the set again")
     return splits, dict(sorted(filtered.items()))
 
 

@@ -110,7 +110,7 @@ class Retrieval(Task):
     """Recall in both directions on the split of the corpus in `evaluate.split`."""
 
     reads = "pairs"
-    least_studies = max(DEPTHS) + 1  # among fewer, recall is 1 whatever the model
+    least_studies = max(DEPTHS) + 1  # among fewer, recall@10 is 1 whatever the model
 
     def scores(self, inputs: Inputs) -> list[Score]:
         assert inputs.pairs is not None

@@ -78,7 +78,10 @@ def test_a_changed_value_in_an_intact_file_is_found(copied: Path) -> None:
 def test_storage_failing_during_the_check_is_one_message(copied: Path) -> None:
     manifest = read_manifest(str(copied))
     (copied / manifest.shards[1].name).unlink()
-    with facts_on_disk() as facts, pytest.raises(UserError, match=f"{manifest.shards[1].name} does not exist"):
+    with (
+        facts_on_disk(manifest.rows) as facts,
+        pytest.raises(UserError, match=f"{manifest.shards[1].name} does not exist"),
+    ):
         read_shards(str(copied), manifest.shards, facts)
 
 

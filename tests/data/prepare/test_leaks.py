@@ -9,6 +9,7 @@ from cmcgns.data.prepare import leaks as module
 from cmcgns.data.prepare.check import facts_of
 from cmcgns.data.prepare.leaks import FACT_SCHEMA, MAX_BITS, MAX_LEVELS, THUMBNAIL, Finding, facts_on_disk, leaks
 from cmcgns.data.record import PREPARED_SCHEMA
+from cmcgns.errors import UserError
 from cmcgns.phantom import PhantomCorpus
 
 CORPUS = PhantomCorpus(40, seed=4, height=128, width=112)
@@ -31,7 +32,7 @@ def encoded(grey_HW: np.ndarray, suffix: str, *options: int) -> bytes:
 
 def leaks_of(*rows: dict[str, object]) -> list[Finding]:
     """The leaks of a set of these rows, which are in two shards."""
-    with facts_on_disk() as facts:
+    with facts_on_disk(len(rows)) as facts:
         for part in (rows[:3], rows[3:]):
             found, broken = facts_of(pa.Table.from_pylist(list(part), schema=PREPARED_SCHEMA))
             assert broken == []
@@ -134,7 +135,7 @@ def test_parts_on_disk_find_what_comparing_every_row_with_every_other_finds(monk
     }
     for at_once in (10**9, 130):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", at_once)
-        with facts_on_disk() as facts:
+        with facts_on_disk(len(table)) as facts:
             for start in range(0, len(table), 250):
                 facts.add(table.slice(start, 250))
             found = leaks(facts)
@@ -146,3 +147,11 @@ def test_parts_on_disk_find_what_comparing_every_row_with_every_other_finds(monk
         assert {(each.kind.split()[0], each.what.split()[1]) for each in others if each.kind[0] != "r"} == {
             each for each in shared if each[0] != "report"
         }
+
+
+def test_a_set_whose_facts_do_not_fit_on_the_disk_is_refused_before_it_is_read() -> None:
+    with (
+        pytest.raises(UserError, match=r"10,000,000,000,000 films needs 3725290\.3 GiB in .*set TMPDIR"),
+        facts_on_disk(10**13),
+    ):
+        pass
