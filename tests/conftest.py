@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 from tests.ray_head import RayHead, connected, running_head
 from tests.s3 import S3Server, running_server
 
+ARGV = list(sys.argv)
 STARTING = {"ray", "s3", "distributed", "cluster"}
 """Markers of tests that start clusters, servers or ranks."""
 
@@ -32,8 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_argv(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cmcgns` changes sys.argv, by which messages name the command."""
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    """`cmcgns` changes sys.argv, by which messages name the command; also in fixtures of a module."""
+    monkeypatch.setattr(sys, "argv", list(ARGV))
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,11 @@ def test_films_of_one_patient_are_drawn_together() -> None:
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(2.0, rel=0.3)
 
 
-def test_the_smallest_split_for_retrieval_is_the_first_in_which_chance_is_below_one() -> None:
-    least = Retrieval.least_studies
-    assert chance(np.arange(least - 1), max(DEPTHS)) == 1
-    assert chance(np.arange(least), max(DEPTHS)) < 1
+def test_depths_that_reach_all_items_are_left_out() -> None:
+    rows_ND = np.eye(12, dtype=np.float32)
+    for number, depths in ((1, ()), (2, (1,)), (10, (1, 5)), (11, (1, 5, 10))):
+        pairs = pairs_of(rows_ND[:number], rows_ND[:number], np.arange(number))
+        metrics = {score.metric for score in retrieval_scores(pairs, "encoder", "corpus", 10, 0)}
+        assert metrics == {f"recall@{depth}" for depth in depths}
+        assert all(chance(np.arange(number), depth) == 1 for depth in DEPTHS if depth not in depths)
+    assert Retrieval.least_studies == 2
