@@ -21,7 +21,7 @@ from cmcgns.storage.integrity import hash_file
 from tests.jobs import REPOSITORY, Running, run_here
 from tests.ray_head import RayHead
 
-SHARD = 4
+SHARD = 2
 
 
 def studies_of(films_of_each: list[int]) -> pa.Table:
