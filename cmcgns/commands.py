@@ -138,7 +138,6 @@ def report(arguments: Arguments) -> int:
     parser.add_argument(
         "--out", help="the page; by default report.html in the folder of the run, or of the first of several"
     )
-
     parser.add_argument(
         "--samples",
         type=int,

@@ -121,6 +121,11 @@ class Split:
     studies: pa.Table
     arrangement: Arrangement
 
+    @property
+    def listed(self) -> ListedStudies:
+        """The studies as a stream takes them."""
+        return ListedStudies(self.source, self.studies, self.arrangement)
+
 
 class EmbedRows(ABC):
     """A Ray Data actor with the model: takes stream rows with text, returns ``table``."""
@@ -263,8 +268,7 @@ def embedded(
     """
     data = split.config.data
     ahead = STUDIES_AHEAD + 2 * piece_studies(split.source, data, len(split.studies))
-    listed = ListedStudies(split.source, split.studies, split.arrangement)
-    stream = stream_split(listed, run.tokenizer, data, coordinator, studies_ahead=ahead, with_text=True)
+    stream = stream_split(split.listed, run.tokenizer, data, coordinator, studies_ahead=ahead, with_text=True)
     with stream.context():
         yield stream.rows(VALIDATION_EPOCH, position).map_batches(
             actor,

@@ -16,7 +16,6 @@ from cmcgns.data.batch import Batcher
 from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
 from cmcgns.data.record import to_block
 from cmcgns.data.stream import stream_split
-from cmcgns.data.studies import ListedStudies
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EmbedConfig
 from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
@@ -68,9 +67,8 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
     """Embeddings of ``split`` of the run's corpus by ``model``, with settings and vocabulary of ``run``; on one CPU."""
     source_split = open_split(run, EmbedConfig(run=run.uri, split=split), "evaluate")
     coordinator = start_coordinator(len(source_split.studies), source_split.config.data.max_bad_fraction, {})
-    listed = ListedStudies(source_split.source, source_split.studies, source_split.arrangement)
     stream = stream_split(
-        listed, run.tokenizer, source_split.config.data, coordinator,
+        source_split.listed, run.tokenizer, source_split.config.data, coordinator,
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
     batch_of = Batcher(run.config, run.tokenizer.pad_id, torch.device("cpu"))

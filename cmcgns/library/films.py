@@ -6,7 +6,6 @@ H, W pixels of a film, R side of the padded square.
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,6 @@ FilmLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.generic]
 FILM_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".webp")
 READERS = 8
 """Threads that fetch and decode."""
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def film_list(films: Iterable[FilmLike]) -> list[FilmLike]:

@@ -30,7 +30,7 @@ def download(key: str, name: str) -> str:
 
     try:
         folder = snapshot_download(name)
-    except Exception as error:  # those of the HTTP library have no base of ours or Python's
+    except Exception as error:  # errors of its HTTP library derive from Exception alone
         raise UserError(
             f"{key} {name} is no folder here, and cannot be had from the Hugging Face hub ({first_line(error)}); give the folder "
             "of a finished run, such as runs/NAME, or its export"

@@ -195,9 +195,12 @@ def _trusted_config(key: str, uri: str, settings_uri: str, trusted: Collection[s
     settings: dict[str, Any] = read(storage.read_bytes(settings_uri))
     for setting, name in foreign_modules(settings).items():
         if trusted is not None and absolute_plugin(name) not in map(absolute_plugin, trusted):
-            section, _, setting_name = key.partition(".")
-            fix = f"{section}.trusted=[{name}]" if setting_name else f"--trusted={name}"
-            fix = f"trusted=[{name!r}]" if key == LOAD else fix
+            if key == LOAD:
+                fix = f"trusted=[{name!r}]"
+            elif "." in key:  # a setting of a job
+                fix = f"{key.partition('.')[0]}.trusted=[{name}]"
+            else:
+                fix = f"--trusted={name}"
             raise UserError(
                 f"{key} {uri}: its {Path(settings_uri).name} names the module {name} ({setting}), which would be executed here; "
                 f"if you trust it, set {fix}"

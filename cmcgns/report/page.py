@@ -113,10 +113,11 @@ def metric_rows(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 def _inline(picture: bytes | Image.Image) -> str:
     """A PNG or a picture as the source of an image."""
-    stored = io.BytesIO(picture) if isinstance(picture, bytes) else io.BytesIO()
     if isinstance(picture, Image.Image):
+        stored = io.BytesIO()
         picture.save(stored, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(stored.getvalue()).decode()}"
+        picture = stored.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
 def _number(value: Any) -> str:

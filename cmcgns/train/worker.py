@@ -67,8 +67,7 @@ class RayBlocks:
             blocks_ahead.close()
 
     def prepare(self, stretch: Stretch) -> None:
-        if self._prepared is None or self._prepared[0] != stretch:
-            self._prepared = stretch, self.open(stretch)
+        self._prepared = stretch, self._open(self.train, *stretch)
 
     def open(self, stretch: Stretch) -> Iterator[Block]:
         known, ready = self._prepared or (None, None)

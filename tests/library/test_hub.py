@@ -11,7 +11,7 @@ import pytest
 
 import cmcgns
 from cmcgns.library.export import export_run
-from cmcgns.library.hub import is_hub_name
+from cmcgns.library.hub import download, is_hub_name
 from cmcgns.library.model import Model
 from tests.hub import running_hub
 from tests.jobs import REPOSITORY
@@ -83,3 +83,9 @@ def test_what_may_be_a_folder_here_is_no_name_of_the_hub(tmp_path: Path, monkeyp
     assert is_hub_name("hospital/chest-films_2.0")
     with pytest.raises(cmcgns.UserError, match=r"models/p does not exist; give the folder of a finished run"):
         cmcgns.load("models/p")
+
+
+def test_a_proxy_that_does_not_answer_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    with pytest.raises(cmcgns.UserError, match=r"someone/model is no folder here, and cannot be had .*refused"):
+        download("cmcgns.load", "someone/model")

@@ -163,6 +163,15 @@ def test_a_hospital_that_calls_its_folder_phantom_is_no_generated_corpus(finishe
     assert not read_record(str(folder)).is_generated
 
 
+def test_a_module_that_is_not_trusted_is_named_with_the_option_that_executes_it(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "own"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("format: auto\n", "format: hospital.reader\n"))
+    (left_out,) = read_samples(str(folder), MOST).left_out
+    assert "names the module hospital.reader (data.format)" in left_out
+    assert left_out.endswith("if you trust it, set --trusted=hospital.reader")
+
+
 def test_the_page_of_a_generated_corpus_shows_them_without_being_asked(finished: Path, tmp_path: Path) -> None:
     assert main(["report", str(finished), f"--out={tmp_path}/report.html"]) == 0
     page = Page((tmp_path / "report.html").read_text())
