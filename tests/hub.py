@@ -27,6 +27,10 @@ class _Hub(BaseHTTPRequestHandler):
         folder = self.models.get(f"{owner}/{name}")
         if folder is None:
             self._answer(b"{}", 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif rest[0] == "revision" and rest[1] not in ("main", COMMIT):
+            self._answer(
+                b"{}", 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {rest[1]}"}
+            )
         elif rest[0] == "revision":
             self._answer(json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode())
         elif rest[0] == "tree":

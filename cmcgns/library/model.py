@@ -55,9 +55,10 @@ def load(
     batch_size: int = 32,
     trusted: Collection[str] = (),
     progress: bool = True,
+    revision: str | None = None,
 ) -> "Model":
     """The model of the finished run, or of the export of one, in the folder or at the `s3://` URI ``where``, or OWNER/NAME on the
-    Hugging Face hub.
+    Hugging Face hub, there at the branch, tag or commit ``revision``.
 
     ``device``: `cpu`, `cuda` or `cuda:1`. ``batch_size``: films or texts of one forward. ``trusted``: modules that the run's
     settings name, besides ours, and that may be executed. ``progress``: show a bar in a terminal or notebook.
@@ -69,7 +70,12 @@ def load(
         raise UserError(f"precision {precision!r}: choose fp32 or bf16")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give at least 1")
-    uri = download(LOAD, str(where)) if is_hub_name(where) else str(where)
+    on_hub = is_hub_name(where)
+    if revision is not None and not on_hub:
+        raise UserError(
+            f"revision {revision!r} is for OWNER/NAME on the Hugging Face hub, not for {where}; leave it out"
+        )
+    uri = download(LOAD, str(where), revision, progress) if on_hub else str(where)
     return Model(open_model(LOAD, uri, trusted), device_named(device), precision, batch_size, progress)
 
 
