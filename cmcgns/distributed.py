@@ -3,7 +3,7 @@
 W ranks; n rows on this rank, N rows on all ranks. Every function here but ``places_of_rows`` is collective: every rank enters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -133,13 +133,23 @@ def broadcast_object(value: Any) -> Any:
 
 def exchange(values: Sequence[int]) -> list[list[int]]:
     """A few integers of every rank, by rank, through host memory: never waits for the device."""
+    return exchange_later(values)()
+
+
+def exchange_later(values: Sequence[int]) -> Callable[[], list[list[int]]]:
+    """A function that waits for the integers of every rank; they travel meanwhile."""
     if world_size() == 1:
-        return [list(values)]
+        return lambda: [list(values)]
     own = torch.tensor(values, dtype=torch.int64)
     gathered = torch.empty(world_size() * len(values), dtype=torch.int64)
-    dist.all_gather_into_tensor(gathered, own, group=host_group())
-    rows: list[list[int]] = gathered.view(world_size(), len(values)).tolist()
-    return rows
+    work = dist.all_gather_into_tensor(gathered, own, group=host_group(), async_op=True)
+
+    def arrived() -> list[list[int]]:
+        work.wait()
+        rows: list[list[int]] = gathered.view(world_size(), len(values)).tolist()
+        return rows
+
+    return arrived
 
 
 def join_even(part: Tensor, size: int) -> Tensor:

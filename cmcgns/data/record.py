@@ -247,6 +247,12 @@ def _column(kind: pa.DataType, values: Sequence[Any]) -> pa.Array:
 
 # --- block: one microbatch on a rank ---
 
+FACTS = ("studies", "sentences", "first position", "last position", "digest")
+"""What every rank needs to know of every other rank's block, as int64. The digest is the sum of the films' keys, which does not
+depend on their order and wraps around."""
+DEALT = "dealt"
+"""Column of dealt rows: in the first row of a block, ``FACTS`` of the blocks of all ranks in its round; empty in the others."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -259,9 +265,22 @@ class Block:
     sentence_of_token: Sequence[np.ndarray]
     sentence_hashes: Sequence[np.ndarray]
     report_hashes: np.ndarray
+    dealt_W5: NDArray[np.int64] | None = None
+    """``FACTS`` of the blocks that were dealt to the ranks together with this one; None: a single rank gets all blocks."""
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def facts_5(self) -> NDArray[np.int64]:
+        """``FACTS`` of this block."""
+        sentences, digest = self.sentence_counts.sum(), self.draw_keys.sum(dtype=np.int64)
+        return np.array([len(self), sentences, self.positions[0], self.positions[-1], digest], np.int64)
+
+    @property
+    def facts_W5(self) -> NDArray[np.int64]:
+        """``FACTS`` of the blocks of all ranks that belong to the same round."""
+        return self.facts_5[None] if self.dealt_W5 is None else self.dealt_W5
 
     @property
     def sentence_counts(self) -> np.ndarray:
@@ -269,11 +288,12 @@ class Block:
         return np.array([len(hashes) for hashes in self.sentence_hashes])
 
     def padded(self, size: int) -> "Block":
-        """``size`` studies: the first one is repeated at the end."""
+        """``size`` studies: the first one is repeated at the end. Dealt alone."""
         index = np.concatenate([np.arange(len(self)), np.zeros(size - len(self), np.int64)])
         parts: dict[str, Any] = {
             name: part[index] if isinstance(part, np.ndarray) else [part[i] for i in index]
             for name, part in vars(self).items()
+            if name != "dealt_W5"
         }
         return Block(**parts)
 
@@ -291,6 +311,7 @@ def to_block(table: pa.Table, resize: int) -> Block:
         sentence_of_token=_ragged(table["sentence_of_token"]),
         sentence_hashes=_ragged(table["sentence_hashes"]),
         report_hashes=table["report_hash"].to_numpy(),
+        dealt_W5=_ragged(table[DEALT])[0].reshape(-1, len(FACTS)) if DEALT in table.column_names else None,
     )
 
 

@@ -1,4 +1,6 @@
-"""Microbatches of each optimizer step on this rank: the ranks agree on the host, then the data moves to the device."""
+"""Microbatches of each optimizer step on this rank. No rank waits for another one on the host: the dealer tells each of the
+others' blocks, and what only a rank itself can know travels while the step runs and counts from the next one on.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ import numpy as np
 from cmcgns import distributed
 from cmcgns.cluster.heartbeat import FILMS, mark
 from cmcgns.data.batch import Batcher, ImageReportBatch
-from cmcgns.data.record import Block, blank_block
+from cmcgns.data.record import FACTS, Block, blank_block
 
 STEPS_AHEAD = 40
 """Start reading the next stretch at the latest this many steps before the end of the current one."""
@@ -36,6 +38,10 @@ class PrefetchTimer:
         self._speed_before = self._speed
         self._first: tuple[float, int] | None = None
 
+    def is_near(self, position: int) -> bool:
+        """True near the end of the stretch, by ``position`` alone: on all ranks at once."""
+        return self._end - position <= self._least
+
     def is_due(self, position: int) -> bool:
         """True if what comes next should be read now; ``position`` is the progress in the epoch."""
         now = time.monotonic()
@@ -44,7 +50,7 @@ class PrefetchTimer:
         if now > began:
             self._speed = (position - first) / (now - began)
         speed = self._speed if now - began > MEASURED_S else self._speed_before
-        return self._end - position <= max(self._least, speed * START_S)
+        return self.is_near(position) or self._end - position <= speed * START_S
 
 
 class BlockSource(Protocol):
@@ -86,7 +92,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class StepData:
-    """The data of one optimizer step."""
+    """The data of one optimizer step. What a rank asks for reaches all of them with the next step."""
 
     microbatches: list[ImageReportBatch]
     cursor: Cursor
@@ -94,8 +100,17 @@ class StepData:
     studies_digest: str
     """Hash of the films of this step on all ranks; it does not depend on their order."""
     stop_requested: bool
+    """A rank had a stop request in the step before."""
     checkpoint_due: bool
-    """By the clock of rank 0."""
+    """In the step before, by the clock of rank 0."""
+
+
+class Wishes(NamedTuple):
+    """What ranks ask for in a step."""
+
+    stop: bool = False
+    prefetch: bool = False
+    checkpoint: bool = False
 
 
 class StepReader:
@@ -117,6 +132,8 @@ class StepReader:
         self.accumulation, self.stop, self.checkpoint_due = accumulation, stop, checkpoint_due
         self._global_batch = batcher.config.train.global_batch_size
         self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * self._global_batch)
+        self._sent: Callable[[], list[list[int]]] | None = None
+        self._stretches = 0
         self._open(cursor, self._stretch(cursor.epoch, cursor.position))
 
     def _stretch(self, epoch: int, position: int, reached: int = 0) -> Stretch:
@@ -129,6 +146,7 @@ class StepReader:
 
     def _open(self, cursor: Cursor, stretch: Stretch) -> None:
         self.cursor, self._current = cursor, stretch
+        self._stretches += 1
         self._blocks = self.source.open(stretch)
         self._next_is_prepared = False
         self._prefetch.start(stretch.end)
@@ -161,40 +179,53 @@ class StepReader:
     def _read_step(self) -> StepData | None:
         """One step's batches, or None if any rank has too few blocks left in this stretch."""
         blocks = [block for _, block in zip(range(self.accumulation), self._blocks, strict=False)]
-        facts = np.zeros((self.accumulation, 4), np.int64)
-        for row, block in zip(facts, blocks, strict=False):
-            row[:] = block.sentence_counts.sum(), block.positions[0], block.positions[-1], digest(block)
+        facts_AW5 = np.array([dealt_facts(block) for block in blocks])
         size = self.batcher.config.train.microbatch_size
-        short = len(blocks) < self.accumulation or any(len(block) != size for block in blocks)
-        prefetch = self._prefetch.is_due(self.cursor.position)
-        mark("waiting for the other ranks")
-        flags = [int(short), int(self.stop()), int(prefetch), int(self.checkpoint_due())]
-        ranks = np.array(distributed.exchange([*flags, *facts.ravel().tolist()]))
-        if ranks[:, 0].any():
+        if len(blocks) < self.accumulation or (facts_AW5[:, :, FACTS.index("studies")] < size).any():
             return None
-        facts_WA4 = ranks[:, len(flags) :].reshape(len(ranks), self.accumulation, 4)
-        check_order(facts_WA4)
-        self.cursor = Cursor(self.cursor.epoch, int(facts_WA4[:, :, 2].max()) + 1)
+        sentences_AW, first_AW, last_AW, digest_AW = np.moveaxis(facts_AW5[:, :, 1:], 2, 0)
+        check_order(first_AW, last_AW)
+        wishes, is_near = self._wishes(), self._prefetch.is_near(self.cursor.position)
+        self.cursor = Cursor(self.cursor.epoch, int(last_AW.max()) + 1)
         # once: each bad row after it moves where the next stretch begins, and opening one anew costs seconds
-        if ranks[:, 2].any() and not self._next_is_prepared:  # collective: the ranks' clocks differ
+        if (is_near or wishes.prefetch) and not self._next_is_prepared:
             self._next_is_prepared = True
             self.source.prepare(self._next())
         microbatches = [
-            self.batcher(block, tuple(int(count) for count in facts_WA4[:, i, 0]), training=True)
-            for i, block in enumerate(blocks)
+            self.batcher(block, tuple(sentences_W.tolist()), training=True)
+            for block, sentences_W in zip(blocks, sentences_AW, strict=True)
         ]
-        whole = int(facts_WA4[:, :, 3].astype(np.uint64).sum(dtype=np.uint64))
-        return StepData(microbatches, self.cursor, f"{whole:016x}", bool(ranks[:, 1].any()), bool(ranks[0, 3]))
+        digest = int(digest_AW.astype(np.uint64).sum(dtype=np.uint64))
+        return StepData(microbatches, self.cursor, f"{digest:016x}", wishes.stop, wishes.checkpoint)
+
+    def _wishes(self) -> Wishes:
+        """What the ranks asked for in the step before; sends what this one asks for now."""
+        before = Wishes()
+        if self._sent is not None:
+            mark("waiting for the other ranks")
+            stop_W, stretch_W, checkpoint_W = np.array(self._sent()).T
+            prefetch = (stretch_W == self._stretches).any()  # of the stretch before it would come too late
+            before = Wishes(bool(stop_W.any()), bool(prefetch), bool(checkpoint_W[0]))
+        prefetch = self._prefetch.is_due(self.cursor.position)
+        checkpoint = self.checkpoint_due() and not before.checkpoint  # that one is written after this step
+        self._sent = distributed.exchange_later([int(self.stop()), self._stretches * prefetch, int(checkpoint)])
+        return before
 
 
-def digest(block: Block) -> int:
-    """Sum of the films' keys; it does not depend on their order."""
-    return int(block.draw_keys.sum(dtype=np.int64))
+def dealt_facts(block: Block) -> np.ndarray:
+    """``FACTS`` of the blocks of ``block``'s round on all ranks, compared with those of ``block`` itself."""
+    facts_W5 = block.facts_W5
+    ranks, rank = distributed.world_size(), distributed.rank()
+    if len(facts_W5) != ranks or (facts_W5[rank] != block.facts_5).any():
+        raise RuntimeError(
+            f"rank {rank} of {ranks} has a block that was dealt to another rank, or to {len(facts_W5)} ranks"
+        )
+    return facts_W5
 
 
-def check_order(facts_WA4: np.ndarray) -> None:
+def check_order(first_AW: np.ndarray, last_AW: np.ndarray) -> None:
     """Assert that block b of the index went to rank b mod world size."""
-    bounds = facts_WA4[:, :, 1:3].transpose(1, 0, 2).ravel()
+    bounds = np.stack([first_AW, last_AW], axis=2).ravel()
     if not (np.diff(bounds) >= 0).all():
         raise RuntimeError(f"blocks are out of order: they end at positions {bounds[1::2].tolist()}")
 

@@ -14,7 +14,7 @@ from cmcgns.config import Config
 from cmcgns.data import readers
 from cmcgns.data.blocks import blocks, deal
 from cmcgns.data.readers import open_source
-from cmcgns.data.record import StreamStudy, stream_table
+from cmcgns.data.record import FACTS, StreamStudy, stream_table
 from cmcgns.data.stream import Stream, stream_split
 from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
@@ -28,10 +28,11 @@ def numbered(rows: int) -> pa.Table:
     """Rows whose position and image are their number."""
     studies = [
         StreamStudy(
-            number, np.full((2, 2), number, np.uint8), np.arange(3, dtype=np.int32), np.zeros(3, np.int16), [1], 2, []
+            (number + 1) * 3**35, np.full((2, 2), number, np.uint8), np.arange(3, dtype=np.int32), np.zeros(3, np.int16),
+            [1] * (1 + number % 3), 2, [],
         )
         for number in range(rows)
-    ]
+    ]  # fmt: skip
     return stream_table(range(rows), studies, 2)
 
 
@@ -53,6 +54,32 @@ def test_blocks_are_dealt_round_the_ranks(rows: int, ranks: int) -> None:
         if place >= 0
     ]
     assert films == [place for part in wanted for place in part]
+
+
+class Dealt:
+    """Rows as one rank's Ray Data iterator gives them."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self.rows = rows
+
+    def iter_batches(self, **_: Any) -> Any:
+        return iter([self.rows])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 24, 30, 48])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_is_told_of_the_blocks_of_all_ranks(rows: int, ranks: int) -> None:
+    """Against what each rank finds in its own blocks."""
+    dealt = deal(numbered(rows), ranks, 4, rounds=12)
+    cut = len(dealt) // ranks
+    of_rank = [list(blocks(Dealt(dealt.slice(cut * rank, cut)), 2, 4)) for rank in range(ranks)]
+    for number in range(max(map(len, of_rank))):
+        together = [each[number] for each in of_rank if number < len(each)]
+        for block in together:
+            assert block.facts_W5.shape == (ranks, len(FACTS))
+            assert block.facts_W5[: len(together)].tolist() == [each.facts_5.tolist() for each in together]
+            assert not block.facts_W5[len(together) :, FACTS.index("studies")].any()
+    assert sum(int(block.facts_5[0]) for each in of_rank for block in each) == rows
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A corpus in memory: blocks as Ray Data would deliver them, for tests of the loop without Ray."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement
-from cmcgns.data.record import Block
+from cmcgns.data.record import FACTS, Block
 from cmcgns.train.steps import Stretch
 from tests.small import VOCABULARY
 
@@ -50,8 +51,13 @@ class MemoryBlocks:
         good = [(place, study) for place, study in places if study not in self.bad]
         size = self.config.train.microbatch_size
         cut = [good[start : start + size] for start in range(0, len(good), size)]
-        for rows in cut[distributed.rank() :: distributed.world_size()]:
-            yield self._block(rows, epoch)
+        ranks = distributed.world_size()
+        for start in range(0, len(cut), ranks):
+            blocks = [self._block(rows, epoch) for rows in cut[start : start + ranks]]
+            facts_W5 = np.zeros((ranks, len(FACTS)), np.int64)  # each block tells of itself
+            facts_W5[: len(blocks)] = [block.facts_5 for block in blocks]
+            for block in blocks[distributed.rank() :][:1]:
+                yield replace(block, dealt_W5=facts_W5)
 
     def _block(self, rows: list[tuple[int, int]], epoch: int) -> Block:
         studies = [self._study(study) for _, study in rows]

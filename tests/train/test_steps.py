@@ -1,10 +1,12 @@
 """Studies of each step: the same on any number of ranks, and after a restart in the middle."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from cmcgns import distributed
 from cmcgns.config import Config
@@ -137,25 +139,74 @@ def test_a_corpus_smaller_than_a_global_batch_is_an_error_and_not_an_endless_loo
         reader.next_step()
 
 
-def test_a_wish_to_stop_reaches_every_step() -> None:
-    config = config_of(1)
-    reader = StepReader(MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Cursor(), 1, lambda: True)
-    assert reader.next_step().stop_requested
-
-
-def on_the_clock_of_rank_0() -> list[bool]:
-    due = iter([False, True, False])
-    config = config_of(2)
+def wishes(stop_at: tuple[int, int], due_at: tuple[int, int], steps: int = 6) -> list[tuple[bool, bool]]:
+    """Stop and checkpoint in each step; each rank asks from its own step on, for a checkpoint until it gets one."""
+    config, rank = config_of(2), distributed.rank()
+    step = {"now": 0, "saved": 0}
     reader = StepReader(
-        MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Cursor(), 1, lambda: False,
-        lambda: next(due) if distributed.rank() == 0 else True,
+        MemoryBlocks(config, STUDIES), Batcher(config, 0, CPU), Cursor(), 1,
+        lambda: step["now"] >= stop_at[rank], lambda: step["now"] - step["saved"] >= due_at[rank],
     )  # fmt: skip
-    return [reader.next_step().checkpoint_due for _ in range(3)]
+    seen = []
+    for step["now"] in range(steps):
+        data = reader.next_step()
+        seen.append((data.stop_requested, data.checkpoint_due))
+        step["saved"] = step["now"] if data.checkpoint_due else step["saved"]
+    return seen
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_by_the_clock_is_due_on_all_ranks_when_it_is_on_rank_0() -> None:
-    assert run_on_ranks(2, on_the_clock_of_rank_0) == [[False, True, False]] * 2
+@pytest.mark.parametrize("stop_at", [(2, 4), (4, 2), (3, 3)])
+def test_ranks_that_are_told_to_stop_at_different_moments_stop_at_the_same_step(stop_at: tuple[int, int]) -> None:
+    found = run_on_ranks(2, wishes, stop_at, (99, 99))
+    assert found[0] == found[1] == [(step > min(stop_at), False) for step in range(6)]
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_is_due_on_all_ranks_by_the_clock_of_rank_0_and_only_once() -> None:
+    found = run_on_ranks(2, wishes, (99, 99), (2, 1))
+    # asked for in step 2, written after step 3; again two steps later
+    assert found[0] == found[1] == [(False, step == 3) for step in range(6)]
+
+
+def late_step() -> list[str]:
+    """The studies of three steps; each rank reads one of them before the other one may begin to."""
+    config, rank = config_of(2), distributed.rank()
+    reader = StepReader(MemoryBlocks(config, STUDIES, bad=BAD), Batcher(config, 0, CPU), Cursor(), 1, lambda: False)
+    others = dist.new_group(backend="gloo")  # its barrier does not change the order of the steps' own collectives
+    digests = [reader.next_step().studies_digest]
+    for first in (0, 1):
+        if rank == first:
+            digests.append(reader.next_step().studies_digest)
+        dist.barrier(others)
+        if rank != first:
+            digests.append(reader.next_step().studies_digest)
+        dist.barrier(others)
+    return digests
+
+
+@pytest.mark.distributed
+def test_a_rank_reads_its_step_while_another_one_has_not_begun_to() -> None:
+    """If it waited for the other one, neither would go on."""
+    first, second = run_on_ranks(2, late_step)
+    assert first == second == read(1, 1, 3)["digests"]
+
+
+@pytest.mark.distributed
+def test_a_block_that_was_dealt_to_another_rank_is_an_error() -> None:
+    assert run_on_ranks(2, misdealt) == ["a block that was dealt to another rank, or to 2 ranks"] * 2
+
+
+def misdealt() -> str:
+    config, rank = config_of(2), distributed.rank()
+    source = MemoryBlocks(config, STUDIES)
+    facts_W5 = next(source.whole()).facts_W5[::-1]
+    source.open = lambda stretch: (  # type: ignore[method-assign]
+        replace(block, dealt_W5=facts_W5) for block in MemoryBlocks(config, STUDIES).open(stretch)
+    )
+    with pytest.raises(RuntimeError, match=f"rank {rank} of 2 has") as error:
+        StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False).next_step()
+    return str(error.value).partition("has ")[2]
 
 
 def crops(ranks: int) -> dict[int, tuple[float, list[bool]]]:

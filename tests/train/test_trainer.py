@@ -198,7 +198,7 @@ def test_two_runs_give_the_same_bits_with_deterministic_algorithms(finished: Run
 
 
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_to_go_on_from(finished: Run, tmp_path: Path) -> None:
-    asked = iter([False, False, True])
+    asked = iter([False, True, True])  # the step after the one in which it is asked is the last
     stopped = start(config_of(), tmp_path / "stopped", stop=lambda: next(asked))
     assert not stopped.trainer.train()
     assert stopped.trainer.progress.step == 3
