@@ -145,9 +145,9 @@ def mask_positions(key_B: Tensor, positions: int, ratio: float) -> Tensor:
     return mask_BP.scatter_(1, order_BP[:, : round(ratio * positions)], True)
 
 
-SLICE_STUDIES, MOST_SLICES = 8, 4
+SLICE_STUDIES, CPU_SLICES, GPU_SLICES = 8, 4, 2
 """A microbatch's reports go through the text encoder in up to four slices of at least eight, by length: a mean report
-has half the tokens of the longest."""
+has half the tokens of the longest. On a GPU in two, since each takes as many kernel launches as a whole pass."""
 
 
 class ImageReportBatch(NamedTuple):
@@ -232,13 +232,14 @@ def pad_reports(
     sentence_of_token: Sequence[np.ndarray],
     sentence_counts: np.ndarray,
     pad_id: int,
+    most_slices: int = CPU_SLICES,
 ) -> PaddedReports:
     """``tokens`` of B reports as one rectangle, T rounded up to a multiple of 8, and its cut into slices."""
     lengths = np.array([len(ids) for ids in tokens])
     size_T, size_S = _rounded(lengths.max()), int(sentence_counts.max())
     order = np.argsort(lengths, kind="stable")
     # their number depends on B alone: ranks under ZeRO-3 must call the encoder equally often
-    slices = np.array_split(lengths[order], min(max(len(tokens) // SLICE_STUDIES, 1), MOST_SLICES))
+    slices = np.array_split(lengths[order], min(max(len(tokens) // SLICE_STUDIES, 1), most_slices))
     token_mask_BT = np.arange(size_T) < lengths[:, None]
     token_BT = np.full(token_mask_BT.shape, pad_id, dtype=np.int64)
     sentence_BT = np.full(token_mask_BT.shape, -1, dtype=np.int64)
@@ -267,11 +268,13 @@ class Batcher:
         self, config: Config, pad_id: int, device: torch.device, views: "tuple[int, ViewSettings] | None" = None
     ) -> None:
         self.config, self.pad_id, self.device, self.views = config, pad_id, device, views
+        self.most_slices = CPU_SLICES if device.type == "cpu" else GPU_SLICES
 
     def __call__(self, block: "Block", rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
-        """The batch of one block; ``rank_sentences`` come from ``distributed.exchange``."""
+        """The batch of one block; ``rank_sentences``: sentences of each rank's block."""
         data = self.config.data
-        reports = pad_reports(block.tokens, block.sentence_of_token, block.sentence_counts, self.pad_id)
+        texts = block.tokens, block.sentence_of_token, block.sentence_counts
+        reports = pad_reports(*texts, self.pad_id, self.most_slices)
         text: dict[str, Any] = {
             name: self._to_device(part) if isinstance(part, torch.Tensor) else part
             for name, part in reports._asdict().items()

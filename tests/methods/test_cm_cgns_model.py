@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.batch import Batcher, ImageReportBatch, pad_reports
 from cmcgns.errors import UserError
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
@@ -111,6 +112,16 @@ def test_reports_sliced_by_length_give_the_features_and_gradients_of_one_rectang
     assert len(found) > 20
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cpu", 4), ("cuda", 2)])
+def test_a_gpu_reads_reports_in_two_passes_and_a_cpu_in_four(device: str, passes: int) -> None:
+    batcher = Batcher(small_config(), 0, torch.device(device))
+    tokens = [np.arange(3 + 5 * study, dtype=np.int32) for study in range(64)]
+    sentence_of_token = [np.zeros(len(each), np.int16) for each in tokens]
+    reports = pad_reports(tokens, sentence_of_token, np.ones(64, np.int64), 0, batcher.most_slices)
+    longest = [max(map(len, part)) for part in np.array_split(np.array(tokens, object), passes)]
+    assert reports.slice_tokens == tuple(-(-each // 8) * 8 for each in longest)
 
 
 @torch.no_grad()
