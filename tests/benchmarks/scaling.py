@@ -5,19 +5,34 @@ parameters on the model; what is assumed stands in ``Machine`` and in the consta
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from tests.benchmarks.gpu_step import FULL, build_run, flops_per_step
+from cmcgns.data.batch import CPU_SLICES, GPU_SLICES, pad_reports
+from cmcgns.methods.base import load_method
+from tests.benchmarks.gpu_step import FULL, Shape, build_run, flops_per_step, settings
+from tests.methods.fake_device import DEVICE, moved_to_device, on_device, tensors
 
 COUNTED = 2
 """Studies of the batch whose operations are counted; but for the losses they grow with the studies."""
-STUDIES, SENTENCES, WIDTH, BYTES = 64, 6, 768, 4
-"""Of a GPU's batch; of a study; numbers of a feature; bytes of a number (gradients, features and weights travel as fp32)."""
+STUDIES, SENTENCES, WIDTH, BYTES, HALF = 64, 6, 768, 4, 2
+"""Of a GPU's batch; of a study; numbers of a feature; bytes of a number. Features and weights travel as fp32, gradients of the
+layers that autocast computes in bf16 as bf16."""
+IN_HALF = (nn.Linear, nn.Conv2d)
+LAUNCH_S = 5e-6
+"""Assumed: time of an operator's launch. A step takes at least that of all of them."""
 PATCHES = 49
 """Of a film, for film negatives: ResNet-50 at 224 pixels."""
 UTILISATION, WIRE = 0.35, 0.8
 """Assumed: share of the arithmetic peak that encoders reach, and of a card's rate that collectives reach."""
+LOSSES_LAUNCHES = 430
+"""Counted (tests/acceptance/test_fake_device.py): operators of the default's losses, on 8 and on 512 ranks."""
 BACKWARD = 2 / 3
 """Share of the arithmetic that is the backward pass, behind which gradients can be reduced."""
 BANK, ITERATIONS, REFRESH, ACTORS = 262_144, 20, 100, 4
@@ -45,7 +60,7 @@ class Machine:
 
 MACHINES = (
     Machine("g6.12xlarge, 4 x L4, 40 Gbit/s", 4, 121e12, 30e12, 40e9 / 8),
-    Machine("8 x H100, 3,200 Gbit/s", 8, 989e12, 67e12, 3200e9 / 8),
+    Machine("8 x H100 or H200, 3,200 Gbit/s", 8, 989e12, 67e12, 3200e9 / 8),
 )
 
 
@@ -54,6 +69,7 @@ class Step:
     """Seconds and bytes of one step."""
 
     compute_s: float
+    launches_s: float
     losses_s: float
     gather_s: float
     reduce_s: float
@@ -66,23 +82,39 @@ class Step:
     def seconds(self, overlap: bool) -> float:
         backward = BACKWARD * self.compute_s
         hidden = min(backward, self.reduce_s) if overlap else 0.0
-        return self.compute_s + self.losses_s + self.gather_s + self.reduce_s - hidden + self.weights_s
+        work = max(self.compute_s + self.losses_s, self.launches_s)
+        return work + self.gather_s + self.reduce_s - hidden + self.weights_s
 
 
-def step(machine: Machine, gpus: int, operations: float, parameters: int) -> Step:
-    """A step of ``gpus``; ``operations`` of one study, forwards and backwards."""
+@dataclass(frozen=True)
+class Counts:
+    """What is counted on the model."""
+
+    operations: float
+    """Of a study in stage 2, forwards and backwards."""
+    parameters: int
+    in_half: int
+    """Those whose gradients travel as bf16."""
+    launches: int
+    """Operators of a step that write memory."""
+
+
+def step(machine: Machine, gpus: int, counts: Counts) -> Step:
+    """A step of ``gpus``."""
     hosts = max(gpus // machine.gpus, 1)
     across, wire = (hosts - 1) / hosts, machine.network * WIRE
     rows = STUDIES * SENTENCES
     # images and reports of all studies and all attended sentences come to every host, their gradients go back
     features = 2 * gpus * (rows + 2 * STUDIES) * WIDTH * BYTES * across
+    gradients = counts.in_half * HALF + (counts.parameters - counts.in_half) * BYTES
     return Step(
-        compute_s=STUDIES * operations / (machine.peak * UTILISATION),
+        compute_s=STUDIES * counts.operations / (machine.peak * UTILISATION),
+        launches_s=counts.launches * LAUNCH_S,
         losses_s=3 * 2 * rows * gpus * rows * WIDTH / (machine.plain * UTILISATION),
         gather_s=features / wire,
         # an all-reduce, as measured: DeepSpeed's buckets hold several ranks' gradients, and each rank keeps its own
-        reduce_s=2 * parameters * BYTES * across / wire,
-        weights_s=parameters * BYTES * across / wire,
+        reduce_s=2 * gradients * across / wire,
+        weights_s=counts.parameters * BYTES * across / wire,
         pushed=gpus * rows * WIDTH * BYTES,
     )
 
@@ -122,32 +154,72 @@ def clustering_s(threads: int) -> float:
     return ITERATIONS * one / threads
 
 
-def count() -> tuple[float, int]:
-    """Operations of a study in stage 2, forwards and backwards, and learnable numbers of the model."""
-    run = build_run(replace(FULL[0], studies=COUNTED), "fp32", "torch", torch.device("cpu"))
-    parameters = sum(parameter.numel() for parameter in run.engine.module.parameters())
-    return flops_per_step(run) / COUNTED, parameters
+class Launches(TorchDispatchMode):
+    """Counts operators that write memory; those that give a view do not run on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {id(each.untyped_storage()) for each in tensors([args, kwargs or {}])}
+        is_view = all(id(each.untyped_storage()) in given for each in tensors(made))
+        self.number += not is_view or func._schema.is_mutable
+        return made
+
+
+def count_launches(shape: Shape, slices: int) -> int:
+    """Launches of both encoders, forwards and backwards, on a fake device; reports in as many ``slices``."""
+    mode, config = FakeTensorMode(), settings(shape, "bf16", "torch", torch.device("cpu"))
+    model = load_method(config).build_model(shape.vocabulary)
+    on_device(model, mode).train()
+    tokens = [np.arange(1 + study, dtype=np.int32) for study in range(STUDIES)]
+    owner = [np.zeros(len(each), np.int16) for each in tokens]
+    padded = pad_reports(tokens, owner, np.ones(STUDIES, np.int64), 0, slices)
+    on_fake = [moved_to_device(part, mode) for part in padded if isinstance(part, torch.Tensor)]
+    token_BT, mask_BT, owner_BT, sentence_BS, _, by_length_B = on_fake
+    film_B1HW = moved_to_device(torch.zeros(STUDIES, 1, shape.image_size, shape.image_size), mode)
+    with mode, Launches() as launched:
+        text = model.text_encoder(token_BT, mask_BT, owner_BT, sentence_BS, by_length_B, padded.slice_tokens)
+        (sum(part.sum() for part in text) + model.image_encoder(film_B1HW)[0].sum()).backward()
+    return launched.number
+
+
+def count(shape: Shape = FULL[0]) -> Counts:
+    """Counts of the model of ``shape``."""
+    run = build_run(replace(shape, studies=COUNTED), "fp32", "torch", torch.device("cpu"))
+    layers = [layer for layer in run.engine.module.modules() if isinstance(layer, IN_HALF)]
+    return Counts(
+        flops_per_step(run) / COUNTED,
+        sum(parameter.numel() for parameter in run.engine.module.parameters()),
+        sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False)),
+        count_launches(shape, GPU_SLICES) + LOSSES_LAUNCHES,
+    )
 
 
 def main() -> None:
-    """Print the README's table."""
-    operations, parameters = count()
+    """Print the tables of docs/scaling.md."""
+    _setup_privateuseone_for_python_backend(DEVICE)
+    counts = count()
     print(
-        f"{operations / GIGA:.0f} GFLOP a study, {parameters / 1e6:.0f} M parameters; a re-clustering of {BANK} rows:"
+        f"{counts.operations / GIGA:.0f} GFLOP a study, {counts.parameters / 1e6:.0f} M parameters, {counts.in_half / 1e6:.0f} M "
+        f"in bf16; {counts.launches} launches (encoders with {CPU_SLICES} slices of text: {count_launches(FULL[0], CPU_SLICES)})"
     )
-    print(f"{clustering_s(2 * ACTORS):.1f} s on {ACTORS} actors of 2 threads")
-    names = ("GPUs", "encoders", "losses", "gather", "gradients", "weights", "step", "overlapped", "efficiency", "to the pool",
-             "refresh every", "films/s", "cores raw", "cores prepared")  # fmt: skip
+    print(f"a re-clustering of {BANK} rows: {clustering_s(2 * ACTORS):.1f} s on {ACTORS} actors of 2 threads")
+    names = ("GPUs", "encoders", "launches", "losses", "gather", "gradients", "weights", "step", "overlapped", "efficiency",
+             "to the pool", "refresh every", "films/s", "cores raw", "cores prepared")  # fmt: skip
     for machine in MACHINES:
         print(f"\n{machine.name}\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
         alone = None
         for gpus in (8, 64, 512):
-            found = step(machine, gpus, operations, parameters)
+            found = step(machine, gpus, counts)
             plain, overlapped = found.seconds(False), found.seconds(True)
-            alone = alone or found.compute_s + found.losses_s
+            alone = alone or max(found.compute_s + found.losses_s, found.launches_s)
             films = gpus * STUDIES / overlapped
             milliseconds = (
-                found.compute_s, found.losses_s, found.gather_s, found.reduce_s, found.weights_s, plain, overlapped,
+                found.compute_s, found.launches_s, found.losses_s, found.gather_s, found.reduce_s, found.weights_s, plain,
+                overlapped,
             )  # fmt: skip
             cells = [
                 f"{gpus}", *(f"{1000 * s:.0f}" for s in milliseconds), f"{alone / overlapped:.0%}",
