@@ -1,10 +1,11 @@
-"""Every RUN line of cluster/Dockerfile, run in a clean environment on what the Dockerfile copies."""
+"""Every RUN line of cluster/Dockerfile, run in a clean environment on what the Dockerfile copies; with either FAISS."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,42 @@ from tests.cluster.files import CLUSTER
 from tests.jobs import REPOSITORY
 
 FILE = CLUSTER / "Dockerfile"
+USE = """
+from importlib.metadata import version
+import torch
+from cmcgns.errors import UserError
+from cmcgns.faiss_install import is_installed, load_faiss
+[own] = [name for name in ("faiss-cpu", "faiss-gpu") if is_installed(name)]
+print(own, version("torch"), version(own))
+load_faiss("cpu")
+try:
+    load_faiss("gpu")
+except UserError as error:
+    print("no-GPU-here" if "sees no GPU here" in str(error) else "needs-faiss-gpu")
+"""
+GPU_ANSWER = {"cpu": ["needs-faiss-gpu"], "gpu": ["no-GPU-here"]}
+"""What ``clustering.device=gpu`` says on a machine without a GPU: the GPU build loads, and finds none."""
 
 
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[Path]:
     """A folder with what the Dockerfile copies, and a Python of its own that has nothing yet."""
-    folder = tmp_path_factory.mktemp("image")
+    folder = tmp_path / "image"
+    folder.mkdir()
     for line in arguments(FILE, "COPY"):
         for name in line.split()[1:-1]:
             source = REPOSITORY / name
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, folder / name)
     subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # some GB
 
 
-def test_each_line_runs(image: Path) -> None:
-    environment = os.environ | {"PATH": f"{image / '.venv' / 'bin'}:{os.environ['PATH']}"}
+@pytest.mark.parametrize("faiss", ["cpu", "gpu"])
+def test_each_line_runs(image: Path, faiss: str) -> None:
+    environment = os.environ | {"PATH": f"{image / '.venv' / 'bin'}:{os.environ['PATH']}", "FAISS": faiss}
+    assert "FAISS=cpu" in arguments(FILE, "ARG")
     for line in arguments(FILE, "RUN"):
         if line.startswith("apt-get"):
             check_debian_packages(line)
@@ -43,6 +63,18 @@ def test_each_line_runs(image: Path) -> None:
         cwd=image, env=environment, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert "phantom" in said
+    installed = subprocess.run(
+        [image / ".venv" / "bin" / "python", "-c", USE], env=environment, check=True, capture_output=True, text=True
+    )
+    assert installed.stdout.split() == [f"faiss-{faiss}", locked("torch"), locked(f"faiss-{faiss}"), *GPU_ANSWER[faiss]]
+
+
+def locked(name: str) -> str:
+    """The version in the constraints."""
+    texts = "".join((REPOSITORY / "constraints" / f"{each}.txt").read_text() for each in ("cpu", "cuda", "gpu"))
+    found = set(re.findall(rf"^{name}==(\S+)", texts, re.MULTILINE))
+    assert len(found) == 1
+    return found.pop()
 
 
 def check_debian_packages(line: str) -> None:
