@@ -1,4 +1,4 @@
-# make pretrain | test | test-quick | check | accept [ONLY=name] | accept-gpu: each prepares .venv first, from nothing.
+# make pretrain | test | test-quick | check | accept [ONLY=name] | gpu-day: each prepares .venv first, from nothing.
 # make docs: the documentation site, in build/docs; make constraints: new versions; make drift: what breaks with them
 PYTHON ?= python3.11
 VENV := .venv
@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 # where it is set, each of a run's dozen processes compiles torch and transformers anew: 18 s instead of 7
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: pretrain test test-quick check docs accept accept-gpu benchmark constraints drift
+.PHONY: pretrain test test-quick check docs accept gpu-day benchmark constraints drift
 
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
@@ -45,8 +45,8 @@ accept: $(VENV)/.ready-test
 	$(BIN)/python -m pytest --capture=tee-sys $(if $(ONLY),tests/acceptance/test_$(ONLY).py,tests/acceptance)
 
 # runs wherever torch and transformers are: PYTHON=... names the interpreter that has them
-accept-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.benchmarks.gpu_step
+gpu-day:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu_day $(ARGS)
 
 benchmark: $(VENV)/.ready-test
 	$(BIN)/python -m tests.benchmarks

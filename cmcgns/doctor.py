@@ -12,7 +12,8 @@ from pydantic import Field, PositiveInt
 from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, run_job
 from cmcgns.cluster import machine_checks
-from cmcgns.cluster.machine_checks import CheckResult, StorageAccess, any_failed, print_result, print_summary
+from cmcgns.cluster.check_results import CheckResult, Requirements, any_failed, print_result, print_summary
+from cmcgns.cluster.machine_checks import StorageAccess
 from cmcgns.config import RunSections, Section
 from cmcgns.errors import UserError, first_line
 from cmcgns.terminal import console
@@ -22,7 +23,7 @@ class DoctorConfig(Section):
     nodes: PositiveInt | None = None
     """Number of nodes that the cluster should have: a node that could not join is found only by counting."""
     megabytes: PositiveInt = 64
-    """MiB that each node writes to and reads from run.storage, and that each pair of nodes all-reduces."""
+    """MiB that each node writes to and reads from run.storage, and that pairs of nodes and the GPUs of a node all-reduce."""
     timeout_s: float = Field(60.0, gt=0.0)
     """Timeout of each node, pair or bucket."""
     pairs: PositiveInt = 512
@@ -50,11 +51,11 @@ def main(config: DoctorJobConfig) -> int:
     return STATUS_FAILED if any_failed(lines) else 0
 
 
-def requirements_of(config: DoctorJobConfig) -> machine_checks.Requirements:
+def requirements_of(config: DoctorJobConfig) -> Requirements:
     """What the run will need on a machine."""
-    return machine_checks.Requirements(
-        config.train.use_gpu, config.train.engine == "deepspeed", config.clustering.device == "gpu"
-    )
+    train, doctor = config.train, config.doctor
+    on_gpu = config.clustering.device == "gpu"
+    return Requirements(train.use_gpu, train.engine == "deepspeed", on_gpu, doctor.megabytes, doctor.timeout_s)
 
 
 def check_this_machine(config: DoctorJobConfig) -> Iterator[CheckResult]:

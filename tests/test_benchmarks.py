@@ -1,7 +1,11 @@
 """What `make test` holds of the benchmarks: the GPU table without our packages, and scaling on paper. No time is asserted."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,35 +20,60 @@ ABSENT = (
 """Packages that a bare GPU machine may lack."""
 
 
-def test_the_gpu_table_needs_torch_and_transformers_alone() -> None:
+def gpu_day(out: Path, *arguments: str, absent: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """`python -m tests.gpu_day` with small encoders on the CPU, where the packages ``absent`` are not installed."""
     code = (
-        f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
-        "sys.argv = ['gpu_step', '--device=cpu', '--small', '--steps=2']; "
-        "runpy.run_module('tests.benchmarks.gpu_step', run_name='__main__')"
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({list(absent)!r})); "
+        f"sys.argv = ['gpu_day', '--device=cpu', '--small', '--steps=2', '--out={out}', *{list(arguments)!r}]; "
+        "runpy.run_module('tests.gpu_day', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_the_day_of_a_gpu_needs_torch_and_transformers_alone(tmp_path: Path) -> None:
+    done = gpu_day(tmp_path, "--only=resnet", absent=ABSENT)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
     assert "engine: plain torch, as DeepSpeed is not installed" in done.stdout
-    for what in ("resnet-tiny + bert-tiny", "vit-tiny + bert-tiny", "studies/s", "MFU", "bf16 from fp32"):
-        assert what in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert {part["state"] for part in found.values()} == {"done"}
+    written = (tmp_path / "table.md").read_text()
+    for what in ("bf16 from fp32", "image_BD from a CPU's", "studies/s", "channels_last", "four passes", "backward"):
+        assert what in written
+    assert (tmp_path / "trace-resnet-tiny.json").exists()
+
+
+def test_what_the_day_of_a_gpu_had_no_time_for_is_done_by_the_same_command_again(tmp_path: Path) -> None:
+    assert gpu_day(tmp_path, "--only=heads").returncode == 0
+    first = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert gpu_day(tmp_path, "--only=ea", "--minutes=0").returncode == 3
+    done = gpu_day(tmp_path, "--only=k-means")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    second = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert second == first | {"k-means": second["k-means"]}
+    assert second["k-means"]["rows"][0]["good"]
+    (tmp_path / "results.json").write_text('{"where": "another machine", "parts": {}}')
+    assert "is of another machine" in gpu_day(tmp_path).stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_bf16_on_the_gpu_gives_the_losses_of_fp32() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.gpu_step", "--steps=5"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_a_gpu_gives_the_losses_of_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.gpu_day", "--only=beside a CPU", f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
 
 
 def test_on_paper_one_host_sends_nothing_and_two_send_the_bytes_that_were_measured() -> None:
     machine = scaling.Machine("two GPUs, a byte a second", 2, 1e12, 1e12, 1 / scaling.WIRE)
-    alone, both = (scaling.step(machine, gpus, operations=1e9, parameters=1000) for gpus in (2, 4))
+    counts = scaling.Counts(operations=1e9, parameters=1000, in_half=0, launches=0)
+    alone, both = (scaling.step(machine, gpus, counts) for gpus in (2, 4))
     assert alone.gather_s == alone.reduce_s == alone.weights_s == 0
     assert alone.seconds(overlap=True) == alone.compute_s + alone.losses_s
     assert both.reduce_s + both.weights_s == 12 * 1000 / 2  # of each host: 12 (N - 1) bytes a parameter over all
     assert both.seconds(overlap=False) - both.seconds(overlap=True) == pytest.approx(2 / 3 * both.compute_s)
     assert both.losses_s == 2 * alone.losses_s
+    halved = scaling.step(machine, 4, replace(counts, in_half=1000, launches=10**9))
+    assert halved.reduce_s == both.reduce_s / 2  # in bf16; weights travel as fp32
+    assert halved.weights_s == both.weights_s
+    assert halved.seconds(overlap=False) >= 10**9 * scaling.LAUNCH_S  # a step waits for its launches

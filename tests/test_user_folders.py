@@ -11,6 +11,7 @@ import pytest
 
 from cmcgns import user_folders
 from cmcgns.cluster import machine_checks
+from cmcgns.cluster.check_results import Requirements
 from cmcgns.cluster.session import local_variables
 from cmcgns.config import Config, TrainConfig
 from cmcgns.errors import UserError
@@ -18,7 +19,7 @@ from cmcgns.train.setup import setup_pretraining
 from cmcgns.user_folders import EXAMPLE_SOCKET, LONGEST_TEMP, OP, private_folder, ray_temp_folder, torch_extensions
 from tests.small import small_config
 
-REQUIRED = machine_checks.Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
+REQUIRED = Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
 OTHER_USER = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")
 READS_ALL = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
 """The other user may read this Python, wherever it is, and write nothing of it."""

@@ -20,7 +20,8 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cmcgns.cluster import machine_checks
-from cmcgns.cluster.machine_checks import CheckResult, Level, Requirements, StorageAccess
+from cmcgns.cluster.check_results import CheckResult, Level, Requirements
+from cmcgns.cluster.machine_checks import StorageAccess
 from cmcgns.errors import cause
 
 GOOD_SKEW_S, MAX_SKEW_S = 1.0, 300.0

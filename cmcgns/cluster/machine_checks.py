@@ -1,4 +1,4 @@
-"""Checks of one machine: versions, GPUs, FAISS, DeepSpeed, memory, disk, host name and storage."""
+"""Checks of one machine: versions, DeepSpeed, memory, disk, host name and storage; GPUs and FAISS are in ``gpu_checks``."""
 
 import hashlib
 import os
@@ -7,61 +7,19 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
-
-from rich.console import Console
-from rich.markup import escape
 
 import cmcgns
 from cmcgns import storage
+from cmcgns.cluster.check_results import CheckResult, Requirements
+from cmcgns.cluster.gpu_checks import faiss_checks, gpu_checks
 from cmcgns.errors import UserError, first_line
-from cmcgns.faiss_install import check_faiss, is_installed
 from cmcgns.storage.errors import RETRY_LIMIT_VARIABLE
 from cmcgns.user_folders import OP, check_extension_lock, ray_temp_folder, torch_extensions
-
-Level = Literal["ok", "warning", "failed"]
-COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Result of one check."""
-
-    level: Level
-    subject: str
-    """What was checked: versions, all-reduce, ..."""
-    where: str
-    """A node, two nodes, or 'cluster'."""
-    detail: str
-    fix: str = ""
-    """What the user should do if the level is not ok."""
-
-    def __str__(self) -> str:
-        return f"{self.level:7}  {self.subject:14}  {self.where}: {self.detail}" + (f". {self.fix}" if self.fix else "")
-
-
-def print_result(console: Console, line: CheckResult) -> None:
-    """Print one result as a line."""
-    level = f"{line.level:7}"
-    text = escape(str(line)[len(level) :])
-    console.print(f"[{COLOURS[line.level]}]{level}[/{COLOURS[line.level]}]{text}", highlight=False)
-
-
-def print_summary(console: Console, lines: Sequence[CheckResult]) -> None:
-    """Print the number of results at each level."""
-    counts = [f"{sum(line.level == level for line in lines)} {level}" for level in COLOURS]
-    console.print(", ".join(counts), highlight=False)
-
-
-def any_failed(lines: Sequence[CheckResult]) -> bool:
-    """Whether a run would fail."""
-    return any(line.level == "failed" for line in lines)
-
 
 PACKAGES = (
     "ray", "torch", "deepspeed", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic", "boto3",
@@ -72,15 +30,6 @@ GIB = 2**30
 MIN_DISK_GIB, GOOD_DISK_GIB = 2, 20
 """Free space for Ray's spilled objects, logs, and checkpoints before their upload."""
 MIN_SHM_GIB = 1
-
-
-@dataclass(frozen=True)
-class Requirements:
-    """What the planned run needs on a machine."""
-
-    use_gpu: bool
-    deepspeed: bool
-    faiss_gpu: bool
 
 
 def versions() -> dict[str, str]:
@@ -108,39 +57,6 @@ def check_machine(name: str, required: Requirements, gpus: int | None = None) ->
         lines += deepspeed_checks(name, required)
     # a single machine reaches itself by any name
     return lines if gpus is None else [*lines, *host_name_checks(name)]
-
-
-def gpu_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[CheckResult]:
-    """GPUs that torch sees, compared with those that Ray counts and the run needs."""
-    import torch
-
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus is not None and seen < gpus:
-        yield CheckResult(
-            "failed", "GPU", name, f"torch {torch.__version__} sees {seen} GPUs, Ray counts {gpus}",
-            "Install the driver and a matching CUDA build of torch, or start Ray with --num-gpus=0",
-        )  # fmt: skip
-    elif seen:
-        names = {torch.cuda.get_device_name(i) for i in range(seen)}
-        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(seen)) / GIB
-        bf16 = "" if torch.cuda.is_bf16_supported() else ", no bf16"
-        yield CheckResult("ok", "GPU", name, f"{seen} x {', '.join(sorted(names))}, {memory:.0f} GiB{bf16}")
-    elif required.use_gpu and gpus is None:
-        yield CheckResult(
-            "failed", "GPU", name, "torch sees none, and train.use_gpu needs them", "Leave train.use_gpu out"
-        )
-    else:
-        yield CheckResult("ok", "GPU", name, "no GPU" if required.use_gpu else "no GPU, none needed")
-
-
-def faiss_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
-    """Whether exactly one FAISS package is installed, the GPU build if clustering runs on GPUs."""
-    try:
-        check_faiss("gpu" if required.faiss_gpu else "cpu")
-    except UserError as error:
-        yield CheckResult("failed", "FAISS", name, first_line(error))
-        return
-    yield CheckResult("ok", "FAISS", name, "GPU build" if is_installed("faiss-gpu") else "CPU build")
 
 
 def deepspeed_checks(name: str, required: Requirements) -> Iterator[CheckResult]:

@@ -1,7 +1,7 @@
 """``Config`` also where pydantic is not installed: the settings with their defaults then, and without any check.
 
-For ``gpu_step`` alone, which must run on machines that have torch and transformers and nothing else of ours. To be
-imported before anything of ``cmcgns``.
+For ``tests.gpu_day`` and what it uses, which must run on machines that have torch and transformers and nothing else of ours. To
+be imported before anything of ``cmcgns``.
 """
 
 import importlib.util
@@ -17,6 +17,11 @@ class _Unchecked:
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self, name, value)
+
+    @classmethod
+    def model_construct(cls, **values: Any) -> Any:
+        """Settings with ``values`` in place of defaults."""
+        return cls(**values)
 
     @classmethod
     def model_validate(cls, sections: dict[str, dict[str, Any]]) -> Any:

@@ -1,18 +1,16 @@
-"""A step of the full models on one GPU in bf16, beside fp32: `make accept-gpu`.
+"""A step of the full models on one device, for `tests.gpu_day` and `scaling`. Needs torch and transformers alone.
 
-Needs torch and transformers alone: without DeepSpeed the plain engine runs, and the table says so. Stage 2 with
-all four losses and centroids in force. B studies, T tokens, S sentences, P patches.
+Stage 2 with all four losses and centroids in force. B studies, T tokens, S sentences, P patches.
 """
 
-import argparse
 import importlib.util
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,13 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.bare_settings import Config
 
 # isort: split
-from cmcgns.data.batch import ImageReportBatch
+from cmcgns.data.batch import ImageReportBatch, pad_reports
 from cmcgns.methods.base import Method, load_method
 from cmcgns.train.engine import Engine, build_engine
-from tests.benchmarks.measure import Line, where
 
-MOST_DIFFERENCE = 2e-2
-"""Largest relative difference between the losses of bf16 and of fp32."""
 BATCHES = 4
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362}
 """Dense bf16 peaks by part of the device's name, from the makers' data sheets (SXM parts)."""
@@ -71,41 +66,53 @@ SMALL = tuple(
 """For a look without a GPU."""
 
 
-def settings(shape: Shape, precision: str, engine: str, device: torch.device) -> Config:
-    """One rank, no accumulation, no dropout: two precisions then differ by rounding alone."""
+def settings(
+    shape: Shape,
+    precision: str,
+    engine: str,
+    device: torch.device,
+    model: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+) -> Config:
+    """One rank, no accumulation, no dropout: two precisions then differ by rounding alone. ``model`` and ``train``: more
+    settings."""
     return Config.model_validate(
         {
             "data": {"image_size": shape.image_size, "resize": shape.image_size, "max_tokens": shape.tokens},
             "model": {
                 "image_encoder": shape.image_encoder, "text_encoder": shape.text_encoder,
-                "embed_dim": shape.embed_dim, "dropout": 0.0,
+                "embed_dim": shape.embed_dim, "dropout": 0.0, **(model or {}),
             },
             "objective": {"num_clusters": shape.num_clusters},
             "train": {
                 "num_workers": 1, "microbatch_size": shape.studies, "global_batch_size": shape.studies,
                 "engine": engine, "zero_stage": 1 if engine == "deepspeed" else 0, "precision": precision,
                 "use_gpu": device.type == "cuda", "stage1_steps": 1, "stage2_steps": 1, "warmup_steps": 0,
+                **(train or {}),
             },
         }
     )  # fmt: skip
 
 
-def random_batches(shape: Shape, device: torch.device) -> list[ImageReportBatch]:
-    """Batches of whole reports: every sentence as long as the others."""
-    generator = torch.Generator().manual_seed(0)
-    studies, tokens, sentences = shape.studies, shape.tokens, shape.sentences
-    owner_T = (torch.arange(tokens) - 1) * sentences // (tokens - 2)
-    owner_T[0] = owner_T[-1] = -1
+def random_batches(shape: Shape, device: torch.device, slices: int | None = None) -> list[ImageReportBatch]:
+    """Batches of reports as long as the shape says, in one pass; with ``slices`` of all lengths up to that, in so many passes."""
+    generator, number = torch.Generator().manual_seed(0), np.random.default_rng(0)
+    studies, sentences = shape.studies, shape.sentences
 
     def batch() -> ImageReportBatch:
         draw = lambda high, *size: torch.randint(5, high, size, generator=generator)
+        least = shape.tokens if slices is None else 2 * sentences + 2
+        lengths = number.integers(least, shape.tokens + 1, studies)
+        reports = pad_reports(
+            [number.integers(5, shape.vocabulary, length) for length in lengths],
+            [sentence_of_token(length, sentences) for length in lengths],
+            np.full(studies, sentences),
+            0,
+            slices or 1,
+        )
         return ImageReportBatch(
             image_B1HW=torch.rand(studies, 1, shape.image_size, shape.image_size, generator=generator) * 2 - 1,
-            token_BT=draw(shape.vocabulary, studies, tokens),
-            token_mask_BT=torch.ones(studies, tokens, dtype=torch.bool),
-            sentence_of_token_BT=owner_T.expand(studies, -1),
-            sentence_mask_BS=torch.ones(studies, sentences, dtype=torch.bool),
-            sentence_row_n=torch.arange(studies * sentences),
+            **reports._asdict(),
             sentence_hash_n=draw(2**40, studies * sentences),
             report_hash_B=draw(2**40, studies),
             draw_key_B=draw(2**40, studies),
@@ -113,6 +120,13 @@ def random_batches(shape: Shape, device: torch.device) -> list[ImageReportBatch]
         ).to(device)
 
     return [batch() for _ in range(BATCHES)]
+
+
+def sentence_of_token(length: int, sentences: int) -> np.ndarray:
+    """Sentences of equal length, between [CLS] and [SEP]."""
+    owner_T = (np.arange(length) - 1) * sentences // (length - 2)
+    owner_T[0] = owner_T[-1] = -1
+    return owner_T
 
 
 @dataclass
@@ -137,16 +151,18 @@ class Run:
         self.engine.step(1e-5)
 
 
-def build_run(shape: Shape, precision: str, engine: str, device: torch.device) -> Run:
-    """The same weights and batches for every precision."""
+def build_run(
+    shape: Shape, precision: str, engine: str, device: torch.device, slices: int | None = None, **options: Any
+) -> Run:
+    """The same weights and batches for every precision; ``options`` as for ``settings``."""
     torch.manual_seed(0)
-    config = settings(shape, precision, engine, device)
+    config = settings(shape, precision, engine, device, **options)
     method = load_method(config)
     model = method.build_model(shape.vocabulary)
     centroids_KD = F.normalize(torch.randn(shape.num_clusters, shape.embed_dim), dim=1).to(device)
     built = build_engine(model, config.train, device)
     built.module.train()
-    return Run(built, method, random_batches(shape, device), centroids_KD, [])
+    return Run(built, method, random_batches(shape, device, slices), centroids_KD, [])
 
 
 def wait(device: torch.device) -> None:
@@ -180,34 +196,6 @@ def peak_tflops(device: torch.device) -> int | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def measure(shape: Shape, engine: str, device: torch.device, steps: int) -> list[Line]:
-    """The lines of one pair of encoders."""
-    losses: dict[str, list[float]] = {}
-    lines = [
-        Line(f"{shape.image_encoder} + {shape.text_encoder}, {shape.studies} studies, {shape.tokens} tokens", engine)
-    ]
-    for precision in ("fp32", "bf16"):
-        run = build_run(shape, precision, engine, device)
-        for _ in range(shape.loss_steps):
-            run()
-        losses[precision] = torch.stack(run.losses).tolist()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        step_s = seconds_per_step(run, steps, device)
-        lines.append(Line(f"  {precision}", f"{shape.studies / step_s:.1f} studies/s"))
-        if precision == "bf16":
-            tflops, peak = flops_per_step(run) / step_s / 1e12, peak_tflops(device)
-            share = f"{tflops / peak:.1%} of {peak}" if peak else "peak of this device is not listed"
-            lines.append(Line("  bf16 MFU", f"{tflops:.3g} TFLOP/s, {share}"))
-        if device.type == "cuda":
-            lines.append(Line("    peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"))
-        del run
-    apart = max(abs(bf16 - fp32) / abs(fp32) for bf16, fp32 in zip(losses["bf16"], losses["fp32"], strict=True))
-    name = f"  losses of {shape.loss_steps} steps, bf16 from fp32"
-    lines.append(Line(name, f"{apart:.1e} relative", f"<= {MOST_DIFFERENCE:g}", apart <= MOST_DIFFERENCE))
-    return lines
-
-
 def choose_engine(device: torch.device) -> str:
     """``deepspeed`` where it is installed, else ``torch``; DeepSpeed's process group is made here."""
     if importlib.util.find_spec("deepspeed") is None:
@@ -216,29 +204,3 @@ def choose_engine(device: torch.device) -> str:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return "deepspeed"
-
-
-def main() -> int:
-    """Print the table; 1 where bf16 leaves fp32, 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny encoders, for a look without a GPU")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    given = parser.parse_args()
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA device here; a look without one: --device=cpu --small", file=sys.stderr)
-        return 2
-    device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
-    # fp32 means fp32: TF32 would hide what bf16 costs
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    engine = choose_engine(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}; {where()}")
-    print("engine: DeepSpeed ZeRO-1" if engine == "deepspeed" else "engine: plain torch, as DeepSpeed is not installed")
-    table = [line for shape in (SMALL if given.small else FULL) for line in measure(shape, engine, device, given.steps)]
-    print(*table, sep="\n")
-    return int(any(line.good is False for line in table))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

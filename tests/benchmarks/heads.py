@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cmcgns.config import Config
 from cmcgns.data.batch import ImageReportBatch
-from cmcgns.methods.cm_cgns.films import Films, Questions, film_alignment_loss
+from cmcgns.methods.cm_cgns.films import Films, Questions, film_alignment_loss, film_scores
 from cmcgns.methods.cm_cgns.method import CmCgns
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.methods.cm_cgns.settings import Settings
@@ -52,7 +52,7 @@ class ReadyReports(nn.Module):
         self.pool = AttentionPool(D)
 
     def forward(
-        self, token_BT: Tensor, token_mask_BT: Tensor, owner_BT: Tensor, mask_BS: Tensor
+        self, token_BT: Tensor, token_mask_BT: Tensor, owner_BT: Tensor, mask_BS: Tensor, *slices: object
     ) -> tuple[Tensor, Tensor]:
         return self.sentences_BSD, unit(self.pool(self.sentences_BSD, mask_BS))
 
@@ -151,8 +151,9 @@ def build_film_step() -> Callable[[], None]:
         query_nD, z1_nD, key_BPD, value_BPD = leaves
         for leaf in leaves:
             leaf.grad = None
-        questions = Questions(query_nD, unit(z1_nD))
-        found = film_alignment_loss(questions, Films(key_BPD, value_BPD), hash_n, study_n, (B * S,), centroids_KD, own)
+        z1_nD = unit(z1_nD)
+        score_nB = film_scores(Questions(query_nD, z1_nD), Films(key_BPD, value_BPD))
+        found = film_alignment_loss(score_nB, z1_nD, hash_n, study_n, (B * S,), centroids_KD, own)
         found.loss.backward()
 
     return step

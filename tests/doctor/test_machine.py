@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from cmcgns.cli import load_config
-from cmcgns.cluster import machine_checks
+from cmcgns.cluster import gpu_checks, machine_checks
+from cmcgns.cluster.check_results import Requirements
 from cmcgns.cluster.cluster_checks import pair_rounds
 from cmcgns.doctor import PORTS, DoctorJobConfig, main, port_checks
 
-REQUIRED = machine_checks.Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
+REQUIRED = Requirements(use_gpu=False, deepspeed=True, faiss_gpu=False)
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +51,11 @@ def test_storage_that_cannot_be_written_fails_by_name(tmp_path: Path, capsys: py
 
 
 def test_required_gpus_that_are_missing_fail() -> None:
-    lines = list(machine_checks.gpu_checks("here", machine_checks.Requirements(True, True, False), gpus=None))
+    lines = list(gpu_checks.gpu_checks("here", Requirements(True, True, False), gpus=None))
     if lines[0].level == "ok":
         pytest.skip("this machine has a GPU")
     assert lines[0].level == "failed"
-    (counted,) = machine_checks.gpu_checks("here", REQUIRED, gpus=2)
+    (counted,) = gpu_checks.gpu_checks("here", REQUIRED, gpus=2)
     assert counted.level == "failed"
     assert "sees 0 GPUs, Ray counts 2" in counted.detail
 
