@@ -1,4 +1,4 @@
-# make pretrain | test | test-quick | check | accept [ONLY=name] | gpu-day: each prepares .venv first, from nothing.
+# make install | pretrain | test | test-quick | check | accept [ONLY=name] | gpu-day: each prepares .venv first, from nothing.
 # make docs: the documentation site, in build/docs; make constraints: new versions; make drift: what breaks with them
 PYTHON ?= python3.11
 VENV := .venv
@@ -14,7 +14,9 @@ export TOKENIZERS_PARALLELISM := false
 # where it is set, each of a run's dozen processes compiles torch and transformers anew: 18 s instead of 7
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: pretrain test test-quick check docs accept gpu-day benchmark constraints drift
+.PHONY: install pretrain test test-quick check docs accept gpu-day benchmark constraints drift
+
+install: $(VENV)/.ready
 
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py

@@ -28,6 +28,15 @@ HEAVY = {
 }
 
 
+def test_a_folder_called_like_the_package_does_not_hide_it(tmp_path: Path) -> None:
+    """A script beside the clone finds the editable installation, not an empty package of that folder."""
+    (tmp_path / "cmcgns").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", "import cmcgns; print(cmcgns.__version__)"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.stdout.strip() == "0.1.0", done.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: building leaves files beside the sources."""

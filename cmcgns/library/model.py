@@ -44,6 +44,8 @@ from cmcgns.models.retrieval import centred, mean_over_sentences, with_global
 Floats = NDArray[np.float32]
 Precision = Literal["fp32", "bf16"]
 By = Literal["global", "parts", "both"]
+HEAT_SHARE = 0.45
+"""Of the colour of a heat map's pixel; the rest is the film's."""
 PROMPTS_LAYOUT = "{class: {present: [...], absent: [...]}}"
 Item = TypeVar("Item")
 
@@ -103,15 +105,18 @@ class Heatmap:
     film_HW: NDArray[np.uint8]
     """The film as the model saw it, resized and center-cropped."""
 
-    def picture(self, sentence: int = 0) -> Image.Image:
-        """The film with the attention of one sentence over it: black least, bright most."""
+    def picture(self, sentence: int = 0, size: int | None = None) -> Image.Image:
+        """The film with the attention of one sentence over it, dark where it is least, yellow where it is most; ``size`` pixels
+        wide and high, by default as the model saw the film."""
         from cmcgns.plotting import colormaps  # matplotlib is slow to import
 
         weight_gg = self.weight_Sgg[sentence]
-        cell = len(self.film_HW) // len(weight_gg)
-        level_HW = np.kron(weight_gg - weight_gg.min(), np.ones((cell, cell))) / max(float(np.ptp(weight_gg)), 1e-12)
-        heat_HW3 = colormaps["magma"](level_HW)[..., :3] * 255
-        return Image.fromarray(np.rint(0.55 * self.film_HW[..., None] + 0.45 * heat_HW3).astype(np.uint8))
+        sides = (size or len(self.film_HW),) * 2
+        level_gg = (weight_gg - weight_gg.min()) / max(float(np.ptp(weight_gg)), 1e-12)
+        heat = Image.fromarray(np.rint(colormaps["magma"](level_gg)[..., :3] * 255).astype(np.uint8))
+        film = Image.fromarray(self.film_HW).convert("RGB").resize(sides, Image.Resampling.BICUBIC)
+        film_HW3, heat_HW3 = np.asarray(film), np.asarray(heat.resize(sides, Image.Resampling.NEAREST))
+        return Image.fromarray(np.rint((1 - HEAT_SHARE) * film_HW3 + HEAT_SHARE * heat_HW3).astype(np.uint8))
 
 
 class Model:

@@ -3,7 +3,8 @@
 import json
 import logging
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ READING = ("resize", "image_size", "crop_borders", "max_tokens", "max_sentences"
 """Settings of `data` that change how a film or a report is read."""
 LOAD = "cmcgns.load"
 """The key of messages to users of the library."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars that transformers shows while it loads weights."""
+    from transformers.utils import logging as bars  # slow to import
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,8 @@ class PretrainedRun:
             if not own_backbone:
                 encoders["image_encoder"] = str(local / "image_encoder")
             built = self.config.model_copy(update={"model": self.config.model.model_copy(update=encoders)})
-            model = load_method(built).build_model(self.vocabulary_size)
+            with without_bars():
+                model = load_method(built).build_model(self.vocabulary_size)
             keys = model.load_state_dict(load_file(local / HEADS), strict=False)
             if own_backbone:
                 own = model.image_encoder.backbone.load_state_dict(

@@ -200,11 +200,7 @@ class PretrainJob(Job):
     def report(self, terminal: Console, result: dict[str, Any]) -> None:
         has_trained = result.get("studies_seen") and result["status"] != "failed"
         if has_trained and self.config.banks and result["clustering_started_at"] is None:
-            terminal.print(
-                "[yellow]clustering never started[/yellow]: the losses are those without clusters. See clustering.start_cosine, "
-                f"refresh_every and {self.config.banks[0].setting}",
-                highlight=False,
-            )
+            terminal.print(f"[yellow]{no_clusters(self.config, result['steps'])}[/yellow]", highlight=False)
         super().report(terminal, result)
         if result.get("interrupted"):
             # Ray Train's thread is still waiting in Ray; a shutdown now would end the process with status 1.
@@ -302,6 +298,20 @@ def worker_variables(config: Config) -> dict[str, str]:
     if config.train.deterministic:
         own["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts; without it cuBLAS is not deterministic
     return own if config.train.use_gpu else own | {"DS_ACCELERATOR": "cpu"}
+
+
+def no_clusters(config: Config, steps: int) -> str:
+    """Why the losses of a run of ``steps`` steps were those without clusters."""
+    least = config.clustering.start_step + config.clustering.refresh_every
+    if steps < least:
+        return (
+            f"clusters were not in use yet: they are from step {least} at the earliest (clustering.start_step and "
+            f"refresh_every), and the run has {steps}"
+        )
+    return (
+        "clustering never started: the losses are those without clusters. See clustering.start_cosine, start_step, refresh_every "
+        f"and {config.banks[0].setting}"
+    )
 
 
 def conclude(

@@ -95,7 +95,7 @@ def open_corpus(config: Config) -> Corpus:
         raise UserError(
             f"data.uri {data.uri} has {sizes['train']} training and {sizes['valid']} validation studies after "
             f"filtering views {', '.join(data.views)} ({sum(splits.filtered.values())} films excluded); both splits are needed. "
-            "Check data.views and the splits of the corpus"
+            "Check data.views and the corpus's own splits; drawn ones change with data.seed"
         )
     train, held_out = splits.studies["train"], splits.studies["valid"].first(data.validation_studies)
     return Corpus(splits.source, train, held_out, sizes["test"] > 0, splits.filtered, bad_rows)

@@ -138,6 +138,21 @@ def test_paths_that_stay(path: str) -> None:
     assert not escapes(path)
 
 
+@pytest.mark.parametrize("groups", [3, 5, 20, 50])
+def test_a_small_corpus_has_every_split_whatever_the_seed(groups: int, tmp_path: Path) -> None:
+    written = [f"{number}.png,Text of it.,g{number}" for number in range(groups)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,report,patient", *written]))
+    empty = 0
+    for seed in range(60):
+        found = {row["group"]: row["split"] for row in rows(open_source(str(tmp_path), seed=seed).index())}
+        assert set(found.values()) == {"train", "valid", "test"}
+        drawn = {group: draw_split(seed, group) for group in found}
+        missing = {"train", "valid", "test"} - set(drawn.values())
+        assert sum(found[group] != drawn[group] for group in found) == len(missing)  # no other group moves
+        empty += bool(missing)
+    assert empty > 0 or groups == 50
+
+
 def test_given_splits_are_kept_and_others_drawn_by_group(tmp_path: Path) -> None:
     written = [f"{number}.png,Text of it.,g{number % 3},{name}" for number, name in enumerate(["val", "TRAIN", "test"])]
     unset = [f"{number}.png,Text of it.,g{number % 500}," for number in range(3, 2000)]

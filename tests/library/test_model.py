@@ -155,6 +155,9 @@ def test_a_heat_map_is_the_attention_of_each_sentence_of_its_text(model: Model) 
     plain = found.film_HW[16 * brightest[0] :, 16 * brightest[1] :][:16, :16]
     added = cell - 3 * 0.55 * plain
     assert added == pytest.approx(0.45 * 255 * sum(cmcgns_magma_top()), abs=2)
+    large = np.asarray(found.picture(0, size=480), float)
+    assert large.shape == (480, 480, 3)
+    assert large.reshape(48, 10, 48, 10, 3).mean((1, 3)) == pytest.approx(picture, abs=40)  # the same, smoother
 
 
 def cmcgns_magma_top() -> tuple[float, float, float]:

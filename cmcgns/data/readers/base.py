@@ -268,5 +268,15 @@ def draw_split(seed: int, group: str) -> str:
 
 
 def draw_splits(seed: int, groups: pd.Series) -> pd.Series:
-    """The drawn split of each row's group."""
-    return groups.map({group: draw_split(seed, group) for group in groups.unique()})
+    """The drawn split of each row's group; one that is left empty, as chance does in a small corpus, gets the nearest group."""
+    drawn = {group: draw_split(seed, group) for group in groups.unique()}
+    starts = (0.0, *(end for _, end in SPLIT_SHARES))
+    for start, (name, end) in zip(starts, SPLIT_SHARES, strict=False):
+        counts = Counter(drawn.values())
+        if counts[name]:
+            continue
+        others = [group for group, split in drawn.items() if counts[split] > 1]
+        away = {group: abs(split_position(seed, group) - (start + end) / 2) for group in others}
+        if away:
+            drawn[min(away, key=lambda group: (away[group], group))] = name
+    return groups.map(drawn)
