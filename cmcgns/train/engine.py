@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.models.device import AUTOCAST, autocast
 from cmcgns.train import deepspeed_private
 from cmcgns.train.shards import State, join, own_range, split
 from cmcgns.user_folders import torch_extensions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's two running averages, the same in torch and DeepSpeed."""
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET, OVERLAPPING_BUCKET = 50_000_000, 10_000_000
 """Maximum gradient elements per bucket, without and with reduction during the backward pass. DeepSpeed's default of 500 million
 allocates 2 GB, and holds a whole model of ours, so that nothing would overlap."""
@@ -169,7 +169,7 @@ class DeepSpeedEngine:
         self.gradient_norm = torch.zeros((), device=device)
         if self.scale.used:
             # inside the model: DeepSpeed's forward turns off any autocast around it
-            model.forward = torch.autocast(device.type, AUTOCAST[config.precision])(model.forward)
+            model.forward = torch.autocast(device.type, torch.float16)(model.forward)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -351,8 +351,7 @@ class TorchEngine:
         self.accumulation, self.gradient_clip = accumulation, config.gradient_clip
         self.scale = LossScale(config)
         self.gradient_norm = torch.zeros((), device=device)
-        dtype = AUTOCAST.get(config.precision)
-        self.autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
+        self.autocast = autocast(device, config.precision)
 
     def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
         with self.autocast:
