@@ -317,10 +317,12 @@ def deepspeed_settings(config: TrainConfig, accumulation: int, trained: int, dev
     overlap = config.overlap_comm
     if overlap is None:
         overlap = device.type == "cuda" or config.zero_stage == 3
+    # two with overlap; in bf16 as many again, for what is reduced in fp32. Together at most twice the gradients
+    buffers = (1 + overlap) * (1 + (config.precision == "bf16"))
     zero = {
         "stage": config.zero_stage,
         "overlap_comm": overlap,
-        "reduce_bucket_size": min(OVERLAPPING_BUCKET if overlap else BUCKET, trained),
+        "reduce_bucket_size": min(OVERLAPPING_BUCKET if overlap else BUCKET, trained, 2 * trained // buffers),
     }
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.microbatch_size,
