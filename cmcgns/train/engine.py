@@ -24,6 +24,7 @@ from cmcgns.data.batch import ImageReportBatch
 from cmcgns.models.device import AUTOCAST, autocast
 from cmcgns.train import deepspeed_private
 from cmcgns.train.shards import State, join, own_range, split
+from cmcgns.train.speed import compile_backbones
 from cmcgns.user_folders import torch_extensions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -113,6 +114,8 @@ def build_engine(
     # ZeRO-0 partitions nothing: it is plain torch
     kind = DeepSpeedEngine if config.engine == "deepspeed" and config.zero_stage else TorchEngine
     optimizer = build_optimizer(model.to(device), config, new_parts)
+    if config.compile:
+        compile_backbones(model)
     return kind(model, optimizer, config, accumulation, device)
 
 
