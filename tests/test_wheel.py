@@ -32,7 +32,8 @@ def test_a_folder_called_like_the_package_does_not_hide_it(tmp_path: Path) -> No
     """A script beside the clone finds the editable installation, not an empty package of that folder."""
     (tmp_path / "cmcgns").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", "import cmcgns; print(cmcgns.__version__)"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import cmcgns; print(cmcgns.__version__)"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "0.1.0", done.stderr
 

@@ -137,6 +137,8 @@ class Config(RunSections):
             yield "train.precision fp16 needs train.use_gpu=true; on a CPU use fp32 or bf16"
         if train.sync_batchnorm and not train.use_gpu:
             yield "train.sync_batchnorm needs train.use_gpu=true; on a CPU use model.fixed_batch_statistics"
+        if train.compile and (found := self._not_compiled()):
+            yield f"train.compile does not work with {found}; remove train.compile"
         if train.overlap_comm and not train.zero_stage:
             yield "train.overlap_comm needs ZeRO: set train.zero_stage to 1, 2 or 3, or remove train.overlap_comm"
         if train.log_term_gradients and train.engine != "torch":
@@ -149,6 +151,18 @@ class Config(RunSections):
         yield from self.objective.complaints()
         yield from clustering.complaints()
         yield from self.run.complaints()
+
+    def _not_compiled(self) -> str:
+        """The settings that are on and cannot be combined with train.compile, as text."""
+        train = self.train
+        refused = {
+            "train.zero_stage 3 (it gathers weights within the backbones)": train.zero_stage == 3,
+            "train.contrast global_batch (its second forward needs the dropout of the first)": train.contrast
+            == "global_batch",
+            "train.sync_batchnorm (ranks exchange statistics within the backbones)": train.sync_batchnorm,
+            "train.log_term_gradients (it goes backwards through a graph twice)": train.log_term_gradients,
+        }
+        return ", ".join(name for name, is_on in refused.items() if is_on)
 
     def _stage_complaints(self) -> Iterable[str]:
         train = self.train

@@ -197,6 +197,11 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of encoders and heads; losses are always fp32. fp16 needs a GPU, and scales the loss; with bf16 and ZeRO most
     gradients are summed over ranks in bf16."""
+    tf32: bool = True
+    """On GPUs, multiply fp32 matrices and convolve in TF32: as wide a range, 10 bits of mantissa, losses included. No effect on
+    a CPU."""
+    compile: bool = False
+    """Compile both backbones with torch.compile; the first steps take minutes. Weights and exports stay the same."""
     microbatch_size: PositiveInt = 16
     """Studies of one forward on one rank."""
     global_batch_size: PositiveInt = 128

@@ -23,7 +23,14 @@ from cmcgns.evaluate.config import EvaluateJobConfig
 from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.figures import bars
 from cmcgns.evaluate.report import cell, gap, print_skipped_and_failed, without_nan, write_results
-from cmcgns.evaluate.run import check_workers, features_folder, measure_all, open_sets
+from cmcgns.evaluate.run import (
+    check_workers,
+    evaluation_bundles,
+    features_folder,
+    measure_all,
+    open_sets,
+    task_variables,
+)
 from cmcgns.evaluate.scores import OF_A_CLASS, Difference, Score, over_draws
 from cmcgns.evaluate.tasks import Evaluation
 from cmcgns.evaluate.tasks.zeroshot import read_prompts
@@ -173,10 +180,13 @@ class AblationJob(Job):
         self.first = next(iter(self.ablation.variants.values()))
 
     def environment(self) -> dict[str, str]:
-        return worker_variables(self.first)
+        return worker_variables(self.first) | task_variables(self.settings)
 
     def needed(self) -> list[dict[str, float]]:
-        return [*run_bundles(max(self.ablation.variants.values(), key=reserved_cpus)), ONE_CPU]
+        pretraining = [*run_bundles(max(self.ablation.variants.values(), key=reserved_cpus)), ONE_CPU]
+        # one after the other: the cluster has to hold the larger of both
+        amount = lambda asked: [sum(bundle.get(kind, 0.0) for bundle in asked) for kind in ("GPU", "CPU")]
+        return max(pretraining, evaluation_bundles(self.settings), key=amount)
 
     def check_cluster(self, cpus: float) -> None:
         for each in self.ablation.variants.values():

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
+
 from cmcgns.config import Section
 from cmcgns.data.labelled.base import ImageSet
 from cmcgns.errors import UserError
@@ -18,6 +20,7 @@ from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.pairs import Pairs
 from cmcgns.evaluate.scores import Score
 from cmcgns.library.texts import Prompts
+from cmcgns.models.device import CPU
 from cmcgns.plugins import load_plugin
 
 CORPUS = "corpus"
@@ -42,6 +45,8 @@ class Inputs:
     """For tasks that read ``features``: the prompts of the set's classes, if there are any for its kind."""
     options: Section | None = None
     """The task's own ``Settings``."""
+    device: torch.device = CPU
+    """The task's own GPU if it ``uses_gpu`` and the settings give one."""
     shown: list[Figure] = field(default_factory=list)
     """Figures for report.html; a task appends its own."""
 
@@ -66,6 +71,9 @@ class Task(ABC):
     """With ``pairs``: skipped when the split has fewer studies."""
     needs_truth: ClassVar[bool] = False
     """With ``pairs``: needs the findings that each sentence states, which are known only for the phantom."""
+
+    uses_gpu: ClassVar[bool] = False
+    """Runs a model or trains a head on ``inputs.device``: with `evaluate.use_gpu` it gets a GPU of its own."""
 
     def missing(self, images: ImageSet, prompts: Prompts) -> str | None:
         """Why the task cannot run on ``images``, whose kind has these ``prompts``; None if it can."""

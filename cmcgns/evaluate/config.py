@@ -29,6 +29,8 @@ class EmbedConfig(Section):
     """CPUs that Ray reserves for one worker; torch uses the same number of threads."""
     use_gpu: bool = False
     """One GPU per worker."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the model; vectors are stored as fp32."""
 
 
 TaskName = Literal["retrieval", "zeroshot", "classification", "segmentation", "detection", "clusters", "grounding"]
@@ -101,7 +103,10 @@ class EvaluateConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """CPUs that Ray reserves for one worker; torch uses the same number of threads."""
     use_gpu: bool = False
-    """One GPU per worker."""
+    """One GPU per worker, and one per task that runs a model or trains a head: the tasks wait for each other if there are
+    fewer."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of encoders and heads; losses and scores are always fp32."""
     features: str | None = None
     """Folder where features of frozen encoders are stored and reused; by default `features/` in run.storage."""
 

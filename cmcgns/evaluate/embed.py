@@ -38,6 +38,7 @@ from cmcgns.job import Job, check_capacity
 from cmcgns.library.runs import PretrainedRun, open_model, open_run
 from cmcgns.methods.base import load_method
 from cmcgns.models.attention import unit
+from cmcgns.models.device import autocast, device_of
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.run_folder import open_folder, write_config
 from cmcgns.train.setup import with_absolute_paths
@@ -62,15 +63,23 @@ class SentenceVectors(NamedTuple):
 class Embedder:
     """The model with its batches; films are center-cropped, without random augmentation."""
 
-    def __init__(self, model: DualEncoder, tokenizer: ReportTokenizer, config: Config, device: torch.device) -> None:
-        self.model = model.to(device).eval()
+    def __init__(
+        self,
+        model: DualEncoder,
+        tokenizer: ReportTokenizer,
+        config: Config,
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> None:
+        self.model, self.device, self.precision = model.to(device).eval(), device, precision
         self.method, self.batcher = load_method(config), Batcher(config, tokenizer.pad_id, device)
 
     @torch.inference_mode()
     def outputs(self, block: Block) -> tuple[ImageReportBatch, Any]:
         """The block as a batch, and what the model makes of it."""
         batch = self.batcher(block, (int(block.sentence_counts.sum()),), training=False)
-        return batch, self.model(batch)
+        with autocast(self.device, self.precision):
+            return batch, self.model(batch)
 
 
 class SentenceEmbedder(Embedder):
@@ -136,8 +145,8 @@ class EmbedRows(ABC):
         torch.set_num_threads(max(int(settings.cpus_per_worker), 1))
         run = open_model("embed.run", uri, settings.trusted)
         self.studies, self.settings, self.resize = ray.get(studies), settings, run.config.data.resize
-        device = torch.device("cuda" if settings.use_gpu else "cpu")
-        self.embed: Any = self.embedder(run.load_model(), run.tokenizer, run.config, device)
+        device = device_of(settings.use_gpu)
+        self.embed: Any = self.embedder(run.load_model(), run.tokenizer, run.config, device, settings.precision)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         rows = rows.combine_chunks()

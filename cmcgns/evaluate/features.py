@@ -30,6 +30,7 @@ from cmcgns.data.stream import FETCH_THREADS, fetched, ordered_context
 from cmcgns.errors import BadRow, UserError
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.encoders import EncoderSpec
+from cmcgns.models.device import autocast, device_of, unit_rows
 from cmcgns.storage import parquet
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,10 @@ class Features:
         return indices, Features([image_ids[index] for index in indices], self.pooled_NC[rows], shared)
 
 
-def features_uri(folder: str, encoder: EncoderSpec, images: ImageSet) -> str:
+def features_uri(folder: str, encoder: EncoderSpec, images: ImageSet, precision: str = "fp32") -> str:
     """URI of the features of ``encoder`` on ``images``."""
-    return storage.join(folder, f"{images.name}-{set_digest(images)}-{encoder.digest()}.parquet")
+    computed = "" if precision == "fp32" else f"-{precision}"
+    return storage.join(folder, f"{images.name}-{set_digest(images)}-{encoder.digest()}{computed}.parquet")
 
 
 def set_digest(images: ImageSet, *more: object) -> str:
@@ -76,7 +78,7 @@ def make_features(
 ) -> tuple[list[str], dict[str, str]]:
     """URIs of the encoders' features on ``images``, computed unless already stored in ``folder``; and for each unusable image its
     id and the reason."""
-    uris = [features_uri(folder, encoder, images) for encoder in encoders]
+    uris = [features_uri(folder, encoder, images, settings.precision) for encoder in encoders]
     missing = [index for index, uri in enumerate(uris) if not storage.exists(uri)]
     for size in sorted({encoders[index].config.data.resize for index in missing}):
         same_size = [index for index in missing if encoders[index].config.data.resize == size]
@@ -208,7 +210,7 @@ class EmbedFilms:
     def __init__(self, encoders_ref: Any, settings: EvaluateConfig) -> None:
         encoders: list[EncoderSpec] = ray.get(encoders_ref)
         torch.set_num_threads(max(int(settings.cpus_per_worker), 1))
-        self.device = torch.device("cuda" if settings.use_gpu else "cpu")
+        self.device, self.precision = device_of(settings.use_gpu), settings.precision
         self.sizes = [(spec.config.data.resize, spec.config.data.image_size) for spec in encoders]
         self.encoders = [spec.load().to(self.device) for spec in encoders]
 
@@ -217,10 +219,11 @@ class EmbedFilms:
         kept = rows["reason"].is_null().to_numpy()
         columns: dict[str, Any] = {"image_id": rows["image_id"], "reason": rows["reason"]}
         for index, (encoder, (resize, size)) in enumerate(zip(self.encoders, self.sizes, strict=True)):
-            pooled, shared = encoder(self._films(rows, resize, size))
-            columns[f"pooled{index}"] = _column(pooled, kept)
+            with autocast(self.device, self.precision):
+                pooled, shared = encoder(self._films(rows, resize, size))
+            columns[f"pooled{index}"] = _column(pooled.float().cpu().numpy(), kept)
             if shared is not None:
-                columns[f"shared{index}"] = _column(shared, kept)
+                columns[f"shared{index}"] = _column(unit_rows(shared, self.precision), kept)
         return pa.table(columns)
 
     def _films(self, rows: pa.Table, resize: int, size: int) -> torch.Tensor:
@@ -231,9 +234,9 @@ class EmbedFilms:
         return normalise(crop(squares_B1RR.to(self.device), size, None))
 
 
-def _column(values_BC: torch.Tensor, kept_B: NDArray[np.bool_]) -> pa.Array:
+def _column(values_BC: Floats, kept_B: NDArray[np.bool_]) -> pa.Array:
     """Rows as a column of lists of equal length; zeros for unreadable films."""
-    rows_BC = values_BC.float().cpu().numpy() * kept_B[:, None]
+    rows_BC = values_BC * kept_B[:, None]
     return pa.FixedSizeListArray.from_arrays(pa.array(rows_BC.astype(np.float32).ravel()), rows_BC.shape[1])
 
 

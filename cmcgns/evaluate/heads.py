@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ from cmcgns.data.batch import normalise
 from cmcgns.evaluate.config import EvaluateConfig
 from cmcgns.evaluate.films import Films
 from cmcgns.library.film_encoder import FilmEncoder
+from cmcgns.models.device import autocast
 
 WIDTH, FINE_STRIDE = 64, 8
 """Channels of the decoder; half as many where the stride is below 8."""
@@ -77,6 +79,7 @@ class DenseModel:
     encoder: FilmEncoder
     head: DenseHead
     tuned: bool
+    precision: str = "fp32"
 
     def train(self, mode: bool) -> None:
         """Set training or evaluation mode; a frozen encoder, with its batch statistics, stays in evaluation mode."""
@@ -96,13 +99,15 @@ def feature_pyramid(encoder: FilmEncoder, image_B1HW: Tensor) -> list[Tensor]:
     return [by_size[size] for size in sorted(by_size, reverse=True)]
 
 
-def build_dense(encoder: FilmEncoder, side: int, stride: int, outputs: int, tuned: bool, seed: int) -> DenseModel:
-    """``encoder`` with a new head."""
+def build_dense(
+    encoder: FilmEncoder, side: int, stride: int, outputs: int, tuned: bool, seed: int, precision: str = "fp32"
+) -> DenseModel:
+    """``encoder`` with a new head on its device."""
     with torch.no_grad():
-        levels = feature_pyramid(encoder.eval(), torch.zeros(1, 1, side, side))
+        levels = feature_pyramid(encoder.eval(), torch.zeros(1, 1, side, side, device=encoder.device))
     torch.manual_seed(seed)
     head = DenseHead([level.shape[1] for level in levels], [level.shape[-1] for level in levels], side, stride, outputs)
-    return DenseModel(encoder, head, tuned)
+    return DenseModel(encoder, head.to(encoder.device), tuned, precision)
 
 
 TUNED_RATE = 0.1
@@ -127,13 +132,23 @@ class HeadedModel(Protocol):
     @property
     def tuned(self) -> bool: ...
 
+    @property
+    def precision(self) -> str: ...
+
     def train(self, mode: bool) -> None: ...
 
     def __call__(self, film_BRR: Tensor) -> Tensor: ...
 
 
 Loss = Callable[[Tensor, Films], Tensor]
-"""Loss of the head's output for some films."""
+"""Loss of the head's output for some films, on the output's device."""
+
+
+def output_of(model: HeadedModel, film_NRR: NDArray[np.uint8]) -> Tensor:
+    """The head's output for films, float32 on the model's device."""
+    device = model.encoder.device
+    with autocast(device, model.precision):
+        return model(torch.from_numpy(film_NRR).to(device)).float()
 
 
 def fit_head(model: HeadedModel, loss: Loss, train: Films, valid: Films, settings: EvaluateConfig, seed: int) -> int:
@@ -148,7 +163,7 @@ def fit_head(model: HeadedModel, loss: Loss, train: Films, valid: Films, setting
     for step, part in enumerate(_batches(train, settings.head_batch, settings.head_steps, seed), 1):
         model.train(True)
         optimizer.zero_grad()
-        loss(model(torch.from_numpy(part.film_NRR)), part).backward()
+        loss(output_of(model, part.film_NRR), part).backward()
         optimizer.step()
         if step % every == 0:
             current = mean_loss(model, loss, validation_films, settings.head_batch)
@@ -183,7 +198,7 @@ def mean_loss(model: HeadedModel, loss: Loss, films: Films, size: int) -> float:
     """Mean of ``loss`` over all films."""
     model.train(False)
     parts = [films.take(range(start, min(start + size, len(films)))) for start in range(0, len(films), size)]
-    sums = [float(loss(model(torch.from_numpy(part.film_NRR)), part)) * len(part) for part in parts]
+    sums = [float(loss(output_of(model, part.film_NRR), part)) * len(part) for part in parts]
     return sum(sums) / max(len(films), 1)
 
 
@@ -193,4 +208,4 @@ def predict_head(model: HeadedModel, films: Films, size: int) -> Iterator[tuple[
     model.train(False)
     for start in range(0, len(films), size):
         part = slice(start, min(start + size, len(films)))
-        yield part, model(torch.from_numpy(films.film_NRR[part]))
+        yield part, output_of(model, films.film_NRR[part])

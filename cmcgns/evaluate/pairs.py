@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 
 from cmcgns.cluster.coordinator import start_coordinator
-from cmcgns.data.batch import Batcher
 from cmcgns.data.order import VALIDATION_EPOCH, drawn_image
 from cmcgns.data.record import to_block
 from cmcgns.data.stream import stream_split
 from cmcgns.errors import UserError
 from cmcgns.evaluate.config import EmbedConfig
-from cmcgns.evaluate.embed import STUDIES_AHEAD, Split, open_split
+from cmcgns.evaluate.embed import STUDIES_AHEAD, Embedder, Split, open_split
 from cmcgns.evaluate.films import center_crop
 from cmcgns.library.runs import PretrainedRun
-from cmcgns.methods.base import ComparesParts, Method, SentenceAttention
+from cmcgns.methods.base import ComparesParts, SentenceAttention
 from cmcgns.methods.parts import CollectedParts
 from cmcgns.models.attention import unit
+from cmcgns.models.device import CPU, unit_rows
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.models.retrieval import centred, mean_over_sentences
 
@@ -63,15 +63,17 @@ class Pairs:
 
 
 @torch.inference_mode()
-def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pairs:
-    """Embeddings of ``split`` of the run's corpus by ``model``, with settings and vocabulary of ``run``; on one CPU."""
+def embed_pairs(
+    model: DualEncoder, run: PretrainedRun, split: SplitName, device: torch.device = CPU, precision: str = "fp32"
+) -> Pairs:
+    """Embeddings of ``split`` of the run's corpus by ``model`` on ``device``, with settings and vocabulary of ``run``."""
     source_split = open_split(run, EmbedConfig(run=run.uri, split=split), "evaluate")
     coordinator = start_coordinator(len(source_split.studies), source_split.config.data.max_bad_fraction, {})
     stream = stream_split(
         source_split.listed, run.tokenizer, source_split.config.data, coordinator,
         taken_cpus=1.0, studies_ahead=STUDIES_AHEAD, with_text=True,
     )  # fmt: skip
-    batch_of = Batcher(run.config, run.tokenizer.pad_id, torch.device("cpu"))
+    embedder = Embedder(model, run.tokenizer, run.config, device, precision)
     blocks, held, parts = list[Pairs](), 0, CollectedParts(PART_STUDIES)
     with stream.context():
         tables = stream.rows(VALIDATION_EPOCH, 0).iter_batches(
@@ -79,7 +81,7 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
         )
         for table in tables:
             rows = table.combine_chunks()
-            blocks.append(_block_pairs(model, run.method, batch_of, rows, source_split, FILMS - held, parts))
+            blocks.append(_block_pairs(embedder, rows, source_split, FILMS - held, parts))
             held += len(blocks[-1].film_MHW)
     if not blocks:
         raise UserError(f"{source_split.config.data.uri}: the {split} split has no usable study")
@@ -90,26 +92,17 @@ def embed_pairs(model: DualEncoder, run: PretrainedRun, split: SplitName) -> Pai
 def _by_parts(method: ComparesParts, collected: CollectedParts) -> Floats:
     """Centred scores of reports (rows) on films."""
     sentences, films, study_n = collected.joined()
-    return centred(mean_over_sentences(method.part_scores(sentences, films), study_n, collected.studies)).numpy()
+    return centred(mean_over_sentences(method.part_scores(sentences, films), study_n, collected.studies)).cpu().numpy()
 
 
-def _block_pairs(
-    model: DualEncoder,
-    method: Method[Any],
-    batch_of: Batcher,
-    table: pa.Table,
-    split: Split,
-    films: int,
-    parts: CollectedParts,
-) -> Pairs:
+def _block_pairs(embedder: Embedder, table: pa.Table, split: Split, films: int, parts: CollectedParts) -> Pairs:
     """Embeddings of one block, with its first ``films`` films; its parts are added to ``parts``."""
-    block = to_block(table, split.config.data.resize)
-    batch = batch_of(block, (int(block.sentence_counts.sum()),), training=False)
-    outputs = model(batch)
+    block, method = to_block(table, split.config.data.resize), embedder.method
+    batch, outputs = embedder.outputs(block)
     if isinstance(method, ComparesParts) and not parts.is_full:
         parts.add(method.parts(outputs, batch), len(block))
-    attention = method.attention(model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
-    real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().numpy()
+    attention = method.attention(embedder.model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
+    real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().cpu()
     studies = split.studies.take(block.positions)
     data = split.config.data
     shown = [
@@ -120,13 +113,13 @@ def _block_pairs(
         study_N=np.array(studies["study_id"].to_pylist(), object),
         group_N=np.array(studies["group"].to_pylist(), object),
         path_N=np.array(shown, object),
-        image_ND=outputs.image_BD.float().numpy(),
-        report_ND=outputs.report_BD.float().numpy(),
+        image_ND=unit_rows(outputs.image_BD, embedder.precision),
+        report_ND=unit_rows(outputs.report_BD, embedder.precision),
         report_hash_N=block.report_hashes.copy(),
         text_n=np.array(table["sentences"].chunk(0).flatten().to_pylist(), object),
         study_of_n=np.repeat(np.arange(len(block)), block.sentence_counts),
-        attended_nD=unit(torch.from_numpy(real(attention.attended_BSD))).numpy(),
-        weight_nP=real(attention.weight_BSP),
+        attended_nD=unit(real(attention.attended_BSD)).numpy(),
+        weight_nP=real(attention.weight_BSP).numpy(),
         film_MHW=center_crop(block.images_BRR[:films], data.image_size).copy(),
     )
 

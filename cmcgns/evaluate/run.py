@@ -30,6 +30,7 @@ from cmcgns.evaluate.scores import with_suffix
 from cmcgns.evaluate.tasks import (
     FILM_HEADS,
     HEAD_TASKS,
+    TASK_CPUS,
     Evaluation,
     TaskResult,
     start_feature_tasks,
@@ -66,10 +67,11 @@ class EvaluateJob(Job):
                 task_options(load_task(name), name, settings)  # refuse wrong options before anything is computed
         open_sets(self.evaluation)
 
+    def environment(self) -> dict[str, str]:
+        return task_variables(self.evaluation.settings)
+
     def needed(self) -> list[dict[str, float]]:
-        # besides the workers one CPU for a task and one for reading films, as in ``check_cluster``
-        own = self.evaluation.settings
-        return [*bundles(own.workers, own.cpus_per_worker, own.use_gpu), ONE_CPU, ONE_CPU]
+        return evaluation_bundles(self.evaluation.settings)
 
     def check_cluster(self, cpus: float) -> None:
         check_workers(self.evaluation.settings, self.evaluation.encoders[0].config)
@@ -86,7 +88,7 @@ class EvaluateJob(Job):
         for images in evaluation.sets:
             counts = ", ".join(f"{len(images.split(name))} {name} ({images.digest(name)})" for name in SPLITS)
             facts[images.name] = f"{counts}; {images.rule}"
-        return facts | {"cluster": f"{cpus:g} CPUs"}
+        return facts | {"workers": describe_workers(evaluation.settings), "cluster": f"{cpus:g} CPUs"}
 
     def run(self, terminal: Console) -> dict[str, Any]:
         evaluation = self.evaluation
@@ -199,11 +201,31 @@ def open_sets(evaluation: Evaluation) -> None:
             evaluation.sets.append(images)
 
 
+def task_variables(settings: EvaluateConfig) -> dict[str, str]:
+    """Environment variables of the tasks."""
+    return {"SCIPY_ARRAY_API": "1"} if settings.use_gpu else {}  # scikit-learn asks for it before it takes tensors
+
+
+def evaluation_bundles(settings: EvaluateConfig) -> list[dict[str, float]]:
+    """Resources of the workers, and one CPU each for a task and for reading films.
+
+    With GPUs a task runs where a worker was: it needs a CPU beside the GPU.
+    """
+    cpus = max(settings.cpus_per_worker, TASK_CPUS) if settings.use_gpu else settings.cpus_per_worker
+    return [*bundles(settings.workers, cpus, settings.use_gpu), ONE_CPU, ONE_CPU]
+
+
+def describe_workers(settings: EvaluateConfig) -> str:
+    """Workers and tasks with their resources, as text."""
+    gpu = " + GPU" if settings.use_gpu else ""
+    return f"{settings.workers} x {settings.cpus_per_worker:g} CPU{gpu}; tasks of {TASK_CPUS:g} CPU{gpu}, {settings.precision}"
+
+
 def check_workers(settings: EvaluateConfig, config: Config) -> None:
     """Raise ``UserError`` if the workers, or a task of one CPU, leave no CPU for reading films."""
     own = settings
     reading = config.data.cpus_per_task
-    check_capacity("evaluate", "worker", own.workers, own.cpus_per_worker, own.use_gpu, kept=reading, least=1.0)
+    check_capacity("evaluate", "worker", own.workers, own.cpus_per_worker, own.use_gpu, kept=reading, least=TASK_CPUS)
 
 
 def features_folder(settings: EvaluateConfig, default_parent: str) -> str:

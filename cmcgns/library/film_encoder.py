@@ -36,6 +36,11 @@ class FilmEncoder(nn.Module):
             self.encoder.pool = nn.Identity()  # an attention pool would be untrained
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.mean_3.device
+
+    @property
     def dim(self) -> int:
         """Channels C of the global feature."""
         return self.encoder.dim

@@ -6,7 +6,6 @@ N films, T texts, S sentences of a text, P patches of a film (g x g), R side of 
 import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -38,7 +37,7 @@ from cmcgns.library.texts import (
 )
 from cmcgns.methods.base import ComparesParts, SentenceAttention
 from cmcgns.methods.parts import CollectedParts
-from cmcgns.models.attention import unit
+from cmcgns.models.device import autocast, unit_rows
 from cmcgns.models.retrieval import centred, mean_over_sentences, with_global
 
 Floats = NDArray[np.float32]
@@ -326,12 +325,10 @@ class Model:
         return read_texts(texts, self._tokenizer)
 
     def _rows(self, values_BD: torch.Tensor) -> Floats:
-        """Embeddings on the host, of length 1 whatever the precision in which they were computed."""
-        wide_BD = values_BD.float()
-        return np.asarray((unit(wide_BD) if self.precision == "bf16" else wide_BD).cpu().numpy())
+        return unit_rows(values_BD, self.precision)
 
     def _precision(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return autocast(self.device, self.precision)
 
     def _batches(self, items: Iterable[Item], number: int, what: str) -> Iterator[list[Item]]:
         """``items`` in lists of ``batch_size``; with a progress bar if there is more than one."""

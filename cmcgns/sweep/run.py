@@ -167,21 +167,24 @@ def rank_finalists(setup: Sweep) -> SweepResult | None:
         return None
     tests: list[float | None] = [None] * len(finalists)
     if setup.prepared.corpus.has_test:
+        use_gpu = setup.base.train.use_gpu
+        scores_of = test_scores.options(num_gpus=int(use_gpu))
         for i, scores in enumerate(finalists):  # one at a time: each needs a CPU in addition to its data tasks
             uri = storage.join(setup.runs, scores.trial.folder)
             try:
-                tests[i] = measure(setup.settings.metric, ray.get(test_scores.remote(uri)))
+                tests[i] = measure(setup.settings.metric, ray.get(scores_of.remote(uri, use_gpu)))
             except ray.exceptions.RayError as error:
                 logger.warning("trial %d has no score on the test split: %s", scores.trial.number, cause(error))
     return SweepResult(finalists, tests)
 
 
 @ray.remote(num_cpus=1)
-def test_scores(uri: str) -> dict[str, Any]:
+def test_scores(uri: str, use_gpu: bool) -> dict[str, Any]:
     """Retrieval scores of the run in folder ``uri`` on its corpus's test split."""
     from cmcgns.evaluate.tasks.retrieval import retrieval
+    from cmcgns.models.device import device_of
 
-    return retrieval(uri, "test")
+    return retrieval(uri, "test", device_of(use_gpu))
 
 
 def describe_plan(setup: Sweep, capacity: Capacity) -> dict[str, str]:

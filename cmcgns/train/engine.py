@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from cmcgns import distributed
 from cmcgns.config import TrainConfig
 from cmcgns.data.batch import ImageReportBatch
+from cmcgns.models.device import AUTOCAST, autocast
 from cmcgns.train import deepspeed_private
 from cmcgns.train.shards import State, join, own_range, split
+from cmcgns.train.speed import compile_backbones
 from cmcgns.user_folders import torch_extensions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's two running averages, the same in torch and DeepSpeed."""
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET, OVERLAPPING_BUCKET = 50_000_000, 10_000_000
 """Maximum gradient elements per bucket, without and with reduction during the backward pass. DeepSpeed's default of 500 million
 allocates 2 GB, and holds a whole model of ours, so that nothing would overlap."""
@@ -113,6 +114,8 @@ def build_engine(
     # ZeRO-0 partitions nothing: it is plain torch
     kind = DeepSpeedEngine if config.engine == "deepspeed" and config.zero_stage else TorchEngine
     optimizer = build_optimizer(model.to(device), config, new_parts)
+    if config.compile:
+        compile_backbones(model)
     return kind(model, optimizer, config, accumulation, device)
 
 
@@ -169,7 +172,7 @@ class DeepSpeedEngine:
         self.gradient_norm = torch.zeros((), device=device)
         if self.scale.used:
             # inside the model: DeepSpeed's forward turns off any autocast around it
-            model.forward = torch.autocast(device.type, AUTOCAST[config.precision])(model.forward)
+            model.forward = torch.autocast(device.type, torch.float16)(model.forward)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -317,10 +320,12 @@ def deepspeed_settings(config: TrainConfig, accumulation: int, trained: int, dev
     overlap = config.overlap_comm
     if overlap is None:
         overlap = device.type == "cuda" or config.zero_stage == 3
+    # two with overlap; in bf16 as many again, for what is reduced in fp32. Together at most twice the gradients
+    buffers = (1 + overlap) * (1 + (config.precision == "bf16"))
     zero = {
         "stage": config.zero_stage,
         "overlap_comm": overlap,
-        "reduce_bucket_size": min(OVERLAPPING_BUCKET if overlap else BUCKET, trained),
+        "reduce_bucket_size": min(OVERLAPPING_BUCKET if overlap else BUCKET, trained, 2 * trained // buffers),
     }
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.microbatch_size,
@@ -351,8 +356,7 @@ class TorchEngine:
         self.accumulation, self.gradient_clip = accumulation, config.gradient_clip
         self.scale = LossScale(config)
         self.gradient_norm = torch.zeros((), device=device)
-        dtype = AUTOCAST.get(config.precision)
-        self.autocast: AbstractContextManager[Any] = torch.autocast(device.type, dtype) if dtype else nullcontext()
+        self.autocast = autocast(device, config.precision)
 
     def __call__(self, batch: ImageReportBatch, stage: int) -> Any:
         with self.autocast:

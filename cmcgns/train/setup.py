@@ -181,7 +181,7 @@ FREE_TO_CHANGE = {
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",
-        "activation_checkpointing", "placement", "overlap_comm", "deterministic",
+        "activation_checkpointing", "placement", "overlap_comm", "deterministic", "tf32", "compile",
         "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_best", "max_failures",
         "hang_timeout_s",
     },

@@ -40,6 +40,7 @@ from cmcgns.train.checkpoint import EXPORT_FORMAT, export_model, load_progress
 from cmcgns.train.launch import Assignment
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import checkpoint_damage, keep_best
+from cmcgns.train.speed import set_up_torch
 from cmcgns.train.steps import BlockSource, Stretch
 from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
 
@@ -171,9 +172,7 @@ def work(assignment: Assignment) -> None:
 def _train(assignment: Assignment) -> None:
     config, device = assignment.config, ray.train.torch.get_device()
     torch.set_num_threads(assignment.threads)
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    set_up_torch(config.train, device)
     if distributed.rank() == 0:
         assignment.coordinator.hold.remote(get_current_placement_group())
     checkpoint = ray.train.get_checkpoint()

@@ -36,7 +36,8 @@ class Said(DenseModel):
     """A model with given output maps."""
 
     def __init__(self, maps: Tensor) -> None:
-        self.maps = maps
+        self.maps, self.precision = maps, "fp32"
+        self.encoder = small_spec().load()  # for its device
 
     def train(self, mode: bool) -> None: ...
 

@@ -254,6 +254,36 @@ def test_a_steady_step_of_deepspeed_waits_for_the_device_at_its_gradients_norm_a
     assert reads == 3 * ["aten::_local_scalar_dense"]  # is it finite, asked in three places
 
 
+def bytes_of_buckets(name: str, precision: str, overlap: bool) -> tuple[int, int, int]:
+    """Most bytes of communication buffers while gradients are reduced, and after the step; and bytes of all gradients."""
+    config = settings(name, precision)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"overlap_comm": overlap})})
+    engine = engine_of(config)
+    assert isinstance(engine, DeepSpeedEngine)
+    held = lambda: sum(
+        each.numel() * each.element_size() for bucket in engine.optimizer.ipg_buckets.values() for each in bucket.buffer
+    )
+    trained, sizes = [p for p in engine.module.parameters() if p.requires_grad], []
+    for parameter in trained:
+        parameter.register_hook(lambda gradient: sizes.append(held()))
+    for seed in range(2):
+        step(engine, config, seed=seed)
+    assert len(sizes) > 50
+    return max(sizes), held(), sum(p.numel() * p.element_size() for p in trained)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_buffers_of_deepspeed_take_at_most_twice_the_bytes_of_the_gradients(
+    name: str, precision: str, overlap: bool
+) -> None:
+    [(most, left, gradients)] = run_on_ranks(1, bytes_of_buckets, name, precision, overlap)
+    assert 0 < most <= 2 * gradients
+    assert left == 0
+
+
 @pytest.mark.parametrize(("overlap", "most"), [(None, BUCKET), (True, OVERLAPPING_BUCKET)])
 @pytest.mark.parametrize("trained", [1_000_000, 160_000_000])
 def test_buckets_hold_at_most_the_trained_gradients_and_never_all_of_a_large_model(

@@ -1,4 +1,4 @@
-"""Ray tasks of an evaluation: which task is started for which set and encoder, each on one CPU."""
+"""Ray tasks of an evaluation: which task is started for which set and encoder, each on one CPU, and a GPU if it uses one."""
 
 import hashlib
 import itertools
@@ -20,12 +20,13 @@ from cmcgns.evaluate.encoders import EncoderSpec
 from cmcgns.evaluate.features import make_features, read_features
 from cmcgns.evaluate.figures import Figure
 from cmcgns.evaluate.films import Films, film_ids, load_films, make_films
-from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
+from cmcgns.evaluate.pairs import Pairs, embed_pairs
 from cmcgns.evaluate.scores import Score, percent
 from cmcgns.evaluate.tasks.classification import drawn_groups, finetune_scores
 from cmcgns.evaluate.tasks.detection import detection_scores
 from cmcgns.evaluate.tasks.segmentation import segmentation_scores
 from cmcgns.library.texts import Prompts
+from cmcgns.models.device import device_of
 
 FILM_HEADS: dict[str, AnnotationKind] = {
     "segmentation": "masks",
@@ -35,6 +36,7 @@ FILM_HEADS: dict[str, AnnotationKind] = {
 """Tasks that train a head on films, and the annotations they use; classification only with tuned encoders."""
 HEAD_TASKS = ("segmentation", "detection")
 """Tasks that only train a head on films."""
+TASK_CPUS = 1.0
 
 
 @dataclass
@@ -84,7 +86,7 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
             evaluation.skipped += [f"{name} by {encoder.name}: {reason}" for name in tasks if name not in own]
         if not own:
             continue
-        pairs = embed.remote(encoder, settings.split)
+        pairs = reserved(embed, settings).remote(encoder, settings)
         try:  # one at a time: each needs a CPU in addition to those for its data
             digest, number = ray.get(studies_digest.remote(pairs))
         except Exception as error:
@@ -99,7 +101,8 @@ def start_pair_tasks(evaluation: Evaluation, tasks: dict[str, Task]) -> dict[Any
                 reason = f"the {settings.split} split has {number} studies, it needs {task.least_studies} or more"
                 evaluation.skipped.append(f"{name} by {encoder.name}: {reason}")
                 continue
-            reference = run_pair_task.remote(task, name, pairs, encoder, shared, settings)
+            reserving = reserved(run_pair_task, settings, task.uses_gpu)
+            reference = reserving.remote(task, name, pairs, encoder, shared, settings)
             started[reference] = f"{name} by {encoder.name}"
     return started
 
@@ -133,7 +136,8 @@ def start_feature_tasks(evaluation: Evaluation, tasks: dict[str, Task], images: 
             if task.needs_reports and not encoder.has_reports:
                 evaluation.skipped.append(f"{name} of {images.name} by {encoder.name}: it has no text encoder")
                 continue
-            reference = run_feature_task.remote(task, name, uri, encoder, shared, prompts, settings)
+            reserving = reserved(run_feature_task, settings, task.uses_gpu)
+            reference = reserving.remote(task, name, uri, encoder, shared, prompts, settings)
             started[reference] = f"{name} of {images.name} by {encoder.name}"
     return started
 
@@ -177,7 +181,9 @@ def start_film_head_tasks(evaluation: Evaluation, images: ImageSet, cache: str) 
             for task in wanted:
                 modes = [mode for mode in settings.encoder if mode == "tuned" or task != "classification"]
                 for share, mode in itertools.product(shares[task], modes):
-                    reference = run_film_head.remote(task, uri, shared, encoder, share, mode == "tuned", settings)
+                    reference = reserved(run_film_head, settings).remote(
+                        task, uri, shared, encoder, share, mode == "tuned", settings
+                    )
                     started[reference] = (
                         f"{task} of {images.name} by {encoder.name}, {mode}, {percent(share)} of labels"
                     )
@@ -189,6 +195,11 @@ def _empty_split(images: ImageSet, what: AnnotationKind) -> str | None:
     return next((split for split in SPLITS if not len(images.annotated(images.split(split), what))), None)
 
 
+def reserved(function: Any, settings: EvaluateConfig, uses_gpu: bool = True) -> Any:
+    """The Ray function with a GPU of its own, if it uses one and the settings give it."""
+    return function.options(num_gpus=int(settings.use_gpu and uses_gpu))
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """Result of one task."""
@@ -198,10 +209,11 @@ class TaskResult:
     seconds: float
 
 
-@ray.remote(num_cpus=1)
-def embed(encoder: EncoderSpec, split: SplitName) -> Pairs:
+@ray.remote(num_cpus=TASK_CPUS)
+def embed(encoder: EncoderSpec, settings: EvaluateConfig) -> Pairs:
     """Embeddings of a split of the corpus by an encoder's model."""
-    return embed_pairs(encoder.load_model(), encoder.run, split)
+    device = device_of(settings.use_gpu)
+    return embed_pairs(encoder.load_model(), encoder.run, settings.split, device, settings.precision)
 
 
 @ray.remote(num_cpus=0)
@@ -211,23 +223,23 @@ def studies_digest(pairs: Pairs) -> tuple[str, int]:
     return hashlib.blake2b("\n".join(shown).encode(), digest_size=6).hexdigest(), len(pairs.study_N)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=TASK_CPUS)
 def run_pair_task(
     task: Task, name: str, pairs: Pairs, encoder: EncoderSpec, images: ImageSet | None, settings: EvaluateConfig
 ) -> TaskResult:
     """Scores of a task that reads pairs."""
-    return measure(
-        task, Inputs(name, encoder, images, settings, pairs=pairs, options=task_options(task, name, settings))
-    )
+    device, options = device_of(settings.use_gpu and task.uses_gpu), task_options(task, name, settings)
+    return measure(task, Inputs(name, encoder, images, settings, pairs=pairs, options=options, device=device))
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=TASK_CPUS)
 def run_feature_task(
     task: Task, name: str, uri: str, encoder: EncoderSpec, images: ImageSet, prompts: Prompts, settings: EvaluateConfig
 ) -> TaskResult:
     """Scores of a task that reads the features at ``uri``."""
-    features, options = read_features(uri), task_options(task, name, settings)
-    return measure(task, Inputs(name, encoder, images, settings, features=features, prompts=prompts, options=options))
+    device, options = device_of(settings.use_gpu and task.uses_gpu), task_options(task, name, settings)
+    inputs = Inputs(name, encoder, images, settings, prompts=prompts, options=options, device=device)
+    return measure(task, replace(inputs, features=read_features(uri)))
 
 
 def measure(task: Task, inputs: Inputs) -> TaskResult:
@@ -236,20 +248,20 @@ def measure(task: Task, inputs: Inputs) -> TaskResult:
     return TaskResult(task.scores(inputs), inputs.shown, time.perf_counter() - began)
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=TASK_CPUS)
 def run_film_head(
     task: str, uri: str, images: ImageSet, encoder: EncoderSpec, share: float, tuned: bool, settings: EvaluateConfig
 ) -> TaskResult:
     """Scores of one of ``FILM_HEADS`` on the films at ``uri``."""
     began, shown = time.perf_counter(), list[Figure]()
     torch.set_num_threads(1)
-    side = encoder.config.data.image_size
+    side, device = encoder.config.data.image_size, device_of(settings.use_gpu)
     parts, groups = parts_of(uri, images, side, FILM_HEADS[task], share, settings.seed)
     if task == "classification":
-        scores = finetune_scores(encoder, images, parts, groups, share, settings)
+        scores = finetune_scores(encoder, images, parts, groups, share, settings, device)
     else:
         measured = segmentation_scores if task == "segmentation" else detection_scores
-        scores = measured(encoder, images, parts, groups, share, tuned, settings, shown)
+        scores = measured(encoder, images, parts, groups, share, tuned, settings, shown, device)
     return TaskResult(scores, shown, time.perf_counter() - began)
 
 

@@ -6,9 +6,11 @@ N images, C channels, K classes.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import sklearn
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
@@ -28,6 +30,7 @@ from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.heads import fit_head, predict_head
 from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, over_draws, percent, weighted_auc
 from cmcgns.library.film_encoder import FilmEncoder
+from cmcgns.models.device import CPU
 
 Floats = NDArray[np.float64]
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -36,20 +39,34 @@ ITERATIONS, TOLERANCE = 300, 1e-3
 
 
 def linear_probe(
-    train_NC: Floats, label_NK: Floats, valid_NC: Floats, valid_label_NK: Floats, test_NC: Floats, exclusive: bool
-) -> Floats:
+    train_NC: Floats, label_NK: Floats, valid_NC: Floats, valid_label_NK: Floats, test_NC: Floats, exclusive: bool,
+    device: torch.device = CPU,
+) -> Floats:  # fmt: skip
     """Scores (N, K) of the test images from one logistic regression per class, or one over all classes if they are ``exclusive``.
     Ignores NaN labels. A class with only positives or only negatives in training has score 0 everywhere."""
     mean_C, spread_C = train_NC.mean(0), train_NC.std(0) + 1e-6
     train, valid, test = (((rows - mean_C) / spread_C).astype(np.float32) for rows in (train_NC, valid_NC, test_NC))
-    with threadpool_limits(limits=1):  # each task has one CPU
+    # each task has one CPU; off it scikit-learn computes with torch
+    with threadpool_limits(limits=1), sklearn.config_context(array_api_dispatch=device != CPU):
         if exclusive:
-            return _exclusive(train, label_NK, valid, valid_label_NK, test)
-        columns = [_binary(train, label_NK[:, k], valid, valid_label_NK[:, k], test) for k in range(label_NK.shape[1])]
+            return _exclusive(train, label_NK, valid, valid_label_NK, test, device)
+        labels = zip(label_NK.T, valid_label_NK.T, strict=True)
+        columns = [_binary(train, label_N, valid, valid_N, test, device) for label_N, valid_N in labels]
     return np.stack(columns, axis=1)
 
 
-def _binary(train: Floats, label_N: Floats, valid: Floats, valid_label_N: Floats, test: Floats) -> Floats:
+def _placed(values: NDArray[Any], device: torch.device) -> Any:
+    """The array as scikit-learn takes it: on the CPU as it is, elsewhere as a tensor."""
+    return values if device == CPU else torch.from_numpy(values).to(device)
+
+
+def _on_host(values: Any) -> NDArray[Any]:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _binary(
+    train: Floats, label_N: Floats, valid: Floats, valid_label_N: Floats, test: Floats, device: torch.device
+) -> Floats:
     known, known_valid = np.isfinite(label_N), np.isfinite(valid_label_N)
     target = label_N[known] > 0.5
     if target.all() or not target.any():
@@ -57,7 +74,7 @@ def _binary(train: Floats, label_N: Floats, valid: Floats, valid_label_N: Floats
     valid_target = valid_label_N[known_valid] > 0.5
     one_sided = valid_target.all() or not valid_target.any()
     best, best_auc = None, -1.0
-    for model in _path(train[known], target):
+    for model in _path(_placed(train[known], device), _placed(target, device)):
         scores = valid[known_valid] @ model[0] + model[1]
         auc = 0.0 if one_sided else float(weighted_auc(scores, valid_target, np.ones((1, len(scores))))[0])
         if auc > best_auc:
@@ -66,17 +83,19 @@ def _binary(train: Floats, label_N: Floats, valid: Floats, valid_label_N: Floats
     return np.asarray(test @ best[0] + best[1], np.float64)
 
 
-def _path(train: Floats, target: NDArray[np.bool_]) -> list[tuple[Floats, float]]:
+def _path(train: Any, target: Any) -> list[tuple[Floats, float]]:
     """Weights and bias for each of ``STRENGTHS``, each initialised with the previous one."""
     model = LogisticRegression(max_iter=ITERATIONS, tol=TOLERANCE, warm_start=True)
     models = []
     for strength in STRENGTHS:
         model.set_params(C=strength).fit(train, target)
-        models.append((model.coef_[0].copy(), float(model.intercept_[0])))
+        models.append((_on_host(model.coef_[0]).copy(), float(model.intercept_[0])))
     return models
 
 
-def _exclusive(train: Floats, label_NK: Floats, valid: Floats, valid_label_NK: Floats, test: Floats) -> Floats:
+def _exclusive(
+    train: Floats, label_NK: Floats, valid: Floats, valid_label_NK: Floats, test: Floats, device: torch.device
+) -> Floats:
     """Log-probabilities of a multinomial regression; -1e9 for classes without training images."""
     target, valid_target = label_NK.argmax(1), valid_label_NK.argmax(1)
     scores = np.full((len(test), label_NK.shape[1]), -1e9)
@@ -84,14 +103,17 @@ def _exclusive(train: Floats, label_NK: Floats, valid: Floats, valid_label_NK: F
         scores[:, target[0]] = 0.0
         return scores
     model = LogisticRegression(max_iter=ITERATIONS, tol=TOLERANCE, warm_start=True)
+    placed_train, placed_target, placed_valid, placed_test = (
+        _placed(each, device) for each in (train, target, valid, test)
+    )
     best, best_accuracy = None, -1.0
     for strength in STRENGTHS:
-        model.set_params(C=strength).fit(train, target)
-        accuracy = float((model.predict(valid) == valid_target).mean())
+        model.set_params(C=strength).fit(placed_train, placed_target)
+        accuracy = float((_on_host(model.predict(placed_valid)) == valid_target).mean())
         if accuracy > best_accuracy:
-            best, best_accuracy = model.predict_log_proba(test), accuracy
+            best, best_accuracy = _on_host(model.predict_log_proba(placed_test)), accuracy
     assert best is not None
-    scores[:, model.classes_] = best
+    scores[:, _on_host(model.classes_)] = best
     return scores
 
 
@@ -113,8 +135,9 @@ def drawn_groups(groups: Sequence[str], share: float, seed: int) -> NDArray[np.b
 
 
 def probe_scores(
-    features: Features, images: ImageSet, encoder: str, settings: EvaluateConfig, shown: list[Figure] | None = None
-) -> list[Score]:
+    features: Features, images: ImageSet, encoder: str, settings: EvaluateConfig, shown: list[Figure] | None = None,
+    device: torch.device = CPU,
+) -> list[Score]:  # fmt: skip
     """AUC of each class and their mean, or accuracy if classes are exclusive, for each fraction of the labels.
 
     Appends the curves of the last fraction to ``shown``.
@@ -138,7 +161,7 @@ def probe_scores(
         for draw in range(draws):
             taken = drawn_groups(groups, share, settings.seed * DRAWS + draw)
             found_S.append(
-                linear_probe(train_NC[taken], train_NK[taken], valid_NC, valid_NK, test_NC, images.exclusive)
+                linear_probe(train_NC[taken], train_NK[taken], valid_NC, valid_NK, test_NC, images.exclusive, device)
             )
         table = (accuracy_scores if images.exclusive else auc_scores)(found_S, images, test_NK, resampling)
         scores += [
@@ -208,6 +231,7 @@ class Classifier:
     encoder: FilmEncoder
     head: nn.Linear
     tuned: bool = True
+    precision: str = "fp32"
 
     def train(self, mode: bool) -> None:
         """Set training or evaluation mode."""
@@ -219,7 +243,7 @@ class Classifier:
 
 def finetune_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float,
-    settings: EvaluateConfig,
+    settings: EvaluateConfig, device: torch.device = CPU,
 ) -> list[Score]:  # fmt: skip
     """The same scores as for linear probes, for an encoder fine-tuned on one draw of ``share`` of the labels."""
     labels = dict(zip(images.table["image_id"].to_pylist(), images.table["labels"].to_pylist(), strict=True))
@@ -228,18 +252,19 @@ def finetune_scores(
         return np.array([labels[name] for name in films.image_ids], np.float64).reshape(len(films), len(images.classes))
 
     def loss(logit_BK: Tensor, films: Films) -> Tensor:
-        label_BK = torch.from_numpy(labels_of(films)).float()
+        label_BK = torch.from_numpy(labels_of(films)).float().to(logit_BK.device)
         if images.exclusive:
             return F.cross_entropy(logit_BK, label_BK.argmax(1))
         known_BK = label_BK.isfinite()
         error_BK = F.binary_cross_entropy_with_logits(logit_BK, label_BK.nan_to_num(), reduction="none")
         return (error_BK * known_BK).sum() / known_BK.sum().clamp_min(1)
 
-    loaded = encoder.load()
+    loaded = encoder.load().to(device)
     torch.manual_seed(settings.seed)
-    model = Classifier(loaded, nn.Linear(loaded.dim, len(images.classes)))
+    head = nn.Linear(loaded.dim, len(images.classes)).to(device)
+    model = Classifier(loaded, head, precision=settings.precision)
     steps = fit_head(model, loss, parts["train"], parts["valid"], settings, settings.seed)
-    logits = [logit_BK.numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
+    logits = [logit_BK.cpu().numpy() for _, logit_BK in predict_head(model, parts["test"], settings.head_batch)]
     score_NK = np.concatenate(logits).astype(np.float64)
     resampling = Resampling.of(groups, settings.resamples, settings.seed)
     measured = accuracy_scores if images.exclusive else auc_scores
@@ -263,11 +288,13 @@ class Classification(Task):
     """Linear probes on frozen features; tuned encoders run with the film heads."""
 
     reads = "features"
+    uses_gpu = True
 
     def scores(self, inputs: Inputs) -> list[Score]:
         assert inputs.features is not None
         assert inputs.images is not None
-        return probe_scores(inputs.features, inputs.images, inputs.encoder.name, inputs.settings, inputs.shown)
+        encoder, own = inputs.encoder.name, inputs.settings
+        return probe_scores(inputs.features, inputs.images, encoder, own, inputs.shown, inputs.device)
 
 
 TASK = Classification()

@@ -23,6 +23,7 @@ from cmcgns.evaluate.figures import SAMPLES, Figure, boxes
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.heads import DenseModel, build_dense, fit_head, predict_head
 from cmcgns.evaluate.scores import Resampling, Score, percent
+from cmcgns.models.device import CPU
 
 Floats = NDArray[np.float64]
 STRIDE = 4
@@ -48,7 +49,7 @@ class Detections(NamedTuple):
 
 def detection_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
-    settings: EvaluateConfig, shown: list[Figure] | None = None,
+    settings: EvaluateConfig, shown: list[Figure] | None = None, device: torch.device = CPU,
 ) -> list[Score]:  # fmt: skip
     """COCO's mAP (0.50:0.95) and AP at 0.50 over all test films, including those without boxes.
 
@@ -57,7 +58,7 @@ def detection_scores(
     if not any(map(len, parts["test"].boxes)):
         raise UserError(f"{images.name}: no test film has any of {', '.join(images.box_classes)}")
     side, kinds = parts["train"].film_NRR.shape[-1], len(images.box_classes)
-    model = build_dense(encoder.load(), side, STRIDE, kinds + 4, tuned, settings.seed)
+    model = build_dense(encoder.load().to(device), side, STRIDE, kinds + 4, tuned, settings.seed, settings.precision)
     torch.nn.init.constant_(model.head.bias[:kinds], EMPTY)
     steps = fit_head(model, centre_loss, parts["train"], parts["valid"], settings, settings.seed)
     predicted = detections(model, parts["test"], kinds, settings.head_batch)
@@ -125,7 +126,7 @@ def targets(films: Films, kinds: int, cells: int) -> tuple[Tensor, Tensor, Tenso
 def centre_loss(map_Bchh: Tensor, films: Films) -> Tensor:
     """Penalty-reduced focal loss of the heat (Law and Deng 2018) plus 1 - IoU of the boxes around their centres."""
     kinds, cells = map_Bchh.shape[1] - 4, map_Bchh.shape[-1]
-    heat_BKhh, sides_B4hh, weight_Bhh = targets(films, kinds, cells)
+    heat_BKhh, sides_B4hh, weight_Bhh = (part.to(map_Bchh.device) for part in targets(films, kinds, cells))
     logit_BKhh = map_Bchh[:, :kinds]
     sure_BKhh = logit_BKhh.sigmoid()
     centre = heat_BKhh == 1
@@ -148,7 +149,7 @@ def detections(model: DenseModel, films: Films, kinds: int, size: int) -> list[D
     """The model's detections on each film."""
     predicted, side = [], films.film_NRR.shape[-1]
     for _, map_Bchh in predict_head(model, films, size):
-        predicted += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh]
+        predicted += [_decoded(map_chh, kinds, side) for map_chh in map_Bchh.cpu()]
     return predicted
 
 

@@ -15,6 +15,7 @@ from cmcgns.evaluate.figures import SAMPLES, Figure, nearest
 from cmcgns.evaluate.pairs import Pairs, SplitName, embed_pairs
 from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.library.runs import PretrainedRun, open_run
+from cmcgns.models.device import CPU
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.models.retrieval import first_hits, first_hits_by_score, recall, recall_of, with_global
 
@@ -24,15 +25,17 @@ DEPTHS = (1, 5, 10)
 SHOWN_REPORTS = 3
 
 
-def retrieval(uri: str, split: SplitName) -> dict[str, Any]:
-    """``recall`` on ``split`` of its corpus by the export of the finished run in the folder ``uri``; runs on one CPU."""
+def retrieval(uri: str, split: SplitName, device: torch.device = CPU) -> dict[str, Any]:
+    """``recall`` on ``split`` of its corpus by the export of the finished run in the folder ``uri``."""
     run = open_run("run", uri)
-    return model_retrieval(run.load_model(), run, split)
+    return model_retrieval(run.load_model(), run, split, device)
 
 
-def model_retrieval(model: DualEncoder, run: PretrainedRun, split: SplitName) -> dict[str, Any]:
+def model_retrieval(
+    model: DualEncoder, run: PretrainedRun, split: SplitName, device: torch.device = CPU
+) -> dict[str, Any]:
     """The same with ``model``, using settings and vocabulary of ``run``."""
-    pairs = embed_pairs(model, run, split)
+    pairs = embed_pairs(model, run, split, device)
     hits = _hits(pairs)
     scores = recall(*_tensors(pairs))
     for kind, name in ((BY_PARTS, "parts_"), (COMBINED, "combined_")):

@@ -19,6 +19,7 @@ from cmcgns.evaluate.figures import SAMPLES, Figure, masks
 from cmcgns.evaluate.films import Films
 from cmcgns.evaluate.heads import DenseModel, build_dense, fit_head, predict_head
 from cmcgns.evaluate.scores import OF_A_CLASS, Resampling, Score, percent
+from cmcgns.models.device import CPU
 
 Floats = NDArray[np.float64]
 STRIDE = 2
@@ -29,7 +30,7 @@ PRESENT, TOGETHER = "Dice where present", "Dice of all films"
 
 def segmentation_scores(
     encoder: EncoderSpec, images: ImageSet, parts: dict[str, Films], groups: list[str], share: float, tuned: bool,
-    settings: EvaluateConfig, shown: list[Figure] | None = None,
+    settings: EvaluateConfig, shown: list[Figure] | None = None, device: torch.device = CPU,
 ) -> list[Score]:  # fmt: skip
     """Mean Dice over the films with a class, and Dice over the pixels of all films, for each class and averaged.
 
@@ -38,7 +39,8 @@ def segmentation_scores(
     if not parts["test"].mask_NKRR.any():
         raise UserError(f"{images.name}: no test film has any of {', '.join(images.mask_classes)}")
     side = parts["train"].film_NRR.shape[-1]
-    model = build_dense(encoder.load(), side, STRIDE, len(images.mask_classes), tuned, settings.seed)
+    loaded, kinds = encoder.load().to(device), len(images.mask_classes)
+    model = build_dense(loaded, side, STRIDE, kinds, tuned, settings.seed, settings.precision)
     steps = fit_head(model, dice_and_cross_entropy, parts["train"], parts["valid"], settings, settings.seed)
     if shown is not None:
         some = parts["test"].take(np.flatnonzero(parts["test"].mask_NKRR.any(axis=(1, 2, 3)))[:SAMPLES].tolist())
@@ -84,7 +86,7 @@ def _dice_of_class(
 
 def dice_and_cross_entropy(map_BKrr: Tensor, films: Films) -> Tensor:
     """Cross-entropy of each pixel plus 1 - soft Dice of each class over the batch."""
-    target_BKRR = torch.from_numpy(films.mask_NKRR).float()
+    target_BKRR = torch.from_numpy(films.mask_NKRR).to(map_BKrr.device).float()
     logit_BKRR = enlarged(map_BKrr, target_BKRR.shape[-1])
     overlap_K = (logit_BKRR.sigmoid() * target_BKRR).sum((0, 2, 3))
     area_K = logit_BKRR.sigmoid().sum((0, 2, 3)) + target_BKRR.sum((0, 2, 3))
@@ -100,7 +102,7 @@ def enlarged(map_BKrr: Tensor, side: int) -> Tensor:
 def answers(model: DenseModel, films: Films, size: int) -> Iterator[tuple[slice, NDArray[np.bool_]]]:
     """The model's masks, batch by batch, (B, K, R, R)."""
     for rows, map_BKrr in predict_head(model, films, size):
-        yield rows, enlarged(map_BKrr, films.film_NRR.shape[-1]).numpy() > 0
+        yield rows, (enlarged(map_BKrr, films.film_NRR.shape[-1]) > 0).cpu().numpy()
 
 
 def counts(model: DenseModel, films: Films, size: int) -> tuple[Floats, Floats]:

@@ -17,6 +17,7 @@ from cmcgns.evaluate.scores import Resampling, Score
 from cmcgns.evaluate.tasks.classification import accuracy_scores, auc_scores, labels_of
 from cmcgns.library.runs import PretrainedRun
 from cmcgns.library.texts import Prompts, built_in_prompts, check_prompts, class_score
+from cmcgns.models.device import autocast
 from cmcgns.models.dual_encoder import DualEncoder
 
 LAYOUT = "{set: {class: {present: [...], absent: [...]}}}"
@@ -78,6 +79,7 @@ class ZeroShot(Task):
 
     reads = "features"
     needs_reports = True
+    uses_gpu = True
 
     def missing(self, images: ImageSet, prompts: Prompts) -> str | None:
         unknown = [name for name in images.classes if name not in prompts]
@@ -88,8 +90,11 @@ class ZeroShot(Task):
         assert inputs.images is not None
         assert inputs.prompts is not None
         encoder, images, prompts, own = inputs.encoder, inputs.images, inputs.prompts, inputs.settings
-        model = encoder.load_model()
-        return zeroshot_scores(model, encoder.run, inputs.features, images, prompts, encoder.name, own, inputs.shown)
+        model = encoder.load_model().to(inputs.device)
+        with autocast(inputs.device, own.precision):
+            return zeroshot_scores(
+                model, encoder.run, inputs.features, images, prompts, encoder.name, own, inputs.shown
+            )
 
 
 TASK = ZeroShot()
