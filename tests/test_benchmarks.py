@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks import scaling
+from tests.gpu_day import Day, Row, machine, stored
 from tests.jobs import REPOSITORY
 
 ABSENT = (
@@ -31,28 +33,38 @@ def gpu_day(out: Path, *arguments: str, absent: Sequence[str] = ()) -> subproces
 
 
 def test_the_day_of_a_gpu_needs_torch_and_transformers_alone(tmp_path: Path) -> None:
-    done = gpu_day(tmp_path, "--only=(CPU|half precision|throughput|where time goes): vit", absent=ABSENT)
+    done = gpu_day(tmp_path, "--only=(CPU|where time goes): vit|heads|k-means", absent=ABSENT)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
     assert "engine: plain torch, as DeepSpeed is not installed" in done.stdout
     found = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert found.pop("k-means")["state"] == "left out"
     assert {part["state"] for part in found.values()} == {"done"}
     written = (tmp_path / "table.md").read_text()
-    for what in ("bf16 from fp32", "image_BD from a CPU's", "studies/s", "backward"):
+    for what in ("fp32 from a CPU's", "image_BD from a CPU's", "backward", "film negatives", "FAISS is not installed"):
         assert what in written
     assert (tmp_path / "trace-vit-tiny.json").exists()
 
 
-def test_what_the_day_of_a_gpu_had_no_time_for_is_done_by_the_same_command_again(tmp_path: Path) -> None:
-    assert gpu_day(tmp_path, "--only=heads").returncode == 0
-    first = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert gpu_day(tmp_path, "--minutes=0").returncode == 3
-    done = gpu_day(tmp_path, "--only=k-means")
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    second = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert second == first | {"k-means": second["k-means"]}
-    assert second["k-means"]["rows"][0]["good"]
-    (tmp_path / "results.json").write_text('{"where": "another machine", "parts": {}}')
-    assert "is of another machine" in gpu_day(tmp_path).stderr
+def test_what_the_day_of_a_gpu_had_no_time_for_is_done_by_the_next_one(tmp_path: Path) -> None:
+    ran = []
+
+    def part(of: Day) -> Iterator[Row]:
+        ran.append(of)
+        yield Row("something", "1 s")
+        if len(ran) == 1:
+            raise RuntimeError("CUDA error")
+
+    here, now = machine(torch.device("cpu")), time.monotonic()
+    days = [
+        Day(torch.device("cpu"), True, 1, tmp_path, "torch", now + seconds, {}) for seconds in (60, -1, 60, 60)
+    ]  # the second one has no time
+    for day, state in zip(days, ("failed", "failed", "done", "done"), strict=True):
+        day.parts = stored(tmp_path, here)
+        day.do("a part", part)
+        assert stored(tmp_path, here)["a part"].state == state
+    assert ran == [days[0], days[2]]
+    with pytest.raises(SystemExit, match="give another --out"):
+        stored(tmp_path, "another machine")
 
 
 @pytest.mark.gpu
