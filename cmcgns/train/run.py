@@ -1,6 +1,7 @@
 """The pretraining job: resource checks, the plan, the run and its result."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import read_bad_rows, write_bad_rows
+from cmcgns.cli import invocation
 from cmcgns.cluster.coordinator import log_to_coordinator, memory_failure, read_account, start_coordinator
 from cmcgns.cluster.placement import (
     DATA,
@@ -212,6 +214,18 @@ class PretrainJob(Job):
             sys.stdout.flush()
             os._exit(STATUS[result["status"]])
 
+    def next_step(self, result: dict[str, Any]) -> str:
+        if result["checkpoint"] if "checkpoint" in result else latest_checkpoint(self.folder):
+            return super().next_step(result)
+        if not storage.exists(self.folder.file("config.yaml")):
+            return (
+                "no step is saved, and there is nothing to resume: remove the cause, then start the same command again"
+            )
+        return (
+            "no step is saved yet. Once the cause is removed, the run starts at its first step with: "
+            f"{self.resume_command()}; with other settings start a new run"
+        )
+
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
         scores = result["metrics"]
         validation = {"loss": f"{scores['loss']:.3f} on {scores['studies']} validation studies"}
@@ -227,8 +241,18 @@ class PretrainJob(Job):
             "export": str(result["export"]),
             "checkpoint": str(result["checkpoint"]),
             "metrics": self.folder.file("metrics.jsonl"),
-            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}; cmcgns report {self.folder.uri}",
+            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}",
+            **self.next_commands(),
         }
+
+    def next_commands(self) -> dict[str, str]:
+        """What can be done with the finished run, a command each."""
+        uri, evaluate = shlex.quote(self.folder.uri), " ".join(invocation("evaluate"))
+        commands = {"report": f"cmcgns report {uri}", "evaluate": f"{evaluate} --evaluate.run={uri}"}
+        if self.config.data.reports:
+            index = shlex.quote(f"indexes/{self.folder.name}")
+            commands["search"] = f"{' '.join(invocation('search'))} --search.run={uri} --search.index={index}"
+        return commands | {"in Python": f"cmcgns.load({self.folder.uri!r})"}
 
 
 def pretrain(config: Config) -> int:
