@@ -93,7 +93,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_not_told_to_resume_fro
 ) -> None:
     job = Training(tmp_path)
     (tmp_path / "run").mkdir()
-    assert "nothing to resume: remove the cause, then start the same command again" in last_words(job, **result)
+    assert "there is nothing to resume: start the same command again" in last_words(job, **result)
     (tmp_path / "run" / "config.yaml").touch()  # the run has been written
     words = last_words(job, **result)
     assert "no step is saved yet" in words

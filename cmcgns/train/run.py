@@ -218,13 +218,8 @@ class PretrainJob(Job):
         if result["checkpoint"] if "checkpoint" in result else latest_checkpoint(self.folder):
             return super().next_step(result)
         if not storage.exists(self.folder.file("config.yaml")):
-            return (
-                "no step is saved, and there is nothing to resume: remove the cause, then start the same command again"
-            )
-        return (
-            "no step is saved yet. Once the cause is removed, the run starts at its first step with: "
-            f"{self.resume_command()}; with other settings start a new run"
-        )
+            return "nothing is saved, so there is nothing to resume: start the same command again"
+        return f"no step is saved yet: to change settings start a new run; to begin this one again: {self.resume_command()}"
 
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
         scores = result["metrics"]

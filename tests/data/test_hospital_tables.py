@@ -119,7 +119,9 @@ def test_a_first_line_with_the_data_of_a_patient_is_not_printed(tmp_path: Path, 
 
 @pytest.mark.parametrize("format", ["pairs-csv", "auto"])
 def test_a_folder_without_pairs_csv_names_the_tables_that_it_has(hospital: Path, format: str) -> None:
-    assert f"It has export.csv: give the table itself, as {hospital}/export.csv" in refusal(hospital, format=format)
+    assert f"The folder has export.csv: give the table itself, as {hospital}/export.csv" in refusal(
+        hospital, format=format
+    )
 
 
 def test_a_folder_without_any_table_is_not_said_to_be_missing(tmp_path: Path) -> None:
@@ -147,7 +149,8 @@ def test_one_film_of_the_first_is_enough(hospital: Path) -> None:
     assert sum(map(len, opened(hospital / "export.csv", columns=COLUMNS, films="films").studies.values())) == 2
 
 
-def test_a_report_in_the_column_of_images_is_not_printed(tmp_path: Path) -> None:
-    message = refusal(csv_file(tmp_path / "pairs.csv", "image,report", "The heart is large.,a.png"))
+@pytest.mark.parametrize("times", [1, 30])  # the second is too long for a file name
+def test_a_report_in_the_column_of_images_is_not_printed(tmp_path: Path, times: int) -> None:
+    message = refusal(csv_file(tmp_path / "pairs.csv", "image,report", f"{'The heart is large. ' * times},a.png"))
     assert "none of its first 1 films is there" in message
     assert "heart" not in message

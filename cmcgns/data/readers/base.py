@@ -32,6 +32,8 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 
+PROBED = 20
+"""Films by which it is found out, before anything starts, where the films of a table lie."""
 LONGEST_PATH = 1024
 """Bytes of the longest key on S3."""
 NAMED_VIEWS = frozenset({
@@ -172,9 +174,13 @@ class FileSource:
 
     def has_film(self, path: str) -> bool:
         """Whether there is a file at ``path``, or at another spelling of it."""
-        return any(
-            storage.exists(storage.join(self.uri, each)) for each in (path, *(other for _, other in spellings(path)))
-        )
+        places = [storage.join(self.uri, each) for each in (path, *(other for _, other in spellings(path)))]
+        try:
+            return any(map(storage.exists, places))
+        except storage.MissingFileError:  # too long for a name
+            return False
+        except (storage.ForbiddenFileError, storage.BrokenFileError):
+            return True
 
     def _read_spelt(self, path: str) -> bytes:
         """The file at ``path``, or at another spelling of it if there is none."""

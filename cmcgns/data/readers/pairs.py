@@ -12,6 +12,7 @@ import pandas as pd
 from cmcgns import storage
 from cmcgns.data.image import Target
 from cmcgns.data.readers.base import (
+    PROBED,
     SPLIT_NAMES,
     CorpusOptions,
     FileSource,
@@ -27,8 +28,6 @@ from cmcgns.errors import UserError
 log = logging.getLogger(__name__)
 PAIRS = "pairs.csv"
 """The table of a folder."""
-PROBED = 20
-"""Films that are looked for before a run starts."""
 PROBED_FOLDERS = 20
 REQUIRED = ("image", "report")
 METADATA = ("age", "sex", "offset", "offset_days", "height", "width", "rows", "columns", "date", "year", "id", "index")
@@ -161,7 +160,7 @@ def tables_in_words(folder: str, names: Sequence[str]) -> str:
     tables = [name for name in names if name.endswith(".csv")]
     if not tables:
         return ""
-    return f"It has {', '.join(tables[:5])}: give the table itself, as {storage.join(folder, tables[0])}"
+    return f"The folder has {', '.join(tables[:5])}: give the table itself, as {storage.join(folder, tables[0])}"
 
 
 def _inside(folder: str, films: str) -> str:
