@@ -156,7 +156,7 @@ class PretrainJob(Job):
         threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
         plan = {
             "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
-            "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
+            "data": f"{config.data.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
             f"validation studies, {sentences}; films excluded: {excluded}; "
             f"studies rejected by the reader: {len(corpus.bad_rows)}; at most "
             f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
