@@ -9,7 +9,7 @@ from cmcgns.cli import load_config
 from cmcgns.config import Config, DataConfig
 from cmcgns.data.image import Target
 from cmcgns.data.prepare.config import PrepareJobConfig
-from cmcgns.data.readers import Splits, open_source, open_splits
+from cmcgns.data.readers import PairsSource, Splits, open_source, open_splits
 from cmcgns.errors import UserError
 from tests.data.trees import csv_file, index_of, picture, rows
 
@@ -57,6 +57,20 @@ def test_films_lie_in_a_folder_of_their_own(hospital: Path, absolute: bool) -> N
     splits = opened(hospital / "export.csv", columns=COLUMNS, films=films)
     assert splits.bad_rows == []
     assert (splits.source.reader(["3.png"]).read_image("3.png").grey_HW == 50).all()
+
+
+@pytest.mark.parametrize(
+    ("uri", "films", "expected"),
+    [
+        ("s3://bucket/in/export.csv", "films", "s3://bucket/in/films"),
+        ("s3://bucket/in", "s3://other/films", "s3://other/films"),
+        ("/in/export.csv", "s3://other/films", "s3://other/films"),
+        ("/in/export.csv", "~/films", str(Path.home() / "films")),
+    ],
+)
+def test_the_folder_of_the_films_may_be_in_another_storage(uri: str, films: str, expected: str) -> None:
+    source = PairsSource.at(uri, ("PA",), 0, films=films)
+    assert (source.uri, source.folder) == (expected, uri.removesuffix("/export.csv"))
 
 
 def test_a_mapped_column_takes_the_place_of_one_that_has_our_name(tmp_path: Path) -> None:

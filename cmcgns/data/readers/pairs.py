@@ -164,9 +164,9 @@ def tables_in_words(folder: str, names: Sequence[str]) -> str:
 
 
 def _inside(folder: str, films: str) -> str:
-    """The folder ``films``, if it is relative that inside of ``folder``."""
-    given = films if storage.is_s3(films) else str(Path(films).expanduser())
-    return given if storage.is_s3(given) or Path(given).is_absolute() else storage.join(folder, given)
+    """The folder ``films``; if it is relative, inside of ``folder``."""
+    given = films if "://" in films else str(Path(films).expanduser())
+    return given if "://" in given or Path(given).is_absolute() else storage.join(folder, given)
 
 
 def _renamed(table: pd.DataFrame, columns: Mapping[str, str], uri: str) -> pd.DataFrame:
