@@ -195,7 +195,9 @@ def read_yaml(path: str, key: str = "--config", above: tuple[str, ...] = ()) -> 
     try:
         settings = yaml.safe_load(_read_text(path, key))
     except OSError as error:
-        raise UserError(f"{key} {path}: {error.strerror}; check the path. Our configs are in jobs/configs/") from None
+        near = difflib.get_close_matches(Path(path).stem, recipe_names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "check the path. Our configs are in jobs/configs/"
+        raise UserError(f"{key} {path}: {error.strerror}; {hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{key} {path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(settings or {}, dict):
@@ -225,6 +227,12 @@ def extended(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             values = {name: value for name, value in below.items() if name not in replaced} | values
         whole[section] = values
     return whole
+
+
+def recipe_names() -> list[str]:
+    """Names of the configs that we ship."""
+    files = resources.files("cmcgns.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def _read_text(path: str, key: str) -> str:

@@ -85,8 +85,11 @@ class Job(ABC):
         else:
             terminal.print("stopped", style="yellow", highlight=False)
         if self.resume_key:
-            line = f"resume from {self.resumes_from} with: {self.resume_command()}"
-            terminal.print(line, highlight=False, markup=False)
+            terminal.print(self.next_step(result), highlight=False, markup=False)
+
+    def next_step(self, result: dict[str, Any]) -> str:
+        """What to do after a run that did not finish."""
+        return f"resume from {self.resumes_from} with: {self.resume_command()}"
 
     def resume_command(self) -> str:
         """The command that continues this run, quoted for a shell."""

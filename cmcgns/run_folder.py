@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -95,13 +96,16 @@ def find_folder(run: RunConfig, job: str, resume_key: str = "run.resume") -> Run
     if folder.resumed and not exists:
         raise UserError(f"{resume_key} {name}: there is no run of that name in {root}; check run.storage")
     if not folder.resumed and exists:
-        raise UserError(name_taken(folder, resume_key))
+        raise UserError(name_taken(folder, resume_key, job))
     return folder
 
 
-def name_taken(folder: RunFolder, resume_key: str = "run.resume") -> str:
+def name_taken(folder: RunFolder, resume_key: str = "run.resume", job: str = "") -> str:
     """Error message for a new run whose name is taken."""
     name = folder.name
+    if has_finished(folder):
+        look = f", or look at it with: cmcgns report {shlex.quote(folder.uri)}" if job == "pretrain" else ""
+        return f"run.name {name} is taken in {folder.storage} by a run that has finished; choose another{look}"
     hint = f", or resume that run with --{resume_key}={name}" if resume_key else ""
     return f"run.name {name} is taken in {folder.storage}; choose another{hint}"
 

@@ -153,3 +153,12 @@ def test_a_run_that_names_a_module_is_not_resumed_without_saying_so_again(tmp_pa
         ):
             load_config([f"--{name}=run", f"--run.storage={tmp_path}"], kind, None)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("own_pair", "own_pairs"), ("jobs/configs/phantom-tny.yaml", "phantom-tiny"), ("open_i", "openi")],
+)
+def test_a_misspelt_config_gets_the_name_that_was_meant(given: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"--config {given}: No such file or directory; did you mean {meant}\?"):
+        load_config(["--config", given], Config, None)

@@ -22,6 +22,7 @@ from cmcgns.run_folder import RunFolder, find_folder
 from cmcgns.signals import sigterm_as_ctrl_c
 from cmcgns.storage.s3 import custom_endpoint
 from cmcgns.terminal import console
+from cmcgns.train.run import PretrainJob
 from tests.small import small_config
 
 
@@ -71,6 +72,66 @@ def test_the_command_that_resumes_can_be_pasted_whatever_the_folder_is_called(st
     text = io.StringIO()
     job.report(Console(file=text, width=200), {"status": "stopped"})
     assert job.resume_command() in text.getvalue()
+
+
+class Training(PretrainJob):
+    """A pretraining run in a folder of the user's."""
+
+    def __init__(self, storage: Path) -> None:
+        self.folder, self.config = RunFolder(str(storage), "run", resumed=False), small_config()
+
+
+def last_words(job: Job, **result: Any) -> str:
+    text = io.StringIO()
+    job.report(Console(file=text, width=200, soft_wrap=True), {"status": "failed", "failure": "why"} | result)
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("result", [{}, {"checkpoint": None}])
+def test_a_run_that_failed_before_its_first_checkpoint_is_not_told_to_resume_from_it(
+    tmp_path: Path, result: dict[str, None]
+) -> None:
+    job = Training(tmp_path)
+    (tmp_path / "run").mkdir()
+    assert "there is nothing to resume: start the same command again" in last_words(job, **result)
+    (tmp_path / "run" / "config.yaml").touch()  # the run has been written
+    words = last_words(job, **result)
+    assert "no step is saved yet" in words
+    assert job.resume_command() in words
+    assert "last checkpoint" not in words
+
+
+def test_a_run_that_failed_after_a_checkpoint_is_told_how_to_resume(tmp_path: Path) -> None:
+    job, checkpoint = Training(tmp_path), tmp_path / "run" / "checkpoint_00000001_of_2_0a1b2c"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").touch()
+    assert f"resume from the last checkpoint with: {job.resume_command()}" in last_words(job)
+    assert f"resume from the last checkpoint with: {job.resume_command()}" in last_words(job, checkpoint="somewhere")
+
+
+def test_a_finished_run_names_a_command_for_each_use_of_it() -> None:
+    job = Training(Path("/data/my runs"))
+    commands = job.next_commands()
+    assert shlex.split(commands["report"]) == ["cmcgns", "report", "/data/my runs/run"]
+    assert shlex.split(commands["search"])[-2:] == ["--search.run=/data/my runs/run", "--search.index=indexes/run"]
+    assert commands["in Python"] == "cmcgns.load('/data/my runs/run')"
+    job.config = small_config(data__reports=False, method__name="images100m", train__stage2_steps=0)
+    assert "search" not in job.next_commands()
+
+
+def test_the_name_of_a_finished_run_is_said_to_have_finished_and_not_to_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    run = RunConfig(name="own", storage=str(tmp_path))
+    with pytest.raises(UserError, match=r"run\.name own is taken .* or resume that run with --run\.resume=own"):
+        find_folder(run, "pretrain")
+    (folder / "result.json").write_text('{"status": "finished"}')
+    with pytest.raises(UserError) as error:
+        find_folder(run, "pretrain")
+    assert "by a run that has finished; choose another" in str(error.value)
+    assert str(error.value).endswith(f"cmcgns report {folder}")
+    assert "resume" not in str(error.value)
 
 
 def test_a_renamed_run_goes_on_under_its_new_name(tmp_path: Path) -> None:

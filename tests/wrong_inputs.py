@@ -30,6 +30,8 @@ def wrong_inputs(folder: Path) -> list[WrongInput]:
     headless.write_text("one.png,The lungs are clear.\n")
     silent = folder / "silent.csv"
     silent.write_text("image,report\n" + "".join(f"{i}.png,{'Clear lungs.' if i % 2 else ''}\n" for i in range(10)))
+    for number in range(10):
+        (folder / f"{number}.png").touch()
     missing = f"{folder}/no/such/folder"
     return [
         WrongInput("misspelt key", ("--train.zero_stge=1",), ("train.zero_stge", "train.zero_stage")),

@@ -4,7 +4,7 @@ Sizes are in studies (one image-report pair) and named for their owner; lengths 
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
@@ -15,6 +15,8 @@ FORMATS = (
     "parquet",
 )  # fmt: skip
 """Supported layouts of a corpus."""
+PAIRS_COLUMNS = ("image", "report", "patient", "group", "study", "split", "view")
+"""Columns of a `pairs-csv` that another may stand for."""
 
 
 class Section(BaseModel):
@@ -36,6 +38,11 @@ class CorpusConfig(Section):
     reports: bool = True
     """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films
     alone. A `pairs-csv` then needs no column `report`."""
+    columns: dict[str, str] = {}
+    """Names of the columns of a `pairs-csv` that has other names, as `{image: File, report: ReportText, patient: PatientID,
+    study: Accession}`. Possible are image, report, patient, group, study, split, view."""
+    films: str | None = None
+    """Folder of the films that a `pairs-csv` names; relative to the folder of the table. By default that folder."""
     views: tuple[str, ...] = ("PA", "AP")
     """Views to keep; 'AP Supine' and 'AP Erect' count as AP. In pairs-csv, films without a view are kept."""
     crop_borders: bool = True
@@ -60,6 +67,19 @@ class CorpusConfig(Section):
     def format_is_known(cls, given: str) -> str:
         if given not in FORMATS and "." not in given:
             raise ValueError(f"must be {', '.join(FORMATS)}, package.module or a .py file")
+        return given
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def columns_are_known(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise ValueError("must be a map such as {image: File, report: ReportText}")
+        unknown = [str(name) for name in given if name not in PAIRS_COLUMNS]
+        if unknown:
+            known = ", ".join(PAIRS_COLUMNS)
+            raise ValueError(f"must map {known} to the table's own names; {', '.join(unknown)} is none of them")
+        if not all(isinstance(name, str) and name.strip() for name in given.values()):
+            raise ValueError("must give the name of one column for each, in quotes if it is a number")
         return given
 
 

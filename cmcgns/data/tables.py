@@ -26,6 +26,10 @@ NULL = "\\N"
 _ENDINGS = r"\.(?:png|jpe?g|dcm|dicom|tiff?|bmp|webp)"
 IS_FILM = re.compile(rf"{_ENDINGS}[\s\"]*$", re.I)
 """Finds the ending of a film's name."""
+SEPARATED_BY = "separated by"
+"""Key of a table's ``attrs``: what separates its cells, in words."""
+MOST_NAMES = 20
+_NAME = re.compile(r"[^\W\d_][^\d/\\^]{0,39}")
 csv.field_size_limit(MAX_TABLE_BYTES)
 
 
@@ -50,7 +54,7 @@ def read_table(uri: str, columns: Sequence[str] = ()) -> pd.DataFrame:
             io.StringIO(text), sep=sign, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False,
             quoting=csv.QUOTE_NONE,
         )  # fmt: skip
-        return table.set_axis(_names(list(table.columns)), axis=1)
+        return _with_names(table, list(table.columns), sign)
     try:
         header, *body = _parsed(text, sign)
         body = _filled(header, body, _lower(columns), text)
@@ -59,7 +63,30 @@ def read_table(uri: str, columns: Sequence[str] = ()) -> pd.DataFrame:
     if sign != ",":
         note(f"cells separated by {SEPARATORS[sign]}", len(body))
     columns_of_cells = zip(*body, strict=True) if body else [()] * len(header)
-    return pd.DataFrame(dict(zip(_names(header), map(list, columns_of_cells), strict=True)), dtype=str)
+    table = pd.DataFrame(dict(enumerate(map(list, columns_of_cells))), dtype=str)
+    return _with_names(table, header, sign)
+
+
+def _with_names(table: pd.DataFrame, header: list[str], sign: str) -> pd.DataFrame:
+    table = table.set_axis(_names(header), axis=1)
+    table.attrs[SEPARATED_BY] = SEPARATORS[sign]
+    return table
+
+
+def columns_in_words(table: pd.DataFrame) -> str:
+    """How many columns a table has, what separates them, and their names, unless these may be the data of a patient."""
+    names = [name for name in table.columns if not name.startswith("Unnamed: ")]
+    count, separators = len(table.columns), table.attrs[SEPARATED_BY]
+    found = f"{count} columns, separated by {separators}" if count > 1 else "1 column"
+    if not all(map(_is_name, names)):
+        return f"{found}; its first line is not printed, because it looks like data and not like names of columns"
+    cut = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"{found}: {', '.join(names[:MOST_NAMES])}{cut}"
+
+
+def _is_name(text: str) -> bool:
+    """Whether ``text`` is the name of a column, and neither a film's nor from a report."""
+    return bool(_NAME.fullmatch(text)) and len(text.split()) <= 4 and text[-1] != "." and not IS_FILM.search(text)
 
 
 def read_columns(uri: str, columns: Sequence[str], needed_by: str) -> pd.DataFrame:

@@ -42,7 +42,7 @@ from cmcgns.train.run import check_cpus, pretrain, reserved_cpus, worker_variabl
 from cmcgns.train.setup import FREE_TO_CHANGE, with_absolute_paths
 
 RUNS = "runs"
-CORPUS = ("uri", "format", "views", "seed", "phantom_studies", "phantom_size")
+CORPUS = ("uri", "format", "columns", "films", "views", "seed", "phantom_studies", "phantom_size")
 """Settings of `data` that determine the test studies and their films."""
 
 

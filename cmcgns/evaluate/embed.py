@@ -243,7 +243,8 @@ def open_split(run: PretrainedRun, settings: EmbedConfig, job: str = "embed") ->
     if not data.reports:
         raise UserError(f"{key} {run.uri} was trained with data.reports false: there are no sentences to read")
     if settings.uri is not None:
-        key, data = f"{job}.uri", data.model_copy(update={"uri": settings.uri, "format": "auto"})
+        other: dict[str, Any] = {"uri": settings.uri, "format": "auto", "columns": {}, "films": None}
+        key, data = f"{job}.uri", data.model_copy(update=other)
     config = with_absolute_paths(run.config.model_copy(update={"data": data}))
     source, index = open_index(key, config.data, Target(config.data.resize, "longer"))
     names = SPLITS if settings.split == "all" else (settings.split,)

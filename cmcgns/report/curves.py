@@ -17,6 +17,7 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 NO_CURVE = ("step", "stage", "epoch", "studies", "distinct_reports", "step_s", "data_wait_s", "pool_wait_s")
 """Numbers of a row that have no panel; waits are shown as shares of a step."""
 WAYS = {"i2t": "film to report", "t2i": "report to film"}
+RECALL = "Recall on the validation split"
 MOST_POINTS = 500
 """Points of a line; more are replaced by means of neighbours."""
 COLUMNS = 3
@@ -53,7 +54,7 @@ def panels(runs: Sequence[RunRecord]) -> dict[str, list[Panel]]:
     others = [key for key in keys if key not in {*losses, *speed, *optimizer, *recalls}]
     found = {
         "Losses": [_panel(runs, key) for key in losses],
-        "Recall on the validation split": _recall_panels(runs, recalls),
+        RECALL: _recall_panels(runs, recalls),
         "Speed": [*(_panel(runs, key, ("train",)) for key in speed), *_wait_panels(runs)],
         "Optimizer": [_panel(runs, key, ("train",), key == "gradient_norm") for key in optimizer],
         "Features and clustering": [_panel(runs, key) for key in others],

@@ -5,6 +5,7 @@ It holds films and sentences of a corpus only if it was generated, or if the cal
 
 import base64
 import io
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from PIL import Image
 
 from cmcgns import storage
 from cmcgns.errors import UserError
-from cmcgns.report.curves import draw, panels, to_png
+from cmcgns.report.curves import RECALL, draw, panels, to_png
 from cmcgns.report.record import RunRecord, read_record
 
 REPORT = "report.html"
@@ -23,6 +24,8 @@ BEYOND_THE_RUN = ("run.name", "run.resume", "run.storage")
 """Settings that always differ."""
 SAMPLES = 128
 """Validation studies of a generated corpus that a report shows by default."""
+FEW_STUDIES = 50
+"""Recall among fewer studies gets a warning."""
 
 
 def write_report(
@@ -51,7 +54,8 @@ def with_samples(run: RunRecord, samples: int | None = None, trusted: Collection
     """
     number = samples if samples is not None else SAMPLES if run.is_generated else 0
     if not number:
-        why = "--samples=0" if samples == 0 else f"the corpus may be of patients; --samples={SAMPLES} shows them"
+        command = f"cmcgns report {shlex.quote(run.uri)} --samples={SAMPLES}"
+        why = "--samples=0" if samples == 0 else f"the corpus may be of patients; {command} shows them"
         return replace(run, pictures={}, left_out=[f"all films and sentences: {why}"])
     try:
         from cmcgns.report.samples import read_samples  # torch is slow to import, and the core cannot read every corpus
@@ -77,6 +81,8 @@ def report_page(runs: Sequence[RunRecord]) -> str:
         different=different_settings(runs),
         settings=setting_rows(runs),
         metrics=metric_rows(runs),
+        recall=RECALL,
+        few_studies={run.name: count for run in runs if 0 < (count := recall_studies(run)) < FEW_STUDIES},
         shows_patients=any(not run.is_generated and run.shows_films for run in runs),
     )
 
@@ -109,6 +115,12 @@ def metric_rows(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     last = [(run.split("val") or [{}])[-1] for run in runs]
     keys = dict.fromkeys(key for row in last for key, value in row.items() if isinstance(value, int | float))
     return {key: [row.get(key, "") for row in last] for key in keys}
+
+
+def recall_studies(run: RunRecord) -> int:
+    """Studies among which the last validation measured recall; 0 if it did not."""
+    last = (run.split("val") or [{}])[-1]
+    return int(last.get("studies", 0)) if any("recall" in key for key in last) else 0
 
 
 def _inline(picture: bytes | Image.Image) -> str:

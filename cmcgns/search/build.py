@@ -5,6 +5,7 @@ F films of the corpus, N of one shard, D embedding.
 
 import hashlib
 import json
+import shlex
 import tempfile
 import time
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import read_bad_rows, write_bad_rows
+from cmcgns.cli import invocation
 from cmcgns.cluster.coordinator import start_coordinator
 from cmcgns.cluster.placement import bundles
 from cmcgns.cluster.session import ONE_CPU
@@ -261,7 +263,11 @@ class BuildJob(Job):
             terminal.print("finished shards are kept; run the same command again to make the others", highlight=False)
 
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
-        return describe(self.settings.index) | {"finished": f"{result['seconds']} s"}
+        return describe(self.settings.index) | {"finished": f"{result['seconds']} s", "query": self.query_command()}
+
+    def query_command(self) -> str:
+        """A first query of the index."""
+        return f"{' '.join(invocation('search'))} --search.index={shlex.quote(self.settings.index)} --search.text='No effusion.'"
 
 
 def describe(uri: str) -> dict[str, str]:
@@ -341,6 +347,7 @@ def build_index(config: SearchJobConfig, terminal: Console) -> int:
     job = BuildJob(config)
     if job.is_complete():
         clear(job.settings.index, len(read_manifest(job.settings.index).shards))
-        print_plan(terminal, describe(job.settings.index))
+        done = {"finished": "before; nothing was built. Another index needs a new folder", "query": job.query_command()}
+        print_plan(terminal, describe(job.settings.index) | done)
         return 0
     return run(job)

@@ -34,9 +34,11 @@ def search(config: SearchJobConfig) -> int:
             return 0
         found = answer(index, own)
     found.show(terminal)
-    for path, content in ((own.json, found.to_json), (own.page, found.page)):
+    for path, content, what in ((own.json, found.to_json, "JSON"), (own.page, found.page, "page")):
         if path is not None:
-            storage.write_bytes(storage.absolute("search", path), content())
+            uri = storage.absolute("search", path)
+            storage.write_bytes(uri, content())
+            terminal.print(f"{what} with texts of the corpus written to {uri}", highlight=False, markup=False)
     return 0
 
 

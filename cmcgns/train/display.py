@@ -105,7 +105,10 @@ class Display:
 def waits_for(events: dict[str, float], needed: Sequence[dict[str, float]]) -> str:
     """What a run without a step waits for, by what its workers have reached, and where to look."""
     if "training" in events:
-        return "workers wait for their first films. A slow or silent storage is the likeliest cause: `python -m cmcgns.doctor`"
+        return (
+            "workers wait for their first films. Either this machine is busy and decodes slowly (`uptime`), or the storage is "
+            "slow or does not answer (`python -m cmcgns.doctor`)"
+        )
     if WORKER_STARTED in events:
         return (
             "workers import their libraries, or compile DeepSpeed's op (minutes, once per machine: `python -m "

@@ -1,6 +1,7 @@
 """The pretraining job: resource checks, the plan, the run and its result."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from cmcgns import storage
 from cmcgns.bad_rows import read_bad_rows, write_bad_rows
+from cmcgns.cli import invocation
 from cmcgns.cluster.coordinator import log_to_coordinator, memory_failure, read_account, start_coordinator
 from cmcgns.cluster.placement import (
     DATA,
@@ -154,7 +156,7 @@ class PretrainJob(Job):
         threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
         plan = {
             "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
-            "data": f"{corpus.source.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
+            "data": f"{config.data.uri} ({corpus.source.format}): {len(corpus.train)} training, {len(corpus.valid)} "
             f"validation studies, {sentences}; films excluded: {excluded}; "
             f"studies rejected by the reader: {len(corpus.bad_rows)}; at most "
             f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
@@ -208,6 +210,13 @@ class PretrainJob(Job):
             sys.stdout.flush()
             os._exit(STATUS[result["status"]])
 
+    def next_step(self, result: dict[str, Any]) -> str:
+        if result["checkpoint"] if "checkpoint" in result else latest_checkpoint(self.folder):
+            return super().next_step(result)
+        if not storage.exists(self.folder.file("config.yaml")):
+            return "nothing is saved, so there is nothing to resume: start the same command again"
+        return f"no step is saved yet: to change settings start a new run; to begin this one again: {self.resume_command()}"
+
     def summary(self, result: dict[str, Any]) -> dict[str, str]:
         scores = result["metrics"]
         validation = {"loss": f"{scores['loss']:.3f} on {scores['studies']} validation studies"}
@@ -223,8 +232,18 @@ class PretrainJob(Job):
             "export": str(result["export"]),
             "checkpoint": str(result["checkpoint"]),
             "metrics": self.folder.file("metrics.jsonl"),
-            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}; cmcgns report {self.folder.uri}",
+            "pictures": f"tensorboard --logdir {self.folder.file('tensorboard')}",
+            **self.next_commands(),
         }
+
+    def next_commands(self) -> dict[str, str]:
+        """What can be done with the finished run, a command each."""
+        uri, evaluate = shlex.quote(self.folder.uri), " ".join(invocation("evaluate"))
+        commands = {"report": f"cmcgns report {uri}", "evaluate": f"{evaluate} --evaluate.run={uri}"}
+        if self.config.data.reports:
+            index = shlex.quote(f"indexes/{self.folder.name}")
+            commands["search"] = f"{' '.join(invocation('search'))} --search.run={uri} --search.index={index}"
+        return commands | {"in Python": f"cmcgns.load({self.folder.uri!r})"}
 
 
 def pretrain(config: Config) -> int:

@@ -177,7 +177,7 @@ def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 FREE_TO_CHANGE = {
-    "data": {"uri", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
+    "data": {"uri", "films", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
         "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",

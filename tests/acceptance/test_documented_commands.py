@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from pydicom.uid import RLELossless
 
@@ -22,7 +23,10 @@ from tests.jobs import REPOSITORY
 
 FIRST = "cmcgns pretrain --config phantom-tiny --run.name=NAME"
 """The run that the others use."""
-DATA = {"/path/to/folder": "films", "/path/to/mimic-cxr-jpg": "mimic", "s3://bucket/prepared": "prepared"}
+DATA = {
+    "/path/to/folder": "films", "/path/to/export.csv": "hospital/export.csv", "/path/to/mimic-cxr-jpg": "mimic",
+    "s3://bucket/prepared": "prepared",
+}  # fmt: skip
 """What stands in the pages, and what stands for it here."""
 ELSEWHERE = (
     "s3://", "/data/", "/models/", "labels.csv", "cmcgns sweep", "serve=true", "--run.resume", "runs/OTHER", "mimic_cxr.yaml",
@@ -44,11 +48,22 @@ def runnable() -> list[str]:
     return found
 
 
+def write_export(pairs: Path, folder: Path) -> None:
+    """The corpus of ``pairs`` as the pages describe a hospital's: other names of columns, films in a folder of their own."""
+    folder.mkdir()
+    (folder / "films").symlink_to(pairs.parent / "images")
+    table = pd.read_csv(pairs, dtype=str)
+    table["image"] = table["image"].str.removeprefix("images/")
+    names = {"image": "File", "report": "ReportText", "patient": "PatientID", "study": "Accession"}
+    table.rename(columns=names).to_csv(folder / "export.csv", sep=";", index=False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with own films, a tree of MIMIC-CXR-JPG and one DICOM."""
     root = tmp_path_factory.mktemp("documented")
-    write_pairs_csv(PhantomCorpus(50, seed=3, height=144, width=144), root / "films")
+    pairs = write_pairs_csv(PhantomCorpus(50, seed=3, height=144, width=144), root / "films")
+    write_export(pairs, root / "hospital")
     write_mimic_cxr_jpg(PhantomCorpus(20, seed=4, height=144, width=144), root / "mimic")
     (root / "film.dcm").write_bytes(written(compressed(RLELossless)))
     return root

@@ -198,6 +198,27 @@ def test_the_tables_hold_settings_versions_metrics_and_where_time_went(tmp_path:
     assert page.row("run.name") == ["one", "two"]  # once: it always differs
 
 
+def test_recall_is_explained_and_few_studies_are_a_warning(tmp_path: Path) -> None:
+    few, many = write_run(tmp_path / "few"), write_run(tmp_path / "many")
+    metrics = few / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"studies": 64', '"studies": 8'))
+    page = page_of(few, many)
+    words = " ".join(page.words.split())
+    assert "few: recall was measured on 8 studies only. One study changes it by 12 percentage points" in words
+    assert words.count("studies only") == 1
+    for name in ("i2t", "t2i", "parts_recall", "combined_recall"):
+        assert re.search(rf"{name}(:| ranks)", words)
+
+
+def test_a_run_without_recall_has_no_word_on_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "films alone")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("recall", "other").replace('"studies": 64', '"studies": 8'))
+    words = page_of(folder).words
+    assert "Recall at k" not in words
+    assert "studies only" not in words
+
+
 def test_a_run_that_goes_on_has_a_report_too(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "young")
     for name in ("result.json", "bad_rows.jsonl", "reconstruction.png"):

@@ -180,6 +180,7 @@ def test_the_page_of_a_generated_corpus_shows_them_without_being_asked(finished:
     assert len(sources) > 4 + 1 + 4 + 12 + 2 * 8
     assert "Where sentences look" in page.words
     assert "may see them" not in page.words
+    assert "as the model reads them, in lower case and without commas" in " ".join(page.words.split())
 
 
 def test_a_page_holds_no_film_and_no_sentence_of_a_hospital_unless_asked_for(finished: Path, tmp_path: Path) -> None:
@@ -188,10 +189,8 @@ def test_a_page_holds_no_film_and_no_sentence_of_a_hospital_unless_asked_for(fin
     assert "uri: phantom\n" in text
     (folder / "config.yaml").write_text(text.replace("uri: phantom\n", "uri: /data/films\n"))
     page = Page(report_page([with_samples(read_record(str(folder)))]))
-    assert (
-        page.words.count("left out: all films and sentences: the corpus may be of patients; --samples=128 shows them")
-        == 1
-    )
+    left_out = "left out: all films and sentences: the corpus may be of patients; "
+    assert page.words.count(f"{left_out}cmcgns report {folder} --samples=128 shows them") == 1
     assert not any("film" in str(attributes.get("alt")) for tag, attributes in page.elements if tag == "img")
     assert "reconstruction.png" not in page.words
     shown = Page(report_page([with_samples(read_record(str(folder)), 8)]))

@@ -80,6 +80,7 @@ def test_the_page_has_every_picture_in_it_and_no_text_becomes_markup(index: Inde
     assert len(pictures) == 2 * (3 + 3)  # film and heat map
     assert page.count("<mark") == 3 + 3
     assert "default-src 'none'" in page
+    assert "as the model reads them, in lower case and without commas" in page
     assert not re.search(r"https?:|//|url\(|@import", re.sub(r"data:image/png;base64,[\w+/=]+", "", page))
 
 
@@ -119,6 +120,11 @@ def test_the_job_prints_the_answer_and_writes_json_and_page(folder: Path, tmp_pa
             assert found[of][0]["film"] == f"{FILMS[2][0]}/{FILMS[2][1]}"
             assert found[of][0]["cosine"] == pytest.approx(1, abs=1e-5)
         assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
+        for written_to in (
+            f"JSON with texts of the corpus written to {tmp_path}/a.json",
+            f"written to {tmp_path}/a.html",
+        ):
+            assert written_to in done.stdout
     assert found["query"] == {"text": "No"}
 
 

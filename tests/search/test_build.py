@@ -1,5 +1,6 @@
 """The build of an index on Ray: killed and continued, it holds what the library finds, and retrieves as the evaluation does."""
 
+import io
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from cmcgns import load_index
 from cmcgns.data.order import VALIDATION_EPOCH, Arrangement, drawn_image, one_after_the_other
@@ -15,11 +17,14 @@ from cmcgns.evaluate.tasks.retrieval import retrieval
 from cmcgns.library.model import Model
 from cmcgns.models.retrieval import DEPTHS
 from cmcgns.phantom import PhantomCorpus
+from cmcgns.search.build import build_index
+from cmcgns.search.config import SearchConfig, SearchJobConfig
 from cmcgns.search.index import Index
 from cmcgns.search.shard import in_shards, shard_bounds
 from cmcgns.storage.integrity import hash_file
 from tests.jobs import REPOSITORY, Running, run_here
 from tests.ray_head import RayHead
+from tests.search.made import make_index
 
 SHARD = 2
 
@@ -98,6 +103,16 @@ def drawn_films(index: Index, split: str, seed: int) -> list[str]:
         if row["split"] == split:
             of_study.setdefault(row["study_id"], []).append(row["path"])
     return [paths[drawn_image(seed, VALIDATION_EPOCH, study, len(paths))] for study, paths in of_study.items()]
+
+
+def test_a_finished_build_that_is_repeated_says_so_and_how_to_query(run: Path, model: Model, tmp_path: Path) -> None:
+    folder, text = make_index(tmp_path / "index", model), io.StringIO()
+    before = (folder / "index.json").read_bytes()
+    config = SearchJobConfig(search=SearchConfig(run=str(run), index=str(folder)))
+    assert build_index(config, Console(file=text, width=200, soft_wrap=True)) == 0
+    assert "before; nothing was built" in text.getvalue()
+    assert f"--search.index={folder} --search.text=" in text.getvalue()
+    assert (folder / "index.json").read_bytes() == before
 
 
 @pytest.mark.ray

@@ -21,7 +21,8 @@ def test_what_a_silent_run_waits_for_depends_on_what_its_workers_have_reached(lo
         {}, NEEDED
     )
     assert "workers import their libraries" in waits_for({WORKER_STARTED: 1.0}, NEEDED)
-    assert "films" in waits_for({WORKER_STARTED: 1.0, "training": 2.0}, NEEDED)
+    films = waits_for({WORKER_STARTED: 1.0, "training": 2.0}, NEEDED)
+    assert all(cause in films for cause in ("films", "this machine is busy", "the storage is slow"))
 
 
 def test_a_run_without_a_step_says_so_again_and_again_more_rarely(

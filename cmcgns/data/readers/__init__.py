@@ -17,7 +17,7 @@ from cmcgns.data.readers.base import DEFAULT_VIEWS, CorpusOptions, FileSource, R
 from cmcgns.data.readers.grouped import LISTED_STUDIES, grouped_splits
 from cmcgns.data.readers.mimic import MimicSource
 from cmcgns.data.readers.open_i import OpenISource
-from cmcgns.data.readers.pairs import PairsSource
+from cmcgns.data.readers.pairs import PAIRS, PairsSource, tables_in_words
 from cmcgns.data.readers.phantom import PhantomSource
 from cmcgns.data.readers.prepared import PreparedSource
 from cmcgns.data.readers.published import PublishedSource, published_format
@@ -60,7 +60,7 @@ def detect_format(uri: str) -> str:
             f"{uri} is an incomplete prepared set; complete it with python jobs/prepare.py --prepare.out={uri} and the same "
             "settings"
         )
-    if "pairs.csv" in names:
+    if PAIRS in names:
         return "pairs-csv"
     published = published_format(uri, names)
     if published:
@@ -78,7 +78,7 @@ def detect_format(uri: str) -> str:
         f"{uri}: no known format found. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
         "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), padchest, chexpert-plus, brax and vindr-cxr (their "
         "published tables), parquet (prepared: manifest.json). "
-        "Check the path or set data.format"
+        f"{tables_in_words(uri, names) or 'Check the path'}, or set data.format"
     )
 
 
@@ -136,17 +136,23 @@ def open_source(
     phantom_studies: int = 4000,
     phantom_size: int = 256,
     reports: bool = True,
+    columns: Mapping[str, str] | None = None,
+    films: str | None = None,
 ) -> Source:
     """The corpus at ``uri``; small enough to be sent to every Ray task.
 
     ``target``: size to which films will be shrunk; JPEGs may then be decoded at a reduced scale, at least twice as large.
-    ``reports``: films have reports.
+    ``reports``: films have reports. ``columns``, ``films``: see ``CorpusConfig``.
     """
     if format == "auto":
         format = detect_format(uri)
+    if format in READERS and format != "pairs-csv" and (columns or films):
+        name = "columns" if columns else "films"
+        raise UserError(f"data.{name} is for a pairs-csv, and {uri} is {format}; remove data.{name}")
     options = CorpusOptions(
-        uri, format, tuple(views), seed, target, crop_borders, follow_links, phantom_studies, phantom_size, reports
-    )
+        uri, format, tuple(views), seed, target, crop_borders, follow_links, phantom_studies, phantom_size, reports,
+        columns, films,
+    )  # fmt: skip
     opener = getattr(load_plugin("data.format", format, READERS), "open_corpus", None)
     if opener is None:
         raise UserError(f"data.format {format} defines no open_corpus (docs/data.md)")
@@ -196,13 +202,15 @@ def open_splits(key: str, data: CorpusConfig, target: Target, group_studies: int
 def _source(data: CorpusConfig, target: Target) -> Source:
     return open_source(
         data.uri, data.format, data.views, data.seed, target, data.crop_borders, data.follow_links,
-        data.phantom_studies, data.phantom_size, data.reports,
+        data.phantom_studies, data.phantom_size, data.reports, data.columns, data.films,
     )  # fmt: skip
 
 
 def _index(source: Source) -> StudyIndex:
     with noted() as notes:
         index = source.index()
+    if isinstance(source, PairsSource):
+        source.check_films(index)
     return replace(index, repaired=dict(notes))
 
 

@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -32,6 +32,8 @@ SPLIT_NAMES = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 
+PROBED = 20
+"""Films by which it is found out, before anything starts, where the films of a table lie."""
 LONGEST_PATH = 1024
 """Bytes of the longest key on S3."""
 NAMED_VIEWS = frozenset({
@@ -103,6 +105,10 @@ class CorpusOptions(NamedTuple):
     phantom_size: int = 256
     reports: bool = True
     """Films have reports; otherwise none is looked for."""
+    columns: Mapping[str, str] | None = None
+    """Names of the columns of a table, by the names that they have for us."""
+    films: str | None = None
+    """Folder of the films, if it is not that of the table."""
 
     @property
     def of_files(self) -> tuple[str, str, tuple[str, ...], int, Target | None, bool, bool]:
@@ -165,6 +171,16 @@ class FileSource:
         except storage.BrokenFileError as error:
             special = "not a regular file" in str(error)
             raise BadRow(f"{kind} file is {'not a regular file' if special else 'a circular symbolic link'}") from None
+
+    def has_film(self, path: str) -> bool:
+        """Whether there is a file at ``path``, or at another spelling of it."""
+        places = [storage.join(self.uri, each) for each in (path, *(other for _, other in spellings(path)))]
+        try:
+            return any(map(storage.exists, places))
+        except storage.MissingFileError:  # too long for a name
+            return False
+        except (storage.ForbiddenFileError, storage.BrokenFileError):
+            return True
 
     def _read_spelt(self, path: str) -> bytes:
         """The file at ``path``, or at another spelling of it if there is none."""

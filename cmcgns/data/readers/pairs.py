@@ -2,7 +2,9 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import pandas as pd
 from cmcgns import storage
 from cmcgns.data.image import Target
 from cmcgns.data.readers.base import (
+    PROBED,
     SPLIT_NAMES,
     CorpusOptions,
     FileSource,
@@ -18,11 +21,14 @@ from cmcgns.data.readers.base import (
     filter_views,
 )
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import IS_FILM, read_table
+from cmcgns.data.tables import IS_FILM, columns_in_words, read_table
 from cmcgns.data.text import unescaped
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
+PAIRS = "pairs.csv"
+"""The table of a folder."""
+PROBED_FOLDERS = 20
 REQUIRED = ("image", "report")
 METADATA = ("age", "sex", "offset", "offset_days", "height", "width", "rows", "columns", "date", "year", "id", "index")
 KNOWN = frozenset([*REQUIRED, "patient", "group", "study", "split", "view", *METADATA])
@@ -30,11 +36,15 @@ KNOWN = frozenset([*REQUIRED, "patient", "group", "study", "split", "view", *MET
 
 @dataclass(frozen=True)
 class PairsSource(FileSource):
-    """The folder of a ``pairs.csv``, or of a table with another name."""
+    """The films of a ``pairs.csv``, or of a table with another name; ``uri`` is their folder."""
 
-    table_name: str = "pairs.csv"
+    table_name: str = PAIRS
     reports: bool = True
     """The table has a column of reports; otherwise none is read."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The table's own names for columns, by ours."""
+    folder: str = ""
+    """The folder of the table, if the films are in another."""
 
     @classmethod
     def at(
@@ -46,18 +56,51 @@ class PairsSource(FileSource):
         crop_borders: bool = True,
         follow_links: bool = False,
         reports: bool = True,
+        columns: Mapping[str, str] | None = None,
+        films: str | None = None,
     ) -> "PairsSource":
-        """The source at a folder or at a CSV file."""
+        """The source at a folder or at a CSV file; ``films`` as in ``CorpusConfig``."""
         folder, _, name = uri.rstrip("/").rpartition("/")
         if name.endswith(".csv"):
             folder = folder or ("/" if uri.startswith("/") else ".")
-            return cls(folder, "pairs-csv", views, seed, target, crop_borders, follow_links, name, reports)
-        return cls(uri, "pairs-csv", views, seed, target, crop_borders, follow_links, reports=reports)
+        else:
+            folder, name = uri, PAIRS
+        place = folder if films is None else _inside(folder, films)
+        return cls(
+            place, "pairs-csv", views, seed, target, crop_borders, follow_links, name, reports, dict(columns or {}),
+            "" if place == folder else folder,
+        )  # fmt: skip
+
+    @property
+    def table_uri(self) -> str:
+        """URI of the table."""
+        return storage.join(self.folder or self.uri, self.table_name)
+
+    def check_films(self, index: StudyIndex) -> None:
+        """Raise ``UserError`` if none of the first films of ``index`` is there."""
+        first = [film["path"] for films in index.table["films"].slice(0, PROBED).to_pylist() for film in films][:PROBED]
+        if not first or any(map(self.has_film, first)):
+            return
+        inside = [
+            name
+            for name in (storage.list_folders(self.uri) if storage.is_folder(self.uri) else [])[:PROBED_FOLDERS]
+            if storage.exists(storage.join(self.uri, f"{name}/{first[0]}"))
+        ]
+        # a long name, or one with blanks, may be a report in the wrong column
+        tried = storage.join(self.uri, first[0] if len(first[0]) <= 200 and not re.search(r"\s", first[0]) else "...")
+        fix = (
+            f"they are in {inside[0]}: set data.films={inside[0]}"
+            if inside
+            else "copy the films there, or give their folder as data.films"
+        )
+        raise UserError(
+            f"{self.table_uri}: none of its first {len(first)} films is there, the first was tried as {tried}; {fix}"
+        )
 
     def index(self) -> StudyIndex:
         table = self._table()
         films = _films(table, self.reports)
-        _check_whole(films, storage.join(self.uri, self.table_name))
+        _check_whole(films, self.table_uri)
         reasons = _bad_reasons(films, self.reports)
         bad_rows = [
             {"source": f"{self.table_name} row {row}", "reason": reason}
@@ -72,9 +115,11 @@ class PairsSource(FileSource):
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _table(self) -> pd.DataFrame:
-        uri = storage.join(self.uri, self.table_name)
+        uri = self.table_uri
         needed = REQUIRED if self.reports else ("image",)
-        table = read_table(uri, needed)
+        table = self._read_table([self.columns.get(name, name) for name in needed])
+        found = columns_in_words(table)
+        table = _renamed(table, self.columns, uri)
         # a repeated name has its count
         given = {name: re.sub(r"\.\d+$", "", name).lower() for name in table.columns}
         table = table.rename(columns={name: known for name, known in given.items() if known in KNOWN})
@@ -83,13 +128,60 @@ class PairsSource(FileSource):
             raise UserError(f"{uri}: column {duplicates[0]} appears twice; keep one")
         missing = [name for name in needed if name not in table.columns]
         if missing:
+            example = ", ".join(
+                f"{name}: {given}" for name, given in (dict(self.columns) | dict.fromkeys(missing, "NAME")).items()
+            )
             films_alone = "; for films without reports set data.reports=false" if missing == ["report"] else ""
-            # the names are not printed: without a header they are the data of a patient
             raise UserError(
-                f"{uri} has no column {' and no column '.join(missing)} among its {len(table.columns)}; "
-                f"its first line must contain {' and '.join(needed)}, separated by commas{films_alone}"
+                f"{uri} has no column {' and no column '.join(missing)} among its {found}. Its first line must contain "
+                f"{' and '.join(needed)}; or give its own names with --data.columns='{{{example}}}'{films_alone}"
             )
         return table
+
+    def _read_table(self, columns: Sequence[str]) -> pd.DataFrame:
+        try:
+            return read_table(self.table_uri, columns)
+        except storage.MissingFileError:
+            folder = self.folder or self.uri
+            if not storage.is_folder(folder):
+                if self.table_name == PAIRS:
+                    raise storage.MissingFileError(
+                        f"{folder} does not exist; give an existing file or folder"
+                    ) from None
+                raise
+            tables = tables_in_words(folder, storage.list_files(folder, recursive=False))
+            raise storage.MissingFileError(
+                f"{folder} has no {self.table_name}. {tables or f'Write one there with a column {REQUIRED[0]} (docs/data.md)'}"
+            ) from None
+
+
+def tables_in_words(folder: str, names: Sequence[str]) -> str:
+    """A sentence about the tables among the files ``names`` of a folder; '' if there are none."""
+    tables = [name for name in names if name.endswith(".csv")]
+    if not tables:
+        return ""
+    return f"The folder has {', '.join(tables[:5])}: give the table itself, as {storage.join(folder, tables[0])}"
+
+
+def _inside(folder: str, films: str) -> str:
+    """The folder ``films``; if it is relative, inside of ``folder``."""
+    given = films if "://" in films else str(Path(films).expanduser())
+    return given if "://" in given or Path(given).is_absolute() else storage.join(folder, given)
+
+
+def _renamed(table: pd.DataFrame, columns: Mapping[str, str], uri: str) -> pd.DataFrame:
+    """The table with our names for the ``columns`` of the settings, in place of any other columns of these names."""
+    by_name = {name.lower(): name for name in reversed(table.columns)}
+    missing = [f"{given} (for {name})" for name, given in columns.items() if given.strip().lower() not in by_name]
+    if missing:
+        raise UserError(
+            f"{uri} has no column {' and no column '.join(missing)}, which data.columns names, among its "
+            f"{columns_in_words(table)}"
+        )
+    named = {name: table[by_name[given.strip().lower()]] for name, given in columns.items()}
+    used = {by_name[given.strip().lower()] for given in columns.values()}
+    others = [name for name in table.columns if name not in used and name.lower() not in columns]
+    return pd.concat([table[others], pd.DataFrame(named, index=table.index)], axis=1)
 
 
 def _check_whole(films: pd.DataFrame, uri: str) -> None:
@@ -210,4 +302,6 @@ def open_corpus(options: CorpusOptions) -> PairsSource:
         options.crop_borders,
         options.follow_links,
         options.reports,
+        options.columns,
+        options.films,
     )

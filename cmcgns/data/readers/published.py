@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
+from cmcgns.data.readers.base import PROBED, SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
 from cmcgns.data.tables import read_columns
 from cmcgns.data.text import decode_text
@@ -25,8 +25,6 @@ LABELS = (
     "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices",
 )  # fmt: skip
 """The labels of CheXpert, which BRAX and CheXpert Plus use."""
-PROBED = 20
-"""Films by which it is found out where the films lie."""
 
 
 @dataclass(frozen=True)
