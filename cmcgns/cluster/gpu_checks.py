@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import combinations
@@ -17,7 +18,7 @@ from cmcgns.errors import UserError, first_line
 from cmcgns.faiss_install import check_faiss, is_installed, load_faiss
 
 GIB = 2**30
-SMI_S = 30.0
+SMI_S = 20.0
 FIELDS = ("index", "name", "driver_version", "memory.used", "ecc.errors.uncorrected.volatile.total", "pcie.link.width.current",
           "pcie.link.width.max")  # fmt: skip
 """What nvidia-smi is asked; it answers [N/A] where a card has no such thing."""
@@ -25,9 +26,12 @@ USED_MIB = 1024
 """Above this another process holds the card: a driver alone takes some hundred."""
 LEAST_DRIVER = {12: 525, 13: 580}
 """By CUDA's release notes, the first driver for each major version of CUDA."""
-BUS_GB_S = {"H200": 450, "H100": 450, "A100": 300, "L40S": 25, "L4": 25, "A10G": 25}
+BUS_GB_S = {"PCIe": 25, "PCIE": 25, "H200": 450, "H100": 450, "A100": 300, "L40S": 25, "L4": 25, "A10G": 25}
 """What an all-reduce over the cards of one machine can reach a second: NVLink in one direction, or PCIe 4.0 less its overhead."""
-SLOW_SHARE = 0.5
+SLOW_SHARE = 0.4
+REDUCTIONS, POLL_S = 5, 0.1
+NCCL_SHARE = 0.6
+"""Of the time after which a node counts as silent."""
 TEMPORARY_BYTES = 16 * 2**20
 """For FAISS, which takes 1.5 GiB by default."""
 
@@ -66,7 +70,8 @@ def gpu_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[
     import torch
 
     cards = read_cards()
-    yield from card_checks(name, cards)
+    if required.use_gpu:
+        yield from card_checks(name, cards)
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus is not None and seen < gpus:
         yield CheckResult(
@@ -78,9 +83,9 @@ def gpu_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(seen)) / GIB
         bf16 = "" if torch.cuda.is_bf16_supported() else ", no bf16"
         yield CheckResult("ok", "GPU", name, f"{seen} x {', '.join(sorted(names))}, {memory:.0f} GiB{bf16}")
-        yield from _peer_checks(name, seen)
         if required.use_gpu:
-            yield from nccl_checks(name, seen, sorted(names)[0], required.mebibytes, required.timeout_s)
+            yield from _peer_checks(name, seen)
+            yield from nccl_checks(name, seen, sorted(names)[0], required.mebibytes, NCCL_SHARE * required.timeout_s)
     elif required.use_gpu and gpus is None:
         yield CheckResult(
             "failed", "GPU", name, f"torch sees none{_driver_reason(cards)}, and train.use_gpu needs them",
@@ -148,7 +153,11 @@ def nccl_checks(name: str, gpus: int, card: str, mebibytes: int, timeout_s: floa
         speed = reduce_here("nccl", gpus, mebibytes, timeout_s)
     except UserError as error:
         yield CheckResult(
-            "failed", "NCCL", name, first_line(error), "NCCL_DEBUG=INFO says more; try NCCL_P2P_DISABLE=1"
+            "failed",
+            "NCCL",
+            name,
+            first_line(error),
+            "Try NCCL_P2P_DISABLE=1; with NCCL_DEBUG=INFO the log of a run says more",
         )
         return
     most = next((known for part, known in BUS_GB_S.items() if part in card), None)
@@ -165,66 +174,74 @@ def reduce_here(backend: str, ranks: int, mebibytes: int, timeout_s: float) -> f
     """GB/s on the bus, 2 (n - 1) / n bytes for each of the tensor, of an all-reduce over ``ranks`` processes on this machine.
 
     Raises:
-        UserError: a process failed or did not answer.
+        UserError: a process failed, or all of them together took longer than ``timeout_s``.
     """
-    with tempfile.TemporaryDirectory(prefix="cmcgns-doctor-") as folder:
-        # processes of their own: a Ray worker cannot spawn any, and one that hangs can be ended
+    with tempfile.TemporaryDirectory(prefix="cmcgns-doctor-") as name, ExitStack() as opened:
+        folder, end = Path(name), time.monotonic() + timeout_s
+        # processes of their own: a Ray worker cannot spawn any, and one that hangs can be ended. NCCL may log much to stdout
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, backend, folder, str(rank), str(ranks), str(mebibytes), str(timeout_s)],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-m", __name__, backend, name, str(rank), str(ranks), str(mebibytes), str(timeout_s)],
+                stdout=opened.enter_context((folder / f"log_{rank}").open("w")), stderr=subprocess.STDOUT,
             )
             for rank in range(ranks)
         ]  # fmt: skip
-        end, seconds = time.monotonic() + 2 * timeout_s + 60, list[float]()
         try:
-            for rank, process in enumerate(started):
-                try:
-                    out, error = process.communicate(timeout=max(end - time.monotonic(), 0))
-                except subprocess.TimeoutExpired:
-                    raise UserError(
-                        f"rank {rank} of {ranks} did not answer within {2 * timeout_s + 60:.0f} s"
-                    ) from None
-                if process.returncode:
-                    raise UserError(f"rank {rank} of {ranks} failed: {(error.strip().splitlines() or ['killed'])[-1]}")
-                seconds.append(float(out.split()[-1]))
+            while any(process.poll() is None for process in started) and time.monotonic() < end:
+                if any(process.poll() for process in started):
+                    break  # the others wait for it
+                time.sleep(POLL_S)
         finally:
+            failed = [rank for rank, process in enumerate(started) if process.poll()]
+            silent = [rank for rank, process in enumerate(started) if process.poll() is None]
             for process in started:
                 process.kill()
                 process.wait()
-    return 2 * (ranks - 1) / ranks * mebibytes * 2**20 / max(seconds) / 1e9
+        if failed:
+            said = (folder / f"log_{failed[0]}").read_text(errors="replace").strip().splitlines()
+            raise UserError(f"rank {failed[0]} of {ranks} failed: {said[-1] if said else 'killed'}")
+        if silent:
+            raise UserError(f"rank {silent[0]} of {ranks} did not answer within {timeout_s:.0f} s")
+        seconds = max(float((folder / f"seconds_{rank}").read_text()) for rank in range(ranks))
+    return 2 * (ranks - 1) / ranks * mebibytes * 2**20 / seconds / 1e9
 
 
 def _reduce(backend: str, folder: str, rank: int, ranks: int, mebibytes: int, timeout_s: float) -> None:
-    """One process of ``reduce_here``: prints the seconds of an all-reduce."""
+    """One process of ``reduce_here``: writes the seconds of an all-reduce."""
     import torch
     from torch import distributed
 
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    on_gpu = backend == "nccl"
+    if on_gpu:
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
         backend, init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=timeout_s),
     )  # fmt: skip
-    values, taken = torch.empty(mebibytes * 2**18, device=device), list[float]()
-    for _ in range(4):  # the first one opens the connections
-        values.fill_(1.0)
-        before = time.perf_counter()
+    values = torch.ones(mebibytes * 2**18, device="cuda" if on_gpu else "cpu")
+    distributed.all_reduce(values)  # the first one opens the connections
+    if not bool((values == ranks).all()):
+        sys.exit(f"wrong sum: ones over {ranks} ranks must give {ranks}")
+    distributed.barrier()
+    if on_gpu:
+        torch.cuda.synchronize()
+    before = time.perf_counter()
+    for _ in range(REDUCTIONS):
         distributed.all_reduce(values)
-        right = bool((values == ranks).all())  # waits for the device
-        taken.append(time.perf_counter() - before)
-        if not right:
-            sys.exit(f"wrong sum: ones over {ranks} ranks must give {ranks}")
-    print(min(taken[1:]))
+    if on_gpu:
+        torch.cuda.synchronize()
+    (Path(folder) / f"seconds_{rank}").write_text(str((time.perf_counter() - before) / REDUCTIONS))
     distributed.destroy_process_group()
 
 
-def faiss_checks(name: str, required: Requirements) -> Iterator[CheckResult]:
-    """Whether exactly one FAISS package is installed; if clustering runs on GPUs the GPU build, which then searches on one."""
+def faiss_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[CheckResult]:
+    """Whether exactly one FAISS package is installed; if clustering runs on GPUs the GPU build, which searches where one is."""
+    import torch
+
+    here = torch.cuda.device_count() if gpus is None else gpus
     try:
         check_faiss("gpu" if required.faiss_gpu else "cpu")
-        if required.faiss_gpu:
+        if required.faiss_gpu and here:
             _search_on_gpu()
     except (UserError, RuntimeError) as error:  # FAISS raises RuntimeError for what CUDA refuses
         yield CheckResult("failed", "FAISS", name, first_line(error))

@@ -52,7 +52,12 @@ def source_hash() -> str:
 
 def check_machine(name: str, required: Requirements, gpus: int | None = None) -> list[CheckResult]:
     """All results of the machine ``name``. ``gpus`` is how many GPUs Ray counts on it; None without Ray."""
-    lines = [*gpu_checks(name, required, gpus), *faiss_checks(name, required), *memory_checks(name), *disk_checks(name)]
+    lines = [
+        *gpu_checks(name, required, gpus),
+        *faiss_checks(name, required, gpus),
+        *memory_checks(name),
+        *disk_checks(name),
+    ]
     if required.deepspeed:
         lines += deepspeed_checks(name, required)
     # a single machine reaches itself by any name

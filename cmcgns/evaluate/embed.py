@@ -36,7 +36,7 @@ from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.config import EmbedConfig, EmbedJobConfig
 from cmcgns.job import Job, check_capacity
 from cmcgns.library.runs import PretrainedRun, open_model, open_run
-from cmcgns.methods.base import load_method
+from cmcgns.methods.base import SentenceAttention, load_method
 from cmcgns.models.attention import unit
 from cmcgns.models.device import autocast, device_of
 from cmcgns.models.dual_encoder import DualEncoder
@@ -81,6 +81,12 @@ class Embedder:
         with autocast(self.device, self.precision):
             return batch, self.model(batch)
 
+    @torch.inference_mode()
+    def attention(self, outputs: Any) -> SentenceAttention | None:
+        """What each sentence of ``outputs`` attends to; None without attention."""
+        with autocast(self.device, self.precision):
+            return self.method.attention(self.model, outputs)
+
 
 class SentenceEmbedder(Embedder):
     """Computes ``SentenceVectors`` of blocks of studies."""
@@ -89,7 +95,7 @@ class SentenceEmbedder(Embedder):
     def __call__(self, block: Block) -> SentenceVectors:
         counts_B = block.sentence_counts
         batch, outputs = self.outputs(block)
-        attention = self.method.attention(self.model, outputs)
+        attention = self.attention(outputs)
         rows = lambda values_BSD: unit(values_BSD.flatten(0, 1)[batch.sentence_row_n].float()).cpu().numpy()
         return SentenceVectors(
             np.repeat(np.arange(len(block)), counts_B),

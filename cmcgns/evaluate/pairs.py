@@ -101,7 +101,7 @@ def _block_pairs(embedder: Embedder, table: pa.Table, split: Split, films: int, 
     batch, outputs = embedder.outputs(block)
     if isinstance(method, ComparesParts) and not parts.is_full:
         parts.add(method.parts(outputs, batch), len(block))
-    attention = method.attention(embedder.model, outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
+    attention = embedder.attention(outputs) or SentenceAttention(*[outputs.sentences_BSD[..., :0]] * 2)
     real = lambda values_BSX: values_BSX.flatten(0, 1)[batch.sentence_row_n].float().cpu()
     studies = split.studies.take(block.positions)
     data = split.config.data

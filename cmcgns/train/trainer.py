@@ -39,6 +39,7 @@ from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
+FORWARD = "forward and backward"
 COLLAPSED_SPREAD, COLLAPSED_STEPS = 0.05, 100
 SKIPS_IN_A_ROW = 50
 """Skipped steps after which a run ends. In fp16 the first few are normal: the loss scale falls from 65,536."""
@@ -104,7 +105,7 @@ class Trainer:
         self.reader = StepReader(
             parts.blocks, parts.batcher, cursor, accumulation, parts.stop_requested, self._minutes_are_over
         )
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), 0
         if checkpoint is None:
             seed_everything(config.train.seed)
             self._build_engine(None)
@@ -142,7 +143,8 @@ class Trainer:
         is_best = False
         if is_due(step, train.validate_every) or ends_stage:
             is_best = self.validate() and train.keep_best
-        if is_due(step, train.checkpoint_every) or data.checkpoint_due or ends_stage or is_best or data.stop_requested:
+        by_clock = data.checkpoint_due and self.saved_step != step - 1  # it was asked for before that one was written
+        if is_due(step, train.checkpoint_every) or by_clock or ends_stage or is_best or data.stop_requested:
             self.save(is_best)  # collective: every rank enters
         return data.stop_requested
 
@@ -157,6 +159,7 @@ class Trainer:
         self.finite.check(step)  # before the weights change
         mark("optimizer step")
         self.engine.step(self.learning_rate(step))
+        self.phase = FORWARD
         mark(CLUSTERING)
         self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, batches)
         step_s = waited_s + self.watch.lap()
@@ -186,7 +189,7 @@ class Trainer:
         losses: list[Losses] = []
         gradients: dict[str, float] = {}
         for i, batch in enumerate(data.microbatches):
-            mark("forward and backward")
+            mark(self.phase)
             outputs = self.engine(batch, stage)
             losses.append(self.method.losses(outputs, batch, self.banks.centroids, stage, step))
             self.banks.observe(losses[-1])
@@ -203,7 +206,7 @@ class Trainer:
         stage, centroids = self.progress.stage, self.banks.centroids
 
         def forward(batch: ImageReportBatch) -> Any:
-            mark("forward and backward")  # of each one: a step of many may take longer than hang_timeout_s
+            mark(self.phase)  # of each one: a step of many may take longer than hang_timeout_s
             return self.engine(batch, stage)
 
         cached = cached_step(
@@ -337,6 +340,7 @@ class Trainer:
         new_parts = self.method.frozen(1) if self.progress.stage == 2 else None
         self.engine = build_engine(model, self.config.train, self.parts.device, frozen, new_parts)
         self.engine.module.train()
+        self.phase = STARTING if self.config.train.compile else FORWARD  # the first step compiles, for minutes
 
     def save(self, is_best: bool = False) -> None:
         """Begin to write a checkpoint from which any number of ranks can resume; training goes on meanwhile. Collective."""
@@ -345,7 +349,7 @@ class Trainer:
         self.writer.wait()  # before the state is copied: two copies would take twice the memory
         self._best_to_keep = self._written_best()
         self._best_step = self.progress.step if is_best else None
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         mark("copying the state")
         average_buffers(self.engine.module)
         shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}

@@ -3,11 +3,12 @@
 import pickle
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from cmcgns.bad_rows import too_many_bad
 from cmcgns.data.readers import PairsSource, open_source
-from cmcgns.data.readers.base import canonical_view, draw_split, escapes
+from cmcgns.data.readers.base import canonical_view, draw_split, draw_splits, escapes
 from cmcgns.errors import BadRow, UserError
 from tests.data.trees import csv_file, index_of, picture, rows
 
@@ -151,6 +152,18 @@ def test_a_small_corpus_has_every_split_whatever_the_seed(groups: int, tmp_path:
         assert sum(found[group] != drawn[group] for group in found) == len(missing)  # no other group moves
         empty += bool(missing)
     assert empty > 0 or groups == 50
+
+
+def test_only_what_is_drawn_moves_into_a_split_that_is_empty() -> None:
+    groups = pd.Series([f"g{number}" for number in range(12)])
+    given = pd.Series(["test", "train", "train", "train", *[None] * 8], dtype=object)
+    for seed in range(200):
+        found = draw_splits(seed, groups, given)
+        assert set(found) == {"train", "valid", "test"}
+        assert found[:4].tolist() == given[:4].tolist()
+        drawn = [draw_split(seed, group) for group in groups[4:]]
+        moved = sum(ours != own for ours, own in zip(found[4:], drawn, strict=True))
+        assert moved == ("valid" not in drawn)  # the given ones fill the others
 
 
 def test_given_splits_are_kept_and_others_drawn_by_group(tmp_path: Path) -> None:

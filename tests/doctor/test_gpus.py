@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmcgns.cluster.check_results import Requirements
-from cmcgns.cluster.gpu_checks import Card, card_checks, gpu_checks, nccl_checks, read_cards, reduce_here
+from cmcgns.cluster.gpu_checks import Card, card_checks, faiss_checks, gpu_checks, nccl_checks, read_cards, reduce_here
 from cmcgns.errors import UserError
 
 SAID = """0, NVIDIA H100 80GB HBM3, 535.129.03, 3, 0, 16, 16
@@ -76,6 +76,29 @@ def test_nccl_that_fails_is_one_line_with_its_reason() -> None:
     (line,) = nccl_checks("here", 2, "NVIDIA H100 80GB HBM3", 1, 60)
     assert line.level == "failed"
     assert list(nccl_checks("here", 1, "NVIDIA L4", 1, 60)) == []  # nobody to reduce with
+
+
+def test_a_rank_that_fails_is_named_though_another_one_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-card")
+    with pytest.raises(UserError, match=r"rank \d of 3 failed: .*no-such-card"):
+        reduce_here("gloo", ranks=3, mebibytes=1, timeout_s=60)
+
+
+def test_ranks_that_take_too_long_are_ended() -> None:
+    with pytest.raises(UserError, match=r"rank 0 of 2 did not answer within 0 s"):
+        reduce_here("gloo", ranks=2, mebibytes=1, timeout_s=0.01)
+
+
+def test_a_node_without_gpus_needs_faiss_for_gpus_but_searches_on_none() -> None:
+    needed = Requirements(use_gpu=True, deepspeed=False, faiss_gpu=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cmcgns.cluster.gpu_checks.check_faiss", lambda device: None)  # as if the GPU build were there
+        patch.setattr("cmcgns.cluster.gpu_checks.is_installed", lambda name: name == "faiss-gpu")
+        (line,) = faiss_checks("head", needed, gpus=0)
+    assert (line.level, line.detail) == ("ok", "GPU build")
+    (line,) = faiss_checks("head", needed, gpus=0)
+    assert line.level == "failed"
+    assert "needs faiss-gpu" in line.detail
 
 
 @pytest.mark.parametrize(("speed", "level"), [(300.0, "ok"), (40.0, "warning")])

@@ -283,16 +283,20 @@ def draw_split(seed: int, group: str) -> str:
     return next(name for name, end in SPLIT_SHARES if position < end or end == 1.0)
 
 
-def draw_splits(seed: int, groups: pd.Series) -> pd.Series:
-    """The drawn split of each row's group; one that is left empty, as chance does in a small corpus, gets the nearest group."""
-    drawn = {group: draw_split(seed, group) for group in groups.unique()}
+def draw_splits(seed: int, groups: pd.Series, given: pd.Series | None = None) -> pd.Series:
+    """The split of each row's group, as ``given`` or, where that is null, drawn.
+
+    One that is left empty, as chance does in a small corpus, gets the drawn group that is nearest to it."""
+    given = pd.Series(None, groups.index, object) if given is None else given
+    drawn = {group: draw_split(seed, group) for group in groups[given.isna()].unique()}
+    fixed = Counter(given.dropna())
     starts = (0.0, *(end for _, end in SPLIT_SHARES))
     for start, (name, end) in zip(starts, SPLIT_SHARES, strict=False):
-        counts = Counter(drawn.values())
+        counts = Counter(drawn.values()) + fixed
         if counts[name]:
             continue
         others = [group for group, split in drawn.items() if counts[split] > 1]
         away = {group: abs(split_position(seed, group) - (start + end) / 2) for group in others}
         if away:
             drawn[min(away, key=lambda group: (away[group], group))] = name
-    return groups.map(drawn)
+    return given.fillna(groups.map(drawn))

@@ -113,21 +113,22 @@ class MimicSource(FileSource):
 
     def _splits(self, tables: list[str], films: pd.DataFrame, challenge: pd.DataFrame | None) -> pd.Series:
         """By CXR-LT if it is there, otherwise by the collection's own table; drawn for patients in neither."""
-        drawn = draw_splits(self.seed, films["group"])
         if challenge is not None:
             # a patient in several parts counts to the last of train, valid and test
             order = films["image_id"].map(
                 dict(zip(challenge["dicom_id"], challenge["split"].map(SPLIT_ORDER), strict=True))
             )
             latest = order.groupby(films["group"]).transform("max")
-            return latest.map({place: name for name, place in SPLIT_ORDER.items()}).fillna(drawn)
+            given = latest.map({place: name for name, place in SPLIT_ORDER.items()})
+            return draw_splits(self.seed, films["group"], given)
         table = self._read_table(tables, "split", ("dicom_id", "split"))
         if table is None:
             log.warning("no split table: drawing splits by patient with seed %d", self.seed)
-            return drawn
+            return draw_splits(self.seed, films["group"])
         official = films["image_id"].map(dict(zip(table["dicom_id"], table["split"].map(SPLIT_NAMES), strict=True)))
         # a film missing from the table takes the split of its patient
-        return official.fillna(official.groupby(films["group"]).transform("first")).fillna(drawn)
+        given = official.fillna(official.groupby(films["group"]).transform("first"))
+        return draw_splits(self.seed, films["group"], given)
 
     def _labels(self, tables: list[str], films: pd.DataFrame) -> pd.DataFrame | None:
         for kind in ("chexpert", "negbio"):

@@ -261,7 +261,7 @@ def _splits(films: pd.DataFrame, seed: int, table_name: str, grouped: bool) -> p
     conflicting = of_group.transform("nunique") > 1
     if conflicting.any():
         raise UserError(_split_conflict(films.assign(split=given), conflicting, table_name, grouped))
-    return of_group.transform("first").fillna(draw_splits(seed, films["group"]))
+    return draw_splits(seed, films["group"], of_group.transform("first"))
 
 
 def _split_conflict(films: pd.DataFrame, conflicting: pd.Series, table_name: str, grouped: bool) -> str:

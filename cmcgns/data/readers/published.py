@@ -52,7 +52,7 @@ class PublishedSource(FileSource):
         films, filtered = filter_views(films, self.views)
         split = films["split"].str.lower().map(SPLIT_NAMES)
         of_patient = split.groupby(films["group"]).transform("first")
-        films = films.assign(split=of_patient.fillna(draw_splits(self.seed, films["group"])))
+        films = films.assign(split=draw_splits(self.seed, films["group"], of_patient))
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
