@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.benchmarks import scaling
-from tests.gpu_day import Day, Row, machine, stored
+from tests.benchmarks.measure import Line
+from tests.gpu_day import Day, machine, stored
 from tests.jobs import REPOSITORY
 
 ABSENT = (
@@ -42,15 +43,15 @@ def test_the_day_of_a_gpu_needs_torch_and_transformers_alone(tmp_path: Path) -> 
     written = (tmp_path / "table.md").read_text()
     for what in ("fp32 from a CPU's", "image_BD from a CPU's", "backward", "film negatives", "FAISS is not installed"):
         assert what in written
-    assert (tmp_path / "trace-vit-tiny.json").exists()
+    assert (tmp_path / "trace-vit-tiny.json.gz").exists()
 
 
 def test_what_the_day_of_a_gpu_had_no_time_for_is_done_by_the_next_one(tmp_path: Path) -> None:
     ran = []
 
-    def part(of: Day) -> Iterator[Row]:
+    def part(of: Day) -> Iterator[Line]:
         ran.append(of)
-        yield Row("something", "1 s")
+        yield Line("something", "1 s")
         if len(ran) == 1:
             raise RuntimeError("CUDA error")
 

@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 
 
 def device_of(use_gpu: bool) -> torch.device:
-    """The GPU that Ray has reserved for this process, or the CPU."""
+    """The GPU that Ray has reserved for this process, which then convolves in fp32 and not in TF32, or the CPU."""
+    if use_gpu:
+        torch.backends.cudnn.allow_tf32 = False  # features of GPUs and CPUs go into the same files
     return torch.device("cuda") if use_gpu else CPU
 
 

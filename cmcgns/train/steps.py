@@ -1,5 +1,5 @@
-"""Microbatches of each optimizer step on this rank. No rank waits for another one on the host: the dealer tells each of the
-others' blocks, and what only a rank itself can know travels while the step runs and counts from the next one on.
+"""Microbatches of each optimizer step on this rank. Reading them waits for no other rank: the dealer tells each of the others'
+blocks, and what only a rank itself can know travels while the step runs and counts from the next one on.
 """
 
 import time

@@ -68,10 +68,18 @@ def where() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return (
         f"{os.cpu_count()} x {model}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
+        f"commit {commit()}, {time.strftime('%Y-%m-%d')}"
     )
+
+
+def commit() -> str:
+    """What git says of the sources; `unknown` where there is no git, or no repository."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return "unknown"
+    return said.strip() or "unknown"

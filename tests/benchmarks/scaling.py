@@ -7,20 +7,17 @@ parameters on the model; what is assumed stands in ``Machine`` and in the consta
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from cmcgns.data.batch import CPU_SLICES, GPU_SLICES, pad_reports
-from cmcgns.methods.base import load_method
-from tests.benchmarks.gpu_step import FULL, Shape, build_run, flops_per_step, settings
-from tests.methods.fake_device import DEVICE, moved_to_device, on_device, tensors
+from cmcgns.data.batch import GPU_SLICES
+from tests.benchmarks.gpu_step import FULL, Shape, build_run, flops_per_step
+from tests.methods.fake_device import tensors
 
-COUNTED = 2
-"""Studies of the batch whose operations are counted; but for the losses they grow with the studies."""
+COUNTED, SLICED = 2, 16
+"""Studies of the batch whose operations are counted (they grow with the studies, but for the losses), and of the batch whose
+launches are (enough for two passes over reports)."""
 STUDIES, SENTENCES, WIDTH, BYTES, HALF = 64, 6, 768, 4, 2
 """Of a GPU's batch; of a study; numbers of a feature; bytes of a number. Features and weights travel as fp32, gradients of the
 layers that autocast computes in bf16 as bf16."""
@@ -31,8 +28,6 @@ PATCHES = 49
 """Of a film, for film negatives: ResNet-50 at 224 pixels."""
 UTILISATION, WIRE = 0.35, 0.8
 """Assumed: share of the arithmetic peak that encoders reach, and of a card's rate that collectives reach."""
-LOSSES_LAUNCHES = 430
-"""Counted (tests/acceptance/test_fake_device.py): operators of the default's losses, on 8 and on 512 ranks."""
 BACKWARD = 2 / 3
 """Share of the arithmetic that is the backward pass, behind which gradients can be reduced."""
 BANK, ITERATIONS, REFRESH, ACTORS = 262_144, 20, 100, 4
@@ -170,19 +165,10 @@ class Launches(TorchDispatchMode):
 
 
 def count_launches(shape: Shape, slices: int) -> int:
-    """Launches of both encoders, forwards and backwards, on a fake device; reports in as many ``slices``."""
-    mode, config = FakeTensorMode(), settings(shape, "bf16", "torch", torch.device("cpu"))
-    model = load_method(config).build_model(shape.vocabulary)
-    on_device(model, mode).train()
-    tokens = [np.arange(1 + study, dtype=np.int32) for study in range(STUDIES)]
-    owner = [np.zeros(len(each), np.int16) for each in tokens]
-    padded = pad_reports(tokens, owner, np.ones(STUDIES, np.int64), 0, slices)
-    on_fake = [moved_to_device(part, mode) for part in padded if isinstance(part, torch.Tensor)]
-    token_BT, mask_BT, owner_BT, sentence_BS, _, by_length_B = on_fake
-    film_B1HW = moved_to_device(torch.zeros(STUDIES, 1, shape.image_size, shape.image_size), mode)
-    with mode, Launches() as launched:
-        text = model.text_encoder(token_BT, mask_BT, owner_BT, sentence_BS, by_length_B, padded.slice_tokens)
-        (sum(part.sum() for part in text) + model.image_encoder(film_B1HW)[0].sum()).backward()
+    """Launches of a step but for the optimizer's, which is fused; reports in as many ``slices``."""
+    run = build_run(replace(shape, studies=SLICED), "bf16", "torch", torch.device("cpu"), slices)
+    with Launches() as launched:
+        run.forward_backward()
     return launched.number
 
 
@@ -194,17 +180,17 @@ def count(shape: Shape = FULL[0]) -> Counts:
         flops_per_step(run) / COUNTED,
         sum(parameter.numel() for parameter in run.engine.module.parameters()),
         sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False)),
-        count_launches(shape, GPU_SLICES) + LOSSES_LAUNCHES,
+        count_launches(shape, GPU_SLICES),
     )
 
 
 def main() -> None:
     """Print the tables of docs/scaling.md."""
-    _setup_privateuseone_for_python_backend(DEVICE)
     counts = count()
+    a_pass = counts.launches - count_launches(FULL[0], GPU_SLICES - 1)
     print(
         f"{counts.operations / GIGA:.0f} GFLOP a study, {counts.parameters / 1e6:.0f} M parameters, {counts.in_half / 1e6:.0f} M "
-        f"in bf16; {counts.launches} launches (encoders with {CPU_SLICES} slices of text: {count_launches(FULL[0], CPU_SLICES)})"
+        f"in bf16; {counts.launches} launches, {a_pass} of them for each pass over reports"
     )
     print(f"a re-clustering of {BANK} rows: {clustering_s(2 * ACTORS):.1f} s on {ACTORS} actors of 2 threads")
     names = ("GPUs", "encoders", "launches", "losses", "gather", "gradients", "weights", "step", "overlapped", "efficiency",
