@@ -1,5 +1,6 @@
 """The wheel: every file of the package, the command, a light core; and it works where the extras are not installed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def test_a_folder_called_like_the_package_does_not_hide_it(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-c", "import cmcgns; print(cmcgns.__version__)"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
     assert done.stdout.strip() == "0.1.0", done.stderr
 
