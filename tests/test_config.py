@@ -126,7 +126,7 @@ def test_an_extended_config_of_another_method_leaves_its_objective_behind(tmp_pa
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("phantomm", r"ours.yaml: extends phantomm: No such file or directory; check the path"),
+        ("phantomm", r"ours.yaml: extends phantomm: No such file or directory; did you mean phantom\?"),
         ("other.yaml", r"ours.yaml: extends .*other.yaml: No such file or directory"),
         ("ours.yaml", r"ours.yaml: extends: these extend each other: .*ours.yaml -> .*ours.yaml; remove one"),
         ("back.yaml", r"back.yaml: extends: these extend each other: .*ours.yaml -> .*back.yaml -> .*ours.yaml; remove one"),

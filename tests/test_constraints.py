@@ -85,9 +85,10 @@ def installs() -> dict[str, list[str]]:
     return {where: [command.strip() for command in given] for where, given in found.items()}
 
 
+@pytest.mark.parametrize("faiss", ["cpu", "gpu"])
 @pytest.mark.parametrize("where", [*CONTAINERS, "Dockerfile"])
-def test_a_node_that_starts_later_cannot_get_other_versions(where: str) -> None:
-    given = [shlex.split(command) for command in installs()[where]]
+def test_a_node_that_starts_later_cannot_get_other_versions(where: str, faiss: str) -> None:
+    given = [shlex.split(command.replace("${FAISS}", faiss)) for command in installs()[where]]
     assert len(given) >= 3
     for words in given:
         named = [file for option, file in itertools.pairwise(words) if option == "-r"]

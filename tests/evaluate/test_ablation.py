@@ -64,7 +64,7 @@ def test_a_variant_may_start_from_another_config_than_the_base(tmp_path: Path) -
     assert (first.train.stage1_steps, second.train.stage1_steps) == (40, LENGTH["train.stage1_steps"])
     written["variants"]["B"]["extends"] = "phantom-tinny"
     path.write_text(yaml.safe_dump(written))
-    with pytest.raises(UserError, match=r"variant B: extends phantom-tinny: .*check the path"):
+    with pytest.raises(UserError, match=r"variant B: extends phantom-tinny: .*did you mean phantom-tiny\?"):
         read_ablation(str(path))
 
 
