@@ -7,7 +7,11 @@ from torch._dynamo.utils import counters
 from cmcgns.train import speed
 from cmcgns.train.engine import build_engine
 from tests.methods.test_ranks import CONFIGS, centroids
+from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
+from tests.train.test_speed import TORCH as PLAIN
+from tests.train.test_speed import forgotten as forgotten  # a fixture
+from tests.train.test_speed import trained
 
 CPU = torch.device("cpu")
 TORCH = {"engine": "torch", "zero_stage": 0, "num_workers": 1, "microbatch_size": 4, "global_batch_size": 4}
@@ -57,3 +61,24 @@ def test_every_method_trains_with_compiled_backbones(name: str, monkeypatch: pyt
     assert off < 1e-4
     assert graphs in (1, 2)  # films, and reports if there are any
     assert bool(breaks) == (name in LOCKED)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_checkpointed_backbones_in_bf16_compile() -> None:
+    half = {**PLAIN, "precision": "bf16", "activation_checkpointing": True}
+    plain, _ = trained(**half)
+    compiled, _ = trained(**half, compile=True)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 3  # in its first call BERT also warns about its cache
+
+
+def with_deepspeed() -> tuple[list[float], list[float], int]:
+    plain, _ = trained(zero_stage=2)
+    compiled, _ = trained(zero_stage=2, compile=True)
+    return plain, compiled, counters["stats"]["unique_graphs"]
+
+
+def test_deepspeed_trains_compiled_backbones() -> None:
+    [(plain, compiled, graphs)] = run_on_ranks(1, with_deepspeed)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert graphs == 2

@@ -92,9 +92,8 @@ CONFIGS = {
     },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
-QUICK = [
-    name for name in CONFIGS if name not in ("gloria published", "mgca published", "lovt published", "prior published")
-]
+QUICK = [*OTHERS, "vit", "films", "published", "xdc hybrid", "images100m with reports"]
+"""Each method, and variants with collectives of their own; ``tests/acceptance/test_ranks.py`` has all."""
 FLOAT32 = ("mgca vit",)
 """transformers computes the attention that it returns of a ViT with a softmax in float32."""
 ENGINES: dict[str, dict[str, Any]] = {
