@@ -203,6 +203,7 @@ def fixture_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
+    torch.manual_seed(0)
     BertModel(tiny, add_pooling_layer=False).save_pretrained(folder)
     return str(folder)
 
