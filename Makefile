@@ -21,8 +21,8 @@ install: $(VENV)/.ready
 pretrain: $(VENV)/.ready
 	$(BIN)/python jobs/pretrain.py
 
-# three processes, since many tests wait; a file's tests stay together, for they share a run, a cluster or a server
-SUITE := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/acceptance --ignore=tests/benchmarks --durations=30
+# two processes; a file's tests stay together, for they share a run, a cluster or a server
+SUITE := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/acceptance --ignore=tests/benchmarks --durations=30
 
 test: $(VENV)/.ready-test
 	$(SUITE) -m "not gpu" -rs
