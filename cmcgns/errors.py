@@ -12,6 +12,10 @@ class BadRow(ValueError):
     """A study that cannot be used, with the reason; the run records it and continues."""
 
 
+class TrainingStoppedError(RuntimeError):
+    """Training cannot continue, and a restart from the last checkpoint would not help."""
+
+
 MAX_CAUSES = 8
 """Most levels of nested errors to search for the cause."""
 

@@ -12,7 +12,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import ray
@@ -21,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cmcgns.cluster import machine_checks
 from cmcgns.cluster.check_results import CheckResult, Level, Requirements
+from cmcgns.cluster.gpu_checks import all_reduce_seconds
 from cmcgns.cluster.machine_checks import StorageAccess
 from cmcgns.errors import cause
 
@@ -59,7 +59,7 @@ class Inspector:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def reduce(self, backend: str, address: str, rank: int, mebibytes: int, timeout_s: float) -> float:
-        return all_reduce_speed(backend, address, rank, mebibytes, timeout_s)
+        return mebibytes / all_reduce_seconds(backend, f"tcp://{address}", rank, 2, mebibytes, timeout_s)
 
 
 @dataclass(frozen=True)
@@ -315,38 +315,3 @@ def pair_rounds(nodes: int) -> list[list[tuple[int, int]]]:
         found.append([(min(pair), max(pair)) for pair in pairs if -1 not in pair])
         seats = [seats[0], seats[-1], *seats[1:-1]]
     return found
-
-
-def all_reduce_speed(backend: str, address: str, rank: int, mebibytes: int, timeout_s: float) -> float:
-    """MiB/s at which this process and its partner all-reduce a tensor of that size; rank 0 listens on ``address``.
-
-    Raises:
-        RuntimeError: the partner did not connect, or the sum is wrong.
-    """
-    import torch
-    from torch import distributed
-
-    device = torch.device("cuda" if backend == "nccl" else "cpu")
-    distributed.init_process_group(
-        backend, init_method=f"tcp://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=timeout_s)
-    )
-    try:
-        values = torch.ones(mebibytes * 2**18, device=device)
-        distributed.all_reduce(values)  # the first one opens the connections
-        _wait(device)
-        began = time.perf_counter()
-        distributed.all_reduce(values)
-        _wait(device)
-        took = time.perf_counter() - began
-        if not bool((values == 4).all()):
-            raise RuntimeError("wrong sum: all-reducing ones twice over two ranks must give 4")
-        return mebibytes / took
-    finally:
-        distributed.destroy_process_group()
-
-
-def _wait(device: "torch.device") -> None:  # type: ignore[name-defined]  # noqa: F821
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()

@@ -209,29 +209,44 @@ def reduce_here(backend: str, ranks: int, mebibytes: int, timeout_s: float) -> f
 def _reduce(backend: str, folder: str, rank: int, ranks: int, mebibytes: int, timeout_s: float) -> None:
     """One process of ``reduce_here``: writes the seconds of an all-reduce."""
     import torch
+
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store = f"file://{Path(folder) / 'store'}"
+    seconds = all_reduce_seconds(backend, store, rank, ranks, mebibytes, timeout_s, REDUCTIONS)
+    (Path(folder) / f"seconds_{rank}").write_text(str(seconds))
+
+
+def all_reduce_seconds(
+    backend: str, address: str, rank: int, ranks: int, mebibytes: int, timeout_s: float, times: int = 1
+) -> float:
+    """Mean seconds of ``times`` all-reduces of a tensor of that size by this process and the others; ``address`` as in torch's
+    `init_method`.
+
+    Raises:
+        RuntimeError: another process did not connect, or the sum is wrong.
+    """
+    import torch
     from torch import distributed
 
     on_gpu = backend == "nccl"
-    if on_gpu:
-        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        backend, init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=timeout_s),
-    )  # fmt: skip
-    values = torch.ones(mebibytes * 2**18, device="cuda" if on_gpu else "cpu")
-    distributed.all_reduce(values)  # the first one opens the connections
-    if not bool((values == ranks).all()):
-        sys.exit(f"wrong sum: ones over {ranks} ranks must give {ranks}")
-    distributed.barrier()
-    if on_gpu:
-        torch.cuda.synchronize()
-    before = time.perf_counter()
-    for _ in range(REDUCTIONS):
-        distributed.all_reduce(values)
-    if on_gpu:
-        torch.cuda.synchronize()
-    (Path(folder) / f"seconds_{rank}").write_text(str((time.perf_counter() - before) / REDUCTIONS))
-    distributed.destroy_process_group()
+        backend, init_method=address, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)
+    )
+    try:
+        values = torch.ones(mebibytes * 2**18, device="cuda" if on_gpu else "cpu")
+        distributed.all_reduce(values)  # the first one opens the connections
+        if not bool((values == ranks).all()):  # waits for the device
+            raise RuntimeError(f"wrong sum: ones over {ranks} ranks must give {ranks}")
+        distributed.barrier()
+        before = time.perf_counter()
+        for _ in range(times):
+            distributed.all_reduce(values)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - before) / times
+    finally:
+        distributed.destroy_process_group()
 
 
 def faiss_checks(name: str, required: Requirements, gpus: int | None) -> Iterator[CheckResult]:

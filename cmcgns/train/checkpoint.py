@@ -17,10 +17,11 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from cmcgns import distributed, storage
+from cmcgns.errors import TrainingStoppedError
 from cmcgns.run_folder import EXPORT_HASHES
 from cmcgns.storage.integrity import hash_file, write_hashes
 from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED, hashes_of
-from cmcgns.train.shards import State, read_shard, write_shard
+from cmcgns.train.shards import State, join, read_shard, split, write_shard
 
 
 @dataclass
@@ -184,3 +185,23 @@ def export_model(
         save_file({key: value.contiguous() for key, value in centroids.items()}, folder / "centroids.safetensors")
     (folder / "preprocess.json").write_text(json.dumps(preprocess, indent=1) + "\n")
     write_hashes(folder, EXPORT_HASHES)
+
+
+def load_weights(model: torch.nn.Module, parts: State) -> None:
+    """Give ``model``, whole on every rank, the weights of which each rank passes its part. Collective."""
+    own = model.state_dict()
+    unlike = sorted(own.keys() ^ parts.keys()) or [
+        name for name, value in own.items() if parts[name].numel() != split(value).numel()
+    ]
+    if any(count for (count,) in distributed.exchange([len(unlike)])):
+        raise TrainingStoppedError(
+            f"the checkpoint is of another model than this version builds from the same settings{': ' if unlike else ''}"
+            f"{', '.join(unlike[:3])}. Resume the run with the version of cmcgns that has written it"
+        )
+    for name, value in own.items():
+        value.copy_(join(parts[name], value.shape))
+
+
+def unprefixed(prefix: str, state: State) -> State:
+    """The part of ``state`` whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

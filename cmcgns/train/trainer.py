@@ -15,6 +15,7 @@ from cmcgns import distributed
 from cmcgns.cluster.heartbeat import CLUSTERING, FILMS, STARTING, WRITING, mark
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
+from cmcgns.errors import TrainingStoppedError
 from cmcgns.methods.base import Losses, Method
 from cmcgns.models.dual_encoder import DualEncoder
 from cmcgns.train.banks import Banks
@@ -25,15 +26,18 @@ from cmcgns.train.checkpoint import (
     load_part,
     load_progress,
     load_shard,
+    load_weights,
     restore_random_state,
     seed_everything,
+    unprefixed,
 )
-from cmcgns.train.engine import MOMENTS, Engine, average_buffers, build_engine
+from cmcgns.train.engine import Engine, average_buffers, build_engine
 from cmcgns.train.global_batch import cached_step
 from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
+from cmcgns.train.optimizer import MOMENTS
 from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.shards import State, join, split
+from cmcgns.train.shards import State
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
 from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
@@ -45,10 +49,6 @@ SKIPS_IN_A_ROW = 50
 """Skipped steps after which a run ends. In fp16 the first few are normal: the loss scale falls from 65,536."""
 CENTROIDS = "centroids."
 """Prefix of the centroids in the file of the best weights of earlier versions."""
-
-
-class TrainingStoppedError(RuntimeError):
-    """Training cannot continue, and a restart from the last checkpoint would not help."""
 
 
 class Display(Protocol):
@@ -400,21 +400,6 @@ class Trainer:
         self.progress.ranks, self.progress.format = distributed.world_size(), CHECKPOINT_FORMAT
 
 
-def load_weights(model: torch.nn.Module, parts: State) -> None:
-    """Give ``model``, whole on every rank, the weights of which each rank passes its part. Collective."""
-    own = model.state_dict()
-    unlike = sorted(own.keys() ^ parts.keys()) or [
-        name for name, value in own.items() if parts[name].numel() != split(value).numel()
-    ]
-    if any(count for (count,) in distributed.exchange([len(unlike)])):
-        raise TrainingStoppedError(
-            f"the checkpoint is of another model than this version builds from the same settings{': ' if unlike else ''}"
-            f"{', '.join(unlike[:3])}. Resume the run with the version of cmcgns that has written it"
-        )
-    for name, value in own.items():
-        value.copy_(join(parts[name], value.shape))
-
-
 class FiniteCheck:
     """Checks during the backward pass whether the losses of all ranks are finite, without stalling the device."""
 
@@ -447,8 +432,3 @@ class FiniteCheck:
 def is_due(step: int, every: int | None) -> bool:
     """True on every ``every``-th step; never if ``every`` is None."""
     return every is not None and step % every == 0
-
-
-def unprefixed(prefix: str, state: State) -> State:
-    """The part of ``state`` whose names start with ``prefix``, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -32,6 +32,7 @@ from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
+from cmcgns.errors import TrainingStoppedError
 from cmcgns.library.runs import EXPORT_SETTINGS, portable_settings
 from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder
@@ -42,7 +43,7 @@ from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import checkpoint_damage, keep_best
 from cmcgns.train.speed import set_up_torch
 from cmcgns.train.steps import BlockSource, Stretch
-from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
+from cmcgns.train.trainer import Parts, Trainer
 
 logger = logging.getLogger(__name__)
 STOP_POLL_S = 1.0

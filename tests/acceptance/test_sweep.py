@@ -19,8 +19,7 @@ from cmcgns.evaluate.tasks.retrieval import model_retrieval
 from cmcgns.library.runs import PretrainedRun
 from cmcgns.measures import MEAN_RECALL, measure
 from cmcgns.methods.base import load_method
-from cmcgns.train.checkpoint import load_progress, load_shard
-from cmcgns.train.trainer import load_weights
+from cmcgns.train.checkpoint import load_progress, load_shard, load_weights
 from tests.jobs import Job, checkpoints, result
 from tests.ray_head import RayHead
 from tests.sweeping import check_free, sweep, table, trials

@@ -30,8 +30,9 @@ from cmcgns.data.batch import Batcher
 from cmcgns.data.record import Block
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
-from cmcgns.train.engine import build_optimizer, deepspeed_settings, import_deepspeed
+from cmcgns.train.engine import deepspeed_settings, import_deepspeed
 from cmcgns.train.metrics import RunLog
+from cmcgns.train.optimizer import build_optimizer
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.steps import Stretch
 from cmcgns.train.trainer import Parts, Trainer

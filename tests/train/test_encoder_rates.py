@@ -10,7 +10,8 @@ from torch import nn
 
 from cmcgns.config import Config
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS
-from cmcgns.train.engine import Engine, build_engine, build_optimizer
+from cmcgns.train.engine import Engine, build_engine
+from cmcgns.train.optimizer import build_optimizer
 from cmcgns.train.setup import FREE_TO_CHANGE
 from tests.ranks import run_on_ranks
 from tests.small import small_config, small_model

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from cmcgns import distributed
 from cmcgns.config import Config
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS
-from cmcgns.train.engine import MOMENTS, DeepSpeedEngine, Engine, build_engine, build_optimizer
+from cmcgns.train.checkpoint import load_weights
+from cmcgns.train.engine import DeepSpeedEngine, Engine, build_engine
+from cmcgns.train.optimizer import MOMENTS, build_optimizer
 from cmcgns.train.shards import State, read_shard, write_shard
-from cmcgns.train.trainer import load_weights
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
 

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from cmcgns.config import Config
+from cmcgns.errors import TrainingStoppedError
 from cmcgns.train.engine import (
     BUCKET,
-    FIRST_SCALE,
     OVERLAPPING_BUCKET,
     DeepSpeedEngine,
     Engine,
-    LossScale,
     TorchEngine,
     build_engine,
     deepspeed_settings,
 )
-from cmcgns.train.trainer import SKIPS_IN_A_ROW, TrainingStoppedError
+from cmcgns.train.optimizer import FIRST_SCALE, LossScale
+from cmcgns.train.trainer import SKIPS_IN_A_ROW
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
 from tests.train.test_trainer import HostReads, config_of, start

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
+from cmcgns.errors import TrainingStoppedError
 from cmcgns.methods.base import load_method
 from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS, CmCgnsModel
 from cmcgns.train.checkpoint import seed_everything
@@ -25,7 +26,7 @@ from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import CHECKPOINT_FORMAT
 from cmcgns.train.schedule import build_schedule
 from cmcgns.train.steps import Stretch
-from cmcgns.train.trainer import Parts, Trainer, TrainingStoppedError
+from cmcgns.train.trainer import Parts, Trainer
 from tests.small import banks_of, small_config, small_model
 from tests.train.memory import MemoryBlocks
 
