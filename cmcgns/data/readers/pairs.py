@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cmcgns import storage
+from cmcgns.config.sections import PAIRS_COLUMNS
 from cmcgns.data.image import Target
 from cmcgns.data.readers.base import (
     PROBED,
@@ -31,7 +32,7 @@ PAIRS = "pairs.csv"
 PROBED_FOLDERS = 20
 REQUIRED = ("image", "report")
 METADATA = ("age", "sex", "offset", "offset_days", "height", "width", "rows", "columns", "date", "year", "id", "index")
-KNOWN = frozenset([*REQUIRED, "patient", "group", "study", "split", "view", *METADATA])
+KNOWN = frozenset([*PAIRS_COLUMNS, *METADATA])
 
 
 @dataclass(frozen=True)
