@@ -27,38 +27,46 @@ class _AllGather(torch.autograd.Function):
     """Rows of all ranks in rank order; a row's gradient is the sum over the losses of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return all_gather(rows)
+    def forward(ctx: Any, rows: Tensor, wire_dtype: torch.dtype) -> Tensor:
+        return all_gather(rows, wire_dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # never in wire_dtype: a sum over hundreds of ranks in bf16 loses bits
         own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
         dist.reduce_scatter_tensor(own, grad.contiguous())
-        return own
+        return own, None
 
 
-def all_gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, without gradient; every rank passes the same number."""
+def all_gather(rows: Tensor, wire_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of all ranks in rank order, without gradient; every rank passes the same number.
+
+    float32 rows travel as ``wire_dtype`` and come out as float32, a rank's own ones rounded like all others; other types travel
+    as they are.
+    """
     if world_size() == 1:
         return rows
-    gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    sent = rows.to(wire_dtype) if rows.dtype == torch.float32 else rows
+    gathered = sent.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, sent.contiguous())
+    return gathered.to(rows.dtype)
 
 
-def all_gather_with_grad(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order; gradients flow back to the rank that passed them."""
-    return rows if world_size() == 1 else _AllGather.apply(rows)
+def all_gather_with_grad(rows: Tensor, wire_dtype: torch.dtype = torch.float32) -> Tensor:
+    """``all_gather`` whose gradients flow back to the rank that passed the rows, in the type of the rows."""
+    return rows if world_size() == 1 else _AllGather.apply(rows, wire_dtype)
 
 
-def ragged_all_gather(rows_n: Tensor, counts: Sequence[int], with_grad: bool = False) -> Tensor:
-    """Rows of all ranks in rank order, with ``counts[r]`` rows of rank r; the counts are known on the host."""
+def ragged_all_gather(
+    rows_n: Tensor, counts: Sequence[int], with_grad: bool = False, wire_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``all_gather`` of ``counts[r]`` rows of rank r; the counts are known on the host."""
     if world_size() == 1:
         return rows_n
     gather = all_gather_with_grad if with_grad else all_gather
     longest = max(counts)
     padded = torch.cat([rows_n, rows_n.new_zeros((longest - rows_n.shape[0], *rows_n.shape[1:]))])
-    return gather(padded).index_select(0, places_of_rows(tuple(counts), rows_n.device))
+    return gather(padded, wire_dtype).index_select(0, places_of_rows(tuple(counts), rows_n.device))
 
 
 @lru_cache(maxsize=4)

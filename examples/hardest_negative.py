@@ -27,7 +27,7 @@ class HardestNegative(Method[Settings]):
 
     def losses(self, outputs, batch, centroids, stage, step):
         wide = in_full_precision(outputs)
-        cosine_BG = wide.image_BD @ all_gather_with_grad(wide.report_BD).T
+        cosine_BG = wide.image_BD @ all_gather_with_grad(wide.report_BD, self.wire_dtype).T
         own_BG = torch.zeros_like(cosine_BG, dtype=torch.bool)
         own_BG.narrow(1, rank() * len(own_BG), len(own_BG)).fill_diagonal_(True)
         own_B, hardest_B = (wide.image_BD * wide.report_BD).sum(1), cosine_BG.masked_fill(own_BG, -1.0).amax(1)

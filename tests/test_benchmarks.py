@@ -86,6 +86,8 @@ def test_on_paper_one_host_sends_nothing_and_two_send_the_bytes_that_were_measur
     assert both.reduce_s + both.weights_s == 12 * 1000 / 2  # of each host: 12 (N - 1) bytes a parameter over all
     assert both.seconds(overlap=False) - both.seconds(overlap=True) == pytest.approx(2 / 3 * both.compute_s)
     assert both.losses_s == 2 * alone.losses_s
+    # of 64 studies a GPU a film, a report and six sentences, as bf16, and their gradients as fp32; half are of the other host
+    assert both.gather_s == 4 * 64 * (1 + 1 + 6) * 768 * (2 + 4) / 2
     halved = scaling.step(machine, 4, replace(counts, in_half=1000, launches=10**9))
     assert halved.reduce_s == both.reduce_s / 2  # in bf16; weights travel as fp32
     assert halved.weights_s == both.weights_s

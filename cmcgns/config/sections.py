@@ -215,8 +215,9 @@ class TrainConfig(Section):
     overlap_comm: bool | None = None
     """Reduce gradients during the backward pass. By default on GPUs, and with ZeRO-3."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of encoders and heads; losses are always fp32 (see `tf32`). fp16 needs a GPU, and scales the loss; with bf16 and
-    ZeRO most gradients are summed over ranks in bf16."""
+    """Precision of encoders and heads, and of the features that ranks send each other; losses are always fp32 (see `tf32`). fp16
+    needs a GPU, and scales the loss; with bf16 and ZeRO most gradients of weights are summed over ranks in bf16, those of
+    features in fp32."""
     tf32: bool = True
     """On GPUs, multiply fp32 matrices and convolve in TF32: as wide a range, 10 bits of mantissa, losses included. No effect on
     a CPU."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from cmcgns.config import Bank, Config, MethodSettings, method_module
 from cmcgns.data.batch import ImageReportBatch
 from cmcgns.errors import UserError
+from cmcgns.models.device import AUTOCAST
 from cmcgns.models.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ class Method(ABC, Generic[SettingsT]):
     def banks(self) -> tuple[Bank, ...]:
         """Features that are clustered during training."""
         return self.config.banks
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Type in which float32 features travel to the other ranks: that of the encoders' outputs, so nothing overflows."""
+        return AUTOCAST.get(self.config.train.precision, torch.float32)
 
     @abstractmethod
     def build_model(self, vocabulary_size: int) -> DualEncoder:

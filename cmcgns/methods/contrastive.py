@@ -12,25 +12,34 @@ from cmcgns.distributed import all_gather, all_gather_with_grad
 
 
 def contrastive_loss(
-    image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor | None, scale: Tensor, film_weight: float = 0.5
+    image_BD: Tensor,
+    report_BD: Tensor,
+    report_hash_B: Tensor | None,
+    scale: Tensor,
+    film_weight: float = 0.5,
+    wire_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Symmetric InfoNCE of this rank's studies against the studies of every rank.
 
     Studies whose reports have the same text are neither negatives nor positives of each other. ``film_weight``: the share of the
     direction in which each film has to find its report.
     """
-    film_loss, report_loss = directed_losses(image_BD, report_BD, report_hash_B, scale)
+    film_loss, report_loss = directed_losses(image_BD, report_BD, report_hash_B, scale, wire_dtype)
     return film_weight * film_loss + (1 - film_weight) * report_loss
 
 
 def directed_losses(
-    image_BD: Tensor, report_BD: Tensor, report_hash_B: Tensor | None, scale: Tensor
+    image_BD: Tensor,
+    report_BD: Tensor,
+    report_hash_B: Tensor | None,
+    scale: Tensor,
+    wire_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of films among the reports of every rank, and of reports among the films.
 
     Without hashes every other study is a negative.
     """
-    image_GD, report_GD = all_gather_with_grad(torch.cat([image_BD, report_BD], dim=1)).chunk(2, dim=1)
+    image_GD, report_GD = all_gather_with_grad(torch.cat([image_BD, report_BD], dim=1), wire_dtype).chunk(2, dim=1)
     offset = distributed.rank() * image_BD.shape[0]  # the global rank: labels are columns of all ranks
     label_B = torch.arange(offset, offset + image_BD.shape[0], device=image_BD.device)
     film_to_report_BG = scale * image_BD @ report_GD.T

@@ -40,7 +40,7 @@ class ConVIRT(PairMethod[Settings]):
     ) -> Losses:
         own, wide = self.settings, in_full_precision(outputs)
         hash_B = wide.text_hash_B if own.same_text == "left_out" else None
-        films, reports = directed_losses(wide.image_BD, wide.report_BD, hash_B, wide.scale)
+        films, reports = directed_losses(wide.image_BD, wide.report_BD, hash_B, wide.scale, self.wire_dtype)
         weighted = {"loss_films": own.film_weight * films, "loss_reports": (1 - own.film_weight) * reports}
         total = weighted["loss_films"] + weighted["loss_reports"]
         return Losses(total, column(total, films, reports), column(1 / wide.scale[0]), weighted=weighted)

@@ -153,8 +153,8 @@ class Gloria(Method[Settings]):
         scale = wide.image_BD.new_full((1,), own.loss_scale)
         # the losses are sums of both directions, as published
         both = {
-            "loss_global": directed_losses(wide.image_BD, wide.report_BD, hash_B, scale),
-            "loss_local": local_losses(*self._local(wide), wide.word_mask_BT, hash_B, own),
+            "loss_global": directed_losses(wide.image_BD, wide.report_BD, hash_B, scale, self.wire_dtype),
+            "loss_local": local_losses(*self._local(wide), wide.word_mask_BT, hash_B, own, self.wire_dtype),
         }
         terms = {name: films + texts for name, (films, texts) in both.items()}
         weights = {"loss_global": own.global_weight, "loss_local": own.local_weight}
@@ -183,7 +183,12 @@ METHOD = Gloria
 
 
 def local_losses(
-    regions_BRD: Tensor, words_BTD: Tensor, mask_BT: Tensor, text_hash_B: Tensor | None, own: Settings
+    regions_BRD: Tensor,
+    words_BTD: Tensor,
+    mask_BT: Tensor,
+    text_hash_B: Tensor | None,
+    own: Settings,
+    wire_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE of this rank's films among the texts of every rank, and of its texts among all films, by words. Collective.
 
@@ -193,7 +198,7 @@ def local_losses(
     size, offset = len(regions_BRD), distributed.rank() * len(regions_BRD)
     [longest] = map(max, zip(*distributed.exchange([words_BTD.shape[1]]), strict=True))
     missing = longest - words_BTD.shape[1]
-    words_GTD = all_gather_with_grad(F.pad(words_BTD, (0, 0, 0, missing)))
+    words_GTD = all_gather_with_grad(F.pad(words_BTD, (0, 0, 0, missing)), wire_dtype)
     mask_GT = all_gather(F.pad(mask_BT, (0, missing)).byte()).bool()
     film_to_text_BG = text_scores(regions_BRD, words_GTD, mask_GT, own)
     text_to_film_BG = distributed.to_owners(film_to_text_BG.T, (size,) * distributed.world_size())

@@ -163,8 +163,8 @@ class Images100MModel(DualEncoder):
             return None
         before_AQE = self.queue_AQE
         if self.training and views_VBE is not None:
-            own_BAE = views_VBE[:CODED].detach().to(before_AQE.dtype).transpose(0, 1).contiguous()
-            joined_AXE = torch.cat([distributed.all_gather(own_BAE).transpose(0, 1), before_AQE], dim=1)
+            every_GAE = distributed.all_gather(views_VBE[:CODED].detach().transpose(0, 1))
+            joined_AXE = torch.cat([every_GAE.to(before_AQE.dtype).transpose(0, 1), before_AQE], dim=1)
             self.queue_AQE = joined_AXE[:, : self.settings.queue].contiguous()
         return before_AQE
 
@@ -207,10 +207,14 @@ class Images100M(Method[Settings]):
         weighted = dict(terms)
         if own.instance_weight != 0.0:
             # a film may be in a padded batch twice
-            terms["loss_instance"] = contrastive_loss(views_VBE[0], views_VBE[1], batch.draw_key_B, wide.scale)
+            terms["loss_instance"] = contrastive_loss(
+                views_VBE[0], views_VBE[1], batch.draw_key_B, wide.scale, wire_dtype=self.wire_dtype
+            )
             weighted["loss_instance"] = weight_at(own.instance_weight, step) * terms["loss_instance"]
         if own.supervision == "reports":
-            terms["loss_supervised"] = contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale)
+            terms["loss_supervised"] = contrastive_loss(
+                wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale, wire_dtype=self.wire_dtype
+            )
             weighted["loss_supervised"] = weight_at(own.supervision_weight, step) * terms["loss_supervised"]
         total = torch.stack(list(weighted.values())).sum()
         rows = {name: views_VBE[0].detach() for name in centroids}

@@ -53,7 +53,9 @@ class InfoNCE(Method[Settings]):
         self, outputs: Any, batch: ImageReportBatch, centroids: Mapping[str, Tensor | None], stage: int, step: int
     ) -> Losses:
         wide = in_full_precision(outputs)
-        loss = contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale)
+        loss = contrastive_loss(
+            wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale, wire_dtype=self.wire_dtype
+        )
         return Losses(loss, column(loss), column(1 / wide.scale[0]))
 
 

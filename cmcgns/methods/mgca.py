@@ -225,7 +225,7 @@ class Mgca(Method[Settings]):
         own, wide = self.settings, in_full_precision(outputs)
         hash_B = batch.report_hash_B if own.same_text == "left_out" else None
         scale = wide.image_BD.new_full((1,), 1 / own.temperature)
-        films, reports = directed_losses(wide.image_BD, wide.report_BD, hash_B, scale)
+        films, reports = directed_losses(wide.image_BD, wide.report_BD, hash_B, scale, self.wire_dtype)
         tokens, attended_BPD = token_alignment_loss(wide, own)
         prototypes, used, agreement = self._prototype_loss(wide, centroids.get(BANK), step)
         # the global loss is the sum of both directions, as published

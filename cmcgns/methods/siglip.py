@@ -47,8 +47,9 @@ class SigLIP(PairMethod[Settings]):
     ) -> Losses:
         wide = in_full_precision(outputs)
         loss = sigmoid_loss(
-            wide.image_BD, wide.report_BD, wide.text_hash_B, wide.scale, wide.logit_bias, self.settings.same_text
-        )
+            wide.image_BD, wide.report_BD, wide.text_hash_B, wide.scale, wide.logit_bias, self.settings.same_text,
+            self.wire_dtype,
+        )  # fmt: skip
         return Losses(loss, column(loss), column(1 / wide.scale[0], wide.logit_bias[0]))
 
 
@@ -58,14 +59,20 @@ TEXTS = 4096
 
 
 def sigmoid_loss(
-    image_BD: Tensor, report_BD: Tensor, text_hash_B: Tensor, scale: Tensor, bias: Tensor, same_text: str
+    image_BD: Tensor,
+    report_BD: Tensor,
+    text_hash_B: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    same_text: str,
+    wire_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Negative log-likelihood of all pairs of this rank's films and every rank's texts, divided by the number of films.
 
     Collective. ``TEXTS`` texts at a time: no rank holds G x G logits, and the backward pass computes them again.
     """
     size = len(image_BD)
-    report_GD, hash_G = all_gather_with_grad(report_BD), all_gather(text_hash_B)
+    report_GD, hash_G = all_gather_with_grad(report_BD, wire_dtype), all_gather(text_hash_B)
     place_G = torch.arange(len(hash_G), device=hash_G.device)
     own_B1 = place_G.narrow(0, distributed.rank() * size, size).unsqueeze(1)
     total = torch.zeros_like(scale[0])

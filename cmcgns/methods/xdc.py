@@ -165,7 +165,9 @@ class Xdc(Method[Settings]):
         weighted = {name: weight * term / 2 for name, term in sides.items()}
         terms = dict(sides)
         if own.global_weight != 0.0:
-            terms["loss_global"] = contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale)
+            terms["loss_global"] = contrastive_loss(
+                wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale, wire_dtype=self.wire_dtype
+            )
             weighted["loss_global"] = weight_at(own.global_weight, step) * terms["loss_global"]
         total = torch.stack(list(weighted.values())).sum()
         statistics = column(*accuracies, *spread_of_labels(labels, own.num_clusters, wide))

@@ -19,8 +19,8 @@ COUNTED, SLICED = 2, 16
 """Studies of the batch whose operations are counted (they grow with the studies, but for the losses), and of the batch whose
 launches are (enough for two passes over reports)."""
 STUDIES, SENTENCES, WIDTH, BYTES, HALF = 64, 6, 768, 4, 2
-"""Of a GPU's batch; of a study; numbers of a feature; bytes of a number. Features and weights travel as fp32, gradients of the
-layers that autocast computes in bf16 as bf16."""
+"""Of a GPU's batch; of a study; numbers of a feature; bytes of a number. Features and gradients of the layers that autocast
+computes in bf16 travel as bf16; gradients of features, film negatives' scores and weights as fp32."""
 IN_HALF = (nn.Linear, nn.Conv2d)
 LAUNCH_S = 5e-6
 """Assumed: time of an operator's launch. A step takes at least that of all of them."""
@@ -100,7 +100,7 @@ def step(machine: Machine, gpus: int, counts: Counts) -> Step:
     across, wire = (hosts - 1) / hosts, machine.network * WIRE
     rows = STUDIES * SENTENCES
     # images and reports of all studies and all attended sentences come to every host, their gradients go back
-    features = 2 * gpus * (rows + 2 * STUDIES) * WIDTH * BYTES * across
+    features = gpus * (rows + 2 * STUDIES) * WIDTH * (HALF + BYTES) * across
     gradients = counts.in_half * HALF + (counts.parameters - counts.in_half) * BYTES
     return Step(
         compute_s=STUDIES * counts.operations / (machine.peak * UTILISATION),
@@ -137,8 +137,8 @@ def film_negatives(machine: Machine, gpus: int) -> FilmNegatives:
     scores = 2 * rows * gpus * STUDIES * BYTES * machine.gpus
     return FilmNegatives(
         losses_s=3 * 2 * 2 * rows * gpus * STUDIES * PATCHES * WIDTH / (machine.plain * UTILISATION),
-        sentences_bytes=(2 * gpus * rows * 2 * WIDTH * BYTES + scores) * across,
-        patches_bytes=2 * gpus * STUDIES * PATCHES * 2 * WIDTH * BYTES * across,
+        sentences_bytes=(gpus * rows * 2 * WIDTH * (HALF + BYTES) + scores) * across,
+        patches_bytes=gpus * STUDIES * PATCHES * 2 * WIDTH * (HALF + BYTES) * across,
         wire=machine.network * WIRE,
     )
 

@@ -82,7 +82,9 @@ class AllScores(NamedTuple):
     """The sentences of all ranks on this rank's films."""
 
 
-def all_film_scores(questions: Questions, films: Films, rank_sentences: tuple[int, ...]) -> AllScores:
+def all_film_scores(
+    questions: Questions, films: Films, rank_sentences: tuple[int, ...], wire_dtype: torch.dtype = torch.float32
+) -> AllScores:
     """``film_scores`` of the sentences of all ranks on the films of all ranks. Collective.
 
     Sentences travel and films stay: a report has some six sentences, a film 49 patches and more. Each rank answers the
@@ -90,7 +92,7 @@ def all_film_scores(questions: Questions, films: Films, rank_sentences: tuple[in
     """
     if distributed.world_size() == 1:
         return AllScores(*[film_scores(questions, films)] * 2)
-    both_NE = ragged_all_gather(torch.cat(questions, dim=1), rank_sentences, with_grad=True)
+    both_NE = ragged_all_gather(torch.cat(questions, dim=1), rank_sentences, with_grad=True, wire_dtype=wire_dtype)
     score_NB = film_scores(Questions(*both_NE.chunk(2, dim=1)), films)
     return AllScores(to_owners(score_NB, rank_sentences), score_NB)
 

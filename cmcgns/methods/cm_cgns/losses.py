@@ -102,6 +102,7 @@ def sentence_alignment_loss(
     rank_sentences: tuple[int, ...],
     centroids_KD: Tensor | None,
     config: Settings,
+    wire_dtype: torch.dtype = torch.float32,
 ) -> SentenceLoss:
     """InfoNCE of each sentence against the attended features of all ranks' sentences, with negatives chosen by the centroids.
 
@@ -111,7 +112,7 @@ def sentence_alignment_loss(
     """
     total, per_rank = sum(rank_sentences), 1 / sum(rank_sentences) * len(rank_sentences)
     offset = sum(rank_sentences[: distributed.rank()])
-    z2_ND = ragged_all_gather(z2_nD, rank_sentences, with_grad=True)
+    z2_ND = ragged_all_gather(z2_nD, rank_sentences, with_grad=True, wire_dtype=wire_dtype)
     same_text_nN = same_text_mask(hash_n, ragged_all_gather(hash_n, rank_sentences), offset)
     cosine_nN = z1_nD @ z2_ND.T
     positive_n = cosine_nN.diagonal(offset)

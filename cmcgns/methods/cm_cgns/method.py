@@ -74,7 +74,9 @@ class CmCgns(Method[Settings], ComparesParts):
         own, wide = self.settings, in_full_precision(outputs)
         z2_nD = unit(wide.image_to_text_BSD.flatten(0, 1).index_select(0, batch.sentence_row_n))
         terms = {
-            "loss_global": contrastive_loss(wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale),
+            "loss_global": contrastive_loss(
+                wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale, wire_dtype=self.wire_dtype
+            ),
             "loss_local_image": patch_alignment_loss(
                 wide.patches_BPD, wide.text_to_image_BPD, wide.predicted_patches_BPD, wide.predicted_attended_BPD
             ),
@@ -119,10 +121,10 @@ class CmCgns(Method[Settings], ComparesParts):
         questions, films = Questions(*parts.sentences), Films(*parts.films)
         if own.local_negatives != "films":
             losses["loss_local_report"] = sentence_alignment_loss(
-                questions.z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids_KD, own
+                questions.z1_nD, z2_nD, batch.sentence_hash_n, batch.rank_sentences, centroids_KD, own, self.wire_dtype
             )
         if own.compares_films:
-            scores = all_film_scores(questions, films, batch.rank_sentences)
+            scores = all_film_scores(questions, films, batch.rank_sentences, self.wire_dtype)
         if own.local_negatives != "sentences":
             losses["loss_local_film"] = film_alignment_loss(
                 scores.of_own_sentences_nG, questions.z1_nD, batch.sentence_hash_n, parts.study_n,

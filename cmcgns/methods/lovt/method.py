@@ -89,7 +89,9 @@ class Lovt(Method[Settings]):
         hash_B, same_BSS = (batch.report_hash_B, same_texts(batch)) if left_out else (None, None)
         target_PP = grid_positives(wide.patches_BPD.shape[1], own.radius, own.beta, scale.device).to(scale.dtype)
         terms = {
-            "loss_global": contrastive_loss(wide.image_BD, wide.report_BD, hash_B, scale, own.film_weight),
+            "loss_global": contrastive_loss(
+                wide.image_BD, wide.report_BD, hash_B, scale, own.film_weight, self.wire_dtype
+            ),
             "loss_local_image": torch.stack(patch_losses(wide, target_PP, own)).mean(),
             "loss_local_report": torch.stack(sentence_losses(wide, batch.sentence_mask_BS, same_BSS, own)).mean(),
         }

@@ -72,11 +72,11 @@ class Prior(Method[Settings]):
         own, wide = self.settings, in_full_precision(outputs)
         kept_n = wide.kept_BS.flatten().index_select(0, batch.sentence_row_n).to(wide.image_BD.dtype)
         share_n = distributed.world_size() * kept_n / all_reduce(kept_n.sum())
-        terms = alignment_losses(wide, batch, own)
+        terms = alignment_losses(wide, batch, own, self.wire_dtype)
         if stage > 1:
             terms["loss_prototypes"] = share_n @ (wide.picked_nD - wide.read_nD).abs().mean(1)
         if stage == 3:
-            terms |= generation_losses(wide, batch, share_n, own)
+            terms |= generation_losses(wide, batch, share_n, own, self.wire_dtype)
         weights = {
             "loss_global": own.stage3_global_weight if stage == 3 else own.global_weight,
             "loss_local_image": own.local_image_weight,
@@ -112,7 +112,9 @@ class Prior(Method[Settings]):
 METHOD = Prior
 
 
-def alignment_losses(outputs: PriorOutputs, batch: ImageReportBatch, own: Settings) -> dict[str, Tensor]:
+def alignment_losses(
+    outputs: PriorOutputs, batch: ImageReportBatch, own: Settings, wire_dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """The losses of every stage: films and reports, patches, and sentences inside their report."""
     left_out = own.same_text == "left_out"
     same_BSS = None
@@ -125,7 +127,9 @@ def alignment_losses(outputs: PriorOutputs, batch: ImageReportBatch, own: Settin
     )
     hash_B = batch.report_hash_B if left_out else None
     return {
-        "loss_global": contrastive_loss(outputs.image_BD, outputs.report_BD, hash_B, outputs.scale),
+        "loss_global": contrastive_loss(
+            outputs.image_BD, outputs.report_BD, hash_B, outputs.scale, wire_dtype=wire_dtype
+        ),
         "loss_local_image": patch_alignment_loss(
             outputs.patches_BPD,
             outputs.text_to_image_BPD,
@@ -137,7 +141,7 @@ def alignment_losses(outputs: PriorOutputs, batch: ImageReportBatch, own: Settin
 
 
 def generation_losses(
-    outputs: PriorOutputs, batch: ImageReportBatch, share_n: Tensor, own: Settings
+    outputs: PriorOutputs, batch: ImageReportBatch, share_n: Tensor, own: Settings, wire_dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The losses of stage 3: the rebuilt film, the generated rows, what they pick, and the report that they make."""
     assert outputs.reconstruction_B1HW is not None
@@ -152,7 +156,9 @@ def generation_losses(
         ),
         "loss_generation": generation_loss(outputs),
         "loss_consistency": share_n @ pick_divergence(outputs.logits_nK, outputs.generated_logits_nK),
-        "loss_prediction": contrastive_loss(outputs.generated_report_BD, outputs.report_BD, hash_B, outputs.scale),
+        "loss_prediction": contrastive_loss(
+            outputs.generated_report_BD, outputs.report_BD, hash_B, outputs.scale, wire_dtype=wire_dtype
+        ),
     }
 
 
