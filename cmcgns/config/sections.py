@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from cmcgns.methods import METHODS
 
 FORMATS = (
-    "auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "padchest", "chexpert-plus", "brax", "vindr-cxr",
-    "parquet",
+    "auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "open-i-csv", "padchest", "chexpert-plus",
+    "brax", "vindr-cxr", "parquet",
 )  # fmt: skip
 """Supported layouts of a corpus."""
 PAIRS_COLUMNS = ("image", "report", "patient", "group", "study", "split", "view")
@@ -32,8 +32,8 @@ class CorpusConfig(Section):
     uri: str = "phantom"
     """Location of the corpus: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
     format: str = "auto"
-    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, padchest,
-    chexpert-plus, brax, vindr-cxr, parquet (the output of jobs/prepare.py), or your own reader as `package.module` or
+    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, open-i-csv,
+    padchest, chexpert-plus, brax, vindr-cxr, parquet (the output of jobs/prepare.py), or your own reader as `package.module` or
     `path/to/file.py` (docs/data.md)."""
     reports: bool = True
     """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,32 @@ def write_chexpert_plus(folder: Path, kind: str = "png") -> None:
     (folder / "chexbert_labels" / "impression_fixed.json").write_text("\n".join(labels) + "\n")
 
 
+def open_i_uid(shot: Shot) -> str:
+    return str(shot.number + 1)
+
+
+def open_i_sections(shot: Shot) -> dict[str, str]:
+    """The sections of the report that Open-I has, each in one line."""
+    parts = re.split(r"^([A-Z]+): +", shot.study.report, flags=re.M)
+    texts = {name.lower(): " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: texts[name] for name in ("indication", "findings", "impression") if name in texts}
+
+
+def write_open_i_csv(folder: Path, where: str = "images/images_normalized/") -> None:
+    """Open-I as on Kaggle: PNGs, a table of films, a table of reports in sections with their problems; no patients."""
+    films, reports = [], {}
+    for shot in shots():
+        name = f"{open_i_uid(shot)}_IM-{shot.number:04d}-{shot.film + 1}001.dcm.png"
+        save(shot, folder / where / name)
+        films.append({"uid": open_i_uid(shot), "filename": name, "projection": "Frontal"})
+        problems = ";".join(name for name, value in shot.labels.items() if value) or "normal"
+        own = {"uid": open_i_uid(shot), "MeSH": "x", "Problems": problems, "image": "Xray Chest PA and Lateral"}
+        reports[open_i_uid(shot)] = own | open_i_sections(shot)
+    write_table(folder / "indiana_projections.csv", ["uid", "filename", "projection"], films)
+    columns = ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"]
+    write_table(folder / "indiana_reports.csv", columns, list(reports.values()))
+
+
 def write_brax(folder: Path, kind: str = "png") -> None:
     """BRAX as PNG or DICOM; it has labels and no reports."""
     lines = []
@@ -241,6 +268,7 @@ def write_vindr(folder: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "padchest": write_padchest,
     "chexpert-plus": write_chexpert_plus,
+    "open-i-csv": write_open_i_csv,
     "brax": write_brax,
     "vindr-cxr": write_vindr,
 }
