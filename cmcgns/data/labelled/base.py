@@ -226,14 +226,16 @@ class Folder:
             raise UserError(f"{self.uri}: image {name} exists twice, as {both}; keep one of them in the folder")
         return paths[0][1]
 
-    def present(self, rows: pd.DataFrame, table_name: str) -> tuple[pd.DataFrame, dict[str, int]]:
+    def present(
+        self, rows: pd.DataFrame, table_name: str, fix: str = "download them"
+    ) -> tuple[pd.DataFrame, dict[str, int]]:
         """The rows (one per image) that have a ``path``, and how many have none; ``UserError`` if these are too many."""
         absent = rows["path"].isna()
         missing = int(absent.sum())
         if missing > MAX_MISSING * len(rows):
             raise UserError(
                 f"{self.uri}: {missing} of the {len(rows)} images of {table_name} are missing, such as "
-                f"{rows.loc[absent, 'image_id'].iloc[0]}; download them, or remove their rows from {table_name}"
+                f"{rows.loc[absent, 'image_id'].iloc[0]}; {fix}, or remove their rows from {table_name}"
             )
         return rows[~absent], {MISSING: missing} if missing else {}
 
