@@ -265,6 +265,37 @@ def write_vindr(folder: Path) -> None:
         )
 
 
+VINBIGDATA = {"cardiomegaly": "Cardiomegaly", "effusion": "Pleural effusion", "pneumothorax": "Pneumothorax"}
+WRONG_BOXES = [[5.0, 7.0, 30.0, 40.0], [8.0, 50.0, 60.0, 70.0]]
+
+
+def vinbigdata_boxes(shot: Shot, errs: bool = False) -> list[tuple[str, list[float]]]:
+    """Class and corners of each box that a reader draws; one who errs sees twice what is not there and nothing else."""
+    boxes = truth(shot.number, shot.film).boxes
+    if errs:
+        return [(name, each) for finding, name in VINBIGDATA.items() if not boxes.get(finding) for each in WRONG_BOXES]
+    return [(name, each) for finding, name in VINBIGDATA.items() for each in boxes.get(finding, [])]
+
+
+def write_vinbigdata(folder: Path) -> None:
+    """VinBigData: one film per study, and a table with the boxes of three readers of whom one errs; no labels of test films."""
+    lines: list[dict[str, Any]] = []
+    for shot in (shot for shot in shots() if not shot.film):
+        save(shot, folder / "train" / f"{shot.image_id}.dicom")
+        for reader in READERS:
+            row = {"image_id": shot.image_id, "rad_id": reader}
+            for name, corners in vinbigdata_boxes(shot, errs=reader == READERS[1]):
+                corner = dict(zip(("x_min", "y_min", "x_max", "y_max"), corners, strict=True))
+                lines.append(row | corner | {"class_name": name, "class_id": list(VINBIGDATA.values()).index(name)})
+            if not vinbigdata_boxes(shot, errs=reader == READERS[1]):
+                lines.append(row | {"class_name": "No finding", "class_id": 14})
+    (folder / "test").mkdir()
+    save(shots()[0], folder / "test" / "unlabelled.dicom")
+    columns = ["image_id", "class_name", "class_id", "rad_id", "x_min", "y_min", "x_max", "y_max"]
+    # the published table is in no order
+    write_table(folder / "train.csv", columns, lines[::2] + lines[1::2])
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "padchest": write_padchest,
     "chexpert-plus": write_chexpert_plus,

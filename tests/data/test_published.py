@@ -18,6 +18,7 @@ from tests.data.published_trees import (
     PLUS_REPORT,
     READERS,
     SPANISH,
+    VINBIGDATA,
     WRITERS,
     Shot,
     open_i_sections,
@@ -25,6 +26,7 @@ from tests.data.published_trees import (
     plus_patient,
     save,
     shots,
+    vinbigdata_boxes,
     vindr_boxes,
     vindr_truth,
     write_brax,
@@ -32,6 +34,7 @@ from tests.data.published_trees import (
     write_open_i_csv,
     write_padchest,
     write_table,
+    write_vinbigdata,
 )
 from tests.data.trees import csv_file, picture, rows
 from tests.s3 import S3Server
@@ -262,6 +265,65 @@ def test_vindr_has_the_boxes_of_every_reader(tmp_path: Path) -> None:
         truth = vindr_truth(shot)
         assert {name: row["labels"][images.classes.index(name)] for name in truth} == truth
         assert (row["split"] == "test") == (shot.study.split == "test")
+
+
+def check_vinbigdata(uri: str) -> None:
+    """Films, labels of most readers and boxes of all of them, in training and in evaluation."""
+    wanted = {shot.image_id: shot for shot in shots() if not shot.film}
+    truth = {
+        image: {name: float(any(name == kind for kind, _ in vinbigdata_boxes(shot))) for name in VINBIGDATA.values()}
+        for image, shot in wanted.items()
+    }
+    assert 0 < sum(each["Cardiomegaly"] for each in truth.values()) < len(truth)
+    source, found = opened(uri, "vindr-cxr")
+    assert {row["film"]["image_id"] for row in found.values()} == set(wanted)
+    for path, row in found.items():
+        shot = wanted[row["study_id"]]
+        assert abs(source.read_image(path).grey_HW.astype(int) - shot.grey()).mean() <= 0.5
+        assert dict(row["labels"]) == truth[shot.image_id] | {"No finding": float(not vinbigdata_boxes(shot))}
+    assert {row["split"] for row in found.values()} == {"train", "valid", "test"}
+    images = open_set("vindr-cxr", uri)
+    for row in images.table.to_pylist():
+        shot = wanted.pop(row["image_id"])
+        assert dict(zip(images.classes, row["labels"], strict=True)) == truth[shot.image_id]
+        drawn = vinbigdata_boxes(shot) * 2 + vinbigdata_boxes(shot, errs=True)
+        own = [
+            [images.box_classes[each["kind"]], *(each[side] for side in ("x0", "y0", "x1", "y1"))]
+            for each in row["boxes"]
+        ]
+        assert sorted(own) == sorted([name, *corners] for name, corners in drawn)
+    assert not wanted
+    assert images.rule.startswith("70/10/20 by image, drawn with seed 0, because its test films have no labels")
+
+
+def test_vinbigdata_is_read_by_most_of_its_readers(tmp_path: Path) -> None:
+    write_vinbigdata(tmp_path)
+    check_vinbigdata(str(tmp_path))
+
+
+@pytest.mark.s3
+def test_vinbigdata_on_s3_is_read_by_most_of_its_readers(s3_server: S3Server, tmp_path: Path) -> None:
+    write_vinbigdata(tmp_path)
+    bucket = s3_server.make_bucket("published-vinbigdata")
+    s3_server.upload(tmp_path, f"{bucket}/set")
+    check_vinbigdata(f"{bucket}/set")
+
+
+def test_boxes_of_vinbigdata_are_not_read_onto_resized_copies(tmp_path: Path) -> None:
+    write_vinbigdata(tmp_path)
+    for path in (tmp_path / "train").iterdir():
+        path.unlink()
+        picture(path.with_suffix(".png"))
+    with pytest.raises(UserError, match=r"unpack train/\*\.dicom \(boxes do not fit resized copies\)"):
+        open_set("vindr-cxr", str(tmp_path))
+    assert len(opened(tmp_path, "vindr-cxr")[1]) == CORPUS.studies  # labels fit
+
+
+def test_another_train_csv_is_not_taken_for_vinbigdata(tmp_path: Path) -> None:
+    csv_file(tmp_path / "train.csv", "Path,Sex,Age,Frontal/Lateral", "train/a.jpg,M,50,Frontal")
+    picture(tmp_path / "train/a.jpg")
+    with pytest.raises(UserError, match="no known format found"):
+        open_source(str(tmp_path))
 
 
 # MIMIC-CXR

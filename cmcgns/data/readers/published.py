@@ -280,14 +280,19 @@ def _brax(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 VINDR_FOLDER, VINDR_IDS = "annotations", ("image_id", "rad_id")
 VINDR_PARTS = ("train", "test")
+VINBIGDATA = "train.csv"
+"""The only table of VinBigData, the part of VinDr-CXR at Kaggle: its test films have no labels."""
+VINBIGDATA_COLUMNS = ("image_id", "class_name", "rad_id", "x_min", "y_min", "x_max", "y_max")
 
 
 def _vindr(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
     """``train/IMAGE.dicom``: a film per patient; a label is that of most of its three readers."""
-    parts = []
-    for part in VINDR_PARTS:
-        labels = vindr_labels(source.table(f"{VINDR_FOLDER}/image_labels_{part}.csv", ("image_id",)))
-        parts.append(labels.assign(part=part))
+    if is_vinbigdata(source.uri, storage.list_files(source.uri, recursive=False)):
+        listed = source.table(VINBIGDATA, VINBIGDATA_COLUMNS)
+        parts = [vindr_labels(labels_of_readers(listed)).assign(part="train", split="")]
+    else:
+        tables = {part: source.table(f"{VINDR_FOLDER}/image_labels_{part}.csv", ("image_id",)) for part in VINDR_PARTS}
+        parts = [vindr_labels(table).assign(part=part, split=part) for part, table in tables.items()]
     table = pd.concat(parts).rename_axis("image_id").reset_index()
     image = table["part"] + "/" + table["image_id"]
     films = pd.DataFrame(
@@ -298,10 +303,25 @@ def _vindr(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
             "study_id": table["image_id"],
             "patient_id": table["image_id"],
             "group": table["image_id"],
-            "split": table["part"],
+            "split": table["split"],
         }
     )
-    return films, table.drop(columns=["image_id", "part"]).astype(np.float32)
+    return films, table.drop(columns=["image_id", "part", "split"]).astype(np.float32)
+
+
+def is_vinbigdata(uri: str, names: Sequence[str]) -> bool:
+    """Whether the folder ``uri``, whose files have these ``names``, is VinBigData; other sets have a ``train.csv``, too."""
+    if VINBIGDATA not in names or VINDR_FOLDER in storage.list_folders(uri):
+        return False
+    head = storage.read(storage.join(uri, VINBIGDATA), lambda file: file.read(256)).split(b"\n")[0]
+    return all(name.encode() in head for name in VINBIGDATA_COLUMNS)
+
+
+def labels_of_readers(boxes: pd.DataFrame) -> pd.DataFrame:
+    """A row per image and reader with a column per class, 1 if the reader gave it any row, in the order of the images."""
+    ids = list(VINDR_IDS)
+    seen = pd.crosstab([boxes[name] for name in ids], boxes["class_name"]).clip(upper=1).rename_axis(columns=None)
+    return boxes[ids].drop_duplicates().merge(seen.reset_index(), on=ids)
 
 
 def vindr_labels(table: pd.DataFrame) -> pd.DataFrame:
@@ -345,7 +365,7 @@ def published_format(uri: str, names: Sequence[str]) -> str | None:
     if VINDR_FOLDER in storage.list_folders(uri):
         inside = storage.list_files(storage.join(uri, VINDR_FOLDER), recursive=False)
         return "vindr-cxr" if "image_labels_train.csv" in inside else None
-    return None
+    return "vindr-cxr" if is_vinbigdata(uri, names) else None
 
 
 def open_corpus(options: CorpusOptions) -> PublishedSource:
