@@ -196,8 +196,7 @@ class Folder:
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
         """The CSV ``name`` as stripped strings, '' for blanks; it must have ``columns``."""
-        table = read_columns(storage.join(self.uri, name), columns, self.name)
-        return table.apply(lambda column: column.str.strip())
+        return read_columns(storage.join(self.uri, name), columns, self.name)
 
     def lines(self, name: str) -> list[str]:
         """The stripped lines of the text file ``name``."""
@@ -238,19 +237,6 @@ class Folder:
                 f"{rows.loc[absent, 'image_id'].iloc[0]}; {fix}, or remove their rows from {table_name}"
             )
         return rows[~absent], {MISSING: missing} if missing else {}
-
-
-def numbers(values: pd.DataFrame, file: str) -> pd.DataFrame:
-    """Strings as numbers, NaN if blank; ``UserError`` with the first row of ``file`` that is not a number."""
-    parsed = values.apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    invalid = ~np.isfinite(parsed) & (values != "")
-    if invalid.to_numpy().any():
-        row, column = np.argwhere(invalid.to_numpy())[0]
-        raise UserError(
-            f"{file}: {values.columns[column]} {values.iloc[row, column]} in row {row + 1} under the header is not a "
-            "number; fix it, or download the file again"
-        )
-    return parsed
 
 
 def box(kind: int, x0: float, y0: float, x1: float, y1: float) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from cmcgns.data.labelled.base import (
     box,
     image_table,
     mask_on_image,
-    numbers,
     split_by_hash,
 )
 from cmcgns.data.readers import FileSource
@@ -28,6 +27,7 @@ from cmcgns.data.readers.published import (
     labels_of_readers,
     vindr_labels,
 )
+from cmcgns.data.tables import numbers
 from cmcgns.errors import UserError
 
 NAMES = ("image_name", "image_path")
@@ -128,7 +128,7 @@ def rsna_films(folder: Folder, name: str) -> pd.DataFrame:
     """image_id, group, labels, boxes and masks, one row per patient, in the order in which they first appear."""
     table = folder.table(name, ("patientId", *CORNERS, "Target"))
     file = f"{folder.uri}/{name}"
-    values = numbers(table[[*CORNERS, "Target"]], file)
+    values = numbers(table[[*CORNERS, "Target"]])
     given = values[CORNERS].notna().sum(axis=1)
     contradictory = values["Target"].groupby(table["patientId"]).transform("nunique") > 1
     wrong = contradictory | ~values["Target"].isin([0, 1]) | (given != 4 * values["Target"])
@@ -292,7 +292,7 @@ def _vindr_part(folder: Folder, of_labels: str, of_boxes: str) -> tuple[pd.DataF
     given = labels_of_readers(table) if of_labels == of_boxes else folder.table(of_labels, ("image_id",))
     table = table[table["class_name"] != NO_FINDING]
     boxes: dict[str, list[tuple[Any, ...]]] = {}
-    corners = numbers(table[VINDR_CORNERS], of_boxes).to_numpy().tolist()
+    corners = numbers(table[VINDR_CORNERS]).to_numpy().tolist()
     for image, kind, each in zip(table["image_id"], table["class_name"], corners, strict=True):
         boxes.setdefault(image, []).append((kind, *each))
     return vindr_labels(given), boxes

@@ -25,7 +25,7 @@ from cmcgns.data.listed_findings import ListedFindings
 from cmcgns.data.readers import FileSource, PairsSource
 from cmcgns.data.readers.base import SPLIT_NAMES
 from cmcgns.data.readers.pairs import with_our_names
-from cmcgns.data.tables import columns_in_words, read_table
+from cmcgns.data.tables import columns_in_words, read_table, stripped
 from cmcgns.data.text import decode_text
 from cmcgns.errors import BadRow, UserError
 
@@ -172,7 +172,7 @@ def _table(folder: Folder, name: str, own: OwnTable) -> pd.DataFrame:
             f"{uri} has no column {listed[0]} among its {columns_in_words(table)}; name the one that lists the findings with "
             f"--evaluate.findings='{{{folder.name}: {{column: NAME}}}}'"
         )
-    return table.apply(lambda column: column.str.strip())
+    return stripped(table)
 
 
 def _labels(

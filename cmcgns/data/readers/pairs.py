@@ -22,7 +22,7 @@ from cmcgns.data.readers.base import (
     filter_views,
 )
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import IS_FILM, columns_in_words, read_table
+from cmcgns.data.tables import COMMA, IS_FILM, columns_in_words, numbers, read_table
 from cmcgns.data.text import unescaped
 from cmcgns.errors import UserError
 
@@ -117,7 +117,7 @@ class PairsSource(FileSource):
         films, filtered = filter_views(films, self.views)
         films = films.assign(split=_splits(films, self.seed, self.table_name, "group" in table.columns))
         log.info("%s: %d films, labels %s", self.table_name, len(films), _label_columns(table) or "none")
-        labels = table.loc[films.index, _label_columns(table)].apply(pd.to_numeric, errors="coerce")
+        labels = numbers(table[_label_columns(table)])
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _table(self) -> pd.DataFrame:
@@ -302,8 +302,9 @@ def _label_columns(table: pd.DataFrame) -> list[str]:
     for name in table.columns:
         if name in KNOWN or name.lower().startswith("unnamed"):
             continue
-        distinct = pd.Series(table[name].unique())
-        values = pd.to_numeric(distinct[distinct.str.strip() != ""], errors="coerce")
+        distinct = pd.Series(table[name].unique()).str.strip()
+        given = distinct[distinct != ""]
+        values = pd.to_numeric(given.where(~given.str.fullmatch(COMMA), given.str.replace(",", ".")), errors="coerce")
         if len(values) and values.between(-1, 1).all():
             names.append(name)
     return names

@@ -17,7 +17,7 @@ import pandas as pd
 from cmcgns import storage
 from cmcgns.data.readers.base import PROBED, SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import read_columns
+from cmcgns.data.tables import read_columns, with_points
 from cmcgns.data.text import decode_text
 from cmcgns.errors import UserError
 
@@ -59,8 +59,7 @@ class PublishedSource(FileSource):
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
         """The table ``name`` as stripped strings, with all of ``columns``."""
-        table = read_columns(storage.join(self.uri, name), columns, LAYOUTS[self.format].name)
-        return table.apply(lambda column: column.str.strip())
+        return read_columns(storage.join(self.uri, name), columns, LAYOUTS[self.format].name)
 
     def main_table(self, columns: Sequence[str]) -> pd.DataFrame:
         """The table that names the films."""
@@ -98,7 +97,7 @@ def _one_report(films: pd.DataFrame) -> pd.Series:
 
 
 def _numbers(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    return table[list(names)].apply(pd.to_numeric, errors="coerce").astype(np.float32)
+    return with_points(table[list(names)]).apply(pd.to_numeric, errors="coerce").astype(np.float32)
 
 
 # --- PadChest ---
