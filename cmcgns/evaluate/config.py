@@ -56,8 +56,9 @@ class EvaluateConfig(Section):
     options: dict[str, dict[str, Any]] = {}
     """Settings of your own tasks: `{NAME: {key: value}}`, with the name used in `tasks`."""
     sets: dict[str, str] = {}
-    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked, labelled) and
-    folder or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind: `{masked:a: ..., masked:b: ...}`."""
+    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, vindr-cxr, masked,
+    labelled) and folder or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind:
+    `{masked:a: ..., masked:b: ...}`."""
     findings: dict[str, ListedFindings] = {}
     """How the tables of `labelled` list findings, by the name in `sets`: `{labelled: {column: problems, separator: ";",
     commonest: 10}}`. By default a column `labels` with findings separated by `|`. Keys: column, separator, classes, commonest,
