@@ -4,15 +4,15 @@ Sizes are in studies (one image-report pair) and named for their owner; lengths 
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, field_validator
 
 from cmcgns.methods import METHODS
 
 FORMATS = (
-    "auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "padchest", "chexpert-plus", "brax", "vindr-cxr",
-    "parquet",
+    "auto", "phantom", "pairs-csv", "mimic-cxr", "mimic-cxr-jpg", "open-i", "open-i-csv", "padchest", "chexpert-plus",
+    "brax", "vindr-cxr", "parquet",
 )  # fmt: skip
 """Supported layouts of a corpus."""
 PAIRS_COLUMNS = ("image", "report", "patient", "group", "study", "split", "view")
@@ -28,17 +28,33 @@ def is_generated(uri: str, format: str = "auto") -> bool:
     return format in ("auto", "phantom") and (uri == "phantom" or uri.startswith("phantom:"))
 
 
+def _known_columns(given: Any) -> Any:
+    if not isinstance(given, dict):
+        raise ValueError("must be a map such as {image: File, report: ReportText}")
+    unknown = [str(name) for name in given if name not in PAIRS_COLUMNS]
+    if unknown:
+        known = ", ".join(PAIRS_COLUMNS)
+        raise ValueError(f"must map {known} to the table's own names; {', '.join(unknown)} is none of them")
+    if not all(isinstance(name, str) and name.strip() for name in given.values()):
+        raise ValueError("must give the name of one column for each, in quotes if it is a number")
+    return given
+
+
+Columns = Annotated[dict[str, str], BeforeValidator(_known_columns)]
+"""A table's own names for `PAIRS_COLUMNS`."""
+
+
 class CorpusConfig(Section):
     uri: str = "phantom"
     """Location of the corpus: `phantom` (generated), a local folder, or `s3://bucket/prefix`."""
     format: str = "auto"
-    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, padchest,
-    chexpert-plus, brax, vindr-cxr, parquet (the output of jobs/prepare.py), or your own reader as `package.module` or
+    """Layout of the corpus: `auto` (detected from the files), phantom, pairs-csv, mimic-cxr, mimic-cxr-jpg, open-i, open-i-csv,
+    padchest, chexpert-plus, brax, vindr-cxr, parquet (the output of jobs/prepare.py), or your own reader as `package.module` or
     `path/to/file.py` (docs/data.md)."""
     reports: bool = True
     """Films have reports. With false no report is read, so that corpora without any can be used, by methods that learn from films
     alone. A `pairs-csv` then needs no column `report`."""
-    columns: dict[str, str] = {}
+    columns: Columns = {}
     """Names of the columns of a `pairs-csv` that has other names, as `{image: File, report: ReportText, patient: PatientID,
     study: Accession}`. Possible are image, report, patient, group, study, split, view."""
     films: str | None = None
@@ -67,19 +83,6 @@ class CorpusConfig(Section):
     def format_is_known(cls, given: str) -> str:
         if given not in FORMATS and "." not in given:
             raise ValueError(f"must be {', '.join(FORMATS)}, package.module or a .py file")
-        return given
-
-    @field_validator("columns", mode="before")
-    @classmethod
-    def columns_are_known(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            raise ValueError("must be a map such as {image: File, report: ReportText}")
-        unknown = [str(name) for name in given if name not in PAIRS_COLUMNS]
-        if unknown:
-            known = ", ".join(PAIRS_COLUMNS)
-            raise ValueError(f"must map {known} to the table's own names; {', '.join(unknown)} is none of them")
-        if not all(isinstance(name, str) and name.strip() for name in given.values()):
-            raise ValueError("must give the name of one column for each, in quotes if it is a number")
         return given
 
 

@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 
 from cmcgns.data.image import MAX_PIXELS, DecodedImage, Target, stretch
 from cmcgns.data.picture_files import (
+    TIFF_MAGIC,
     decode_deep,
     is_deep,
-    is_large_tiff_of_other_kind,
+    is_tiff_of_other_kind,
     is_white_zero,
     without_side_chunks,
 )
@@ -28,8 +29,7 @@ _MAGIC = (
     (b"\xff\xd8\xff", "picture"),
     (b"\x89PNG\r\n\x1a\n", "picture"),
     (b"BM", "picture"),
-    (b"II*\x00", "picture"),
-    (b"MM\x00*", "picture"),
+    *((magic, "picture") for magic in TIFF_MAGIC),
     (b"RIFF", "picture"),
     # no preamble: the first element is of group 0002 or 0008, little or big endian
     (b"\x02\x00\x00\x00", "dicom"),
@@ -173,7 +173,7 @@ def _rescued(data: bytes, target: Target | None) -> DecodedImage | None:
             film = _opened(shorter, target)
             note("PNG with broken side chunks")
             return film
-    if is_large_tiff_of_other_kind(data):
+    if is_tiff_of_other_kind(data):
         with suppress(BadRow):
             grey_HW = decode_deep(data)
             note("TIFF of a kind that Pillow does not know")

@@ -22,10 +22,6 @@ class ListedFindings(Section):
     """Entries that mean that there is none, in upper or lower case."""
     unknown: tuple[str, ...] = ()
     """Entries that mean that nobody looked: a film with one of them has no labels."""
-    patient: str = "patient"
-    """Column of the patient."""
-    split: str = "split"
-    """Column of the split."""
 
     @model_validator(mode="after")
     def one_choice_of_classes(self) -> Self:

@@ -1,4 +1,4 @@
-"""Picture files that Pillow refuses or cuts to 8 bits: PNG with broken side chunks, and 16 bits per colour in PNG and TIFF."""
+"""Picture files that Pillow refuses or cuts to 8 bits: PNG with broken side chunks, 16 bits per colour, some BigTIFF."""
 
 import io
 import struct
@@ -15,6 +15,10 @@ from cmcgns.data.isolated_decoder import IsolatedDecoder
 from cmcgns.errors import BadRow
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+TIFF_MAGIC = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
+"""Order of the bytes, and whether it is a BigTIFF."""
+HIGH_BYTE_FIRST = b"MM\0+"
+"""BigTIFF that Pillow 13.0 takes for a TIFF."""
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 BITS, PHOTOMETRIC, SAMPLES, WIDTH, HEIGHT = 258, 262, 277, 256, 257
 """Tags of TIFF."""
@@ -46,23 +50,29 @@ def without_side_chunks(data: bytes) -> bytes | None:
 
 
 def tiff_tags(data: bytes) -> dict[int, int]:
-    """The first value of each tag with whole numbers in the first directory; empty if it is no TIFF."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    """The first value of each tag with whole numbers in the first directory; empty if it is no TIFF or BigTIFF."""
     tags: dict[int, int] = {}
-    if order is None or len(data) < 8:
+    order, is_big = TIFF_MAGIC.get(data[:4], ("", False))
+    # BigTIFF: offsets, counts and the place of a value in its entry have 8 bytes
+    offset, count_of, entry, place_of_start = ("Q", "Q", "HHQ", 8) if is_big else ("I", "H", "HHI", 4)
+    at = lambda kind, place: struct.unpack_from(f"{order}{kind}", data, place)
+    length = lambda kind: struct.calcsize(f"{order}{kind}")
+    if not order or len(data) < place_of_start + length(offset):
         return tags
-    (start,) = struct.unpack_from(f"{order}I", data, 4)
-    if start + 2 > len(data):
+    (start,) = at(offset, place_of_start)
+    first = start + length(count_of)
+    if first > len(data):
         return tags
-    (count,) = struct.unpack_from(f"{order}H", data, start)
-    for place in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        tag, kind, number = struct.unpack_from(f"{order}HHI", data, place)
-        size = {3: 2, 4: 4}.get(kind)
-        if size is None or not number:
+    (entries,), step = at(count_of, start), length(entry) + length(offset)
+    for place in range(first, min(first + step * entries, len(data) - step + 1), step):
+        tag, kind, number = at(entry, place)
+        value = {3: "H", 4: "I", 16: "Q"}.get(kind)
+        if value is None or not number:
             continue
-        at = place + 8 if size * number <= 4 else struct.unpack_from(f"{order}I", data, place + 8)[0]
-        if at + size <= len(data):
-            tags[tag] = struct.unpack_from(f"{order}{'H' if size == 2 else 'I'}", data, at)[0]
+        inside = place + length(entry)
+        found = inside if length(value) * number <= length(offset) else at(offset, inside)[0]
+        if found + length(value) <= len(data):
+            (tags[tag],) = at(value, found)
     return tags
 
 
@@ -79,10 +89,12 @@ def is_deep(data: bytes) -> bool:
     return tags.get(BITS) == 16 and tags.get(SAMPLES, 1) > 1
 
 
-def is_large_tiff_of_other_kind(data: bytes) -> bool:
-    """Whether a TIFF that Pillow does not know has more than 8 bits, and a size that is accepted."""
+def is_tiff_of_other_kind(data: bytes) -> bool:
+    """Whether OpenCV may read a TIFF that Pillow does not know: more than 8 bits, or BigTIFF with the high byte first, and a size
+    that is accepted."""
     tags = tiff_tags(data)
-    return tags.get(BITS, 1) in (16, 32) and 0 < tags.get(WIDTH, 0) * tags.get(HEIGHT, 0) <= MAX_PIXELS
+    known = tags.get(BITS, 1) in (16, 32) or data.startswith(HIGH_BYTE_FIRST)
+    return known and 0 < tags.get(WIDTH, 0) * tags.get(HEIGHT, 0) <= MAX_PIXELS
 
 
 def decode_deep_here(data: bytes) -> NDArray[np.uint8]:
@@ -94,8 +106,10 @@ def decode_deep_here(data: bytes) -> NDArray[np.uint8]:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         pixels = None
-    if pixels is None or pixels.dtype == np.uint8:
+    if pixels is None or (pixels.dtype == np.uint8 and not data.startswith(HIGH_BYTE_FIRST)):
         raise BadRow("film file is truncated or broken, or has a depth that is not read")
+    if pixels.dtype == np.uint8:  # OpenCV heeds the polarity up to 8 bits
+        return pixels if pixels.ndim == 2 else np.rint(_luminance(pixels)).astype(np.uint8)
     grey_HW = stretch(pixels if pixels.ndim == 2 else _luminance(pixels))
     return 255 - grey_HW if is_white_zero(data) else grey_HW
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cmcgns import storage
@@ -26,8 +27,12 @@ NULL = "\\N"
 _ENDINGS = r"\.(?:png|jpe?g|dcm|dicom|tiff?|bmp|webp)"
 IS_FILM = re.compile(rf"{_ENDINGS}[\s\"]*$", re.I)
 """Finds the ending of a film's name."""
-SEPARATED_BY = "separated by"
-"""Key of a table's ``attrs``: what separates its cells, in words."""
+SEPARATED_BY, FILE = "separated by", "file"
+"""Keys of a table's ``attrs``: what separates its cells, in words, and its URI."""
+COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
+POINT = re.compile(r"[-+]?\d*\.\d+(?:[eE][-+]?\d+)?")
+THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")
+"""Numbers as they may be written: with a decimal comma, with a decimal point, with thousands after a comma."""
 MOST_NAMES = 20
 _NAME = re.compile(r"[^\W\d_][^\d/\\^]{0,39}")
 csv.field_size_limit(MAX_TABLE_BYTES)
@@ -54,7 +59,7 @@ def read_table(uri: str, columns: Sequence[str] = ()) -> pd.DataFrame:
             io.StringIO(text), sep=sign, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False,
             quoting=csv.QUOTE_NONE,
         )  # fmt: skip
-        return _with_names(table, list(table.columns), sign)
+        return _with_names(table, list(table.columns), sign, uri)
     try:
         header, *body = _parsed(text, sign)
         body = _filled(header, body, _lower(columns), text)
@@ -64,12 +69,12 @@ def read_table(uri: str, columns: Sequence[str] = ()) -> pd.DataFrame:
         note(f"cells separated by {SEPARATORS[sign]}", len(body))
     columns_of_cells = zip(*body, strict=True) if body else [()] * len(header)
     table = pd.DataFrame(dict(enumerate(map(list, columns_of_cells))), dtype=str)
-    return _with_names(table, header, sign)
+    return _with_names(table, header, sign, uri)
 
 
-def _with_names(table: pd.DataFrame, header: list[str], sign: str) -> pd.DataFrame:
+def _with_names(table: pd.DataFrame, header: list[str], sign: str, uri: str) -> pd.DataFrame:
     table = table.set_axis(_names(header), axis=1)
-    table.attrs[SEPARATED_BY] = SEPARATORS[sign]
+    table.attrs |= {SEPARATED_BY: SEPARATORS[sign], FILE: uri}
     return table
 
 
@@ -90,14 +95,63 @@ def _is_name(text: str) -> bool:
 
 
 def read_columns(uri: str, columns: Sequence[str], needed_by: str) -> pd.DataFrame:
-    """``read_table`` of a published table, which must have all of ``columns``; ``needed_by`` is the name of the collection."""
+    """``read_table`` of a published table, stripped, which must have all of ``columns``; ``needed_by``: the collection."""
     table = read_table(uri, columns)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise UserError(
             f"{uri} has no column {missing[0]}; {needed_by} needs {', '.join(columns)}; download the published file again"
         )
-    return table
+    return stripped(table)
+
+
+def stripped(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its cells stripped."""
+    return table.apply(lambda column: column.str.strip())
+
+
+def numbers(cells: pd.DataFrame) -> pd.DataFrame:
+    """Columns of a table as numbers, NaN for blanks; ``UserError`` with the first cell that is not a number."""
+    values = stripped(cells)
+    parsed = with_points(values).apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    invalid = ~np.isfinite(parsed) & (values != "")
+    if invalid.to_numpy().any():
+        raise UserError(f"{_first_cell(values, invalid)} is not a number; fix it, or download the file again")
+    return parsed
+
+
+def with_points(cells: pd.DataFrame) -> pd.DataFrame:
+    """Columns of a table in which numbers are expected, with points for decimal commas.
+
+    Excel writes these in German, Spanish and other languages, with semicolons or tabs between the cells.
+
+    Raises:
+        UserError: a cell whose comma may as well stand before thousands.
+    """
+    commas = _matching(cells, COMMA)
+    if not commas.to_numpy().any():
+        return cells
+    sign, has_points = cells.attrs[SEPARATED_BY], _matching(cells, POINT).to_numpy().any()
+    may_be_thousands = sign != SEPARATORS[";"] and not (commas & ~_matching(cells, THOUSANDS)).to_numpy().any()
+    if sign == SEPARATORS[","] or may_be_thousands or has_points:
+        why = "other numbers have points" if has_points else f"the cells are separated by {sign}"
+        raise UserError(
+            f"{_first_cell(cells, commas)} can be read in two ways: its comma may be decimal, or stand before thousands, "
+            f"as {why}; write numbers with a point and no other sign"
+        )
+    note("decimal commas", int(commas.any(axis=1).sum()))
+    return cells.where(~commas, cells.apply(lambda column: column.str.replace(",", ".")))
+
+
+def _matching(cells: pd.DataFrame, pattern: re.Pattern[str]) -> pd.DataFrame:
+    return cells.apply(lambda column: column.isin([each for each in column.unique() if pattern.fullmatch(str(each))]))
+
+
+def _first_cell(cells: pd.DataFrame, wanted: pd.DataFrame) -> str:
+    """File, column, value and row of the first of the ``wanted`` cells."""
+    row, column = np.argwhere(wanted.to_numpy())[0]
+    found, number = f"{cells.columns[column]} {cells.iloc[row, column]}", cells.index[row] + 1
+    return f"{cells.attrs[FILE]}: {found} in row {number} under the header"
 
 
 def _is_simple(text: str, sign: str) -> bool:

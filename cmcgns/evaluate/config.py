@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, PositiveInt, model_validator
 
 from cmcgns.config import RunConfig, Section
+from cmcgns.config.sections import Columns
 from cmcgns.data.listed_findings import ListedFindings
 
 
@@ -55,12 +56,20 @@ class EvaluateConfig(Section):
     options: dict[str, dict[str, Any]] = {}
     """Settings of your own tasks: `{NAME: {key: value}}`, with the name used in `tasks`."""
     sets: dict[str, str] = {}
-    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, masked, labelled) and
-    folder or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind: `{masked:a: ..., masked:b: ...}`."""
+    """Downstream sets besides the run's own corpus: name (chexpert, nih, rsna, siim, covidx, object-cxr, vindr-cxr, masked,
+    labelled) and folder or `s3://` URI, such as `{rsna: /data/rsna}`. Several sets of one kind:
+    `{masked:a: ..., masked:b: ...}`."""
     findings: dict[str, ListedFindings] = {}
     """How the tables of `labelled` list findings, by the name in `sets`: `{labelled: {column: problems, separator: ";",
     commonest: 10}}`. By default a column `labels` with findings separated by `|`. Keys: column, separator, classes, commonest,
-    no_finding, unknown, patient, split (docs/evaluation.md)."""
+    no_finding, unknown (docs/evaluation.md)."""
+    columns: dict[str, Columns] = {}
+    """Names of the columns of tables of `masked` and `labelled` that have other names, by the name in `sets`, each as
+    `data.columns`: `{labelled: {image: File, patient: PatientID, split: Part}}`. The run's own table takes the run's
+    `data.columns`."""
+    films: dict[str, str] = {}
+    """Folders of the films that such tables name, by the name in `sets`; relative to the folder of the table. By default that
+    folder; for the run's own table the run's `data.films`."""
     draw_splits: bool = False
     """Ignore the splits in the tables of `masked` and `labelled` and draw new ones by group."""
     corpus: bool = True
@@ -135,10 +144,11 @@ class EvaluateJobConfig(Section):
             for share in getattr(self.evaluate, name):
                 if not 0.0 < share <= 1.0:
                     raise ValueError(f"evaluate.{name} {share} is not a fraction; give numbers above 0, up to 1")
-        for name in self.evaluate.findings:
-            if name not in self.evaluate.sets:
-                known = ", ".join(self.evaluate.sets) or "none"
-                raise ValueError(f"evaluate.findings {name}: no such set in evaluate.sets; given are: {known}")
+        for key in ("findings", "columns", "films"):
+            for name in getattr(self.evaluate, key):
+                if name not in self.evaluate.sets:
+                    known = ", ".join(self.evaluate.sets) or "none"
+                    raise ValueError(f"evaluate.{key} {name}: no such set in evaluate.sets; given are: {known}")
         if self.run.resume is not None and self.evaluate.ablation is None:
             raise ValueError(
                 "run.resume: an evaluation cannot be resumed; remove run.resume. Stored features are reused"

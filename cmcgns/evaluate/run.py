@@ -17,10 +17,10 @@ from cmcgns.cluster.placement import bundles
 from cmcgns.cluster.session import ONE_CPU
 from cmcgns.config import Config
 from cmcgns.data.image import Target
-from cmcgns.data.labelled import open_set
+from cmcgns.data.labelled import OWN_TABLES, OwnTable, open_set
 from cmcgns.data.labelled.base import SPLITS, ImageSet
 from cmcgns.data.labelled.corpus import labelled_set, phantom_set, with_valid_as_test
-from cmcgns.data.readers import PhantomSource, open_index
+from cmcgns.data.readers import PairsSource, PhantomSource, open_index
 from cmcgns.errors import UserError, cause
 from cmcgns.evaluate.base import load_task, task_options
 from cmcgns.evaluate.config import TASKS, EvaluateConfig, EvaluateJobConfig
@@ -184,7 +184,7 @@ def open_sets(evaluation: Evaluation) -> None:
         kind, uri = name.split(":")[0], storage.absolute("evaluate.sets", uri)
         # the run's seed: test images here were not in the run's random training split
         seed, borders = config.data.seed, config.data.crop_borders
-        opened = open_set(kind, uri, seed, target, borders, settings.draw_splits, settings.findings.get(name))
+        opened = open_set(kind, uri, seed, target, borders, own_table(settings, with_absolute_paths(config), name, uri))
         return replace(opened, name=name)
 
     for name, uri in settings.sets.items():
@@ -199,6 +199,19 @@ def open_sets(evaluation: Evaluation) -> None:
             evaluation.skipped.append(f"{what} has no labels: classification and zero-shot are skipped")
         else:
             evaluation.sets.append(images)
+
+
+def own_table(settings: EvaluateConfig, run: Config, name: str, uri: str) -> OwnTable:
+    """How the table of the set ``name`` at ``uri`` is read, if it is a user's own; the table of ``run`` as in training."""
+    table_at = lambda uri: PairsSource.at(uri, (), 0).table_uri
+    data = run.data
+    is_of_run = name.split(":")[0] in OWN_TABLES and table_at(uri) == table_at(data.uri)
+    return OwnTable(
+        settings.draw_splits,
+        settings.findings.get(name),
+        settings.columns.get(name, data.columns if is_of_run else {}),
+        settings.films.get(name, data.films if is_of_run else None),
+    )
 
 
 def task_variables(settings: EvaluateConfig) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,32 @@ def write_chexpert_plus(folder: Path, kind: str = "png") -> None:
     (folder / "chexbert_labels" / "impression_fixed.json").write_text("\n".join(labels) + "\n")
 
 
+def open_i_uid(shot: Shot) -> str:
+    return str(shot.number + 1)
+
+
+def open_i_sections(shot: Shot) -> dict[str, str]:
+    """The sections of the report that Open-I has, each in one line."""
+    parts = re.split(r"^([A-Z]+): +", shot.study.report, flags=re.M)
+    texts = {name.lower(): " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: texts[name] for name in ("indication", "findings", "impression") if name in texts}
+
+
+def write_open_i_csv(folder: Path, where: str = "images/images_normalized/") -> None:
+    """Open-I as on Kaggle: PNGs, a table of films, a table of reports in sections with their problems; no patients."""
+    films, reports = [], {}
+    for shot in shots():
+        name = f"{open_i_uid(shot)}_IM-{shot.number:04d}-{shot.film + 1}001.dcm.png"
+        save(shot, folder / where / name)
+        films.append({"uid": open_i_uid(shot), "filename": name, "projection": "Frontal"})
+        problems = ";".join(name for name, value in shot.labels.items() if value) or "normal"
+        own = {"uid": open_i_uid(shot), "MeSH": "x", "Problems": problems, "image": "Xray Chest PA and Lateral"}
+        reports[open_i_uid(shot)] = own | open_i_sections(shot)
+    write_table(folder / "indiana_projections.csv", ["uid", "filename", "projection"], films)
+    columns = ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"]
+    write_table(folder / "indiana_reports.csv", columns, list(reports.values()))
+
+
 def write_brax(folder: Path, kind: str = "png") -> None:
     """BRAX as PNG or DICOM; it has labels and no reports."""
     lines = []
@@ -238,9 +265,41 @@ def write_vindr(folder: Path) -> None:
         )
 
 
+VINBIGDATA = {"cardiomegaly": "Cardiomegaly", "effusion": "Pleural effusion", "pneumothorax": "Pneumothorax"}
+WRONG_BOXES = [[5.0, 7.0, 30.0, 40.0], [8.0, 50.0, 60.0, 70.0]]
+
+
+def vinbigdata_boxes(shot: Shot, errs: bool = False) -> list[tuple[str, list[float]]]:
+    """Class and corners of each box that a reader draws; one who errs sees twice what is not there and nothing else."""
+    boxes = truth(shot.number, shot.film).boxes
+    if errs:
+        return [(name, each) for finding, name in VINBIGDATA.items() if not boxes.get(finding) for each in WRONG_BOXES]
+    return [(name, each) for finding, name in VINBIGDATA.items() for each in boxes.get(finding, [])]
+
+
+def write_vinbigdata(folder: Path) -> None:
+    """VinBigData: one film per study, and a table with the boxes of three readers of whom one errs; no labels of test films."""
+    lines: list[dict[str, Any]] = []
+    for shot in (shot for shot in shots() if not shot.film):
+        save(shot, folder / "train" / f"{shot.image_id}.dicom")
+        for reader in READERS:
+            row = {"image_id": shot.image_id, "rad_id": reader}
+            for name, corners in vinbigdata_boxes(shot, errs=reader == READERS[1]):
+                corner = dict(zip(("x_min", "y_min", "x_max", "y_max"), corners, strict=True))
+                lines.append(row | corner | {"class_name": name, "class_id": list(VINBIGDATA.values()).index(name)})
+            if not vinbigdata_boxes(shot, errs=reader == READERS[1]):
+                lines.append(row | {"class_name": "No finding", "class_id": 14})
+    (folder / "test").mkdir()
+    save(shots()[0], folder / "test" / "unlabelled.dicom")
+    columns = ["image_id", "class_name", "class_id", "rad_id", "x_min", "y_min", "x_max", "y_max"]
+    # the published table is in no order
+    write_table(folder / "train.csv", columns, lines[::2] + lines[1::2])
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "padchest": write_padchest,
     "chexpert-plus": write_chexpert_plus,
+    "open-i-csv": write_open_i_csv,
     "brax": write_brax,
     "vindr-cxr": write_vindr,
 }

@@ -1,6 +1,7 @@
 """PNG, JPEG and TIFF files as devices and archives write them: every depth, colour, alpha and polarity, and broken side data."""
 
 import io
+import itertools
 import struct
 import zlib
 from typing import Any
@@ -20,7 +21,13 @@ from tests.data.test_dicom import stretched
 
 FILM = shot()
 GREY = (FILM // 16).astype(np.uint8)
+DEFLATE = 8
+"""Compression of TIFF."""
 FULL = np.full_like(FILM, 65535)
+
+
+BYTES = tuple(itertools.product("<>", (False, True)))
+"""The forms of a TIFF: the order of its bytes, and whether it is a BigTIFF."""
 
 
 def read(data: bytes) -> tuple[NDArray[np.uint8], set[str]]:
@@ -44,36 +51,37 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def tiff(pixels: NDArray[Any], photometric: int, order: str = "<", **tags: int) -> bytes:
-    """An uncompressed TIFF of one strip; ``tags`` by number, as ``t274=3``."""
+def tiff(pixels: NDArray[Any], photometric: int, order: str = "<", big: bool = False, **tags: int) -> bytes:
+    """A TIFF, or a ``big`` one, of one strip; ``tags`` by number, as ``t274=3``."""
     height, width, samples = (*pixels.shape, 1)[:3]
     data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    data = zlib.compress(data) if tags.get("t259") == DEFLATE else data
     bits, kind = 8 * pixels.itemsize, {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
-    entries = {
-        256: width,
-        257: height,
-        258: bits,
-        259: 1,
-        262: photometric,
-        273: 0,
-        277: samples,
-        278: height,
-        279: len(data),
-    }
-    entries |= {339: kind} | {int(name[1:]): value for name, value in tags.items()}
-    extra = 8 + 2 + 12 * len(entries) + 4
-    depths = struct.pack(f"{order}{samples}H", *[bits] * samples) if samples > 2 else b""
-    entries[273] = extra + len(depths)
-    out = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
-    for tag, value in sorted(entries.items()):
-        if tag == 258 and samples > 1:
-            packed = struct.pack(f"{order}HH", bits, bits) if samples == 2 else struct.pack(f"{order}I", extra)
-            out += struct.pack(f"{order}HHI", tag, 3, samples) + packed
-        elif tag in (256, 257, 273, 278, 279):
-            out += struct.pack(f"{order}HHII", tag, 4, 1, value)
-        else:
-            out += struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
-    return out + bytes(4) + depths + data
+    # of each tag the type of its values (short, long, long of 8 bytes) and the values
+    whole = "Q" if big else "I"
+    entries: dict[int, tuple[str, list[int]]] = {
+        256: (whole, [width]), 257: (whole, [height]), 258: ("H", [bits] * samples), 259: ("H", [1]), 262: ("H", [photometric]),
+        273: (whole, [0]), 277: ("H", [samples]), 278: ("I", [height]), 279: (whole, [len(data)]), 339: ("H", [kind]),
+    }  # fmt: skip
+    entries |= {int(name[1:]): ("H", [value]) for name, value in tags.items()}
+    room, counted, version = (
+        (8, "Q", struct.pack(f"{order}HHH", 43, 8, 0)) if big else (4, "H", struct.pack(f"{order}H", 42))
+    )
+    first = 2 + len(version) + room
+    extra = first + struct.calcsize(f"<{counted}") + len(entries) * (4 + 2 * room) + room
+    outside = b""
+    if samples * 2 > room:
+        outside = struct.pack(f"{order}{samples}H", *entries[258][1])
+    entries[273] = (whole, [extra + len(outside)])
+    out = (b"II" if order == "<" else b"MM") + version + struct.pack(f"{order}{whole}{counted}", first, len(entries))
+    for tag, (type_, values) in sorted(entries.items()):
+        packed = struct.pack(f"{order}{len(values)}{type_}", *values)
+        if len(packed) > room:
+            packed = struct.pack(f"{order}{whole}", extra)
+        out += struct.pack(f"{order}HH{whole}", tag, {"H": 3, "I": 4, "Q": 16}[type_], len(values)) + packed.ljust(
+            room, b"\0"
+        )
+    return out + bytes(room) + outside + data
 
 
 @pytest.mark.parametrize(
@@ -84,8 +92,8 @@ def tiff(pixels: NDArray[Any], photometric: int, order: str = "<", **tags: int) 
 def test_16_bits_per_colour_keep_their_lower_8(pixels: NDArray[np.uint16]) -> None:
     assert np.array_equal(read(png(pixels))[0], expected())
     if pixels.ndim == 2 or pixels.shape[2] > 2:
-        assert np.array_equal(read(tiff(pixels, 1 if pixels.ndim == 2 else 2))[0], expected())
-        assert np.array_equal(read(tiff(pixels, 1 if pixels.ndim == 2 else 2, ">"))[0], expected())
+        for form in BYTES:
+            assert np.array_equal(read(tiff(pixels, 1 if pixels.ndim == 2 else 2, *form))[0], expected())
 
 
 def test_colours_of_16_bits_become_luminance() -> None:
@@ -113,17 +121,51 @@ def test_a_broken_png_of_16_bits_is_refused(pixels: NDArray[np.uint16]) -> None:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.float32])
 @pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
-def test_the_polarity_of_a_tiff_is_kept_at_every_depth(photometric: int, kind: Any, order: str) -> None:
+@pytest.mark.parametrize("big", [False, True], ids=["TIFF", "BigTIFF"])
+def test_the_polarity_of_a_tiff_is_kept_at_every_depth(big: bool, photometric: int, kind: Any, order: str) -> None:
     values = (GREY if kind == np.uint8 else FILM).astype(kind)
     shown = values if kind == np.uint8 else stretched(values)
-    grey, _ = read(tiff(values, photometric, order))
+    grey, _ = read(tiff(values, photometric, order, big))
     assert np.array_equal(grey, 255 - shown if photometric == 0 else shown)
+
+
+@pytest.mark.parametrize("pixels", [GREY, FILM, np.dstack([GREY] * 3)], ids=["8 bits", "16 bits", "RGB"])
+def test_a_bigtiff_has_the_pixels_of_the_tiff(pixels: NDArray[Any]) -> None:
+    shown = expected() if pixels is FILM else GREY
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF", big_tiff=True)
+    written = [file.getvalue()]
+    for order, tags in itertools.product("<>", ({}, {"t259": DEFLATE})):
+        photometric = 1 if pixels.ndim == 2 else 2
+        assert np.array_equal(read(tiff(pixels, photometric, order, **tags))[0], shown)
+        written.append(tiff(pixels, photometric, order, big=True, **tags))
+    for data in written:
+        assert data[:4] in (b"II+\0", b"MM\0+")
+        assert np.array_equal(read(data)[0], shown)
+        for length in (4, 12, 40, len(data) // 2):
+            with pytest.raises(BadRow, match="truncated or broken"):
+                decode_image(data[:length], "film.tif")
+
+
+def test_colours_of_8_bits_in_a_bigtiff_become_luminance() -> None:
+    colour = np.dstack([GREY, GREY[::-1], 255 - GREY])
+    light = np.rint(colour @ np.array([0.299, 0.587, 0.114]))
+    for order in "<>":
+        assert abs(read(tiff(colour, 2, order, big=True))[0] - light).max() <= 1
+
+
+def test_a_bigtiff_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    for order, says in (("<", "film of 10001 x 10000 pixels is over the limit"), (">", "truncated or broken")):
+        huge = tiff(np.zeros((10_001, 10_000), np.uint8), 1, order, big=True, t259=DEFLATE)
+        with pytest.raises(BadRow, match=says):
+            decode_image(huge, "film.tif")
 
 
 def test_a_turned_picture_of_16_bits_is_put_upright() -> None:
     colour, exif = np.dstack([FILM] * 3), Image.Exif()
     exif[0x0112] = 6
-    for turned in (tiff(colour, 2, t274=6), png(colour, before=[(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))])):
+    turned_png = png(colour, before=[(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))])
+    for turned in (turned_png, *(tiff(colour, 2, *form, t274=6) for form in BYTES)):
         assert np.array_equal(read(turned)[0], np.rot90(expected(), -1))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cmcgns.data.labelled import open_set
 from cmcgns.data.readers import open_source
+from cmcgns.data.record import StudyIndex
 from cmcgns.data.reports import report_text, sections
 from cmcgns.errors import UserError
 from cmcgns.phantom import write_mimic_cxr, write_mimic_cxr_jpg
@@ -17,18 +18,25 @@ from tests.data.published_trees import (
     PLUS_REPORT,
     READERS,
     SPANISH,
+    VINBIGDATA,
     WRITERS,
     Shot,
+    open_i_sections,
+    open_i_uid,
     plus_patient,
+    save,
     shots,
+    vinbigdata_boxes,
     vindr_boxes,
     vindr_truth,
     write_brax,
     write_chexpert_plus,
+    write_open_i_csv,
     write_padchest,
     write_table,
+    write_vinbigdata,
 )
-from tests.data.trees import rows
+from tests.data.trees import csv_file, picture, rows
 from tests.s3 import S3Server
 
 WITHOUT_REPORTS = ("brax", "vindr-cxr")
@@ -53,7 +61,7 @@ def check(name: str, source: Any, found: dict[str, dict[str, Any]]) -> None:
     for (path, row), shot in zip(found.items(), wanted, strict=True):
         level = source.read_image(path).grey_HW.astype(int)
         assert abs(level - expected_grey(name, shot)).mean() <= 0.5
-        assert row["film"]["view"] == ("PA" if name == "vindr-cxr" else shot.view)
+        assert row["film"]["view"] == {"vindr-cxr": "PA", "open-i-csv": "FRONTAL"}.get(name, shot.view)
         assert row["group"] == row["patient_id"] == PATIENT[name](shot)
         labels, truth = dict(row["labels"]), LABELS[name](shot)
         assert {each: labels.get(each) for each in truth} == truth
@@ -86,16 +94,23 @@ def plus_report(shot: Shot) -> str:
 PATIENT = {
     "padchest": lambda shot: shot.study.patient_id,
     "chexpert-plus": plus_patient,
+    "open-i-csv": open_i_uid,
     "brax": lambda shot: shot.study.patient_id,
     "vindr-cxr": lambda shot: shot.image_id,
 }
+LISTED = lambda shot: {name: value for name, value in shot.labels.items() if value} or {"normal": 1.0}
 LABELS = {
-    "padchest": lambda shot: {name: value for name, value in shot.labels.items() if value} or {"normal": 1.0},
+    "padchest": LISTED,
+    "open-i-csv": LISTED,
     "chexpert-plus": lambda shot: shot.labels,
     "brax": lambda shot: shot.labels,
     "vindr-cxr": lambda shot: {name: float(value) for name, value in vindr_truth(shot).items()},
 }
-REPORT = {"padchest": lambda shot: SPANISH.format(shot.number), "chexpert-plus": plus_report}
+REPORT = {
+    "padchest": lambda shot: SPANISH.format(shot.number),
+    "chexpert-plus": plus_report,
+    "open-i-csv": lambda shot: "\n\n".join(f"{name.upper()}:\n{text}" for name, text in open_i_sections(shot).items()),
+}
 
 
 @pytest.mark.parametrize(
@@ -105,9 +120,19 @@ REPORT = {"padchest": lambda shot: SPANISH.format(shot.number), "chexpert-plus":
         ("padchest", partial(write_padchest, where="")),
         ("padchest", partial(write_padchest, where="images/")),
         ("chexpert-plus", partial(write_chexpert_plus, kind="dcm")),
+        *(("open-i-csv", partial(write_open_i_csv, where=where)) for where in ("images_normalized/", "images/", "")),
         ("brax", partial(write_brax, kind="dcm")),
     ],
-    ids=[*WRITERS, "padchest flat", "padchest images", "chexpert-plus dicom", "brax dicom"],
+    ids=[
+        *WRITERS,
+        "padchest flat",
+        "padchest images",
+        "chexpert-plus dicom",
+        "open-i-csv unpacked",
+        "open-i-csv images",
+        "open-i-csv flat",
+        "brax dicom",
+    ],
 )
 def test_a_collection_is_found_and_given_exactly_back(tmp_path: Path, name: str, write: Any) -> None:
     write(tmp_path)
@@ -132,6 +157,71 @@ def test_the_reports_of_chexpert_plus_keep_their_impression(tmp_path: Path) -> N
         if "NARRATIVE" in text:
             own = next(shot.study.report for shot in shots() if PLUS_REPORT.format(shot.study.report) == text)
             assert sections(text).get("impression") == sections(own).get("impression")
+
+
+def open_i_tables(folder: Path, films: list[str], reports: list[str]) -> StudyIndex:
+    csv_file(folder / "indiana_projections.csv", "uid,filename,projection", *films)
+    csv_file(
+        folder / "indiana_reports.csv", "uid,MeSH,Problems,image,indication,comparison,findings,impression", *reports
+    )
+    for line in films:
+        picture(folder / "images/images_normalized" / line.split(",")[1])
+    return open_source(str(folder)).index()
+
+
+def test_open_i_as_tables_leaves_out_lateral_films_and_reports_of_which_nothing_is_told(tmp_path: Path) -> None:
+    films = ["1_F Frontal", "1_L Lateral", "2_L Lateral", "3_F Frontal", "3_L Lateral", "4_F Frontal", "5_F Frontal"]
+    reports = [
+        "1,normal,normal,x,,None.,,Normal chest.",
+        "2,x,Opacity,x,Pain.,,Clear.,",
+        "3,x,Opacity,x,Pain.,None.,,",
+        '5,x,"Opacity;Pleural Effusion, Small ;Opacity",x,,,"Clear, dry.",',
+        "6,x,Opacity,x,,,Clear.,",
+    ]
+    index = open_i_tables(tmp_path, [f"{each[0]},{each.replace(' ', '.dcm.png,')}" for each in films], reports)
+    assert [(row["study_id"], row["report"], row["labels"]) for row in rows(index)] == [
+        ("1", "COMPARISON:\nNone.\n\nIMPRESSION:\nNormal chest.", ONLY_NORMAL),
+        ("5", "FINDINGS:\nClear, dry.", [("Opacity", 1.0), ("Pleural Effusion, Small", 1.0), ("normal", 0.0)]),
+    ]
+    assert index.filtered == {"view LATERAL": 2}
+    # 3 has neither findings nor impression, 4 no report: one bad row each, however many films
+    assert [row["source"].rpartition("/")[2] for row in index.bad_rows] == ["3_F.dcm.png", "4_F.dcm.png"]
+
+
+ONLY_NORMAL = [("Opacity", 0.0), ("Pleural Effusion, Small", 0.0), ("normal", 1.0)]
+
+
+def test_a_report_of_open_i_that_was_not_indexed_has_no_labels(tmp_path: Path) -> None:
+    films = [f"{uid},{uid}.dcm.png,Frontal" for uid in (1, 2, 3)]
+    problems = ["1,x,Opacity,x,,,Clear.,", "2,x,No Indexing,x,,,Clear.,", "3,x,,x,,,Clear.,"]
+    index = open_i_tables(tmp_path, films, problems)
+    assert [row["labels"] for row in rows(index)] == [[("Opacity", 1.0)], [], []]
+
+
+def test_a_report_of_open_i_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"indiana_reports\.csv: uid 1 appears twice; download"):
+        open_i_tables(tmp_path, ["1,1.dcm.png,Frontal"], ["1,x,x,x,,,Clear.,", "1,x,x,x,,,Dense.,"])
+
+
+def test_both_releases_of_open_i_give_the_same_sentences(tmp_path: Path) -> None:
+    write_open_i_csv(tmp_path / "csv")
+    (tmp_path / "xml").mkdir()
+    for shot in shots():
+        name = f"CXR{open_i_uid(shot)}_IM-{shot.film}"
+        parts = (
+            f'<AbstractText Label="{each.upper()}">{text}</AbstractText>'
+            for each, text in open_i_sections(shot).items()
+        )
+        save(shot, tmp_path / "xml" / f"{name}.png")
+        parent = f'<parentImage id="{name}"/>'
+        (tmp_path / "xml" / f"{open_i_uid(shot)}.xml").write_text(f"<x><a>{''.join(parts)}</a>{parent}</x>")
+    found = []
+    for folder in ("xml", "csv"):
+        source = open_source(str(tmp_path / folder))
+        studies = rows(source.index())
+        found.append({row["study_id"]: (row["split"], source.read_sentences(row, "").sentences) for row in studies})
+    assert found[0] == found[1]
+    assert len(found[0]) == CORPUS.studies
 
 
 @pytest.mark.parametrize("name", WITHOUT_REPORTS)
@@ -175,6 +265,65 @@ def test_vindr_has_the_boxes_of_every_reader(tmp_path: Path) -> None:
         truth = vindr_truth(shot)
         assert {name: row["labels"][images.classes.index(name)] for name in truth} == truth
         assert (row["split"] == "test") == (shot.study.split == "test")
+
+
+def check_vinbigdata(uri: str) -> None:
+    """Films, labels of most readers and boxes of all of them, in training and in evaluation."""
+    wanted = {shot.image_id: shot for shot in shots() if not shot.film}
+    truth = {
+        image: {name: float(any(name == kind for kind, _ in vinbigdata_boxes(shot))) for name in VINBIGDATA.values()}
+        for image, shot in wanted.items()
+    }
+    assert 0 < sum(each["Cardiomegaly"] for each in truth.values()) < len(truth)
+    source, found = opened(uri, "vindr-cxr")
+    assert {row["film"]["image_id"] for row in found.values()} == set(wanted)
+    for path, row in found.items():
+        shot = wanted[row["study_id"]]
+        assert abs(source.read_image(path).grey_HW.astype(int) - shot.grey()).mean() <= 0.5
+        assert dict(row["labels"]) == truth[shot.image_id] | {"No finding": float(not vinbigdata_boxes(shot))}
+    assert {row["split"] for row in found.values()} == {"train", "valid", "test"}
+    images = open_set("vindr-cxr", uri)
+    for row in images.table.to_pylist():
+        shot = wanted.pop(row["image_id"])
+        assert dict(zip(images.classes, row["labels"], strict=True)) == truth[shot.image_id]
+        drawn = vinbigdata_boxes(shot) * 2 + vinbigdata_boxes(shot, errs=True)
+        own = [
+            [images.box_classes[each["kind"]], *(each[side] for side in ("x0", "y0", "x1", "y1"))]
+            for each in row["boxes"]
+        ]
+        assert sorted(own) == sorted([name, *corners] for name, corners in drawn)
+    assert not wanted
+    assert images.rule.startswith("70/10/20 by image, drawn with seed 0, because its test films have no labels")
+
+
+def test_vinbigdata_is_read_by_most_of_its_readers(tmp_path: Path) -> None:
+    write_vinbigdata(tmp_path)
+    check_vinbigdata(str(tmp_path))
+
+
+@pytest.mark.s3
+def test_vinbigdata_on_s3_is_read_by_most_of_its_readers(s3_server: S3Server, tmp_path: Path) -> None:
+    write_vinbigdata(tmp_path)
+    bucket = s3_server.make_bucket("published-vinbigdata")
+    s3_server.upload(tmp_path, f"{bucket}/set")
+    check_vinbigdata(f"{bucket}/set")
+
+
+def test_boxes_of_vinbigdata_are_not_read_onto_resized_copies(tmp_path: Path) -> None:
+    write_vinbigdata(tmp_path)
+    for path in (tmp_path / "train").iterdir():
+        path.unlink()
+        picture(path.with_suffix(".png"))
+    with pytest.raises(UserError, match=r"unpack train/\*\.dicom \(boxes do not fit resized copies\)"):
+        open_set("vindr-cxr", str(tmp_path))
+    assert len(opened(tmp_path, "vindr-cxr")[1]) == CORPUS.studies  # labels fit
+
+
+def test_another_train_csv_is_not_taken_for_vinbigdata(tmp_path: Path) -> None:
+    csv_file(tmp_path / "train.csv", "Path,Sex,Age,Frontal/Lateral", "train/a.jpg,M,50,Frontal")
+    picture(tmp_path / "train/a.jpg")
+    with pytest.raises(UserError, match="no known format found"):
+        open_source(str(tmp_path))
 
 
 # MIMIC-CXR

@@ -196,8 +196,7 @@ class Folder:
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
         """The CSV ``name`` as stripped strings, '' for blanks; it must have ``columns``."""
-        table = read_columns(storage.join(self.uri, name), columns, self.name)
-        return table.apply(lambda column: column.str.strip())
+        return read_columns(storage.join(self.uri, name), columns, self.name)
 
     def lines(self, name: str) -> list[str]:
         """The stripped lines of the text file ``name``."""
@@ -226,29 +225,18 @@ class Folder:
             raise UserError(f"{self.uri}: image {name} exists twice, as {both}; keep one of them in the folder")
         return paths[0][1]
 
-    def present(self, rows: pd.DataFrame, table_name: str) -> tuple[pd.DataFrame, dict[str, int]]:
+    def present(
+        self, rows: pd.DataFrame, table_name: str, fix: str = "download them"
+    ) -> tuple[pd.DataFrame, dict[str, int]]:
         """The rows (one per image) that have a ``path``, and how many have none; ``UserError`` if these are too many."""
         absent = rows["path"].isna()
         missing = int(absent.sum())
         if missing > MAX_MISSING * len(rows):
             raise UserError(
                 f"{self.uri}: {missing} of the {len(rows)} images of {table_name} are missing, such as "
-                f"{rows.loc[absent, 'image_id'].iloc[0]}; download them, or remove their rows from {table_name}"
+                f"{rows.loc[absent, 'image_id'].iloc[0]}; {fix}, or remove their rows from {table_name}"
             )
         return rows[~absent], {MISSING: missing} if missing else {}
-
-
-def numbers(values: pd.DataFrame, file: str) -> pd.DataFrame:
-    """Strings as numbers, NaN if blank; ``UserError`` with the first row of ``file`` that is not a number."""
-    parsed = values.apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    invalid = ~np.isfinite(parsed) & (values != "")
-    if invalid.to_numpy().any():
-        row, column = np.argwhere(invalid.to_numpy())[0]
-        raise UserError(
-            f"{file}: {values.columns[column]} {values.iloc[row, column]} in row {row + 1} under the header is not a "
-            "number; fix it, or download the file again"
-        )
-    return parsed
 
 
 def box(kind: int, x0: float, y0: float, x1: float, y1: float) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from cmcgns import storage
-from cmcgns.data.labelled.base import Folder, ImageSet, box, first_by_hash, image_table, numbers, split_by_hash
+from cmcgns.data.labelled.base import Folder, ImageSet, box, first_by_hash, image_table, split_by_hash
 from cmcgns.data.readers import FileSource
 from cmcgns.data.readers.base import filter_views
+from cmcgns.data.tables import numbers
 from cmcgns.errors import UserError
 
 COMPETITION = {"Atelectasis": 1, "Cardiomegaly": 0, "Consolidation": 0, "Edema": 1, "Pleural Effusion": 1}
@@ -95,7 +96,7 @@ def _films(folder: Folder, name: str) -> pd.DataFrame:
             "path": [folder.first(path) or in_batches.get(path) for path in image_id],
             "group": patient,
             "view": table["Frontal/Lateral"],
-            "labels": list(_labels(numbers(table[list(COMPETITION)], f"{folder.uri}/{name}"))),
+            "labels": list(_labels(numbers(table[list(COMPETITION)]))),
         }
     )
 
@@ -222,7 +223,7 @@ def nih_entries(folder: Folder, name: str) -> pd.DataFrame:
 def nih_boxes(folder: Folder, name: str) -> tuple[dict[str, list[dict[str, float]]], tuple[str, ...]]:
     """The boxes of each image that has any, and their classes."""
     table = folder.table(name, ("Image Index", "Finding Label"))
-    corners = numbers(table.iloc[:, 2:6], f"{folder.uri}/{name}")  # the header is `Bbox [x,y,w,h],,,`
+    corners = numbers(table.iloc[:, 2:6])  # the header is `Bbox [x,y,w,h],,,`
     if corners.shape[1] < 4 or corners.isna().to_numpy().any():
         raise UserError(f"{folder.uri}/{name}: not every row has x, y, w and h after the finding; download it again")
     finding = table["Finding Label"].replace(BOX_NAMES)

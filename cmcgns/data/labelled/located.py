@@ -16,11 +16,18 @@ from cmcgns.data.labelled.base import (
     box,
     image_table,
     mask_on_image,
-    numbers,
     split_by_hash,
 )
 from cmcgns.data.readers import FileSource
-from cmcgns.data.readers.published import VINDR_FOLDER, VINDR_PARTS, vindr_labels
+from cmcgns.data.readers.published import (
+    VINBIGDATA,
+    VINDR_FOLDER,
+    VINDR_PARTS,
+    is_vinbigdata,
+    labels_of_readers,
+    vindr_labels,
+)
+from cmcgns.data.tables import numbers
 from cmcgns.errors import UserError
 
 NAMES = ("image_name", "image_path")
@@ -121,7 +128,7 @@ def rsna_films(folder: Folder, name: str) -> pd.DataFrame:
     """image_id, group, labels, boxes and masks, one row per patient, in the order in which they first appear."""
     table = folder.table(name, ("patientId", *CORNERS, "Target"))
     file = f"{folder.uri}/{name}"
-    values = numbers(table[[*CORNERS, "Target"]], file)
+    values = numbers(table[[*CORNERS, "Target"]])
     given = values[CORNERS].notna().sum(axis=1)
     contradictory = values["Target"].groupby(table["patientId"]).transform("nunique") > 1
     wrong = contradictory | ~values["Target"].isin([0, 1]) | (given != 4 * values["Target"])
@@ -227,50 +234,65 @@ NO_FINDING = "No finding"
 
 
 def read_vindr(source: FileSource) -> ImageSet:
-    """VinDr-CXR: films with labels by most of three readers, and the boxes of every reader; its test part is test."""
+    """VinDr-CXR or VinBigData: films with labels by most of three readers, and the boxes of every reader."""
     folder = Folder.of(source)
-    parts = [_vindr_part(folder, part) for part in VINDR_PARTS]
-    classes = [name for name in parts[0][0].columns if name != NO_FINDING]
-    boxed = tuple(
-        dict.fromkeys(name for _, boxes in parts for name, *_ in (each for own in boxes.values() for each in own))
-    )
+    alone = is_vinbigdata(source.uri, [path for path in folder.paths if "/" not in path])
+    tables = {"train": (VINBIGDATA, VINBIGDATA)} if alone else VINDR_TABLES
+    parts = {part: _vindr_part(folder, *names) for part, names in tables.items()}
+    classes = [name for name in parts["train"][0].columns if name != NO_FINDING]
+    boxed = tuple(dict.fromkeys(name for _, boxes in parts.values() for own in boxes.values() for name, *_ in own))
     rows, filtered = [], Counter[str]()
-    for part, (labels, boxes) in zip(VINDR_PARTS, parts, strict=True):
+    for part, (labels, boxes) in parts.items():
         films = pd.DataFrame({"image_id": labels.index, "group": labels.index})
-        films["path"] = films["image_id"].map(folder.paths_by_name(films["image_id"], stem=True, under=f"{part}/"))
+        films["path"] = films["image_id"].map(_vindr_paths(folder, films["image_id"], part, only_dicom=alone))
         films["labels"] = labels.reindex(columns=classes, fill_value=0).to_numpy(float).tolist()
         own = [boxes.get(image, []) for image in films["image_id"]]
         films["boxes"] = [[box(boxed.index(name), *corners) for name, *corners in each] for each in own]
-        drawn = split_by_hash(films["group"], source.seed, {"train": 90, "valid": 10})
+        drawn = split_by_hash(films["group"], source.seed, ALL_DRAWN if alone else VALID_DRAWN)
         films["split"] = drawn if part == "train" else part
-        present, missing = folder.present(films, f"{VINDR_FOLDER}/image_labels_{part}.csv")
+        fix = f"unpack {part}/*.dicom (boxes do not fit resized copies)" if alone else "download them"
+        present, missing = folder.present(films, tables[part][0], fix)
         rows += present.to_dict("records")
         filtered.update(missing)
+    split = (
+        f"70/10/20 by image, drawn with seed {source.seed}, because its test films have no labels"
+        if alone
+        else f"the test part is test; a tenth of the train part, drawn with seed {source.seed}, is valid"
+    )
     return ImageSet(
         name=source.format,
         source=source,
         table=image_table(rows),
-        rule=f"the test part is test; a tenth of the train part, drawn with seed {source.seed}, is valid; a label is that of "
-        "most readers; boxes are those of all readers",
+        rule=f"{split}; a label is that of most readers; boxes are those of all readers",
         classes=tuple(classes),
         box_classes=boxed,
         filtered=dict(filtered),
     )
 
 
-def _vindr_part(folder: Folder, part: str) -> tuple[pd.DataFrame, dict[str, list[tuple[Any, ...]]]]:
-    """Labels by image, and the class and corners of each box."""
-    names = (f"{VINDR_FOLDER}/{kind}_{part}.csv" for kind in ("image_labels", "annotations"))
-    missing = next((name for name in names if name not in folder.paths), None)
+VINDR_TABLES = {
+    part: (f"{VINDR_FOLDER}/image_labels_{part}.csv", f"{VINDR_FOLDER}/annotations_{part}.csv") for part in VINDR_PARTS
+}
+"""Tables of labels and boxes by part."""
+ALL_DRAWN, VALID_DRAWN = {"train": 70, "valid": 10, "test": 20}, {"train": 90, "valid": 10}
+
+
+def _vindr_paths(folder: Folder, images: pd.Series, part: str, only_dicom: bool) -> dict[str, str]:
+    """The film of each of ``images`` that is there; VinBigData is spread as smaller PNGs, too, which its boxes do not fit."""
+    paths = folder.paths_by_name(images, stem=True, under=f"{part}/")
+    return {image: path for image, path in paths.items() if not only_dicom or path.endswith((".dicom", ".dcm"))}
+
+
+def _vindr_part(folder: Folder, of_labels: str, of_boxes: str) -> tuple[pd.DataFrame, dict[str, list[tuple[Any, ...]]]]:
+    """Labels by image, and the class and corners of each box, of the tables of these names."""
+    missing = next((name for name in (of_labels, of_boxes) if name not in folder.paths), None)
     if missing:
         raise UserError(f"{folder.uri} has no {missing}, which {folder.name} needs; give the folder that contains it")
-    labels = vindr_labels(folder.table(f"{VINDR_FOLDER}/image_labels_{part}.csv", ("image_id",)))
-    name = f"{VINDR_FOLDER}/annotations_{part}.csv"
-    table = folder.table(name, ("image_id", "class_name", *VINDR_CORNERS))
+    table = folder.table(of_boxes, ("image_id", "class_name", *VINDR_CORNERS))
+    given = labels_of_readers(table) if of_labels == of_boxes else folder.table(of_labels, ("image_id",))
     table = table[table["class_name"] != NO_FINDING]
     boxes: dict[str, list[tuple[Any, ...]]] = {}
-    for image, kind, corners in zip(
-        table["image_id"], table["class_name"], numbers(table[VINDR_CORNERS], name).to_numpy().tolist(), strict=True
-    ):
-        boxes.setdefault(image, []).append((kind, *corners))
-    return labels, boxes
+    corners = numbers(table[VINDR_CORNERS]).to_numpy().tolist()
+    for image, kind, each in zip(table["image_id"], table["class_name"], corners, strict=True):
+        boxes.setdefault(image, []).append((kind, *each))
+    return vindr_labels(given), boxes

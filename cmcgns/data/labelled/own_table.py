@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -24,6 +24,8 @@ from cmcgns.data.labelled.base import (
 from cmcgns.data.listed_findings import ListedFindings
 from cmcgns.data.readers import FileSource, PairsSource
 from cmcgns.data.readers.base import SPLIT_NAMES
+from cmcgns.data.readers.pairs import with_our_names
+from cmcgns.data.tables import columns_in_words, read_table, stripped
 from cmcgns.data.text import decode_text
 from cmcgns.errors import BadRow, UserError
 
@@ -85,36 +87,50 @@ class MaskFileSet(ImageSet):
     """Masks are paths of files, one per ``mask_classes``; null if there is none."""
 
     source: FileSource
+    masks_uri: str = ""
+    """Folder of the mask files."""
 
     def paint(self, row: dict[str, Any], image: CroppedImage, annotations: Annotations) -> None:
         for mask_HW, path in zip(annotations.mask_KHW, row["masks"] or [], strict=False):
             if path is not None:
                 try:
-                    grey_HW = decode_image(storage.read_bytes(storage.join(self.source.uri, path)), path).grey_HW
+                    grey_HW = decode_image(storage.read_bytes(storage.join(self.masks_uri, path)), path).grey_HW
                 except BadRow as error:
                     raise BadRow(f"mask {path}: {error}") from None
                 mask_HW |= mask_on_image(grey_HW > THRESHOLD, self.source, row["path"], image)
 
 
-def read_masked(source: FileSource, draw_splits: bool = False, findings: ListedFindings | None = None) -> ImageSet:
-    """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at a CSV file.
+@dataclass(frozen=True)
+class OwnTable:
+    """How a table of the user's own is read."""
 
-    ``draw_splits``: ignore its split column. ``findings``: read labels too, and keep images with labels only.
-    """
-    at = PairsSource.at(source.uri, source.views, source.seed)
-    source, name = replace(source, uri=at.uri), at.table_name
-    folder = Folder.of(source)
-    table = _table(folder, name, findings)
+    draw_splits: bool = False
+    """Ignore its column of splits."""
+    findings: ListedFindings | None = None
+    """Read labels too, and keep images with labels only."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Its names for columns, by ours."""
+    films: str | None = None
+    """Folder of the films, if it is not that of the table."""
+
+
+def read_masked(source: FileSource, own: OwnTable) -> ImageSet:
+    """The images of a table that have a mask or boxes; ``source`` is at its folder (``pairs.csv``) or at a CSV file."""
+    at = PairsSource.at(source.uri, source.views, source.seed, films=own.films)
+    source, name, findings = replace(source, uri=at.uri), at.table_name, own.findings
+    folder = Folder.of(replace(source, uri=at.table_folder))
+    images = Folder.of(source) if at.folder else folder
+    table = _table(folder, name, own)
     kinds = {ending: [each for each in table.columns if each.endswith(ending)] for ending in (MASK, BOXES)}
     if not any(kinds.values()) and findings is None:
-        raise UserError(f"{source.uri}/{name} has no column whose name ends in {MASK} or {BOXES}; add one")
+        raise UserError(f"{at.table_uri} has no column whose name ends in {MASK} or {BOXES}; add one")
     listed = [] if findings is None else [findings.column]
     table = table.drop_duplicates(["image", *kinds[MASK], *kinds[BOXES], *listed])  # an image may be in several pairs
     boxes, box_classes = _boxes(folder, table, kinds[BOXES])
     films = pd.DataFrame(
         {
             "image_id": table["image"],
-            "path": table["image"].map(folder.first),
+            "path": table["image"].map(images.first),
             "group": _groups(table),
             "boxes": boxes,
             "masks": _masks(folder, table, kinds[MASK], name),
@@ -122,11 +138,11 @@ def read_masked(source: FileSource, draw_splits: bool = False, findings: ListedF
     )
     annotated = films["boxes"].notna() | films["masks"].notna() | (findings is not None)
     films = films[annotated]
-    if draw_splits:
+    if own.draw_splits:
         table = table.drop(columns="split", errors="ignore")
-    films["split"], rule = _splits(table[annotated], films["group"], f"{source.uri}/{name}", source.seed)
-    films["labels"], classes = _labels(table[annotated], films["split"], f"{source.uri}/{name}", findings)
-    films, missing = folder.present(films, name)
+    films["split"], rule = _splits(table[annotated], films["group"], at.table_uri, source.seed)
+    films["labels"], classes = _labels(table[annotated], films["split"], at.table_uri, findings)
+    films, missing = images.present(films, name, "copy them there, give their folder in evaluate.films")
     return MaskFileSet(
         name=source.format,
         source=source,
@@ -136,26 +152,27 @@ def read_masked(source: FileSource, draw_splits: bool = False, findings: ListedF
         box_classes=box_classes,
         mask_classes=tuple(each.removesuffix(MASK) for each in kinds[MASK]),
         filtered=missing | ({"neither mask nor boxes": int((~annotated).sum())} if not annotated.all() else {}),
+        masks_uri=at.table_folder,
     )
 
 
-def read_labelled(source: FileSource, draw_splits: bool = False, findings: ListedFindings | None = None) -> ImageSet:
+def read_labelled(source: FileSource, own: OwnTable) -> ImageSet:
     """The images of a table with a list of findings each, and their masks and boxes if it has any."""
-    return read_masked(source, draw_splits, findings or ListedFindings())
+    return read_masked(source, replace(own, findings=own.findings or ListedFindings()))
 
 
-def _table(folder: Folder, name: str, findings: ListedFindings | None) -> pd.DataFrame:
-    """The table, its columns of patients and splits renamed to ``patient`` and ``split``."""
-    needed = ("image",) if findings is None else ("image", findings.column)
-    table = folder.table(folder.label_file(name), needed)
-    if findings is None:
-        return table
-    for known, given in (("patient", findings.patient), ("split", findings.split)):
-        if given != known:
-            if given not in table.columns:
-                raise UserError(f"{folder.uri}/{name} has no column {given}, which is to name the {known}")
-            table = table.drop(columns=known, errors="ignore").rename(columns={given: known})
-    return table
+def _table(folder: Folder, name: str, own: OwnTable) -> pd.DataFrame:
+    """The table as stripped strings, with our names for its columns."""
+    listed = [] if own.findings is None else [own.findings.column]
+    uri = storage.join(folder.uri, folder.label_file(name))
+    table = read_table(uri, [own.columns.get("image", "image"), *listed])
+    table = with_our_names(table, own.columns, ["image"], uri, of_set=folder.name)
+    if not set(listed) <= set(table.columns):
+        raise UserError(
+            f"{uri} has no column {listed[0]} among its {columns_in_words(table)}; name the one that lists the findings with "
+            f"--evaluate.findings='{{{folder.name}: {{column: NAME}}}}'"
+        )
+    return stripped(table)
 
 
 def _labels(

@@ -33,6 +33,7 @@ READERS = {
     "mimic-cxr-jpg": "cmcgns.data.readers.mimic",
     "mimic-cxr": "cmcgns.data.readers.mimic",
     "open-i": "cmcgns.data.readers.open_i",
+    "open-i-csv": "cmcgns.data.readers.published",
     "padchest": "cmcgns.data.readers.published",
     "chexpert-plus": "cmcgns.data.readers.published",
     "brax": "cmcgns.data.readers.published",
@@ -76,8 +77,8 @@ def detect_format(uri: str) -> str:
         return "mimic-cxr"
     raise UserError(
         f"{uri}: no known format found. Known are pairs-csv (a pairs.csv), mimic-cxr-jpg ({METADATA_TABLE} and "
-        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), padchest, chexpert-plus, brax and vindr-cxr (their "
-        "published tables), parquet (prepared: manifest.json). "
+        "files/), mimic-cxr (folders of .dcm), open-i (.xml reports), open-i-csv, padchest, chexpert-plus, brax and vindr-cxr "
+        "(their published tables), parquet (prepared: manifest.json). "
         f"{tables_in_words(uri, names) or 'Check the path'}, or set data.format"
     )
 

@@ -10,7 +10,7 @@ import pandas as pd
 from cmcgns import storage
 from cmcgns.data.readers.base import SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import read_table
+from cmcgns.data.tables import read_table, with_points
 from cmcgns.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class MimicSource(FileSource):
             table = self._read_table(tables, kind, ("study_id",))
             if table is not None:
                 names = [name for name in table.columns if name not in ("subject_id", "study_id")]
-                values = table[names].apply(pd.to_numeric, errors="coerce")
+                values = with_points(table[names]).apply(pd.to_numeric, errors="coerce")
                 values = values.set_axis("s" + table["study_id"])[~table["study_id"].duplicated().to_numpy()]
                 return values.reindex(films["study_id"]).set_axis(films.index)
         return None

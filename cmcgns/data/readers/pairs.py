@@ -22,7 +22,7 @@ from cmcgns.data.readers.base import (
     filter_views,
 )
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import IS_FILM, columns_in_words, read_table
+from cmcgns.data.tables import COMMA, IS_FILM, columns_in_words, numbers, read_table
 from cmcgns.data.text import unescaped
 from cmcgns.errors import UserError
 
@@ -73,9 +73,14 @@ class PairsSource(FileSource):
         )  # fmt: skip
 
     @property
+    def table_folder(self) -> str:
+        """URI of the folder of the table."""
+        return self.folder or self.uri
+
+    @property
     def table_uri(self) -> str:
         """URI of the table."""
-        return storage.join(self.folder or self.uri, self.table_name)
+        return storage.join(self.table_folder, self.table_name)
 
     def check_films(self, index: StudyIndex) -> None:
         """Raise ``UserError`` if none of the first films of ``index`` is there."""
@@ -112,38 +117,19 @@ class PairsSource(FileSource):
         films, filtered = filter_views(films, self.views)
         films = films.assign(split=_splits(films, self.seed, self.table_name, "group" in table.columns))
         log.info("%s: %d films, labels %s", self.table_name, len(films), _label_columns(table) or "none")
-        labels = table.loc[films.index, _label_columns(table)].apply(pd.to_numeric, errors="coerce")
+        labels = numbers(table[_label_columns(table)])
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _table(self) -> pd.DataFrame:
-        uri = self.table_uri
         needed = REQUIRED if self.reports else ("image",)
         table = self._read_table([self.columns.get(name, name) for name in needed])
-        found = columns_in_words(table)
-        table = _renamed(table, self.columns, uri)
-        # a repeated name has its count
-        given = {name: re.sub(r"\.\d+$", "", name).lower() for name in table.columns}
-        table = table.rename(columns={name: known for name, known in given.items() if known in KNOWN})
-        duplicates = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
-        if duplicates:
-            raise UserError(f"{uri}: column {duplicates[0]} appears twice; keep one")
-        missing = [name for name in needed if name not in table.columns]
-        if missing:
-            example = ", ".join(
-                f"{name}: {given}" for name, given in (dict(self.columns) | dict.fromkeys(missing, "NAME")).items()
-            )
-            films_alone = "; for films without reports set data.reports=false" if missing == ["report"] else ""
-            raise UserError(
-                f"{uri} has no column {' and no column '.join(missing)} among its {found}. Its first line must contain "
-                f"{' and '.join(needed)}; or give its own names with --data.columns='{{{example}}}'{films_alone}"
-            )
-        return table
+        return with_our_names(table, self.columns, needed, self.table_uri)
 
     def _read_table(self, columns: Sequence[str]) -> pd.DataFrame:
         try:
             return read_table(self.table_uri, columns)
         except storage.MissingFileError:
-            folder = self.folder or self.uri
+            folder = self.table_folder
             if not storage.is_folder(folder):
                 if self.table_name == PAIRS:
                     raise storage.MissingFileError(
@@ -170,19 +156,49 @@ def _inside(folder: str, films: str) -> str:
     return given if "://" in given or Path(given).is_absolute() else storage.join(folder, given)
 
 
-def _renamed(table: pd.DataFrame, columns: Mapping[str, str], uri: str) -> pd.DataFrame:
-    """The table with our names for the ``columns`` of the settings, in place of any other columns of these names."""
+def with_our_names(
+    table: pd.DataFrame, columns: Mapping[str, str], needed: Sequence[str], uri: str, of_set: str = ""
+) -> pd.DataFrame:
+    """The table with our names for its columns: those of ``columns``, and known ones in capitals; it must have ``needed``.
+
+    ``of_set``: the table is of this set of an evaluation, and ``columns`` of its settings.
+    """
+    setting, found = "evaluate.columns" if of_set else "data.columns", columns_in_words(table)
+    table = _renamed(table, columns, uri, setting)
+    # a repeated name has its count
+    given = {name: re.sub(r"\.\d+$", "", name).lower() for name in table.columns}
+    table = table.rename(columns={name: known for name, known in given.items() if known in KNOWN})
+    duplicates = sorted({name for name in table.columns if list(table.columns).count(name) > 1})
+    if duplicates:
+        raise UserError(f"{uri}: column {duplicates[0]} appears twice; keep one")
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        names = dict(columns) | dict.fromkeys(missing, "NAME")
+        example = f"{{{', '.join(f'{name}: {given}' for name, given in names.items())}}}"
+        shown = f"{{{of_set}: {example}}}" if of_set else example
+        films_alone = "; for films without reports set data.reports=false" if missing == ["report"] else ""
+        raise UserError(
+            f"{uri} has no column {' and no column '.join(missing)} among its {found}. Its first line must contain "
+            f"{' and '.join(needed)}; or give its own names with --{setting}='{shown}'{films_alone}"
+        )
+    return table
+
+
+def _renamed(table: pd.DataFrame, columns: Mapping[str, str], uri: str, setting: str) -> pd.DataFrame:
+    """The table with our names for the ``columns`` of the setting, in place of any other columns of these names."""
     by_name = {name.lower(): name for name in reversed(table.columns)}
     missing = [f"{given} (for {name})" for name, given in columns.items() if given.strip().lower() not in by_name]
     if missing:
         raise UserError(
-            f"{uri} has no column {' and no column '.join(missing)}, which data.columns names, among its "
+            f"{uri} has no column {' and no column '.join(missing)}, which {setting} names, among its "
             f"{columns_in_words(table)}"
         )
     named = {name: table[by_name[given.strip().lower()]] for name, given in columns.items()}
     used = {by_name[given.strip().lower()] for given in columns.values()}
     others = [name for name in table.columns if name not in used and name.lower() not in columns]
-    return pd.concat([table[others], pd.DataFrame(named, index=table.index)], axis=1)
+    renamed = pd.concat([table[others], pd.DataFrame(named, index=table.index)], axis=1)
+    renamed.attrs = table.attrs
+    return renamed
 
 
 def _check_whole(films: pd.DataFrame, uri: str) -> None:
@@ -286,8 +302,9 @@ def _label_columns(table: pd.DataFrame) -> list[str]:
     for name in table.columns:
         if name in KNOWN or name.lower().startswith("unnamed"):
             continue
-        distinct = pd.Series(table[name].unique())
-        values = pd.to_numeric(distinct[distinct.str.strip() != ""], errors="coerce")
+        distinct = pd.Series(table[name].unique()).str.strip()
+        given = distinct[distinct != ""]
+        values = pd.to_numeric(given.where(~given.str.fullmatch(COMMA), given.str.replace(",", ".")), errors="coerce")
         if len(values) and values.between(-1, 1).all():
             names.append(name)
     return names

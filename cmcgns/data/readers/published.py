@@ -1,13 +1,14 @@
-"""Published collections of films in one table each: PadChest, CheXpert Plus, BRAX, VinDr-CXR, by their official names.
+"""Published collections of films in tables: PadChest, CheXpert Plus, Open-I as tables, BRAX, VinDr-CXR, by their official names.
 
 File and column names: bimcv.cipf.es/bimcv-projects/padchest, aimi.stanford.edu/datasets/chexpert-plus,
-physionet.org/content/brax/1.1.0 and physionet.org/content/vindr-cxr/1.0.0.
+kaggle.com/datasets/raddar/chest-xrays-indiana-university, physionet.org/content/brax/1.1.0 and
+physionet.org/content/vindr-cxr/1.0.0.
 """
 
 import ast
 import fnmatch
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import pandas as pd
 from cmcgns import storage
 from cmcgns.data.readers.base import PROBED, SPLIT_NAMES, CorpusOptions, FileSource, draw_splits, filter_views
 from cmcgns.data.record import StudyIndex, index_of_films
-from cmcgns.data.tables import read_columns
+from cmcgns.data.tables import read_columns, with_points
 from cmcgns.data.text import decode_text
 from cmcgns.errors import UserError
 
@@ -44,8 +45,9 @@ class PublishedSource(FileSource):
         bad_rows = []
         if self.reports:
             films["report"] = _one_report(films)
-            blank = films["report"].str.strip() == ""
-            bad_rows = [{"source": path, "reason": "row has no report"} for path in films.loc[blank, "path"]]
+            blank = films["report"] == ""
+            without = films[blank].drop_duplicates("study_id")  # the films of a study have the same report
+            bad_rows = [{"source": path, "reason": "row has no report"} for path in without["path"]]
             films = films[~blank]
         else:
             films["report"] = None
@@ -56,7 +58,7 @@ class PublishedSource(FileSource):
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def table(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
-        """The table ``name`` as strings, with all of ``columns``."""
+        """The table ``name`` as stripped strings, with all of ``columns``."""
         return read_columns(storage.join(self.uri, name), columns, LAYOUTS[self.format].name)
 
     def main_table(self, columns: Sequence[str]) -> pd.DataFrame:
@@ -83,7 +85,7 @@ class PublishedSource(FileSource):
 
 def _one_report(films: pd.DataFrame) -> pd.Series:
     """Each film's report; if the films of a study have different ones, all of them."""
-    reports = films["report"].str.strip()
+    reports = films["report"]
     of_study = reports.groupby(films["study_id"])
     several = of_study.transform("nunique") > 1
     if several.any():
@@ -95,7 +97,7 @@ def _one_report(films: pd.DataFrame) -> pd.Series:
 
 
 def _numbers(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    return table[list(names)].apply(pd.to_numeric, errors="coerce").astype(np.float32)
+    return with_points(table[list(names)]).apply(pd.to_numeric, errors="coerce").astype(np.float32)
 
 
 # --- PadChest ---
@@ -119,12 +121,12 @@ def _padchest(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
             "report": table["Report"],
         }
     )
-    return films, _listed(table["Labels"])
+    return films, _listed(table["Labels"], _literal)
 
 
-def _listed(cells: pd.Series) -> pd.DataFrame:
-    """A column per entry of lists like ``['normal', 'nodule']``: 1 or 0; NaN where there is no list."""
-    lists = {cell: _entries(cell) for cell in cells.unique()}
+def _listed(cells: pd.Series, parse: Callable[[str], list[str] | None]) -> pd.DataFrame:
+    """A column per entry of the lists that ``parse`` reads from ``cells``: 1 or 0; NaN where there is no list."""
+    lists = {cell: parse(cell) for cell in cells.unique()}
     names = sorted({name for entries in lists.values() for name in entries or ()})
     place = {name: number for number, name in enumerate(names)}
     values = np.zeros((len(cells), len(names)), np.float32)
@@ -136,7 +138,8 @@ def _listed(cells: pd.Series) -> pd.DataFrame:
     return pd.DataFrame(values, columns=names, index=cells.index)
 
 
-def _entries(cell: str) -> list[str] | None:
+def _literal(cell: str) -> list[str] | None:
+    """The entries of a list like ``['normal', 'nodule']``."""
     try:
         listed = ast.literal_eval(cell.strip() or "None")
     except (ValueError, SyntaxError):
@@ -162,6 +165,7 @@ def _chexpert_plus(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame 
     pictures = [folder + each for folder in ("PNG/", "PNG/PNG/", "PNGs/", "") for each in (png, path)]
     dicoms = [dicom.where(dicom == "", folder + dicom) for folder in ("DICOM/", "DICOM/DICOM/", "")]
     study = path.str.extract(r"(patient\d+/study\d+)/", expand=False).fillna(path)
+    headers = {f"section_{name}": name.upper().replace("_", " ") for name in SECTIONS}
     films = pd.DataFrame(
         {
             "image_id": path,
@@ -171,21 +175,19 @@ def _chexpert_plus(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame 
             "patient_id": table["deid_patient_id"],
             "group": table["deid_patient_id"],
             "split": table["split"],
-            "report": table["report"].where(table["report"].str.strip() != "", _from_sections(table)),
+            "report": table["report"].where(table["report"] != "", _from_sections(table, headers)),
         }
     )
     return films, _chexbert(source, path)
 
 
-def _from_sections(table: pd.DataFrame) -> pd.Series:
-    """The sections of each report that is given in parts only, with their headers."""
+def _from_sections(table: pd.DataFrame, headers: Mapping[str, str]) -> pd.Series:
+    """The report of each row whose sections are in columns of their own; ``headers`` by column."""
     reports = pd.Series("", index=table.index)
-    for name in SECTIONS:
-        column = f"section_{name}"
+    for column, header in headers.items():
         if column in table.columns:
-            given = table[column].str.strip() != ""
-            text = name.upper().replace("_", " ") + ":\n" + table[column].str.strip() + "\n\n"
-            reports = reports + text.where(given, "")
+            text = f"{header}:\n" + table[column] + "\n\n"
+            reports = reports + text.where(table[column] != "", "")
     return reports.str.strip()
 
 
@@ -205,6 +207,48 @@ def _chexbert(source: PublishedSource, path: pd.Series) -> pd.DataFrame | None:
         raise UserError(f"{uri} has no JSON with path_to_image in each line; download it again, or remove it") from None
     names = [name for name in LABELS if name in labels.columns]
     return _numbers(labels, names).reindex(path).set_axis(path.index)
+
+
+# --- Open-I as tables ---
+
+OPEN_I_FILMS, OPEN_I_REPORTS = "indiana_projections.csv", "indiana_reports.csv"
+OPEN_I_SECTIONS = ("comparison", "indication", "findings", "impression")
+NOT_INDEXED = "No Indexing"
+"""Stands for the problems of a report that nobody has listed."""
+
+
+def _open_i(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``images/images_normalized/1_IM-0001-4001.dcm.png``: reports in sections, problems as labels; it names no patients."""
+    films = source.main_table(("uid", "filename", "projection"))
+    reports = source.table(OPEN_I_REPORTS, ("uid", "Problems", *OPEN_I_SECTIONS)).set_index("uid")
+    if not reports.index.is_unique:
+        repeated = reports.index[reports.index.duplicated()][0]
+        raise UserError(
+            f"{source.uri}/{OPEN_I_REPORTS}: uid {repeated} appears twice; download the published file again"
+        )
+    of_film = reports.reindex(films["uid"], fill_value="").set_axis(films.index)
+    empty = (of_film[["findings", "impression"]] == "").all(axis=1)
+    image = films["filename"]
+    places = [folder + image for folder in ("images/images_normalized/", "images_normalized/", "images/", "")]
+    films = pd.DataFrame(
+        {
+            "image_id": image,
+            "path": source.placed(places),
+            "view": films["projection"],
+            "study_id": films["uid"],
+            "patient_id": films["uid"],
+            "group": films["uid"],
+            "split": "",
+            "report": _from_sections(of_film, {name: name.upper() for name in OPEN_I_SECTIONS}).where(~empty, ""),
+        }
+    )
+    return films, _listed(of_film["Problems"], _problems)
+
+
+def _problems(cell: str) -> list[str] | None:
+    """The entries of a cell like ``Cardiomegaly;Pulmonary Artery``."""
+    entries = [each.strip() for each in cell.split(";") if each.strip()]
+    return None if NOT_INDEXED in entries else entries or None
 
 
 # --- BRAX ---
@@ -235,14 +279,19 @@ def _brax(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 VINDR_FOLDER, VINDR_IDS = "annotations", ("image_id", "rad_id")
 VINDR_PARTS = ("train", "test")
+VINBIGDATA = "train.csv"
+"""The only table of VinBigData, the part of VinDr-CXR at Kaggle: its test films have no labels."""
+VINBIGDATA_COLUMNS = ("image_id", "class_name", "rad_id", "x_min", "y_min", "x_max", "y_max")
 
 
 def _vindr(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
     """``train/IMAGE.dicom``: a film per patient; a label is that of most of its three readers."""
-    parts = []
-    for part in VINDR_PARTS:
-        labels = vindr_labels(source.table(f"{VINDR_FOLDER}/image_labels_{part}.csv", ("image_id",)))
-        parts.append(labels.assign(part=part))
+    if is_vinbigdata(source.uri, storage.list_files(source.uri, recursive=False)):
+        listed = source.table(VINBIGDATA, VINBIGDATA_COLUMNS)
+        parts = [vindr_labels(labels_of_readers(listed)).assign(part="train", split="")]
+    else:
+        tables = {part: source.table(f"{VINDR_FOLDER}/image_labels_{part}.csv", ("image_id",)) for part in VINDR_PARTS}
+        parts = [vindr_labels(table).assign(part=part, split=part) for part, table in tables.items()]
     table = pd.concat(parts).rename_axis("image_id").reset_index()
     image = table["part"] + "/" + table["image_id"]
     films = pd.DataFrame(
@@ -253,10 +302,25 @@ def _vindr(source: PublishedSource) -> tuple[pd.DataFrame, pd.DataFrame]:
             "study_id": table["image_id"],
             "patient_id": table["image_id"],
             "group": table["image_id"],
-            "split": table["part"],
+            "split": table["split"],
         }
     )
-    return films, table.drop(columns=["image_id", "part"]).astype(np.float32)
+    return films, table.drop(columns=["image_id", "part", "split"]).astype(np.float32)
+
+
+def is_vinbigdata(uri: str, names: Sequence[str]) -> bool:
+    """Whether the folder ``uri``, whose files have these ``names``, is VinBigData; other sets have a ``train.csv``, too."""
+    if VINBIGDATA not in names or VINDR_FOLDER in storage.list_folders(uri):
+        return False
+    head = storage.read(storage.join(uri, VINBIGDATA), lambda file: file.read(256)).split(b"\n")[0]
+    return all(name.encode() in head for name in VINBIGDATA_COLUMNS)
+
+
+def labels_of_readers(boxes: pd.DataFrame) -> pd.DataFrame:
+    """A row per image and reader with a column per class, 1 if the reader gave it any row, in the order of the images."""
+    ids = list(VINDR_IDS)
+    seen = pd.crosstab([boxes[name] for name in ids], boxes["class_name"]).clip(upper=1).rename_axis(columns=None)
+    return boxes[ids].drop_duplicates().merge(seen.reset_index(), on=ids)
 
 
 def vindr_labels(table: pd.DataFrame) -> pd.DataFrame:
@@ -286,6 +350,7 @@ class Layout:
 LAYOUTS = {
     "padchest": Layout("PadChest", "PADCHEST_chest_x_ray_images_labels_160K*.csv*", _padchest),
     "chexpert-plus": Layout("CheXpert Plus", "df_chexpert_plus_*.csv*", _chexpert_plus),
+    "open-i-csv": Layout("Open-I", f"{OPEN_I_FILMS}*", _open_i),
     "brax": Layout("BRAX", "master_spreadsheet*.csv*", _brax, has_reports=False),
     "vindr-cxr": Layout("VinDr-CXR", "", _vindr, has_reports=False),
 }
@@ -299,7 +364,7 @@ def published_format(uri: str, names: Sequence[str]) -> str | None:
     if VINDR_FOLDER in storage.list_folders(uri):
         inside = storage.list_files(storage.join(uri, VINDR_FOLDER), recursive=False)
         return "vindr-cxr" if "image_labels_train.csv" in inside else None
-    return None
+    return "vindr-cxr" if is_vinbigdata(uri, names) else None
 
 
 def open_corpus(options: CorpusOptions) -> PublishedSource:
