@@ -301,3 +301,29 @@ class Batcher:
         if self.device.type == "cpu":
             return part
         return part.pin_memory().to(self.device, non_blocking=True)
+
+
+class SideStream:
+    """A context in which batches are copied and cropped beside what a GPU computes; on a CPU it changes nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._entered = torch.cuda.stream(self._stream)  # of None: the current stream
+
+    def __enter__(self) -> None:
+        self._entered.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+
+    def taken(self, batch: ImageReportBatch) -> ImageReportBatch:
+        """``batch``, made in this context, for use on the current stream; what is launched there from now on waits for it."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for part in batch:
+                if isinstance(part, Tensor):
+                    part.record_stream(
+                        current
+                    )  # otherwise its memory goes to the next batch while this one is still read
+        return batch

@@ -1,5 +1,7 @@
-"""Microbatches of each optimizer step on this rank. Reading them waits for no other rank: the dealer tells each of the others'
-blocks, and what only a rank itself can know travels while the step runs and counts from the next one on.
+"""Microbatches of each optimizer step on this rank, read while the device computes the step before.
+
+Reading them waits for no other rank: the dealer tells each of the others' blocks, and what only a rank itself can know travels
+while the step runs and counts from the next one on.
 """
 
 import time
@@ -11,7 +13,7 @@ import numpy as np
 
 from cmcgns import distributed
 from cmcgns.cluster.heartbeat import FILMS, mark
-from cmcgns.data.batch import Batcher, ImageReportBatch
+from cmcgns.data.batch import Batcher, ImageReportBatch, SideStream
 from cmcgns.data.record import FACTS, Block, blank_block
 
 STEPS_AHEAD = 40
@@ -105,6 +107,16 @@ class StepData:
     """In the step before, by the clock of rank 0."""
 
 
+class _Read(NamedTuple):
+    """A step's data before it is known what the other ranks ask for."""
+
+    microbatches: list[ImageReportBatch]
+    cursor: Cursor
+    studies_digest: str
+    is_near: bool
+    """The end of the stretch is near."""
+
+
 class Wishes(NamedTuple):
     """What ranks ask for in a step."""
 
@@ -133,6 +145,8 @@ class StepReader:
         self._global_batch = batcher.config.train.global_batch_size
         self._prefetch = PrefetchTimer(source.studies, STEPS_AHEAD * self._global_batch)
         self._sent: Callable[[], list[list[int]]] | None = None
+        self._ahead: _Read | None = None
+        self._side = SideStream(batcher.device)
         self._stretches = 0
         self._open(cursor, self._stretch(cursor.epoch, cursor.position))
 
@@ -161,8 +175,24 @@ class StepReader:
 
     def next_step(self) -> StepData:
         """The next step's batches. Collective; opens the next stretch or epoch if this one has no full step left."""
-        data, empty_epochs = self._read_step(), 0
-        while data is None:
+        self.read_ahead()
+        assert self._ahead is not None
+        read, self._ahead = self._ahead, None
+        wishes = self._wishes()
+        # once: each bad row after it moves where the next stretch begins, and opening one anew costs seconds
+        if (read.is_near or wishes.prefetch) and not self._next_is_prepared:
+            self._next_is_prepared = True
+            self.source.prepare(self._next())
+        batches = [self._side.taken(batch) for batch in read.microbatches]
+        return StepData(batches, read.cursor, read.studies_digest, wishes.stop, wishes.checkpoint)
+
+    def read_ahead(self) -> None:
+        """Read what ``next_step`` will return, unless it is read already. Collective. To be called while the device computes."""
+        empty_epochs = 0
+        while self._ahead is None:
+            self._ahead = self._read_step()
+            if self._ahead is not None:
+                return
             epoch, _, end = self._current
             if end < self.source.studies:
                 self._open(self.cursor, self._stretch(epoch, self.cursor.position, reached=end))
@@ -173,10 +203,8 @@ class StepReader:
                         "an epoch holds less than one global batch of usable studies; lower train.global_batch_size"
                     )
                 self._open(Cursor(epoch + 1, 0), self._stretch(epoch + 1, 0))
-            data = self._read_step()
-        return data
 
-    def _read_step(self) -> StepData | None:
+    def _read_step(self) -> _Read | None:
         """One step's batches, or None if any rank has too few blocks left in this stretch."""
         blocks = [block for _, block in zip(range(self.accumulation), self._blocks, strict=False)]
         facts_AW5 = np.array([dealt_facts(block) for block in blocks])
@@ -185,18 +213,15 @@ class StepReader:
             return None
         sentences_AW, first_AW, last_AW, digest_AW = np.moveaxis(facts_AW5[:, :, 1:], 2, 0)
         check_order(first_AW, last_AW)
-        wishes, is_near = self._wishes(), self._prefetch.is_near(self.cursor.position)
+        is_near = self._prefetch.is_near(self.cursor.position)
         self.cursor = Cursor(self.cursor.epoch, int(last_AW.max()) + 1)
-        # once: each bad row after it moves where the next stretch begins, and opening one anew costs seconds
-        if (is_near or wishes.prefetch) and not self._next_is_prepared:
-            self._next_is_prepared = True
-            self.source.prepare(self._next())
-        microbatches = [
-            self.batcher(block, tuple(sentences_W.tolist()), training=True)
-            for block, sentences_W in zip(blocks, sentences_AW, strict=True)
-        ]
+        with self._side:
+            microbatches = [
+                self.batcher(block, tuple(sentences_W.tolist()), training=True)
+                for block, sentences_W in zip(blocks, sentences_AW, strict=True)
+            ]
         digest = int(digest_AW.astype(np.uint64).sum(dtype=np.uint64))
-        return StepData(microbatches, self.cursor, f"{digest:016x}", wishes.stop, wishes.checkpoint)
+        return _Read(microbatches, self.cursor, f"{digest:016x}", is_near)
 
     def _wishes(self) -> Wishes:
         """What the ranks asked for in the step before; sends what this one asks for now."""

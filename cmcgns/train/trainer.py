@@ -156,13 +156,18 @@ class Trainer:
             losses, batches, gradients = self._global_batch(step, data)
         else:
             losses, batches, gradients = self._microbatches(step, data)
+        step_s = waited_s + self.watch.lap()
+        if step < self.parts.schedule.total and not data.stop_requested:
+            mark(FILMS)
+            self.reader.read_ahead()  # a GPU is busy with the backward pass meanwhile
+        ahead_s = self.watch.lap()
         self.finite.check(step)  # before the weights change
         mark("optimizer step")
         self.engine.step(self.learning_rate(step))
         self.phase = FORWARD
         mark(CLUSTERING)
         self.banks.advance(step, self.parts.schedule.warmed_up(step), losses, batches)
-        step_s = waited_s + self.watch.lap()
+        step_s += ahead_s + self.watch.lap()
         facts = {
             "step": step,
             "stage": stage,
@@ -172,7 +177,7 @@ class Trainer:
             **self.banks.facts(),
             "studies_digest": data.studies_digest,
             "studies_per_s": self.config.train.global_batch_size / step_s,
-            "data_wait_s": waited_s,
+            "data_wait_s": waited_s + ahead_s,
             "pool_wait_s": self.banks.waited_s - pool_waited_s,
             "step_s": step_s,
             **gradients,

@@ -1,5 +1,6 @@
 """Studies of each step: the same on any number of ranks, and after a restart in the middle."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch.distributed as dist
 
 from cmcgns import distributed
 from cmcgns.config import Config
-from cmcgns.data.batch import Batcher, ImageReportBatch, mask_positions
+from cmcgns.data.batch import Batcher, ImageReportBatch, SideStream, mask_positions
 from cmcgns.data.record import Block
 from cmcgns.train import steps
 from cmcgns.train.steps import Cursor, PrefetchTimer, StepReader, Stretch, validation_batches
 from tests.ranks import run_on_ranks
-from tests.small import small_config
+from tests.small import random_batch, small_config
 from tests.train.memory import MemoryBlocks, order_of, studies_of
 
 STUDIES, GLOBAL_BATCH, BAD = 64, 12, (5, 11, 40)
@@ -139,7 +140,9 @@ def test_a_corpus_smaller_than_a_global_batch_is_an_error_and_not_an_endless_loo
         reader.next_step()
 
 
-def wishes(stop_at: tuple[int, int], due_at: tuple[int, int], steps: int = 6) -> list[tuple[bool, bool]]:
+def wishes(
+    stop_at: tuple[int, int], due_at: tuple[int, int], ahead: bool = False, steps: int = 6
+) -> list[tuple[bool, bool]]:
     """Stop and checkpoint in each step; each rank asks from its own step on, for a checkpoint until it gets one."""
     config, rank = config_of(2), distributed.rank()
     step = {"now": 0, "saved": 0}
@@ -152,13 +155,18 @@ def wishes(stop_at: tuple[int, int], due_at: tuple[int, int], steps: int = 6) ->
         data = reader.next_step()
         seen.append((data.stop_requested, data.checkpoint_due))
         step["saved"] = step["now"] if data.checkpoint_due else step["saved"]
+        if ahead:
+            reader.read_ahead()
     return seen
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stop_at", [(2, 4), (4, 2), (3, 3)])
-def test_ranks_that_are_told_to_stop_at_different_moments_stop_at_the_same_step(stop_at: tuple[int, int]) -> None:
-    found = run_on_ranks(2, wishes, stop_at, (99, 99))
+@pytest.mark.parametrize("ahead", [False, True])
+def test_ranks_that_are_told_to_stop_at_different_moments_stop_at_the_same_step(
+    stop_at: tuple[int, int], ahead: bool
+) -> None:
+    found = run_on_ranks(2, wishes, stop_at, (99, 99), ahead)
     assert found[0] == found[1] == [(step > min(stop_at), False) for step in range(6)]
 
 
@@ -167,6 +175,67 @@ def test_a_checkpoint_is_due_on_all_ranks_by_the_clock_of_rank_0_and_only_once()
     found = run_on_ranks(2, wishes, (99, 99), (2, 1))
     # asked for in step 2, written after step 3; again two steps later
     assert found[0] == found[1] == [(False, step == 3) for step in range(6)]
+
+
+@pytest.mark.parametrize("at_once", [STUDIES, 2 * GLOBAL_BATCH])
+def test_a_step_read_ahead_is_the_one_that_would_come_next(at_once: int) -> None:
+    """Over the ends of stretches and epochs, and read ahead twice."""
+    config = config_of(1)
+
+    def steps(ahead: int) -> tuple[list[Any], list[Stretch], list[Stretch]]:
+        source = MemoryBlocks(config, STUDIES, bad=BAD, at_once=at_once)
+        reader = StepReader(source, Batcher(config, 0, CPU), Cursor(), 1, lambda: False)
+        found = []
+        for _ in range(12):
+            step = reader.next_step()
+            found.append((step.cursor, step.studies_digest, step.microbatches[0].image_B1HW.sum()))
+            for _ in range(ahead):
+                reader.read_ahead()
+        return found, source.opened[:4], source.prepared[:3]
+
+    assert steps(0) == steps(1) == steps(2)
+
+
+class FakeStream:
+    """Stands for a CUDA stream, whose order of work it writes down."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.device, self.seen = device, []
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.seen.append(other)
+
+
+def test_what_a_side_stream_copies_is_waited_for_and_not_overwritten_while_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = FakeStream()
+    entered, held = [], []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(entered.append(stream)))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, stream: held.append((id(part), stream)))
+    side = SideStream(torch.device("cuda", 0))
+    batch = random_batch(config_of(1), slice(0, 4))
+    with side:
+        assert now.seen == []
+    assert side.taken(batch) is batch
+    assert now.seen == entered
+    assert held == [(id(part), now) for part in batch if isinstance(part, torch.Tensor)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_batch_that_a_slow_side_stream_makes_is_whole_where_it_is_used() -> None:
+    config, device = config_of(1), torch.device("cuda", 0)
+    block = next(MemoryBlocks(config, STUDIES).whole())
+    expected = Batcher(config, 0, CPU)(block, (len(np.concatenate(block.sentence_hashes)),), training=True)
+    side, batcher = SideStream(device), Batcher(config, 0, device)
+    for _ in range(3):  # the third in the memory of the first
+        with side:
+            torch.cuda._sleep(10**8)
+            made = batcher(block, expected.rank_sentences, training=True)
+        assert torch.equal((side.taken(made).image_B1HW * 1).cpu(), expected.image_B1HW)
 
 
 def late_step() -> list[str]:

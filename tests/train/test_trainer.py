@@ -237,6 +237,39 @@ def test_the_best_validation_is_the_highest_recall_then_the_lower_loss_then_the_
     assert finished.trainer.progress.best["step"] == max(rows, key=merit)["step"]
 
 
+class Diary(Batcher):
+    """Writes down when a batch for training is made."""
+
+    entries: list[str]
+
+    def __call__(self, block: Block, rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
+        if training:
+            self.entries.append("read")
+        return super().__call__(block, rank_sentences, training)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_next_steps_films_are_read_before_this_step_moves_the_weights_and_none_after_the_last(
+    stopped: bool, tmp_path: Path
+) -> None:
+    """So that a GPU, which is busy until then, does not wait for them."""
+    Diary.entries = entries = []
+    steps = 2 if stopped else 4
+    run = start(
+        config_of(stage1_steps=3, stage2_steps=1, warmup_steps=0), tmp_path, batcher=Diary, stop=lambda: stopped
+    )
+    move = run.trainer.engine.step  # of stage 1
+
+    def step(learning_rate: float) -> None:
+        entries.append("step")
+        move(learning_rate)
+
+    run.trainer.engine.step = step  # type: ignore[method-assign]
+    assert run.trainer.train() is not stopped
+    assert entries.count("read") == 2 * steps
+    assert entries[:6] == (["read"] * 4 + ["step"] * 2 if stopped else ["read"] * 4 + ["step"] + ["read"])
+
+
 class SpoiledImage(Batcher):
     """Puts a NaN into one pixel of the third step's second microbatch."""
 
