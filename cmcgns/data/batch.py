@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -308,7 +309,8 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._entered = torch.cuda.stream(self._stream)  # of None: the current stream
+        # torch.cuda.stream(None) would start CUDA, also on a machine whose GPUs this run does not use
+        self._entered = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def __enter__(self) -> None:
         self._entered.__enter__()

@@ -76,7 +76,7 @@ class CachedBlocks:
         position = stretch.position
         while True:
             for block in self.blocks:
-                yield replace(block, positions=block.positions - block.positions[0] + position)
+                yield replace(block, positions=block.positions - block.positions[0] + position, dealt_W5=None)
                 position += MICROBATCH
 
     def prepare(self, stretch: Stretch) -> None:

@@ -280,7 +280,7 @@ ALL_DRAWN, VALID_DRAWN = {"train": 70, "valid": 10, "test": 20}, {"train": 90, "
 def _vindr_paths(folder: Folder, images: pd.Series, part: str, only_dicom: bool) -> dict[str, str]:
     """The film of each of ``images`` that is there; VinBigData is spread as smaller PNGs, too, which its boxes do not fit."""
     paths = folder.paths_by_name(images, stem=True, under=f"{part}/")
-    return {image: path for image, path in paths.items() if not only_dicom or path.endswith((".dicom", ".dcm"))}
+    return {image: path for image, path in paths.items() if not only_dicom or path.lower().endswith((".dicom", ".dcm"))}
 
 
 def _vindr_part(folder: Folder, of_labels: str, of_boxes: str) -> tuple[pd.DataFrame, dict[str, list[tuple[Any, ...]]]]:

@@ -116,8 +116,8 @@ class PairsSource(FileSource):
         films = films[reasons == ""]
         films, filtered = filter_views(films, self.views)
         films = films.assign(split=_splits(films, self.seed, self.table_name, "group" in table.columns))
-        log.info("%s: %d films, labels %s", self.table_name, len(films), _label_columns(table) or "none")
-        labels = numbers(table[_label_columns(table)])
+        labels = _labels(table)
+        log.info("%s: %d films, labels %s", self.table_name, len(films), [*labels] or "none")
         return StudyIndex(table=index_of_films(films, labels), filtered=filtered, bad_rows=bad_rows)
 
     def _table(self) -> pd.DataFrame:
@@ -296,18 +296,22 @@ def _split_conflict(films: pd.DataFrame, conflicting: pd.Series, table_name: str
     )
 
 
-def _label_columns(table: pd.DataFrame) -> list[str]:
-    """Columns with only blanks and numbers from -1 to 1."""
-    names = []
+def _labels(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns with only blanks and numbers from -1 to 1, as numbers."""
+    labels = pd.DataFrame(index=table.index)
     for name in table.columns:
         if name in KNOWN or name.lower().startswith("unnamed"):
             continue
         distinct = pd.Series(table[name].unique()).str.strip()
         given = distinct[distinct != ""]
         values = pd.to_numeric(given.where(~given.str.fullmatch(COMMA), given.str.replace(",", ".")), errors="coerce")
-        if len(values) and values.between(-1, 1).all():
-            names.append(name)
-    return names
+        if not len(values) or not values.between(-1, 1).all():
+            continue
+        try:
+            labels[name] = numbers(table[[name]])
+        except UserError as doubt:  # it may be no label at all, and nobody could leave it out
+            log.warning("%s. The column is not taken as a label", doubt)
+    return labels
 
 
 def open_corpus(options: CorpusOptions) -> PairsSource:
