@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import scaling
+from cmcgns.data.batch import Batcher
+from cmcgns.train.steps import Cursor, StepReader
+from tests.benchmarks import scaling, trainer
 from tests.benchmarks.measure import Line
 from tests.gpu_day import Day, machine, stored
 from tests.jobs import REPOSITORY
@@ -75,6 +77,15 @@ def test_a_gpu_gives_the_losses_of_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
+
+
+def test_the_blocks_of_the_trainers_benchmark_are_read_like_those_of_a_run() -> None:
+    config = trainer.settings(0, "vit-tiny", image_size=32)
+    reader = StepReader(
+        trainer.CachedBlocks(config), Batcher(config, 0, torch.device("cpu")), Cursor(), 1, lambda: False
+    )
+    places = [reader.next_step().cursor.position for _ in range(2 * trainer.CACHED)]
+    assert places == [trainer.MICROBATCH * step for step in range(1, 2 * trainer.CACHED + 1)]
 
 
 def test_on_paper_one_host_sends_nothing_and_two_send_the_bytes_that_were_measured() -> None:
