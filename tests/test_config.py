@@ -47,6 +47,15 @@ def test_the_published_settings_are_those_of_the_paper() -> None:
             r"train.global_batch_size 10 is not a multiple of microbatch_size x num_workers \(4 x 2 = 8\); nearest: 8 and 16",
         ),
         ({"global_batch_size": 4}, r"nearest: 8"),
+        (
+            {"global_batch_size": 16, "min_workers": 3, "num_workers": 4},
+            r"16 is not a multiple of microbatch_size x min_workers \(4 x 3 = 12\); nearest: 12 and 24",
+        ),
+        ({"min_workers": 3, "num_workers": 2}, "train.min_workers 3 is more than train.num_workers 2; lower it"),
+        (
+            {"global_batch_size": 16, "microbatch_size": 1, "num_workers": 2, "min_workers": 1},
+            "train.microbatch_size 1 x min_workers 1: cm-cgns compares",
+        ),
         ({"data__image_size": 64}, r"data.image_size 64 is larger than data.resize 40"),
         (
             {"objective__num_clusters": 300},

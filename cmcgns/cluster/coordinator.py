@@ -72,6 +72,7 @@ class RunEnd:
 
     def __init__(self) -> None:
         self.stop_requested = False
+        self.resize_requested = False
         self.failure: str | None = None
         self.hang: str | None = None
         self.outcome: dict[str, Any] | None = None
@@ -126,9 +127,21 @@ class RunCoordinator:
         """Ask the ranks to save and stop after their current step."""
         self.end.stop_requested = True
 
+    def request_resize(self) -> None:
+        """Ask the ranks to save and stop after their current step, since another number of them will go on."""
+        self.end.resize_requested = True
+
     def stop_requested(self) -> bool:
-        """Whether a stop was requested."""
-        return self.end.stop_requested
+        """Whether the ranks are to stop."""
+        return self.end.stop_requested or self.end.resize_requested
+
+    def start_again(self, lost: bool) -> bool:
+        """True if other ranks are to go on, in place of ``lost`` ones or of those that stopped for a resize."""
+        end, finished = self.end, bool(self.end.outcome and self.end.outcome["finished"])
+        if finished or end.stop_requested or end.failure is not None or not (lost or end.resize_requested):
+            return False
+        end.resize_requested, end.outcome = False, None
+        return True
 
     def hand_out(self, parts: list[Any]) -> None:
         """Store one object for each rank, by rank."""
@@ -148,6 +161,10 @@ class RunCoordinator:
         if moment == WORKER_STARTED:  # in place of the ranks before
             self.ranks.last.clear()
             self.end.hang = None
+
+    def reached(self, moment: str) -> float:
+        """The time of ``moment``; 0 if it has not come."""
+        return self.workers.event_times.get(moment, 0.0)
 
     def enlist(self, rank: int, actor: Any) -> None:
         """Record the actor of ``rank``."""

@@ -66,9 +66,9 @@ def this_node() -> dict[str, str]:
 
 
 def run_bundles(config: Config) -> list[dict[str, float]]:
-    """Resources of each of a run's workers and clustering actors."""
+    """Resources of each of the workers and clustering actors that a run needs at least."""
     train, pool = config.train, config.clustering
-    workers = bundles(train.num_workers, train.cpus_per_worker, train.use_gpu)
+    workers = bundles(train.least_workers, train.cpus_per_worker, train.use_gpu)
     return [*workers, *bundles(config.pool_actors, pool.cpus_per_actor, pool.gpus_per_actor)]
 
 

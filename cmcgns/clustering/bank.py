@@ -41,6 +41,13 @@ class RefreshRequest(NamedTuple):
     """Current centroids, so that cluster ids stay stable; None for farthest-point seeding."""
 
 
+class Pushers(NamedTuple):
+    """The workers whose rows count: ``attempt`` is another one each time that they start."""
+
+    attempt: int
+    ranks: int
+
+
 class RefreshResult(NamedTuple):
     """New centroids, or None and the reason in ``report``."""
 
@@ -139,9 +146,9 @@ class BankPart:
 class BankActor(ShardActor):
     """One actor's part of every bank. Has several threads, to accept pushes during a pass."""
 
-    def __init__(self, index: int, actors: int, ranks: int, device: str, threads: int) -> None:
+    def __init__(self, index: int, actors: int, device: str, threads: int) -> None:
         super().__init__(device, threads)
-        self.index, self.actors, self.ranks = index, actors, ranks
+        self.index, self.actors = index, actors
         self.changed = threading.Condition()
         self.parts: dict[str, BankPart] = {}
         self.restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -177,16 +184,16 @@ class BankActor(ShardActor):
                 part.delivered.add((step, rank))
                 self.changed.notify_all()
 
-    def snapshot(self, bank: str, step: int, first: int, stop: int) -> int:
-        """Number of rows in [first, stop), which the next passes use. Waits for the pushes of ``step`` by this actor's ranks."""
+    def snapshot(self, bank: str, step: int, first: int, stop: int, pushers: Pushers) -> int:
+        """Number of rows in [first, stop), which the next passes use. Waits for the pushes of ``step`` to this actor."""
         with self.changed:
             part = self.part(bank)
             if part.lost:
-                part.lost, part.base_step = False, step
+                part.lost, part.base_step, part.attempt = False, step, pushers.attempt
                 logger.warning("clustering actor %d lost its rows and refills from step %d on", self.index, step)
-            attempt = part.attempt
-            self.changed.wait_for(lambda: attempt != part.attempt or self._expected(part, step) <= part.delivered)
-            if attempt != part.attempt:
+            replaced = lambda: part.attempt != pushers.attempt
+            self.changed.wait_for(lambda: replaced() or self._expected(part, step, pushers.ranks) <= part.delivered)
+            if replaced():
                 raise RuntimeError(f"the workers that requested the rows of step {step} have been replaced")
             part.base_step = max(part.base_step, step)
             part.delivered = {(each, rank) for each, rank in part.delivered if each > part.base_step}
@@ -195,13 +202,13 @@ class BankActor(ShardActor):
         part.rows = RowArray(rows_ND, ordinals_N, self.assign_rows)
         return len(part.rows)
 
-    def _expected(self, part: BankPart, step: int) -> set[tuple[int, int]]:
+    def _expected(self, part: BankPart, step: int, ranks: int) -> set[tuple[int, int]]:
         """(step, rank) of all pushes that this actor needs before it has all rows up to ``step``."""
         return {
             (each, rank)
             for each in range(part.base_step + 1, step + 1)
-            for rank in range(self.ranks)
-            if serving_actor(each, rank, self.ranks, self.actors) == self.index
+            for rank in range(ranks)
+            if serving_actor(each, rank, ranks, self.actors) == self.index
         }
 
     def rows_between(self, bank: str, first: int, stop: int) -> tuple[Array, Array]:
@@ -214,12 +221,17 @@ class BankCoordinator:
     """Runs one re-clustering at a time, of any bank. Each request is complete, so it may be restarted."""
 
     def refit(
-        self, shards: Sequence[ActorHandle[Any]], config: ClusteringConfig, bank: str, request: RefreshRequest
+        self,
+        shards: Sequence[ActorHandle[Any]],
+        config: ClusteringConfig,
+        bank: str,
+        request: RefreshRequest,
+        pushers: Pushers,
     ) -> RefreshResult:
         """New centroids of ``bank``. After the loss of an actor, retries with the rows that are left."""
         for attempt in range(ATTEMPTS):
             try:
-                wanted = (bank, request.step, request.first_ordinal, request.stop_ordinal)
+                wanted = (bank, request.step, request.first_ordinal, request.stop_ordinal, pushers)
                 counts = ray.get([shard.snapshot.remote(*wanted) for shard in shards])
                 return recluster(PooledRows(shards, counts, bank=bank), request, config)
             except LOSS_ERRORS as error:
@@ -242,8 +254,8 @@ class PoolHandles:
             ray.kill(actor)
 
 
-def start_pool(config: ClusteringConfig, ranks: int, shard_type: type[BankActor] = BankActor) -> PoolHandles:
-    """A pool of ``config.actors`` actors for ``ranks`` workers and all their banks, and its coordinator, one process each."""
+def start_pool(config: ClusteringConfig, shard_type: type[BankActor] = BankActor) -> PoolHandles:
+    """A pool of ``config.actors`` actors for all banks, and its coordinator, one process each."""
     check_faiss(config.device)
     threads = threads_per_actor(config)
     # a push must never wait for a pass
@@ -253,7 +265,7 @@ def start_pool(config: ClusteringConfig, ranks: int, shard_type: type[BankActor]
     shards = tuple(
         ray.remote(shard_type)
         .options(scheduling_strategy=strategy, **options)
-        .remote(i, config.actors, ranks, config.device, threads)
+        .remote(i, config.actors, config.device, threads)
         for i, strategy in enumerate(pool_strategies(nodes, config.actors, config.cpus_per_actor))
     )
     ray.get([shard.ready.remote() for shard in shards])

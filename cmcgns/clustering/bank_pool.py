@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.clustering.bank import BankState, PoolHandles, RefreshRequest, RefreshResult, serving_actor
+from cmcgns.clustering.bank import BankState, PoolHandles, Pushers, RefreshRequest, RefreshResult, serving_actor
 from cmcgns.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ class RayPool:
             finally:
                 self._outbox.task_done()
 
+    @property
+    def _pushers(self) -> Pushers:
+        return Pushers(self.attempt, distributed.world_size())
+
     def _drain(self) -> None:
         """Wait until everything has been sent."""
         self._outbox.join()
@@ -62,7 +66,7 @@ class RayPool:
 
     def request(self, request: RefreshRequest) -> None:
         pool = self.handles
-        self._pending = pool.bank_coordinator.refit.remote(pool.shards, pool.config, self.bank, request)
+        self._pending = pool.bank_coordinator.refit.remote(pool.shards, pool.config, self.bank, request, self._pushers)
 
     def result(self) -> RefreshResult:
         try:
@@ -75,7 +79,7 @@ class RayPool:
     def save(self, step: int, first_ordinal: int, stop_ordinal: int) -> BankState:
         self._drain()
         shards, wanted = self.handles.shards, (first_ordinal, stop_ordinal)
-        ray.get([shard.snapshot.remote(self.bank, step, *wanted) for shard in shards])
+        ray.get([shard.snapshot.remote(self.bank, step, *wanted, self._pushers) for shard in shards])
         parts = [part for part in ray.get([s.rows_between.remote(self.bank, *wanted) for s in shards]) if len(part[1])]
         if not parts:
             return BankState(np.empty((0, 0), np.float16), np.empty(0, np.int64))

@@ -91,17 +91,21 @@ class Config(RunSections):
 
     def _complaints(self) -> Iterable[str]:
         data, train, clustering = self.data, self.train, self.clustering
-        block = train.microbatch_size * train.num_workers
-        if train.global_batch_size % block:
-            below = train.global_batch_size // block * block
-            near = [str(size) for size in (below, below + block) if size]
-            yield (
-                f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x num_workers "
-                f"({train.microbatch_size} x {train.num_workers} = {block}); nearest: {' and '.join(near)}"
-            )
+        if train.least_workers > train.num_workers:
+            yield f"train.min_workers {train.min_workers} is more than train.num_workers {train.num_workers}; lower it"
+        for name, workers in (("num_workers", train.num_workers), ("min_workers", train.least_workers)):
+            block = train.microbatch_size * workers
+            if train.global_batch_size % block:
+                below = train.global_batch_size // block * block
+                near = [str(size) for size in (below, below + block) if size]
+                yield (
+                    f"train.global_batch_size {train.global_batch_size} is not a multiple of microbatch_size x {name} "
+                    f"({train.microbatch_size} x {workers} = {block}); nearest: {' and '.join(near)}"
+                )
         if train.compared == 1 and self.objective.compares_studies:
+            fewest = "num_workers" if train.min_workers is None else "min_workers"
             yield (
-                f"train.microbatch_size 1 x num_workers 1: {self.method.name} compares the studies of a microbatch over all "
+                f"train.microbatch_size 1 x {fewest} 1: {self.method.name} compares the studies of a microbatch over all "
                 "workers, and one has nothing to be compared with; accumulation adds nothing. Set train.microbatch_size to 2 or "
                 "more, as many as fit into memory, or train.contrast=global_batch with a larger train.global_batch_size"
             )

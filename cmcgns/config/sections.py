@@ -203,6 +203,10 @@ class ClusteringConfig(PoolConfig):
 class TrainConfig(Section):
     num_workers: PositiveInt = 2
     """Ray Train workers (ranks)."""
+    min_workers: PositiveInt | None = None
+    """Go on with as few workers as this where machines are lost or not there yet, and with up to `num_workers` where there are
+    more; with numbers alone that divide `global_batch_size` evenly. Each rank then accumulates more microbatches; without
+    `contrast: global_batch` fewer studies are compared. By default always `num_workers`."""
     cpus_per_worker: float = Field(1.0, gt=0.0)
     """CPUs that Ray reserves for one worker."""
     placement: Literal["pack", "spread"] = "pack"
@@ -293,7 +297,8 @@ class TrainConfig(Section):
     """Also write a checkpoint after each validation that is the best of its stage so far, and keep the last of these as
     `best_checkpoint_*`, besides `keep_checkpoints`."""
     max_failures: int = Field(3, ge=-1)
-    """How often lost workers are replaced before the run fails; -1 for no limit."""
+    """How often lost workers are replaced before the run fails; -1 for no limit. With `min_workers`: how often in a row without a
+    new checkpoint between."""
     hang_timeout_s: float = Field(600.0, ge=5.0, le=1800.0)
     """Seconds without progress of any worker after which one that does not answer, or keeps the others waiting, is killed and
     replaced as a lost one. Waiting for films, the clustering pool or storage is no hang."""
@@ -309,9 +314,20 @@ class TrainConfig(Section):
         return self.global_batch_size // (self.microbatch_size * self.num_workers)
 
     @property
+    def least_workers(self) -> int:
+        """The fewest workers that the run may have."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @property
+    def numbers_of_workers(self) -> list[int]:
+        """The numbers of workers with which accumulation comes out even."""
+        every = range(self.least_workers, self.num_workers + 1)
+        return [number for number in every if self.global_batch_size % (self.microbatch_size * number) == 0]
+
+    @property
     def compared(self) -> int:
-        """Studies that a loss compares with each other."""
-        return self.global_batch_size if self.contrast == "global_batch" else self.microbatch_size * self.num_workers
+        """The fewest studies that a loss compares with each other."""
+        return self.global_batch_size if self.contrast == "global_batch" else self.microbatch_size * self.least_workers
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -20,7 +20,7 @@ Space = dict[str, BaseDistribution]
 """Distribution of each drawn ``section.key``."""
 FORMS = ("uniform", "log_uniform", "integer", "log_integer", "choice")
 FIXED = (
-    "train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
+    "train.num_workers", "train.min_workers", "train.cpus_per_worker", "train.use_gpu", "train.seed", "clustering.actors",
     "clustering.cpus_per_actor", "clustering.gpus_per_actor", "data.cpus_per_task", "data.seed",
     "train.validate_every",
 )  # fmt: skip

@@ -73,6 +73,8 @@ def setup_sweep(config: SweepJobConfig) -> Sweep:
     if base.banks:
         check_faiss(base.clustering.device)
     check_metric(settings.metric, base)
+    if base.train.min_workers is not None:
+        raise UserError("train.min_workers: trials of a sweep have train.num_workers each; leave it out")
     if settings.space is not None:
         read_space(settings.space, base)  # fails before the corpus is read
     prepared = prepare_corpus(without_cluster_limit(base, settings))

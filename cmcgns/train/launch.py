@@ -5,6 +5,7 @@ long again, and the driver of a sweep's trial does without.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,8 @@ def count_parameters(config: Config, tokenizer: ReportTokenizer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: CpuShare) -> Assignment:
-    """The assignment that every worker receives."""
+def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: CpuShare, workers: int) -> Assignment:
+    """The assignment that each of ``workers`` receives."""
     config, corpus = run.config, run.corpus
 
     def stream(studies: Studies) -> Stream:
@@ -76,21 +77,26 @@ def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: C
         valid,
         pool,
         coordinator,
-        threads_per_worker(config),
+        threads_per_worker(config, workers),
         run.checkpoint,
     )
 
 
 def fit(
-    config: Config, folder: RunFolder, assignment: Assignment, shared_cluster: bool
+    config: Config,
+    folder: RunFolder,
+    assignment: Assignment,
+    workers: int,
+    replace_lost: bool,
+    look: Callable[[], None] = lambda: None,
 ) -> tuple[str | None, Exception | None]:
-    """Run the workers until they finish. Returns the URI of the last checkpoint, and the error if the run failed.
+    """Run ``workers`` until they finish. Returns the URI of the last checkpoint, and the error if the run failed.
 
-    Lost workers are replaced ``train.max_failures`` times; never on a shared cluster, see ``CpuShare``.
+    ``replace_lost``: lost workers are replaced ``train.max_failures`` times. ``look`` is called twice a second.
     """
-    failures = FailureConfig(max_failures=config.train.max_failures)
-    if shared_cluster:
-        failures = FailureConfig(max_failures=0, max_preemption_failures=0)
+    failures = FailureConfig(max_failures=0, max_preemption_failures=0)
+    if replace_lost:
+        failures = FailureConfig(max_failures=config.train.max_failures)
     filesystem, path = storage.lasting_filesystem(folder.storage)
 
     # a closure, not train_loop_config: the controller unpickles that too, and would import all model code
@@ -103,7 +109,7 @@ def fit(
     trainer = TorchTrainer(
         loop,
         scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers,
+            num_workers=workers,
             use_gpu=config.train.use_gpu,
             placement_strategy=config.train.placement.upper(),
             resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {}),
@@ -128,10 +134,11 @@ def fit(
     # in a separate thread: in the main thread Ray Train aborts on Ctrl-C without a checkpoint
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    watch = HangWatch(assignment.coordinator, config.train.num_workers, config.train.hang_timeout_s)
+    watch = HangWatch(assignment.coordinator, workers, config.train.hang_timeout_s)
     while thread.is_alive():
         thread.join(timeout=0.5)
         watch.look()
+        look()
     result = outcome[0]
     if isinstance(result, ray.exceptions.RayActorError):  # lost workers are in the result
         return None, RuntimeError(LOST.format("controller (Ray Train's)"))

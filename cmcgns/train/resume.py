@@ -59,6 +59,12 @@ def ranks_in_name(name: str) -> int:
     return int(found[2]) if found else -1
 
 
+def step_in_name(name: str) -> int:
+    """The step of the checkpoint ``name``; 0 if that is not a checkpoint's name."""
+    found = CHECKPOINT_NAME.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
 def list_checkpoints(folder: RunFolder) -> list[str]:
     """Names of the checkpoints in the run folder by step, damaged ones included."""
     return sorted(name for name in storage.list_folders(folder.uri) if CHECKPOINT_NAME.fullmatch(name))

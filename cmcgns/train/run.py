@@ -43,14 +43,15 @@ from cmcgns.train.setup import Corpus, Pretraining, setup_pretraining, write_sta
 def check_cpus(config: Config) -> None:
     """Raise ``UserError`` with the numbers if workers and clustering need more GPUs than there are, or leave no CPU for data."""
     train, clustering, resources = config.train, config.clustering, ray.cluster_resources()
-    taken, cpus, gpus = reserved_cpus(config), resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    workers = train.least_workers
+    taken, cpus, gpus = reserved_cpus(config, workers), resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     if taken > cpus - 1:
         raise UserError(
-            f"{train.num_workers} workers of {train.cpus_per_worker} and {config.pool_actors} clustering actors of "
+            f"{workers} workers of {train.cpus_per_worker} and {config.pool_actors} clustering actors of "
             f"{clustering.cpus_per_actor} need {taken:g} CPUs; the cluster has {cpus:g} and one is reserved for data. "
             "Lower train.cpus_per_worker or clustering.cpus_per_actor"
         )
-    wanted = train.num_workers * train.use_gpu + config.pool_actors * clustering.gpus_per_actor
+    wanted = workers * train.use_gpu + config.pool_actors * clustering.gpus_per_actor
     if wanted > gpus:
         raise UserError(f"workers and clustering need {wanted:g} GPUs; the cluster has {gpus:g}. See train.use_gpu")
 
@@ -58,7 +59,7 @@ def check_cpus(config: Config) -> None:
 def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
     """Raise ``UserError`` if the clustering pool fills the nodes labelled for data: data tasks run only there."""
     labelled = data_nodes(nodes)
-    if labelled and whole_cluster(config, nodes).data < 1:
+    if labelled and whole_cluster(config, nodes, config.train.least_workers).data < 1:
         clustering = config.clustering
         raise UserError(
             f"the {len(labelled)} nodes labelled {ROLE}={DATA} have {sum(node.cpus for node in labelled):g} CPUs, and "
@@ -67,10 +68,12 @@ def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
         )
 
 
-def reserved_cpus(config: Config) -> float:
-    """CPUs that workers and clustering pool reserve for the whole run."""
+def reserved_cpus(config: Config, workers: int | None = None) -> float:
+    """CPUs that workers (by default ``train.num_workers``) and the clustering pool reserve while they run."""
     train, clustering = config.train, config.clustering
-    return train.num_workers * train.cpus_per_worker + config.pool_actors * clustering.cpus_per_actor
+    return (
+        train.num_workers if workers is None else workers
+    ) * train.cpus_per_worker + config.pool_actors * clustering.cpus_per_actor
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,12 @@ class CpuShare:
     everything instead of waiting for a replacement. The caller starts it again."""
 
 
-def whole_cluster(config: Config, nodes: Sequence[Node]) -> CpuShare:
-    """The share of a run that has the cluster ``nodes`` to itself."""
+def whole_cluster(config: Config, nodes: Sequence[Node], workers: int | None = None) -> CpuShare:
+    """The share of a run that has the cluster ``nodes`` to itself, with ``workers`` instead of ``train.num_workers``."""
     labelled = data_nodes(nodes)
     cpus = sum(node.cpus for node in labelled or nodes)
     # an estimate: workers without GPUs may be packed onto nodes labelled for data
-    taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else reserved_cpus(config)
+    taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else reserved_cpus(config, workers)
     return CpuShare(cpus, cpus - taken)
 
 
@@ -102,11 +105,11 @@ def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
     return default_read_ahead(corpus.source, data, len(corpus.train), config.train.global_batch_size, decoders)
 
 
-def threads_per_worker(config: Config) -> int:
-    """Torch threads of each worker."""
+def threads_per_worker(config: Config, workers: int | None = None) -> int:
+    """Torch threads of each worker; ``workers`` instead of ``train.num_workers``."""
     if config.train.threads_per_worker is not None:
         return config.train.threads_per_worker
-    on_one_machine = min(config.train.num_workers, max(os.cpu_count() or 1, 1))
+    on_one_machine = min(workers or config.train.num_workers, max(os.cpu_count() or 1, 1))
     return max((os.cpu_count() or 1) // on_one_machine, 1)
 
 
@@ -138,8 +141,12 @@ class PretrainJob(Job):
 
     def plan(self, cpus: float) -> dict[str, str]:
         nodes = list_nodes()
-        share, placed = whole_cluster(self.config, nodes), describe_placement(self.config, nodes)
-        cluster = f"{placed}; {share.data:g} CPUs left for data"
+        share, placed = (
+            whole_cluster(self.config, nodes, self.config.train.least_workers),
+            describe_placement(self.config, nodes),
+        )
+        with_fewest = "" if self.config.train.min_workers is None else f" with {self.config.train.min_workers} workers"
+        cluster = f"{placed}; {share.data:g} CPUs left for data{with_fewest}"
         if self._would_grow(nodes):
             cluster = f"{placed}; {describe_request(self.needed())}; the autoscaler will be asked for the rest"
         return self._describe(share) | {"cluster": cluster}
@@ -153,6 +160,11 @@ class PretrainJob(Job):
         train, clustering, filtered = config.train, config.clustering, corpus.filtered
         excluded = ", ".join(f"{count} {reason}" for reason, count in filtered.items()) or "none"
         sentences = f"about {setup.prepared.sentences} training sentences" if config.data.reports else "no reports"
+        workers, fewer = str(train.num_workers), ""
+        if train.min_workers is not None:
+            workers = " or ".join(map(str, train.numbers_of_workers))
+            steps = train.global_batch_size // (train.microbatch_size * train.min_workers)
+            fewer = f", or {train.min_workers} x {train.microbatch_size} x {steps}"
         threads = " + 1 GPU" if train.use_gpu else f", {threads_per_worker(config)} threads each"
         plan = {
             "run": f"{self.folder.uri}{' (resumed)' if self.folder.resumed else ''}",
@@ -162,9 +174,9 @@ class PretrainJob(Job):
             f"{studies_ahead(config, corpus, share.data)} studies are decoded ahead of training",
             "model": f"{config.model.image_encoder} + {config.model.text_encoder}, D {config.model.embed_dim}, "
             f"{self.parameters / 1e6:.1f} M parameters, {setup.tokenizer.vocabulary_size} word pieces",
-            "training": f"{train.num_workers} workers x {train.cpus_per_worker:g} CPU{threads}, "
+            "training": f"{workers} workers x {train.cpus_per_worker:g} CPU{threads}, "
             f"{train.engine} ZeRO-{train.zero_stage}, {train.precision}, {train.global_batch_size} studies a step = "
-            f"{train.num_workers} x {train.microbatch_size} x {train.accumulation}",
+            f"{train.num_workers} x {train.microbatch_size} x {train.accumulation}{fewer}",
             "method": f"{config.method.name}, {' + '.join(str(length) for length in schedule.lengths if length)} steps, "
             f"warm-up {schedule.warmup}{' each' if schedule.last_stage > 1 else ''}",
         }
@@ -192,7 +204,7 @@ class PretrainJob(Job):
             finally:
                 display.close()
 
-        return train(self.setup, whole_cluster(self.config, list_nodes()), follow)
+        return train(self.setup, None, follow)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Only for a run that ended outside ``train``, which sweeps call too and which writes its own result."""
@@ -251,14 +263,17 @@ def pretrain(config: Config) -> int:
     return run(PretrainJob(config))
 
 
-def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractContextManager[None]]) -> dict[str, Any]:
+def train(
+    setup: Pretraining, cpus: CpuShare | None, follow: Callable[[Any], AbstractContextManager[None]]
+) -> dict[str, Any]:
     """The content of result.json at the end of the run; ``follow`` is entered with the coordinator for the length of the run.
 
+    ``cpus``: its share of a cluster; None if it has the cluster to itself.
     Also contains ``interrupted`` (after a second Ctrl-C), ``permanent_failure`` (a retry would fail too) and the coordinator's
     ``marks``.
     """
     from cmcgns.clustering.bank import start_pool
-    from cmcgns.train.launch import assign, fit
+    from cmcgns.train.elastic import run_workers
 
     config, folder = setup.config, setup.folder
     write_start(folder, config, setup.corpus, setup.tokenizer)
@@ -269,11 +284,11 @@ def train(setup: Pretraining, cpus: CpuShare, follow: Callable[[Any], AbstractCo
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
-    pool = start_pool(config.clustering, config.train.num_workers) if config.banks else None
+    pool = start_pool(config.clustering) if config.banks else None
     interrupted = False
     try:
         with follow(coordinator):
-            checkpoint, error = fit(config, folder, assign(setup, pool, coordinator, cpus), cpus.shared_cluster)
+            checkpoint, error = run_workers(setup, pool, coordinator, cpus)
     except KeyboardInterrupt:  # the second Ctrl-C
         checkpoint, error, interrupted = None, None, True
     finally:
@@ -302,8 +317,9 @@ def check_unchanged(setup: Pretraining) -> None:
 
 def worker_variables(config: Config) -> dict[str, str]:
     """Environment variables of every process of the run, in addition to those of every job."""
+    start_s = NODE_START_S if os.environ.get("RAY_ADDRESS") and config.train.min_workers is None else 600
     own = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{NODE_START_S:.0f}" if os.environ.get("RAY_ADDRESS") else "600",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start_s:.0f}",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -180,8 +180,8 @@ FREE_TO_CHANGE = {
     "data": {"uri", "films", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
     "clustering": {"actors", "cpus_per_actor", "gpus_per_actor", "device"},
     "train": {
-        "num_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage", "microbatch_size",
-        "activation_checkpointing", "placement", "overlap_comm", "deterministic", "tf32", "compile",
+        "num_workers", "min_workers", "cpus_per_worker", "threads_per_worker", "use_gpu", "engine", "zero_stage",
+        "microbatch_size", "activation_checkpointing", "placement", "overlap_comm", "deterministic", "tf32", "compile",
         "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_best", "max_failures",
         "hang_timeout_s",
     },

@@ -228,7 +228,7 @@ def compare(loop: dict[str, Any]) -> None:
 
 def measure(config: Config, rounds: int) -> dict[str, Any]:
     """Result of ``compare`` in a Ray Train worker, with a pool of one actor."""
-    pool = start_pool(config.clustering, 1)
+    pool = start_pool(config.clustering)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found.json"
         TorchTrainer(

@@ -95,7 +95,7 @@ def train(config: Config, pool: Pool) -> dict[str, Any]:
 
 def run(folder: Path, config: Config, shard_type: type[DelayedActor]) -> dict[str, list[dict[str, Any]]]:
     """Records of each rank with the Ray pool, whose last actor is slow, and with the twin."""
-    handles = start_pool(config.clustering, 2, shard_type=shard_type)
+    handles = start_pool(config.clustering, shard_type=shard_type)
     check_processes(handles)
     TorchTrainer(
         train_loop,

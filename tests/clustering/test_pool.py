@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from torch.nn import functional as F
 
-from cmcgns.clustering.bank import PoolHandles, RefreshRequest, start_pool
+from cmcgns.clustering.bank import PoolHandles, Pushers, RefreshRequest, start_pool
 from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import LocalPool
 from cmcgns.config import Config
@@ -35,7 +36,7 @@ def test_ranks_adopt_the_same_centroids_at_the_same_steps_as_the_twin(local_ray:
 
 def test_the_same_actors_cluster_two_banks_like_two_pools_of_their_own(local_ray: None) -> None:
     config = settings(1).clustering
-    handles = start_pool(config, 1)
+    handles = start_pool(config)
     assert len(handles.shards) == config.actors
     dims = {"films": 8, "reports": 12}
     shared = {name: RayPool(handles, name) for name in dims}
@@ -62,6 +63,19 @@ def test_the_same_actors_cluster_two_banks_like_two_pools_of_their_own(local_ray
     shared["films"].reset(8, None)  # empties one bank and not the other
     assert len(shared["films"].save(8, 100, 320).rows_ND) == 0
     assert len(shared["reports"].save(8, 100, 320).rows_ND) == 220
+    handles.stop()
+
+
+def test_a_request_of_workers_that_have_been_replaced_does_not_wait_for_rows_of_ranks_that_are_gone(
+    local_ray: None,
+) -> None:
+    handles = start_pool(settings(1).clustering)
+    pool = RayPool(handles, "films")
+    pool.reset(0, None)
+    late = Pushers(attempt=pool.attempt - 1, ranks=3)
+    for shard in handles.shards:
+        with pytest.raises(RuntimeError, match="the workers that requested the rows of step 1 have been replaced"):
+            ray.get(shard.snapshot.remote("films", 1, 0, 10, late), timeout=30)
     handles.stop()
 
 

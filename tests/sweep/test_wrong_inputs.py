@@ -29,6 +29,7 @@ from tests.small import small_config
         (["--sweep.space={}"], "sweep.space is empty"),
         (["--sweep.metric=accuracy"], "sweep.metric accuracy is not reported; choose one of mean_recall_at_1"),
         (["--sweep.metric=loss"], "losses are not comparable"),
+        (["--train.min_workers=1"], "train.min_workers: trials of a sweep have train.num_workers each; leave it out"),
         (["--sweep.trials=0"], "sweep.trials = 0 must be more than 0"),
         (["--sweep.trial=4"], "did you mean sweep.trials?"),
         (["--sweep.search=grid"], "sweep.search grid accepts no ranges, and objective.mask_ratio is one"),
