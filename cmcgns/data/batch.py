@@ -325,7 +325,6 @@ class SideStream:
             current.wait_stream(self._stream)
             for part in batch:
                 if isinstance(part, Tensor):
-                    part.record_stream(
-                        current
-                    )  # otherwise its memory goes to the next batch while this one is still read
+                    # otherwise its memory goes to the next batch while this one is still read
+                    part.record_stream(current)
         return batch

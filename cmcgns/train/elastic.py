@@ -51,10 +51,8 @@ def run_workers(
     if cpus is None and config.train.min_workers is not None:
         try:
             return _run_elastic(setup, pool, coordinator)
-        except (
-            UserError,
-            ray.exceptions.RayActorError,
-        ) as error:  # no room, or no coordinator: what is done is reported
+        except (UserError, ray.exceptions.RayActorError) as error:
+            # no room, or the coordinator is gone: what the run has done is reported all the same
             return latest_checkpoint(folder), error
     share = whole_cluster(config, list_nodes(), number) if cpus is None else cpus
     return fit(config, folder, assign(setup, pool, coordinator, share, number), number, replace_lost=cpus is None)
@@ -97,9 +95,9 @@ def _run_elastic(setup: Pretraining, pool: PoolHandles | None, coordinator: Any)
 
 def _whole_checkpoint(setup: Pretraining) -> str | None:
     """The last whole checkpoint; None if workers were lost before the first was written."""
-    return (
-        find_checkpoint(setup.folder, setup.config.train.checkpoint_every) if list_checkpoints(setup.folder) else None
-    )
+    if not list_checkpoints(setup.folder):
+        return None
+    return find_checkpoint(setup.folder, setup.config.train.checkpoint_every)
 
 
 def wait_for_dead_nodes() -> None:

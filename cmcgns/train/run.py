@@ -71,9 +71,8 @@ def check_data_nodes(config: Config, nodes: Sequence[Node]) -> None:
 def reserved_cpus(config: Config, workers: int | None = None) -> float:
     """CPUs that workers (by default ``train.num_workers``) and the clustering pool reserve while they run."""
     train, clustering = config.train, config.clustering
-    return (
-        train.num_workers if workers is None else workers
-    ) * train.cpus_per_worker + config.pool_actors * clustering.cpus_per_actor
+    number = train.num_workers if workers is None else workers
+    return number * train.cpus_per_worker + config.pool_actors * clustering.cpus_per_actor
 
 
 @dataclass(frozen=True)
@@ -141,10 +140,8 @@ class PretrainJob(Job):
 
     def plan(self, cpus: float) -> dict[str, str]:
         nodes = list_nodes()
-        share, placed = (
-            whole_cluster(self.config, nodes, self.config.train.least_workers),
-            describe_placement(self.config, nodes),
-        )
+        share = whole_cluster(self.config, nodes, self.config.train.least_workers)
+        placed = describe_placement(self.config, nodes)
         with_fewest = "" if self.config.train.min_workers is None else f" with {self.config.train.min_workers} workers"
         cluster = f"{placed}; {share.data:g} CPUs left for data{with_fewest}"
         if self._would_grow(nodes):
