@@ -42,7 +42,7 @@ def _stand_in() -> ModuleType:
     """As much of pydantic as ``cmcgns.config`` names."""
     module = ModuleType("pydantic")
     names = {"BaseModel": _Unchecked, "ConfigDict": dict, "Field": _field, "PositiveInt": int}
-    names |= {"SerializeAsAny": list, "ValidationInfo": Any, "field_validator": _validator}
+    names |= {"SerializeAsAny": list, "ValidationInfo": Any, "field_validator": _validator, "BeforeValidator": _field}
     vars(module).update(names, model_validator=_validator)
     return module
 
