@@ -1,7 +1,7 @@
 """How many workers a run starts with, and when it stops for more of them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def fixture_head() -> Iterator[RayHead]:
 def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_stops_for_more(
     head: RayHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elastic, "SETTLE_S", 1.5)
+    monkeypatch.setattr(elastic, "SETTLE_S", 3.0)
     setup = setup_of()
     coordinator = ray.remote(RunCoordinator).options(num_cpus=0).remote(100, 0.1, {})
     asked = lambda: ray.get(coordinator.stop_requested.remote())
@@ -64,7 +64,7 @@ def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_stops_for_mo
         look_for(growth, 1.0)
         assert len(growth.room.groups) == 1, "of four CPUs one is left for reading films"
         assert not asked(), "room has to be there for a while"
-        look_for(growth, 3.0)
+        look_for(growth, 60.0, asked)
         assert asked()
         assert growth.room.groups == [], "what it held is free for the workers that start now"
     running.close()
@@ -74,9 +74,9 @@ def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_stops_for_mo
     assert growth.room.groups == [], "with three CPUs there is nothing to wait for"
 
 
-def look_for(growth: Growth, seconds: float) -> None:
+def look_for(growth: Growth, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and not until():
         growth.look()
         time.sleep(0.05)
 
