@@ -117,7 +117,8 @@ def make_films(images: ImageSet, side: int, cpus_per_task: float, folder: str) -
     """URI of the films of ``images`` as squares of ``side`` pixels, created unless already stored in ``folder``; and for each
     unusable film its id and the reason."""
     where = images.table.select(["boxes", "masks"]).to_pylist()  # labels may be corrected for the same films
-    of_set = set_digest(images, images.box_classes, images.mask_classes, getattr(images, "masks_uri", ""), where)
+    masks_in = [images.masks_uri] if hasattr(images, "masks_uri") else []  # of a user's own table
+    of_set = set_digest(images, images.box_classes, images.mask_classes, *masks_in, where)
     uri = storage.join(folder, f"{images.name}-{of_set}-films-{side}.parquet")
     if not storage.exists(uri):
         pieces = pieces_of(images.table)
