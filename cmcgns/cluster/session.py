@@ -116,6 +116,18 @@ def _connect(named: str | None, environment: dict[str, str]) -> None:
         if not named:
             raise
         raise UserError(f"RAY_ADDRESS {named}: {explain_connection_error(error)}") from None
+    except Exception as error:  # what Ray raises has no class of its own
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(slow_start(os.getloadavg()[0], os.cpu_count() or 1)) from None
+
+
+def slow_start(load: float, cpus: int) -> str:
+    """What to do where Ray's processes have not started within the 30 s that Ray gives them."""
+    return (
+        f"Ray did not start on this machine within 30 s (load {load:.0f} on {cpus} CPUs). Start again when the machine is less "
+        "busy, or start Ray with `ray start --head` and set RAY_ADDRESS to the address that it prints"
+    )
 
 
 def protect_token() -> None:

@@ -1,95 +1,101 @@
-"""Each process of a run killed (kill -9), at a moment drawn by seed: in stage 1, at the stage change, as a checkpoint is
-uploaded, in a re-clustering.
+"""Each process of a run killed (kill -9) at each moment: in stage 1, in a re-clustering, as a checkpoint is uploaded, at the
+stage change; a node lost with its worker at each of them, and another one added; a worker that freezes.
 
 The run goes on, or fails with one message and a result and is resumed; in the end every step is there once, with the losses of
-the undisturbed run.
+the undisturbed run. A seed draws the steps and which of several processes is killed.
 """
 
 import os
 import random
-import time
+import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import Job, check_failed, registered, result, rows
-from tests.survival import LENGTH, STEPS, compare, resume, run_undisturbed
+from tests.faults import CLUSTERING, ENDED, REPLACED, DisturbedRun
+from tests.jobs import rows
+from tests.ray_head import joined_node, kill_node, running_head
+from tests.survival import compare, run_undisturbed
 
 pytestmark = pytest.mark.ray
 SEED = int(os.environ.get("CMCGNS_FAILURE_SEED", "0"))
 """Another one draws other moments."""
-STAGE1, EVERY = 14, 4
-"""Of ``tests.survival.STEPS``: steps of stage 1, and between checkpoints."""
-REPLACED = ("RayTrainWorker", "SplitCoordinator")
-"""Processes without which the run goes on by itself, to the same losses."""
-ENDED = {"TrainController": "the controller", "RunCoordinator": "the coordinator", "driver": ""}
-"""Processes with which the run ends, and who is named; it is resumed."""
-CLUSTERING = ("BankActor", "BankCoordinator")
-MOMENTS = ("stage 1", "stage change", "upload", "re-clustering")
-
-
-def drawn() -> list[tuple[str, str]]:
-    """Processes and moments: each process once, and each moment once or twice."""
-    draw = random.Random(SEED)
-    kinds = [*REPLACED, *ENDED, *CLUSTERING]
-    moments = draw.sample(MOMENTS, 4) + draw.sample(MOMENTS, 4)
-    return list(zip(kinds, moments, strict=False))
-
-
-def has_come(moment: str, job: Job, folder: Path) -> Callable[[], bool]:
-    """Tells whether ``moment`` of the run has come."""
-    if moment == "stage 1":
-        step = random.Random(SEED).randint(EVERY + 2, STAGE1 - 2)
-        return lambda: len(rows(folder)) >= step
-    if moment == "stage change":
-        return lambda: "stage 2 starts from the weights" in job.text()
-    if moment == "upload":
-        return lambda: any(folder.glob(f"checkpoint_{2 * EVERY:08d}_*"))
-    return lambda: len(rows(folder)) > EVERY and bool(job.processes("BankCoordinator.refit"))
-
-
-def disturbed(storage: Path, kind: str, moment: str) -> tuple[Job, int]:
-    """A run of which a process of ``kind`` was killed at ``moment``, and the number of steps it had written by then."""
-    folder = storage / "run"
-    job = Job(storage, *STEPS)
-    job.wait_for(lambda: registered(folder))  # there is a checkpoint to go on from
-    come, end = has_come(moment, job, folder), time.monotonic() + 300
-    while not come():
-        assert job.process.poll() is None, f"{moment} has not come:\n{job.text()[-2000:]}"
-        assert time.monotonic() < end, f"{moment} has not come:\n{job.text()[-2000:]}"
-        time.sleep(0.005)
-    steps = len(rows(folder))
-    if kind == "driver":
-        job.kill()
-    else:
-        random.Random(SEED).choice(job.processes(kind)).kill()
-    return job, steps
+LENGTH = 30
+SETTINGS = (
+    "--train.stage1_steps=22", "--train.stage2_steps=8", "--train.max_failures=-1", "--data.phantom_studies=130",
+    "--train.log_every=1", "--train.checkpoint_every=4", "--clustering.refresh_every=5", "--train.warmup_steps=2",
+)  # fmt: skip
+MOMENTS = ("stage 1", "re-clustering", "upload", "stage change")
+"""In the order in which they come."""
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"))
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed"), *SETTINGS)
 
 
-@pytest.mark.parametrize(("kind", "moment"), drawn(), ids=lambda each: each.replace(" ", "-"))
-def test_a_killed_process_costs_no_step_and_changes_no_loss(
-    kind: str, moment: str, tmp_path: Path, undisturbed: Path
+def has_come(moment: str, run: DisturbedRun, draw: random.Random) -> Callable[[], bool]:
+    """Tells whether ``moment`` has come since the last fault."""
+    if moment == "stage 1":
+        step = draw.randint(6, 9)
+        return lambda: run.step() >= step
+    if moment == "re-clustering":
+        return lambda: run.step() > 0 and bool(run.processes("BankCoordinator.refit"))
+    if moment == "upload":
+        there, name = set(run.folder.glob("checkpoint_*")), f"checkpoint_{draw.choice((16, 20)):08d}_*"
+        return lambda: bool(set(run.folder.glob(name)) - there)
+    return lambda: "stage 2 starts from the weights" in run.said()
+
+
+@pytest.mark.parametrize("kind", [*REPLACED, *ENDED, *CLUSTERING])
+def test_a_process_killed_at_each_moment_costs_no_step_and_changes_no_loss(
+    kind: str, tmp_path: Path, undisturbed: Path
 ) -> None:
-    folder = tmp_path / "run"
-    job, steps = disturbed(tmp_path, kind, moment)
-    print(f"{kind} killed after step {steps} ({moment})")
-    if kind in ENDED:
-        if kind != "driver":
-            said = check_failed(job, folder, ENDED[kind], "was killed")
-            assert said.count(str(result(folder)["failure"])) == 1
-            assert "--run.resume=run" in said
-        job = resume(tmp_path)
-    said = job.wait()
-    assert job.process.returncode == 0, said[-3000:]
-    assert "Traceback" not in said
+    draw = random.Random(f"{SEED} {kind}")
+    run = DisturbedRun(tmp_path, *SETTINGS)
+    first = 0
+    for moment in MOMENTS:
+        run.wait_for(moment, has_come(moment, run, draw))
+        step = run.step()
+        run.kill(kind, draw)
+        first = first or step
+        print(f"{kind} killed after step {step} ({moment})")
+    run.finish(LENGTH)
     if kind in CLUSTERING:  # the rows of the lost actor are gone, so later centroids differ
-        assert [row["step"] for row in rows(folder)] == list(range(1, LENGTH + 1))
-        assert result(folder)["status"] == "finished"
+        losses = [[row["loss"] for row in rows(folder)[:first]] for folder in (run.folder, undisturbed)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     else:
-        compare(folder, undisturbed)
+        compare(run.folder, undisturbed)
+
+
+def test_a_node_lost_with_its_worker_at_each_moment_and_added_again_costs_no_step(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    draw = random.Random(SEED)
+    # three nodes: a worker is as large as one of those that are lost, and all else is on the head
+    with running_head(cpus=2) as head, ExitStack() as nodes:
+        add = lambda: nodes.enter_context(joined_node(head, cpus=3))
+        alive = [add(), add()]
+        run = DisturbedRun(tmp_path, *SETTINGS, "--train.cpus_per_worker=3", "--train.threads_per_worker=1", head=head)
+        for moment in MOMENTS:
+            run.wait_for(moment, has_come(moment, run, draw))
+            step = run.step()
+            run.mark()
+            kill_node(alive.pop(draw.randrange(2)))
+            alive.append(add())
+            print(f"node killed after step {step} ({moment})")
+        run.finish(LENGTH)
+    compare(run.folder, undisturbed)
+
+
+def test_a_frozen_worker_is_named_and_replaced_and_changes_no_loss(tmp_path: Path, undisturbed: Path) -> None:
+    run = DisturbedRun(tmp_path, *SETTINGS, "--train.hang_timeout_s=15")
+    run.wait_for("stage 1", lambda: run.step() >= 6)
+    [*_, frozen] = run.processes("RayTrainWorker")
+    frozen.suspend()
+    run.finish(LENGTH)
+    message = r"rank \d on node \S+ \(pid (\d+)\) hangs: it has been in step \d+ \(.*?\) for \d+ s"
+    assert re.findall(message, " ".join(run.job.text().split())) == [str(frozen.pid)]
+    compare(run.folder, undisturbed)

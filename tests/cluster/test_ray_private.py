@@ -1,5 +1,6 @@
 """Each use of Ray's private API still does what it is for: the test that fails names what a new Ray has changed."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
-from cmcgns.cluster import ray_private
+from cmcgns.cluster import ray_private, session
+from cmcgns.errors import UserError
 
 pytestmark = pytest.mark.ray
 SEEN: list[float] = []
@@ -41,6 +43,18 @@ def test_importing_the_file_loads_neither_ray_data_nor_torch() -> None:
     """Clustering actors import it: both would cost each of them seconds and memory; ray.data makes pyarrow unpickle columns."""
     code = "import sys, cmcgns.clustering.bank, cmcgns.cluster.session; assert not {'ray.data', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_message(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    said = "The current node timed out during startup."
+    assert said in inspect.getsource(ray._private.node)
+
+    def start(**settings: Any) -> None:
+        raise Exception(said)
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(UserError, match=r"Ray did not start on this machine within 30 s \(load \d+ on \d+ CPUs\)"):
+        session._connect(None, {})
 
 
 def test_processes_of_a_local_cluster_are_in_groups_of_their_own() -> None:

@@ -1,5 +1,5 @@
-"""A run that loses a worker, is stopped, renamed and resumed on more workers, of which one freezes; the acceptance test compares
-each case with a whole run.
+"""A run that loses a worker, is stopped, renamed and resumed on more workers; the acceptance tests compare each case with a whole
+run, and freeze a worker.
 
 The same run is checked for what other users of the machine can do to it (``tests.attacks``): another run would take a minute.
 """
@@ -23,9 +23,7 @@ SHORT = (
 LENGTH = 12
 
 
-def test_a_run_survives_a_killed_worker_sigterm_a_new_name_and_a_frozen_worker_and_is_closed_to_others(
-    home: Path,
-) -> None:
+def test_a_run_survives_a_killed_worker_sigterm_and_a_new_name_and_is_closed_to_others(home: Path) -> None:
     folder, marks = home / "run", home / "marks"
     plant_modules(home / "corpus", marks)
     job = start(home, 4, *SHORT, cwd=home / "corpus")
@@ -44,17 +42,8 @@ def test_a_run_survives_a_killed_worker_sigterm_a_new_name_and_a_frozen_worker_a
     assert mode(home / ".ray" / "auth_token") == 0o600
     assert checkpoints(folder)[-1].name.startswith(f"checkpoint_{steps:08d}_")
     renamed = folder.rename(home / "renamed")
-    changes = ("--train.num_workers=2", "--train.zero_stage=3", "--train.hang_timeout_s=15")
-    job = Job(home, "--run.resume=renamed", *changes, config=None)
-    job.wait_for(lambda: "resuming after step" in job.text())
-    [*_, frozen] = job.workers()
-    frozen.suspend()
+    job = Job(home, "--run.resume=renamed", "--train.num_workers=2", "--train.zero_stage=3", config=None)
     said = job.wait()
     assert job.process.returncode == 0, said[-3000:]
-    message = r"rank \d on node \S+ \(pid (\d+)\) hangs: it has been in step \d+ \(.*?\) for \d+ s"
-    told = re.search(message, " ".join(said.split()))
-    assert told is not None, said[-3000:]
-    assert int(told[1]) == frozen.pid
-    assert said.count("resuming after step") == 2
     assert [row["step"] for row in rows(renamed)] == list(range(1, LENGTH + 1))
     assert result(renamed)["status"] == "finished"
