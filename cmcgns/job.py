@@ -4,9 +4,12 @@ Order: ``__init__`` refuses wrong settings before Ray starts; then the job conne
 cluster; ``run`` does the work; ``result.json`` and the last lines report the outcome, also after Ctrl-C and failures.
 """
 
+import os
 import shlex
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -16,6 +19,7 @@ from rich.console import Console
 from cmcgns import storage
 from cmcgns.cli import STATUS_FAILED, STATUS_INTERRUPTED, STATUS_TERMINATED, invocation
 from cmcgns.cluster.coordinator import memory_failure
+from cmcgns.cluster.head_watch import watch_head
 from cmcgns.cluster.session import ONE_CPU, ray_session
 from cmcgns.errors import UserError, cause
 from cmcgns.lease import hold
@@ -118,7 +122,10 @@ def run(job: Job, dry_run: bool = False) -> int:
         warn_if_temporary(terminal, job.folder)
         if dry_run:
             return 0
-        with hold(job.folder.uri, f"run {job.folder.name} in {job.folder.storage}"):
+        with (
+            hold(job.folder.uri, f"run {job.folder.name} in {job.folder.storage}"),
+            watch_head(lambda message: end_without_head(job, terminal, message)),
+        ):
             result = outcome(job, terminal)
             try:
                 job.write_result(result)
@@ -126,6 +133,19 @@ def run(job: Job, dry_run: bool = False) -> int:
                 result = {"failure": str(error)} | result | {"status": "failed"}
         job.report(terminal, result)
         return STATUS_TERMINATED if sigterm.received and result["status"] == "stopped" else STATUS[result["status"]]
+
+
+def end_without_head(job: Job, terminal: Console, message: str) -> None:
+    """End this process with the result of a failed run. Nothing of Ray can be used, not even its shutdown."""
+    result = {"status": "failed", "failure": message}
+    try:
+        with suppress(UserError):
+            job.write_result(result)
+        job.report(terminal, result)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        os._exit(STATUS["failed"])
 
 
 def outcome(job: Job, terminal: Console) -> dict[str, Any]:

@@ -16,8 +16,10 @@ REPLACED = ("RayTrainWorker", "SplitCoordinator")
 """Processes without which the run goes on by itself, to the same losses."""
 CLUSTERING = ("BankActor", "BankCoordinator")
 """Processes without which the run goes on, with other centroids: the rows of a lost actor are gone."""
-ENDED = {"TrainController": "the controller", "RunCoordinator": "the coordinator", "driver": ""}
+ENDED = {"TrainController": "the controller", "RunCoordinator": "the coordinator", "driver": "the driver"}
 """Processes with which the run ends, and who is named; it is resumed."""
+HEAD = {"gcs_server": "Ray's head"}
+"""The same for Ray's own."""
 MOMENT_S = 300
 
 
@@ -77,9 +79,9 @@ class DisturbedRun:
         else:
             self.wait_for(kind, lambda: bool(self.processes(kind)))
             draw.choice(self.processes(kind)).kill()
-        if kind in ENDED:
+        if named := (ENDED | HEAD).get(kind):
             if kind != "driver":
-                said = check_failed(self.job, self.folder, ENDED[kind], "was killed")
+                said = check_failed(self.job, self.folder, named, "was killed")
                 assert said.count(str(result(self.folder)["failure"])) == 1
                 assert "--run.resume=run" in said
             self._start("--run.resume=run")

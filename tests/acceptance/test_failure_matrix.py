@@ -1,5 +1,6 @@
 """Each process of a run killed (kill -9) at each moment: in stage 1, in a re-clustering, as a checkpoint is uploaded, at the
-stage change; a node lost with its worker at each of them, and another one added; a worker that freezes.
+stage change; a node lost with its worker at each of them, and another one added; a worker that freezes; Ray's head
+lost.
 
 The run goes on, or fails with one message and a result and is resumed; in the end every step is there once, with the losses of
 the undisturbed run. A seed draws the steps and which of several processes is killed.
@@ -8,6 +9,7 @@ the undisturbed run. A seed draws the steps and which of several processes is ki
 import os
 import random
 import re
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +29,7 @@ SETTINGS = (
     "--train.stage1_steps=22", "--train.stage2_steps=8", "--train.max_failures=-1", "--data.phantom_studies=130",
     "--train.log_every=1", "--train.checkpoint_every=4", "--clustering.refresh_every=5", "--train.warmup_steps=2",
 )  # fmt: skip
+FROZEN_S = 20
 MOMENTS = ("stage 1", "re-clustering", "upload", "stage change")
 """In the order in which they come."""
 
@@ -98,4 +101,20 @@ def test_a_frozen_worker_is_named_and_replaced_and_changes_no_loss(tmp_path: Pat
     run.finish(LENGTH)
     message = r"rank \d on node \S+ \(pid (\d+)\) hangs: it has been in step \d+ \(.*?\) for \d+ s"
     assert re.findall(message, " ".join(run.job.text().split())) == [str(frozen.pid)]
+    compare(run.folder, undisturbed)
+
+
+def test_a_lost_head_ends_the_run_by_name_and_one_that_is_frozen_for_a_while_does_not(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    draw = random.Random(SEED)
+    run = DisturbedRun(tmp_path, *SETTINGS)
+    run.wait_for("stage 1", has_come("stage 1", run, draw))
+    run.kill("gcs_server", draw)
+    run.wait_for("stage 1", has_come("stage 1", run, draw))
+    [head] = run.processes("gcs_server")
+    head.suspend()
+    time.sleep(FROZEN_S)
+    head.resume()
+    run.finish(LENGTH)
     compare(run.folder, undisturbed)
