@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.cluster.heartbeat import CLUSTERING, FILMS, STARTING, WRITING, mark
+from cmcgns.cluster.heartbeat import CLUSTERING, COPYING, FILMS, STARTING, WRITING, mark
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.errors import TrainingStoppedError
@@ -37,7 +37,7 @@ from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
 from cmcgns.train.optimizer import MOMENTS
 from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.shards import State
+from cmcgns.train.shards import State, copied, file_order
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
 from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
@@ -303,7 +303,7 @@ class Trainer:
         is_best = self._is_best(validation)
         if is_best and (stage == 1 or stage < self.parts.schedule.last_stage):
             self.progress.best = {name: value for name, value in self.progress.best_of_stage.items() if name != "stage"}
-            self.best, self.best_centroids = self.engine.weights_shard(), self.banks.centroids_state()
+            self.best, self.best_centroids = copied(self.engine.weights_shard()), self.banks.centroids_state()
         self.watch.lap()
         return is_best
 
@@ -355,15 +355,18 @@ class Trainer:
         self._best_to_keep = self._written_best()
         self._best_step = self.progress.step if is_best else None
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        mark("copying the state")
+        mark(COPYING)
         average_buffers(self.engine.module)
-        shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}
         averages = {f"{moment}.{name}": size for name, size in self.sizes.items() for moment in MOMENTS}
         whole = {"clustering": self.banks.state_dict(self.progress.step), "best_centroids": self.best_centroids}
         contents = Contents(
-            {name: parts for name, parts in shards.items() if parts},
+            {"best": self.best} if self.best else {},
             self.sizes | averages,
             {name: state for name, state in whole.items() if state},
+            {
+                "weights": file_order(self.engine.weights_shard()),
+                "optimizer": file_order(self.engine.optimizer_state()),
+            },
         )
         self.writer.start(self.progress, contents)
         self.watch.lap()
