@@ -288,7 +288,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_p
     run = start(config_of(model__dropout=0.0), tmp_path / "run", batcher=SpoiledImage)
     twin = start(config_of(model__dropout=0.0), tmp_path / "twin")
     with pytest.raises(
-        TrainingStoppedError, match=r"step 3: loss_global, .* is not finite; the weights are those of step 2"
+        TrainingStoppedError,
+        match=r"step 3: loss_global, .* is not finite, in the studies 64 to 95 of epoch 0's order "
+        r"\(studies_digest [0-9a-f]{16}\); the weights are those of step 2",
     ):
         run.trainer.train()
     for step in (1, 2):
