@@ -36,8 +36,17 @@ from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.display import Display, stop_on_interrupt
-from cmcgns.train.resume import delete_half_written, latest_checkpoint, list_checkpoints, write_snapshot
+from cmcgns.train.resume import (
+    delete_half_written,
+    end_last_attempt,
+    latest_checkpoint,
+    list_checkpoints,
+    write_snapshot,
+)
 from cmcgns.train.setup import Corpus, Pretraining, setup_pretraining, write_start
+
+logger = logging.getLogger(__name__)
+LOOK_S, STARVED_S = 2.0, 30.0
 
 
 def check_cpus(config: Config) -> None:
@@ -278,6 +287,7 @@ def train(
         check_unchanged(setup)
         delete_half_written(folder, (), if_listed=True)  # of an attempt that was killed
         write_snapshot(folder, setup.checkpoint)
+        end_last_attempt(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)
