@@ -74,6 +74,31 @@ def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_stops_for_mo
     assert growth.room.groups == [], "with three CPUs there is nothing to wait for"
 
 
+@pytest.mark.ray
+def test_a_run_does_not_stop_for_more_workers_if_another_job_has_the_cpu_that_data_would_need(
+    head: RayHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"SETTLE_S": 1.0, "LOOK_S": 0.1, "DATA_CPU_S": 1.0, "PAUSE_S": 0.0}.items():
+        monkeypatch.setattr(elastic, name, seconds)
+    setup = setup_of()
+    coordinator = ray.remote(RunCoordinator).options(num_cpus=0).remote(100, 0.1, {})
+    running, other_job = Room(1, setup), Room(1, setup)
+    try:
+        growth = Growth(setup, 1, coordinator)
+        ray.get(coordinator.mark.remote("training"))
+        with joined_node(head, cpus=1):
+            third = Room(1, setup)
+            asked = lambda: ray.get(coordinator.stop_requested.remote())
+            look_for(growth, 8.0, asked)
+            assert not asked(), "of four CPUs the run has one and others two: one more would leave none for data"
+            third.close()
+            look_for(growth, 60.0, asked)
+            assert asked()
+    finally:
+        for room in (running, other_job):
+            room.close()
+
+
 def look_for(growth: Growth, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not until():
