@@ -11,13 +11,17 @@ from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
 from cmcgns.errors import TrainingStoppedError
 from cmcgns.train.checkpoint import Progress
+from cmcgns.train.shards import copied
 from cmcgns.train.steps import Cursor, StepData
 from cmcgns.train.trainer import FiniteCheck
 from tests.ranks import run_on_ranks
+from tests.small import losses_of, random_batch, small_config
+from tests.train.test_skipped_steps import ENGINES, engine_of
 from tests.train.test_trainer import config_of, start
 
 pytestmark = pytest.mark.distributed
 CPU = torch.device("cpu")
+ROWS = [slice(0, 4), slice(4, 8)]
 
 
 def said_of_terms(number: float) -> str:
@@ -89,3 +93,29 @@ def test_a_film_that_gives_nan_on_one_rank_ends_both_and_is_in_no_checkpoint(
     assert "step 6: loss_global" in said
     assert "the weights are those of step 5" in said
     assert (checkpoints, finite, last) == (["checkpoint_2", "checkpoint_4"], True, 5)
+
+
+def moved_by_steps(engine_name: str, precision: str) -> list[bool]:
+    """Whether each of three steps has moved weights and averages; the gradient of the second one is infinite on rank 1."""
+    config = small_config(
+        num_workers=2, microbatch_size=4, global_batch_size=8, precision=precision, **ENGINES[engine_name]
+    )
+    engine = engine_of(config)
+    states, moved = [engine.weights() | copied(engine.optimizer_state())], []
+    for number in range(3):
+        batch = random_batch(config, ROWS[distributed.rank()], number, ROWS)
+        loss = losses_of(config, engine(batch, 2), batch, None, 2).total
+        spoiled = number == 1 and distributed.rank() == 1
+        engine.backward(loss * float("inf") if spoiled else loss, last=True)
+        engine.step(1e-3)
+        states.append(engine.weights() | copied(engine.optimizer_state()))
+        before, after = states[-2:]
+        moved.append(before.keys() != after.keys() or any(not torch.equal(before[name], after[name]) for name in after))
+        assert all(value.isfinite().all() for value in after.values())
+    return moved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_both_ranks_skip_a_step_whose_gradient_is_infinite_on_one(name: str, precision: str) -> None:
+    assert run_on_ranks(2, moved_by_steps, name, precision) == [[True, False, True]] * 2
