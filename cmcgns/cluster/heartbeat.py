@@ -16,6 +16,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 STARTING, FILMS, CLUSTERING = "starting", "waiting for films", "waiting for the clustering pool"
 WRITING, EXPORT = "waiting for the checkpoint before", "writing the export"
+COPYING = "copying the state"
 PATIENT = (STARTING, FILMS, CLUSTERING, WRITING, EXPORT)
 """What may take long on a slow storage or a busy machine: only silence counts."""
 BEATS = 20

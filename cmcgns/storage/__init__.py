@@ -42,6 +42,8 @@ __all__ = [
 ]
 ARROW_ATTEMPTS = 4
 """Attempts per request that Arrow makes itself when others use its file system."""
+LASTING_ATTEMPTS = 10
+"""The same for those who write, who cannot repeat it: 1 to 2 minutes where nobody listens, 4 where nobody answers."""
 SCRATCH, LOCK = "cmcgns-write-", "lock"
 LOCK_GRACE_S = 60
 """A folder younger than this may not be locked yet."""
@@ -81,10 +83,10 @@ def filesystem(uri: str, attempts: int = ARROW_ATTEMPTS) -> tuple[arrow_fs.FileS
 
 
 def lasting_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
-    """``filesystem`` for those who keep it: credentials that expire are renewed."""
-    files, path = filesystem(uri)
+    """``filesystem`` for those who keep it and write: expired credentials are renewed, and storage may be away for a minute."""
+    files, path = filesystem(uri, LASTING_ATTEMPTS)
     if is_s3(uri) and s3.are_temporary():
-        files = arrow_fs.PyFileSystem(Renewed(partial(s3.arrow_filesystem, s3.split(uri)[0], ARROW_ATTEMPTS)))
+        files = arrow_fs.PyFileSystem(Renewed(partial(s3.arrow_filesystem, s3.split(uri)[0], LASTING_ATTEMPTS)))
     return files, path
 
 

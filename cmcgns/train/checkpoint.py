@@ -5,10 +5,13 @@ files all have theirs.
 """
 
 import json
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from cmcgns import distributed, storage
+from cmcgns.cluster.heartbeat import COPYING, mark
 from cmcgns.errors import TrainingStoppedError
 from cmcgns.run_folder import EXPORT_HASHES
 from cmcgns.storage.integrity import hash_file, write_hashes
 from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED, hashes_of
-from cmcgns.train.shards import State, join, read_shard, split, write_shard
+from cmcgns.train.shards import Parts, State, join, read_shard, split, write_one_by_one, write_shard
 
 
 @dataclass
@@ -47,29 +51,91 @@ class Progress:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds besides progress and random state; it must not change any more."""
+    """What a checkpoint holds besides progress and random state, by name of the file."""
 
     shards: dict[str, State]
-    """This rank's parts, by name of the file."""
+    """This rank's parts that must not change any more."""
     sizes: dict[str, int]
-    """Elements of the whole tensors behind them."""
+    """Elements of the whole tensors behind all parts."""
     whole: dict[str, State] = field(default_factory=dict)
-    """What rank 0 alone writes, by name of the file."""
+    """What rank 0 alone writes; it must not change any more either."""
+    live: dict[str, Parts] = field(default_factory=dict)
+    """This rank's parts of what the next step changes, in ``file_order``: they are copied first, before training goes on."""
+
+
+COPIED_BYTES = 512 * 2**20
+"""The most that a rank has copied and not written yet, besides one tensor that waits for room. Without a bound the ranks of one
+host would take the size of the whole state, 12 bytes per parameter."""
+
+
+class Copies:
+    """Tensors on their way from the training loop to the thread that writes them, in order."""
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: bytes that may be on the way."""
+        self._limit, self._held = limit, 0
+        self._ready: deque[Tensor] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._dropped = False
+
+    def put(self, tensor: Tensor) -> None:
+        """Hand over ``tensor`` once there is room for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._dropped or not self._held or self._held + tensor.nbytes <= self._limit)
+            if not self._dropped:
+                self._ready.append(tensor)
+                self._held += tensor.nbytes
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        """No more tensors will come."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def drop(self) -> None:
+        """Nobody takes tensors any more: what comes is dropped."""
+        with self._changed:
+            self._dropped = True
+            self._ready.clear()
+            self._changed.notify_all()
+
+    def take(self, number: int) -> Iterator[Tensor]:
+        """The next ``number`` tensors; each one counts until the next one is asked for."""
+        for _ in range(number):
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or self._ended)
+                if not self._ready:
+                    raise RuntimeError("the state was not copied to its end")
+                tensor = self._ready.popleft()
+            yield tensor
+            with self._changed:
+                self._held -= tensor.nbytes
+                self._changed.notify_all()
 
 
 class CheckpointWriter:
     """Writes this rank's part of checkpoints in a thread beside the training loop, one after the other."""
 
-    def __init__(self, keep: Callable[[Path, int], None]) -> None:
-        """``keep`` is called in the thread with the folder and the step, once the files are there."""
-        self._keep = keep
+    def __init__(self, keep: Callable[[Path, int], None], limit: int = COPIED_BYTES) -> None:
+        """``keep`` is called in the thread with the folder and the step, once the files are there. ``limit``: most bytes that are
+        copied and not written yet."""
+        self._keep, self._limit = keep, limit
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
     def start(self, progress: Progress, contents: Contents) -> None:
-        """Begin to write a checkpoint; the one before must have ended."""
-        copied = deepcopy(progress)
-        self._last = self._thread.submit(self._write, copied, contents, random_state())
+        """Copy what is live and begin to write it; the checkpoint before must have ended. Waits for the disk if more is live than
+        ``limit``. Collective."""
+        copies = Copies(self._limit)
+        writing = self._thread.submit(self._write, deepcopy(progress), contents, random_state(), copies)
+        try:
+            for part in (part for parts in contents.live.values() for part in parts.values()):
+                mark(COPYING)
+                copies.put(part.copy())
+        finally:
+            copies.end()
+        self._last = writing
 
     def check(self) -> None:
         """Raise the error of a checkpoint that has failed in the meantime."""
@@ -82,29 +148,37 @@ class CheckpointWriter:
         if last is not None:
             last.result()
 
-    def _write(self, progress: Progress, contents: Contents, random: State) -> None:
-        with storage.scratch_folder() as scratch:
-            folder = scratch / "checkpoint"
-            folder.mkdir()
-            save_checkpoint(folder, progress, contents, random)
-            self._keep(folder, progress.step)
+    def _write(self, progress: Progress, contents: Contents, random: State, copies: Copies) -> None:
+        try:
+            with storage.scratch_folder() as scratch:
+                folder = scratch / "checkpoint"
+                folder.mkdir()
+                save_checkpoint(folder, progress, contents, random, copies)
+                self._keep(folder, progress.step)
+        finally:
+            copies.drop()  # after an error the loop, where other ranks wait, must not wait for room
 
 
-def save_checkpoint(folder: Path, progress: Progress, contents: Contents, random: State) -> None:
-    """Write this rank's files and their hashes."""
-    rank = distributed.rank()
-    files = {f"{name}_{rank}.safetensors": parts for name, parts in (contents.shards | {"random": random}).items()}
+def save_checkpoint(
+    folder: Path, progress: Progress, contents: Contents, random: State, copies: Copies | None = None
+) -> None:
+    """Write this rank's files and their hashes. ``copies`` brings the tensors of what is live, which others can do without."""
+    rank, writers = distributed.rank(), {}
+    if copies is not None:
+        for name, parts in contents.live.items():
+            writers[f"{name}_{rank}"] = partial(write_one_by_one, parts=parts, tensors=copies.take(len(parts)))
+    shards = contents.shards | {"random": random}
+    held = {f"{name}_{rank}": parts for name, parts in shards.items()} | (contents.whole if rank == 0 else {})
+    for name, tensors in sorted(held.items(), key=lambda item: -_size(item[1])):  # little is left to hash at the end
+        writers[name] = partial(write_shard, parts=tensors)
     if rank == 0:
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
-        files |= {f"{name}.safetensors": tensors for name, tensors in contents.whole.items()}
-    files = dict(
-        sorted(files.items(), key=lambda file: -_size(file[1]))
-    )  # largest first: little is left to hash at the end
     with ThreadPoolExecutor(1) as beside:  # hash one file while the next one is written
         hashes = {"progress.json": beside.submit(hash_file, folder / "progress.json")} if rank == 0 else {}
-        for name, tensors in files.items():
-            write_shard(folder / name, tensors, contents.sizes)
-            hashes[name] = beside.submit(hash_file, folder / name)
+        for name, write in writers.items():
+            path = folder / f"{name}.safetensors"
+            write(path, sizes=contents.sizes)
+            hashes[path.name] = beside.submit(hash_file, path)
         found = {name: each.result() for name, each in hashes.items()}
     (folder / hashes_of(rank)).write_text(json.dumps(found, indent=1))
 

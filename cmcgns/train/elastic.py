@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cmcgns.cluster.placement import NODE_START_S, bundles, can_scale_up, describe_request, list_nodes, run_bundles
+from cmcgns.cluster.session import ONE_CPU
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.errors import UserError, last_line
 from cmcgns.train.launch import assign, fit
@@ -36,6 +37,8 @@ SETTLE_S = 30.0
 LOOK_S = 1.0
 DEAD_S = 90.0
 """After this long Ray knows of any node that is dead."""
+DATA_CPU_S = 10.0
+"""Longer than a data task takes."""
 PAUSE_S = 300.0
 """Until a run looks again, after there was room that it could not use."""
 
@@ -137,6 +140,16 @@ class Room:
         self.groups = []
 
 
+def has_data_cpu() -> bool:
+    """Whether Ray gives one more CPU besides what is held: other jobs may have some of the cluster's. Data tasks of this run give
+    one away for a moment."""
+    group = placement_group([ONE_CPU])
+    try:
+        return bool(group.wait(DATA_CPU_S))
+    finally:
+        remove_placement_group(group)
+
+
 class Growth:
     """Looks while ``workers`` run whether there is room for more, and asks them once to stop for it."""
 
@@ -165,12 +178,13 @@ class Growth:
         more = most_allowed(self.setup, self.workers + self.room.look(), total_cpus())
         if not self.room.free or not self.room.is_settled:
             return
+        grows = more > self.workers and has_data_cpu()  # while the room is held
         self.room.close()
-        if more > self.workers:
+        if grows:
             logger.warning("there is room for %d workers: the run saves a checkpoint and goes on with them", more)
             self._asked = True
             ray.get(self.coordinator.request_resize.remote())
-        else:  # too little for another number of workers, and data can use it
+        else:  # too little for another number of workers and for data, which can use it
             self._looked = time.monotonic() + PAUSE_S
 
     def _possible(self) -> int:

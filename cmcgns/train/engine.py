@@ -32,7 +32,7 @@ from cmcgns.train.optimizer import (
     set_learning_rate,
     step_count,
 )
-from cmcgns.train.shards import State, join, own_range, split
+from cmcgns.train.shards import Part, Parts, State, join, own_range, split
 from cmcgns.train.speed import compile_backbones
 from cmcgns.user_folders import torch_extensions
 
@@ -62,14 +62,14 @@ class Engine(Protocol):
     def weights(self, keep: bool = True) -> State:
         """Whole float32 weights and buffers, gathered one by one; {} without ``keep``. Collective."""
 
-    def weights_shard(self) -> State:
-        """Copy of this rank's part of weights and buffers."""
+    def weights_shard(self) -> Parts:
+        """This rank's part of weights and buffers."""
 
-    def optimizer_state(self) -> State:
-        """Copy of this rank's part of the averages, as MOMENT.NAME, and ``optimizer_steps``. Collective."""
+    def optimizer_state(self) -> Parts:
+        """This rank's part of the averages, as MOMENT.NAME, and ``optimizer_steps``. Collective, and so is to copy each part."""
 
     def load_optimizer_state(self, state: State) -> None:
-        """Load what ``optimizer_state`` returns, each rank its part. Collective."""
+        """Load copies of what ``optimizer_state`` returns, each rank its part. Collective."""
 
     def close(self) -> None:
         """Free parameters, gradients, averages and buffers; the engine cannot be used any more."""
@@ -154,22 +154,21 @@ class DeepSpeedEngine:
                     whole[name] = to_cpu(parameter)
         return whole
 
-    def weights_shard(self) -> State:
-        parts = {name: to_cpu(split(buffer)) for name, buffer in self._buffers()}
+    def weights_shard(self) -> Parts:
+        parts = {name: Part.of(split(buffer)) for name, buffer in self._buffers()}
         for name, parameter in self.module.named_parameters():
-            parts[name] = to_cpu(self._part(parameter) if self.zero_stage == 3 else split(parameter))
+            parts[name] = Part.of(self._part(parameter) if self.zero_stage == 3 else split(parameter))
         return parts
 
-    def optimizer_state(self) -> State:
+    def optimizer_state(self) -> Parts:
         self._link_averages()
-        state: State = {}
-        for name, parameter in self._trained():
-            for moment in MOMENTS:
-                average = self._average(parameter, moment)
-                if average is not None:
-                    state[f"{moment}.{name}"] = to_cpu(average)
-        state["optimizer_steps"] = torch.tensor(int(self.engine.global_steps - self.engine.skipped_steps))
-        return state
+        state = {
+            f"{moment}.{name}": self._average(parameter, moment)
+            for name, parameter in self._trained()
+            for moment in MOMENTS
+        }
+        steps = torch.tensor(int(self.engine.global_steps - self.engine.skipped_steps))
+        return state | {"optimizer_steps": Part.of(steps)}
 
     def load_optimizer_state(self, state: State) -> None:
         steps = state["optimizer_steps"]
@@ -207,14 +206,14 @@ class DeepSpeedEngine:
         start, stop = own_range(size)
         return stored[: stop - start]
 
-    def _average(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
-        """This rank's part of an average. Collective in ZeRO-1 and 2, whose own parts are others."""
+    def _average(self, parameter: nn.Parameter, moment: str) -> Part:
+        """This rank's part of an average. To copy it is collective in ZeRO-1 and 2, whose own parts are others."""
         from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
         if self.zero_stage < 3:
-            average = safe_get_full_optimizer_state(parameter, moment)
-            return None if average is None else split(average)
-        return safe_get_local_optimizer_state(parameter, moment)[: len(self._part(parameter))]
+            shape = tuple(split(parameter).shape)
+            return Part(shape, torch.float32, lambda: to_cpu(split(safe_get_full_optimizer_state(parameter, moment))))
+        return Part.of(safe_get_local_optimizer_state(parameter, moment)[: len(self._part(parameter))])
 
     def _set_average(self, parameter: nn.Parameter, moment: str, part: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -336,18 +335,18 @@ class TorchEngine:
     def weights(self, keep: bool = True) -> State:
         return {name: to_cpu(value) for name, value in self.module.state_dict().items() if keep}
 
-    def weights_shard(self) -> State:
-        return {name: to_cpu(split(value)) for name, value in self.module.state_dict().items()}
+    def weights_shard(self) -> Parts:
+        return {name: Part.of(split(value)) for name, value in self.module.state_dict().items()}
 
-    def optimizer_state(self) -> State:
+    def optimizer_state(self) -> Parts:
         state = {
-            f"{moment}.{name}": to_cpu(split(self.optimizer.state[parameter][moment]))
+            f"{moment}.{name}": Part.of(split(self.optimizer.state[parameter][moment]))
             for name, parameter in self.module.named_parameters()
             for moment in MOMENTS
             if parameter in self.optimizer.state
         }
         steps = max((int(slot["step"]) for slot in self.optimizer.state.values()), default=0)
-        return state | {"optimizer_steps": torch.tensor(steps)}
+        return state | {"optimizer_steps": Part.of(torch.tensor(steps))}
 
     def load_optimizer_state(self, state: State) -> None:
         trained = ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)

@@ -23,7 +23,7 @@ from cmcgns.data.stream import Stream, stream_split
 from cmcgns.data.studies import Studies
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.run_folder import RunFolder
-from cmcgns.train.run import CpuShare, studies_ahead, threads_per_worker
+from cmcgns.train.run import CpuShare, DataCpus, studies_ahead, threads_per_worker
 from cmcgns.train.schedule import Schedule
 from cmcgns.train.setup import Pretraining
 
@@ -135,9 +135,11 @@ def fit(
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
     watch = HangWatch(assignment.coordinator, workers, config.train.hang_timeout_s)
+    cpus = DataCpus(config, workers)
     while thread.is_alive():
         thread.join(timeout=0.5)
         watch.look()
+        cpus.look()
         look()
     result = outcome[0]
     if isinstance(result, ray.exceptions.RayActorError):  # lost workers are in the result

@@ -144,6 +144,18 @@ def last_step(folder: RunFolder) -> int:
     return 0
 
 
+def end_last_attempt(folder: RunFolder, checkpoint: str | None) -> None:
+    """Say so if the last attempt of a resumed run was killed: it has left no result.json. One that is there is deleted, since
+    this attempt will write its own unless it is killed too."""
+    if storage.exists(folder.file("result.json")):
+        storage.delete_file(folder.file("result.json"))
+        return
+    logger.warning(
+        "run %s was killed after step %d, without a result: it %s",
+        folder.name, last_step(folder), f"goes on from {checkpoint}" if checkpoint else "begins again",
+    )  # fmt: skip
+
+
 def check_snapshot(folder: RunFolder) -> None:
     """Raise ``UserError`` if Ray Train's list names anything but checkpoints of this run: Ray would delete it."""
     uri = folder.file(SNAPSHOT)

@@ -1,8 +1,10 @@
 """The pretraining job: resource checks, the plan, the run and its result."""
 
+import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -36,8 +38,17 @@ from cmcgns.errors import UserError, last_line
 from cmcgns.job import STATUS, Job, run
 from cmcgns.run_folder import RunFolder
 from cmcgns.train.display import Display, stop_on_interrupt
-from cmcgns.train.resume import delete_half_written, latest_checkpoint, list_checkpoints, write_snapshot
+from cmcgns.train.resume import (
+    delete_half_written,
+    end_last_attempt,
+    latest_checkpoint,
+    list_checkpoints,
+    write_snapshot,
+)
 from cmcgns.train.setup import Corpus, Pretraining, setup_pretraining, write_start
+
+logger = logging.getLogger(__name__)
+LOOK_S, STARVED_S = 2.0, 30.0
 
 
 def check_cpus(config: Config) -> None:
@@ -93,6 +104,32 @@ def whole_cluster(config: Config, nodes: Sequence[Node], workers: int | None = N
     # an estimate: workers without GPUs may be packed onto nodes labelled for data
     taken = config.pool_actors * config.clustering.cpus_per_actor if labelled else reserved_cpus(config, workers)
     return CpuShare(cpus, cpus - taken)
+
+
+class DataCpus:
+    """Warns once if lost machines have left no CPU for reading films: training waits for them until a machine comes back."""
+
+    def __init__(self, config: Config, workers: int) -> None:
+        self.taken, self.least = reserved_cpus(config, workers), config.data.cpus_per_task
+        self._enough_at = self._looked = time.monotonic()
+        self._told = False
+
+    def look(self) -> None:
+        """Call it often: it looks every few seconds."""
+        now = time.monotonic()
+        if self._told or now - self._looked < LOOK_S:
+            return
+        self._looked, cpus = now, float(ray.cluster_resources().get("CPU", 0.0))
+        if cpus - self.taken >= self.least:
+            self._enough_at = now
+        elif now - self._enough_at >= STARVED_S:
+            self._told = True
+            logger.warning(
+                "no CPU is left for reading films: the cluster has %g CPUs, workers and clustering hold %g of them, and a "
+                "task that reads needs %g. Training waits for films; add a machine, or stop the run (Ctrl-C twice) and resume it "
+                "with a smaller train.num_workers",
+                cpus, self.taken, self.least,
+            )  # fmt: skip
 
 
 def studies_ahead(config: Config, corpus: Corpus, data_cpus: float) -> int:
@@ -278,6 +315,7 @@ def train(
         check_unchanged(setup)
         delete_half_written(folder, (), if_listed=True)  # of an attempt that was killed
         write_snapshot(folder, setup.checkpoint)
+        end_last_attempt(folder, setup.checkpoint)
     known_bad = setup.corpus.bad_rows | (read_bad_rows(folder.uri) if folder.resumed else {})
     coordinator = start_coordinator(setup.corpus.studies, config.data.max_bad_fraction, known_bad)
     log_to_coordinator(coordinator)

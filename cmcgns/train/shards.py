@@ -5,21 +5,51 @@ Tensors without dimensions are whole on every rank.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cmcgns import distributed
 
 State = dict[str, Tensor]
 """Tensors on the CPU by name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a tensor of the engine, and how to copy it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    copy: Callable[[], Tensor]
+    """A copy on the CPU. Collective if the engine says so."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Part":
+        """The part ``tensor``, which is not copied yet."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().to("cpu", copy=True))
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Parts = dict[str, Part]
+
+
+def copied(parts: Parts) -> State:
+    """Copies of all ``parts`` at once."""
+    return {name: part.copy() for name, part in parts.items()}
 
 
 def own_range(size: int, rank: int | None = None, ranks: int | None = None) -> tuple[int, int]:
@@ -46,8 +76,38 @@ def join(part: Tensor, shape: Sequence[int]) -> Tensor:
 
 def write_shard(path: Path, parts: State, sizes: Mapping[str, int]) -> None:
     """Write this rank's ``parts``; ``sizes`` are the elements of whole tensors, of those of which each rank has a part."""
-    of_parts = {name: sizes[name] for name, part in parts.items() if part.dim() and name in sizes}
-    save_file({name: part.contiguous() for name, part in parts.items()}, path, {"sizes": json.dumps(of_parts)})
+    in_order = file_order({name: Part.of(part) for name, part in parts.items()})
+    write_one_by_one(path, in_order, (parts[name] for name in in_order), sizes)
+
+
+def file_order(parts: Parts) -> Parts:
+    """``parts`` in the order in which safetensors stores them: readers want each type's elements at multiples of its size."""
+    return dict(sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def write_one_by_one(path: Path, parts: Parts, tensors: Iterable[Tensor], sizes: Mapping[str, int]) -> None:
+    """``write_shard`` of ``parts`` in ``file_order``, whose ``tensors`` need not be in memory together, as `save_file` wants."""
+    of_parts = {name: sizes[name] for name, part in parts.items() if part.shape and name in sizes}
+    header: dict[str, Any] = {"__metadata__": {"sizes": json.dumps(of_parts)}}
+    end = 0
+    for name, part in parts.items():
+        offsets = [end, end := end + part.size]
+        header[name] = {"dtype": _code(part.dtype), "shape": part.shape, "data_offsets": offsets}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for part, tensor in zip(parts.values(), tensors, strict=True):
+            assert (tensor.shape, tensor.dtype) == (part.shape, part.dtype)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@cache
+def _code(dtype: torch.dtype) -> str:
+    """The name of ``dtype`` in safetensors."""
+    file = save({"tensor": torch.empty(0, dtype=dtype)})
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return str(header["tensor"]["dtype"])
 
 
 def read_shard(uri: str, name: str, ranks: int) -> State:

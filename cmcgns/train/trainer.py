@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmcgns import distributed
-from cmcgns.cluster.heartbeat import CLUSTERING, FILMS, STARTING, WRITING, mark
+from cmcgns.cluster.heartbeat import CLUSTERING, COPYING, FILMS, STARTING, WRITING, mark
 from cmcgns.config import Config
 from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.errors import TrainingStoppedError
@@ -37,7 +37,7 @@ from cmcgns.train.metrics import RunLog, StepMetrics, Stopwatch, TimedIterator
 from cmcgns.train.optimizer import MOMENTS
 from cmcgns.train.resume import CHECKPOINT_FORMAT, FIRST_SHARDED
 from cmcgns.train.schedule import Schedule
-from cmcgns.train.shards import State
+from cmcgns.train.shards import State, copied, file_order
 from cmcgns.train.steps import BlockSource, Cursor, StepData, StepReader, validation_batches
 from cmcgns.train.term_gradients import term_gradients
 from cmcgns.train.validation import Validation, validate
@@ -161,7 +161,7 @@ class Trainer:
             mark(FILMS)
             self.reader.read_ahead()  # a GPU is busy with the backward pass meanwhile
         ahead_s = self.watch.lap()
-        self.finite.check(step)  # before the weights change
+        self.finite.check(step, self.progress, data)  # before the weights change
         mark("optimizer step")
         self.engine.step(self.learning_rate(step))
         self.phase = FORWARD
@@ -303,7 +303,7 @@ class Trainer:
         is_best = self._is_best(validation)
         if is_best and (stage == 1 or stage < self.parts.schedule.last_stage):
             self.progress.best = {name: value for name, value in self.progress.best_of_stage.items() if name != "stage"}
-            self.best, self.best_centroids = self.engine.weights_shard(), self.banks.centroids_state()
+            self.best, self.best_centroids = copied(self.engine.weights_shard()), self.banks.centroids_state()
         self.watch.lap()
         return is_best
 
@@ -355,15 +355,18 @@ class Trainer:
         self._best_to_keep = self._written_best()
         self._best_step = self.progress.step if is_best else None
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        mark("copying the state")
+        mark(COPYING)
         average_buffers(self.engine.module)
-        shards = {"weights": self.engine.weights_shard(), "optimizer": self.engine.optimizer_state(), "best": self.best}
         averages = {f"{moment}.{name}": size for name, size in self.sizes.items() for moment in MOMENTS}
         whole = {"clustering": self.banks.state_dict(self.progress.step), "best_centroids": self.best_centroids}
         contents = Contents(
-            {name: parts for name, parts in shards.items() if parts},
+            {"best": self.best} if self.best else {},
             self.sizes | averages,
             {name: state for name, state in whole.items() if state},
+            {
+                "weights": file_order(self.engine.weights_shard()),
+                "optimizer": file_order(self.engine.optimizer_state()),
+            },
         )
         self.writer.start(self.progress, contents)
         self.watch.lap()
@@ -417,21 +420,33 @@ class FiniteCheck:
         """Start copying to the host whether the terms ``names`` of all microbatches are finite. Collective."""
         if names != self.names:
             self.names, self.host_T = names, torch.ones(len(names), pin_memory=self.on_gpu)
-        finite_T = distributed.all_reduce(torch.isfinite(terms_AT).all(0).float(), dist.ReduceOp.MIN)
+        self.own_T = torch.isfinite(terms_AT).all(0).float()
+        finite_T = distributed.all_reduce(self.own_T, dist.ReduceOp.MIN)
         self.host_T.copy_(finite_T, non_blocking=True)
         if self.copied is not None:
             self.copied.record()
 
-    def check(self, step: int) -> None:
-        """Raise on all ranks if a term is not finite. Waits for the forward pass while the backward pass runs."""
+    def check(self, step: int, before: Progress, data: StepData) -> None:
+        """Raise on all ranks if a term is not finite. Waits for the forward pass while the backward pass runs.
+
+        ``before``: the run's progress without this step; ``data``: the step's."""
         if self.copied is not None:
             self.copied.synchronize()
         bad = [name for name, good in zip(self.names, self.host_T.tolist(), strict=True) if not good]
         if bad:
+            first = before.position if before.epoch == data.cursor.epoch else 0
             raise TrainingStoppedError(
-                f"step {step}: {', '.join(bad[1:] or bad)} is not finite; the weights are those of step {step - 1}. "
-                "Lower train.learning_rate or train.gradient_clip, or set train.precision=fp32"
+                f"step {step}: {', '.join(bad[1:] or bad)} is not finite{self._on_ranks()}, in the studies {first} to "
+                f"{data.cursor.position - 1} of epoch {data.cursor.epoch}'s order (studies_digest {data.studies_digest}); "
+                f"the weights are those of step {step - 1}. Lower train.learning_rate or train.gradient_clip, or set "
+                "train.precision=fp32"
             )
+
+    def _on_ranks(self) -> str:
+        """The ranks with a term that is not finite; where features are gathered these are often all. Collective."""
+        own = distributed.exchange([int(not self.own_T.all())])
+        ranks = [str(rank) for rank, (bad,) in enumerate(own) if bad]
+        return "" if len(ranks) == len(own) else f" on rank {', '.join(ranks)}"
 
 
 def is_due(step: int, every: int | None) -> bool:

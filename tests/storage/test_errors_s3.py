@@ -1,6 +1,7 @@
 """Faulty object storage: transient errors are retried, permanent ones raise once, with the reason."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +202,35 @@ def test_one_missing_or_forbidden_object_is_a_bad_row(bucket: str, proxy: Faulty
     proxy.faults = Faults(refusal=DENIED, only="1[.]bin")
     with pytest.raises(BadRow, match="access to the film file is denied"):
         source.read_image("films/1.bin")
+
+
+AWAY = {"silent": Faults(silence=1.0), "refusing": Faults(errors=1.0)}
+
+
+@pytest.mark.parametrize("kind", AWAY)
+def test_what_is_read_and_written_while_storage_is_away_for_a_while_is_whole_afterwards(
+    kind: str, bucket: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"STALLED_SECONDS": 2.0, "PART_BYTES": 5 * 2**20}.items():
+        monkeypatch.setattr(s3, name, value)
+    files = {"metrics.jsonl": b'{"step": 1}\n', "checkpoint/weights": os.urandom(12_000_000), "checkpoint/empty": b""}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    storage.read_bytes(f"{bucket}/films/1.bin")
+    proxy.faults = AWAY[kind]
+    back = threading.Timer(8.0, lambda: setattr(proxy, "faults", Faults()))
+    back.start()
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(storage.read_bytes(f"{bucket}/films/large.bin")))
+    reader.start()
+    storage.upload_folder(tmp_path, f"{bucket}/{kind}")
+    reader.join()
+    assert back.finished.is_set()
+    assert {name: storage.read_bytes(f"{bucket}/{kind}/{name}") for name in files} == files
+    assert sorted(storage.list_files(f"{bucket}/{kind}")) == sorted(files)
+    assert read == [LARGE]
+    assert storage.clear_leftovers(f"{bucket}/{kind}") == 0
 
 
 def test_retries_stop_after_the_time_limit(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:

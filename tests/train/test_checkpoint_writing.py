@@ -4,13 +4,17 @@ import errno
 import json
 import math
 import os
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmcgns.train.checkpoint import CheckpointWriter, Contents, Progress
+from cmcgns.train.shards import Part
 from tests.train.test_trainer import config_of, start
 
 
@@ -78,3 +82,44 @@ def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next_step(tmp_pa
     with pytest.raises(OSError, match="No space left"):
         run.trainer.train()
     assert run.trainer.progress.step < 20
+
+
+MIB = 2**20
+
+
+def live(tensors: int, made: list[int]) -> Contents:
+    """Tensors of a MiB each; ``made`` tells which ones were copied."""
+
+    def part(number: int) -> Part:
+        return Part(
+            (MIB // 4,), torch.float32, lambda: (made.append(number), torch.full((MIB // 4,), float(number)))[1]
+        )
+
+    return Contents({}, {}, live={"weights": {f"w{number}": part(number) for number in range(tensors)}})
+
+
+def test_no_more_than_the_limit_is_copied_before_the_disk_has_taken_it(tmp_path: Path) -> None:
+    may_write, made = threading.Event(), []
+    kept: dict[str, torch.Tensor] = {}
+    writer = CheckpointWriter(lambda folder, step: kept.update(load_file(folder / "weights_0.safetensors")), 3 * MIB)
+    writer._thread.submit(may_write.wait)  # a slow disk
+    loop = threading.Thread(target=writer.start, args=(Progress(), live(20, made)))
+    loop.start()
+    while len(made) < 4:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert made == list(range(4))  # three that wait for the disk, and one that waits for room
+    may_write.set()
+    loop.join()
+    writer.wait()
+    assert {name: set(tensor.tolist()) for name, tensor in kept.items()} == {f"w{i}": {float(i)} for i in range(20)}
+
+
+def test_the_loop_does_not_wait_for_a_disk_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    made: list[int] = []
+    writer = CheckpointWriter(lambda folder, step: None, MIB)
+    writer.start(Progress(), live(20, made))
+    assert len(made) == 20  # other ranks may wait for this one in a copy
+    with pytest.raises(FileNotFoundError):
+        writer.wait()

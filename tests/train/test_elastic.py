@@ -1,5 +1,6 @@
 """How many workers a run starts with, and when it stops for more of them."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from cmcgns.run_folder import RunFolder
 from cmcgns.train import elastic
 from cmcgns.train.checkpoint import Contents, Progress, save_checkpoint
 from cmcgns.train.elastic import Growth, Room, count_workers, most_allowed, run_workers
+from cmcgns.train.run import DataCpus
 from tests.ray_head import RayHead, connected, joined_node, running_head
 from tests.small import small_config
 
@@ -36,6 +38,35 @@ def test_the_number_of_workers_divides_the_global_batch_and_leaves_a_cpu_for_dat
     setup = setup_of(num_workers=8, min_workers=2, global_batch_size=32)
     assert setup.config.train.numbers_of_workers == [2, 4, 8]
     assert most_allowed(setup, room, cpus) == number  # the clustering has 0.2 CPUs
+
+
+def test_a_run_whose_films_no_cpu_can_read_says_so_once_and_not_for_a_moment_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster, now = {"CPU": 4.0}, [0.0]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watch = DataCpus(setup_of().config, workers=2)  # and 0.2 for clustering; a task that reads needs half a CPU
+
+    def look_until(seconds: int) -> None:
+        while now[0] < seconds:
+            now[0] += 0.5
+            watch.look()
+
+    with caplog.at_level(logging.WARNING, logger="cmcgns"):
+        look_until(100)
+        cluster["CPU"] = 2.5
+        look_until(120)
+        cluster["CPU"] = 2.75
+        look_until(200)
+        assert not caplog.records
+        cluster["CPU"] = 2.5
+        look_until(400)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        "no CPU is left for reading films: the cluster has 2.5 CPUs, workers and clustering hold 2.2 of them, and a task that "
+        "reads needs 0.5"
+    )
 
 
 @pytest.fixture(scope="module", name="head")
@@ -72,6 +103,31 @@ def test_a_run_begins_with_as_many_workers_as_there_is_room_for_and_stops_for_mo
     ray.get(coordinator.mark.remote("training"))
     look_for(growth, 2.5)
     assert growth.room.groups == [], "with three CPUs there is nothing to wait for"
+
+
+@pytest.mark.ray
+def test_a_run_does_not_stop_for_more_workers_if_another_job_has_the_cpu_that_data_would_need(
+    head: RayHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"SETTLE_S": 1.0, "LOOK_S": 0.1, "DATA_CPU_S": 1.0, "PAUSE_S": 0.0}.items():
+        monkeypatch.setattr(elastic, name, seconds)
+    setup = setup_of()
+    coordinator = ray.remote(RunCoordinator).options(num_cpus=0).remote(100, 0.1, {})
+    running, other_job = Room(1, setup), Room(1, setup)
+    try:
+        growth = Growth(setup, 1, coordinator)
+        ray.get(coordinator.mark.remote("training"))
+        with joined_node(head, cpus=1):
+            third = Room(1, setup)
+            asked = lambda: ray.get(coordinator.stop_requested.remote())
+            look_for(growth, 8.0, asked)
+            assert not asked(), "of four CPUs the run has one and others two: one more would leave none for data"
+            third.close()
+            look_for(growth, 60.0, asked)
+            assert asked()
+    finally:
+        for room in (running, other_job):
+            room.close()
 
 
 def look_for(growth: Growth, seconds: float, until: Callable[[], bool] = lambda: False) -> None:

@@ -13,6 +13,7 @@ from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS
 from cmcgns.train.engine import Engine, build_engine
 from cmcgns.train.optimizer import build_optimizer
 from cmcgns.train.setup import FREE_TO_CHANGE
+from cmcgns.train.shards import copied
 from tests.ranks import run_on_ranks
 from tests.small import small_config, small_model
 from tests.train.test_engine import config_of, engine_of, run_step, train
@@ -86,7 +87,7 @@ def on_ranks(ranks: int) -> dict[str, dict[str, Any]]:
         losses.append(run_step(engine, config, 1))
         engine.step(RATE / 2)
         groups = engine.optimizer.param_groups  # type: ignore[attr-defined]
-        state = engine.optimizer_state()
+        state = copied(engine.optimizer_state())
         found[name] = {
             "first": first,
             "both": movement(engine, before),

@@ -16,7 +16,7 @@ from cmcgns.methods.cm_cgns.model import RECONSTRUCTION_PARTS
 from cmcgns.train.checkpoint import load_weights
 from cmcgns.train.engine import DeepSpeedEngine, Engine, build_engine
 from cmcgns.train.optimizer import MOMENTS, build_optimizer
-from cmcgns.train.shards import State, read_shard, write_shard
+from cmcgns.train.shards import State, copied, read_shard, write_shard
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
 
@@ -150,7 +150,7 @@ def store(engine: Engine, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     sizes = {name: value.numel() for name, value in small_model(config_of()).state_dict().items()}
     averages = {f"{moment}.{name}": size for name, size in sizes.items() for moment in MOMENTS}
-    for name, parts in (("weights", engine.weights_shard()), ("optimizer", engine.optimizer_state())):
+    for name, parts in (("weights", copied(engine.weights_shard())), ("optimizer", copied(engine.optimizer_state()))):
         write_shard(folder / f"{name}_{distributed.rank()}.safetensors", parts, sizes | averages)
 
 
@@ -169,7 +169,7 @@ def go_on(config: Config, folder: str) -> list[float]:
     engine.load_optimizer_state(read_shard(folder, "optimizer", 2))
     engine.module.train()
     losses = train(engine, config, range(4, 8))
-    assert int(engine.optimizer_state()["optimizer_steps"]) == 8
+    assert int(engine.optimizer_state()["optimizer_steps"].copy()) == 8
     return losses
 
 

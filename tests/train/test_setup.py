@@ -1,5 +1,6 @@
 """Contents of a run folder."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from cmcgns.bad_rows import read_bad_rows, write_bad_rows
 from cmcgns.config import Config
 from cmcgns.data.readers.base import FileSource
 from cmcgns.errors import BadRow
+from cmcgns.run_folder import RunFolder
+from cmcgns.train.resume import end_last_attempt
 from cmcgns.train.setup import with_absolute_paths
 from tests.small import small_config
 
@@ -40,3 +43,22 @@ def test_a_film_that_may_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(storage, "read_bytes", refuse)
     with pytest.raises(BadRow, match="access to the film file is denied"):
         FileSource(str(tmp_path), "pairs-csv").read_image("one.png")
+
+
+def test_a_resumed_run_says_that_its_last_attempt_was_killed_if_that_has_left_no_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, result = RunFolder(str(tmp_path.parent), tmp_path.name, resumed=True), tmp_path / "result.json"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 11, "split": "train"}\n{"step": 12, "spl')
+    result.write_text('{"status": "stopped"}')
+    with caplog.at_level(logging.WARNING, logger="cmcgns"):
+        end_last_attempt(folder, "checkpoint_00000008_of_2_abcdef")
+        assert not caplog.text
+        assert not result.exists(), "the next one that is killed has stopped nowhere"
+        end_last_attempt(folder, "checkpoint_00000008_of_2_abcdef")
+        end_last_attempt(folder, None)
+    name = f"run {tmp_path.name} was killed after step 11, without a result: it "
+    assert [each.getMessage() for each in caplog.records] == [
+        f"{name}goes on from checkpoint_00000008_of_2_abcdef",
+        f"{name}begins again",
+    ]

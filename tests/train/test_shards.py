@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmcgns import distributed, storage
@@ -80,3 +80,21 @@ def test_a_rank_opens_no_file_that_it_does_not_need(tmp_path: Path, monkeypatch:
 
 def test_what_a_checkpoint_does_not_have_is_empty(tmp_path: Path) -> None:
     assert read_shard(str(tmp_path), "best", 2) == read_shard(str(tmp_path), "best", 0) == {}
+
+
+def test_safetensors_reads_what_is_written_whatever_types_stand_together(tmp_path: Path) -> None:
+    tensors = {
+        "three floats": torch.randn(3),  # 12 bytes: what follows is not at a multiple of 8
+        "steps": torch.tensor(7),
+        "halves": torch.randn(5).bfloat16(),
+        "flags": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.randn(2, 3).T,
+        "count": torch.arange(9),
+    }
+    write_shard(tmp_path / "mixed.safetensors", tensors, {})
+    found = load_file(tmp_path / "mixed.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name

@@ -26,6 +26,7 @@ from cmcgns.train.engine import (
     deepspeed_settings,
 )
 from cmcgns.train.optimizer import FIRST_SCALE, LossScale
+from cmcgns.train.shards import copied
 from cmcgns.train.trainer import SKIPS_IN_A_ROW
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config, small_model
@@ -62,17 +63,17 @@ def overflow_between_two_steps(name: str, precision: str) -> dict[str, Any]:
     config = settings(name, precision)
     engine = engine_of(config)
     step(engine, config)
-    before = engine.weights() | engine.optimizer_state()
+    before = engine.weights() | copied(engine.optimizer_state())
     first_norm = float(engine.gradient_norm)
     step(engine, config, factor=math.inf)
-    after = engine.weights() | engine.optimizer_state()
+    after = engine.weights() | copied(engine.optimizer_state())
     skipped_norm = float(engine.gradient_norm)
     step(engine, config)
     last = engine.weights()
     return {
         "moved": [key for key, value in before.items() if not torch.equal(value, after[key])],
         "norms": (first_norm, skipped_norm, float(engine.gradient_norm)),
-        "steps": int(engine.optimizer_state()["optimizer_steps"]),
+        "steps": int(engine.optimizer_state()["optimizer_steps"].copy()),
         "moves again": sum(not torch.equal(value, after[key]) for key, value in last.items()),
     }
 
@@ -101,7 +102,7 @@ def in_fp16(name: str) -> dict[str, Any]:
         step(engine, config, seed=seed % 2)
         scales.append(engine.scale.value)
         norms.append(float(engine.gradient_norm))
-    done = int(engine.optimizer_state()["optimizer_steps"])
+    done = int(engine.optimizer_state()["optimizer_steps"].copy())
     step(engine, config, factor=math.inf)
     scales.append(engine.scale.value)
     return {"scales": scales, "norms": norms, "steps": done}
@@ -148,12 +149,12 @@ def test_a_fused_optimizer_skips_by_itself() -> None:
     for group in (*engine.optimizer.param_groups, engine.optimizer.defaults):
         group["fused"] = True
     step(engine, config)
-    before = engine.weights() | engine.optimizer_state()
+    before = engine.weights() | copied(engine.optimizer_state())
     step(engine, config, factor=math.inf)
-    after = engine.weights() | engine.optimizer_state()
+    after = engine.weights() | copied(engine.optimizer_state())
     assert not [key for key, value in before.items() if not torch.equal(value, after[key])]
     step(engine, config)
-    assert int(engine.optimizer_state()["optimizer_steps"]) == 2
+    assert int(engine.optimizer_state()["optimizer_steps"].copy()) == 2
 
 
 class Exploding:

@@ -25,6 +25,7 @@ from cmcgns.train.checkpoint import seed_everything
 from cmcgns.train.metrics import RunLog
 from cmcgns.train.resume import CHECKPOINT_FORMAT
 from cmcgns.train.schedule import build_schedule
+from cmcgns.train.shards import copied
 from cmcgns.train.steps import Stretch
 from cmcgns.train.trainer import Parts, Trainer
 from tests.small import banks_of, small_config, small_model
@@ -224,7 +225,7 @@ def test_stage_2_starts_from_the_best_weights_and_centroids_with_an_empty_bank(f
         assert torch.equal(value, best[name].view(value.shape)), name
     assert torch.equal(guide.centroids.rows_KD, centroids)
     assert (guide.pushed, trainer.progress.stage) == (0, 2)
-    assert int(trainer.engine.optimizer_state()["optimizer_steps"]) == 0
+    assert int(trainer.engine.optimizer_state()["optimizer_steps"].copy()) == 0
     assert all(parameter.requires_grad for parameter in trainer.engine.module.parameters())
 
 
@@ -287,7 +288,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_p
     run = start(config_of(model__dropout=0.0), tmp_path / "run", batcher=SpoiledImage)
     twin = start(config_of(model__dropout=0.0), tmp_path / "twin")
     with pytest.raises(
-        TrainingStoppedError, match=r"step 3: loss_global, .* is not finite; the weights are those of step 2"
+        TrainingStoppedError,
+        match=r"step 3: loss_global, .* is not finite, in the studies 64 to 95 of epoch 0's order "
+        r"\(studies_digest [0-9a-f]{16}\); the weights are those of step 2",
     ):
         run.trainer.train()
     for step in (1, 2):
@@ -327,7 +330,7 @@ def test_validation_moves_neither_weights_nor_statistics_nor_centroids_nor_dropo
     trainer.train_step(1, trainer.reader.next_step())
     guide.centroids.adopt(torch.nn.functional.normalize(torch.randn(6, 32), dim=1), 1, 1)
     before, random, pushed = trainer.engine.weights(), torch.get_rng_state(), guide.pushed
-    digest, optimizer = guide.centroids.digest(), trainer.engine.optimizer_state()
+    digest, optimizer = guide.centroids.digest(), copied(trainer.engine.optimizer_state())
     trainer.validate()
     first = trainer.last_validation
     guide.centroids.move()  # nothing was observed either
@@ -339,7 +342,7 @@ def test_validation_moves_neither_weights_nor_statistics_nor_centroids_nor_dropo
     assert digest == guide.centroids.digest()
     assert guide.pushed == pushed
     assert torch.equal(random, torch.get_rng_state())
-    for name, value in (trainer.engine.weights() | trainer.engine.optimizer_state()).items():
+    for name, value in (trainer.engine.weights() | copied(trainer.engine.optimizer_state())).items():
         assert torch.equal(value, (before | optimizer)[name]), name
 
 
