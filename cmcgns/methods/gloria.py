@@ -225,21 +225,26 @@ def text_scores(regions_BRD: Tensor, words_GTD: Tensor, mask_GT: Tensor, own: Se
 
 
 def _text_scores(regions_BRD: Tensor, gram_BRR: Tensor, words_cTD: Tensor, mask_cT: Tensor, own: Settings) -> Tensor:
-    """``text_scores`` without chunks.
-
-    What a word attends to is never built: with weights a, its product with the word is the sum of a times the products of regions
-    and word, and its squared length a' (v v') a.
-    """
+    """``text_scores`` without chunks."""
     product_BcTR = torch.einsum("ctd,brd->bctr", words_cTD, regions_BRD)
     weight_BcTR = region_weights(product_BcTR, mask_cT, own.region_scale)
-    dot_BcT = (weight_BcTR * product_BcTR).sum(-1)
-    square_BcT = ((weight_BcTR.flatten(1, 2) @ gram_BRR).view_as(weight_BcTR) * weight_BcTR).sum(-1)
-    length_BcT = words_cTD.norm(dim=-1) * square_BcT.clamp(min=1e-24).sqrt()
-    cosine_BcT = dot_BcT / length_BcT.clamp(min=1e-8)
+    cosine_BcT = word_cosines(product_BcTR, weight_BcTR, gram_BRR, words_cTD)
     score_Bc = (own.word_scale * cosine_BcT).masked_fill(~mask_cT, -torch.inf).logsumexp(-1)
     if own.words == "mean":
         score_Bc = score_Bc - mask_cT.sum(-1).to(score_Bc.dtype).log()
     return own.loss_scale * score_Bc
+
+
+def word_cosines(product_BcTR: Tensor, weight_BcTR: Tensor, gram_BRR: Tensor, words_cTD: Tensor) -> Tensor:
+    """Cosine of each word with what it attends to on each film, (B, c, T).
+
+    What it attends to is never built: with weights a, its product with the word is the sum of a times the products of regions
+    and word, and its squared length a' (v v') a.
+    """
+    dot_BcT = (weight_BcTR * product_BcTR).sum(-1)
+    square_BcT = ((weight_BcTR.flatten(1, 2) @ gram_BRR).view_as(weight_BcTR) * weight_BcTR).sum(-1)
+    length_BcT = words_cTD.norm(dim=-1) * square_BcT.clamp(min=1e-24).sqrt()
+    return dot_BcT / length_BcT.clamp(min=1e-8)
 
 
 def region_weights(product_TR: Tensor, mask_T: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from cmcgns.errors import UserError
 from cmcgns.methods import gloria
 from cmcgns.methods.base import load_method
 from cmcgns.methods.contrastive import contrastive_loss, directed_losses
-from cmcgns.methods.gloria import Settings, local_losses, region_weights, text_scores
+from cmcgns.methods.gloria import Settings, local_losses, region_weights, text_scores, word_cosines
 from tests.golden import golden
 from tests.small import losses_of, random_batch, small_config, small_model
 
@@ -55,6 +55,9 @@ def test_scores_and_attention_are_the_published_ones(variant: str) -> None:
     torch.testing.assert_close(weight_BBTR, numbers[f"{variant}.attention_BBTP"], **GOLDEN)
     attended_BBTD = torch.einsum("bctr,brd->bctd", weight_BBTR, regions_BRD)
     torch.testing.assert_close(attended_BBTD, numbers[f"{variant}.attended_BBTD"], **GOLDEN)
+    gram_BRR = regions_BRD @ regions_BRD.mT
+    cosine_BBT = word_cosines(product_BBTR, weight_BBTR, gram_BRR, words_BTD) * mask_BT
+    torch.testing.assert_close(cosine_BBT, numbers[f"{variant}.cosine_BBT"], **GOLDEN)
 
 
 def test_the_global_loss_is_twice_ours_at_scale_10_and_the_published_one() -> None:
