@@ -27,7 +27,7 @@ from cmcgns.methods.loss_weights import LossWeight, weight_at
 from cmcgns.models.attention import unit
 from cmcgns.models.backbones import ImageEncoder
 from cmcgns.models.dual_encoder import DualEncoder, build_encoders
-from cmcgns.models.text import PooledTextEncoder, TextEncoder, sentence_means
+from cmcgns.models.text import PooledTextEncoder, TextEncoder, sentence_means, whole_words
 
 CHUNK_WEIGHTS = 2**25
 """Attention weights (films x texts x words x regions) of one chunk; the backward pass computes chunks again."""
@@ -42,6 +42,8 @@ class Settings(MethodSettings):
     """Factor of the scores in both losses (published as temp3), never learned."""
     words: Literal["sum", "mean"] = "sum"
     """A text's score is the logarithm of a sum over its words (published; long texts score higher on all films), or of a mean."""
+    whole_words: bool = False
+    """Sum the pieces of a word to one word (published), or count each piece of the vocabulary as a word."""
     local_features: Literal["raw", "unit"] = "raw"
     """Words and regions as projected (published), or of length 1, with which attention stays flat."""
     regions: Literal["last", "before_last"] = "last"
@@ -113,14 +115,18 @@ class GloriaModel(DualEncoder):
         owner_BT, mask_BT = read.sentence_of_token_BT, read.token_mask_BT
         hidden_BTC = encoder.token_states(read.token_BT, mask_BT, read.by_length_B, read.slice_tokens)
         sentences_BSD, report_BD = encoder.embed(hidden_BTC, mask_BT, owner_BT, read.sentence_mask_BS)
+        word_BTC = hidden_BTC
+        if own.whole_words:
+            assert read.continues_BT is not None
+            word_BTC, owner_BT = whole_words(hidden_BTC, read.continues_BT, owner_BT)
         first_T = torch.arange(mask_BT.shape[1], device=mask_BT.device) == 0
         return GloriaOutputs(
             image_BD=unit(self.image_projection(pooled_BC)),
             report_BD=report_BD,
             sentences_BSD=sentences_BSD,
             regions_BRD=self.region_projection(features_BRC),
-            words_BTD=encoder.projection(hidden_BTC),
-            word_mask_BT=mask_BT & ((owner_BT >= 0) | first_T),
+            words_BTD=encoder.projection(word_BTC),
+            word_mask_BT=(owner_BT >= 0) | first_T,
             sentence_of_word_BT=owner_BT,
             text_hash_B=read.report_hash_B,
         )

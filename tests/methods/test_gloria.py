@@ -153,6 +153,33 @@ def test_words_are_cls_and_the_tokens_of_sentences_and_layers_are_summed() -> No
         assert not outputs.word_mask_BT[study, length - 1 :].any()
 
 
+@pytest.mark.parametrize("name", ["gloria", "mgca"])
+@torch.no_grad()
+def test_the_pieces_of_a_word_are_summed_to_one_word(name: str) -> None:
+    config = small_config(method__name=name, objective__whole_words=True)
+    model, batch = small_model(config).double().eval(), random_batch(config, slice(0, 17))
+    outputs, encoder = model(batch), model.text_encoder
+    assert batch.continues_BT is not None
+    assert batch.continues_BT.sum() > 30
+    for study in range(17):
+        length = int(batch.token_mask_BT[study].sum())
+        hidden_TC = encoder.backbone(input_ids=batch.token_BT[study : study + 1, :length]).last_hidden_state[0]
+        sums, sentences = list[Tensor](), list[int]()
+        for place in range(length):
+            if batch.continues_BT[study, place]:
+                sums[-1] = sums[-1] + hidden_TC[place]
+            else:
+                sums.append(hidden_TC[place])
+                sentences.append(int(batch.sentence_of_token_BT[study, place]))
+        expected_tD = encoder.projection(torch.stack(sums))
+        if name == "mgca":
+            expected_tD = F.normalize(expected_tD, dim=1)
+        torch.testing.assert_close(outputs.words_BTD[study, : len(sums)], expected_tD, **GOLDEN)
+        assert outputs.sentence_of_word_BT[study].tolist()[: len(sums)] == sentences
+        real = [place for place, owner in enumerate(sentences) if owner >= 0 or (name == "gloria" and place == 0)]
+        assert outputs.word_mask_BT[study].nonzero()[:, 0].tolist() == real  # [SEP] and padding are no words
+
+
 @torch.no_grad()
 def test_a_sentence_attends_as_its_words_do_on_average() -> None:
     method, model, batch = model_and_batch()

@@ -1,5 +1,6 @@
 """MGCA against the published functions, a loop over studies and words, and its rules about padding, attention and prototypes."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cmcgns.methods.mgca import MgcaOutputs, Settings, attended, clipped_weights
 from cmcgns.methods.within_study import equal_weights, within_study_losses
 from cmcgns.models.attention import unit
 from cmcgns.models.retrieval import recall
+from cmcgns.models.text import whole_words
 from cmcgns.train.engine import build_engine
 from tests.golden import golden
 from tests.ranks import run_on_ranks
@@ -279,6 +281,36 @@ def test_words_and_patches_get_their_own_attention() -> None:
         assert int(outputs.word_mask_BT[study].sum()) == length - 2  # neither [CLS] nor [SEP]
     _, with_separator, _ = model_and_batch(objective__separator=True)
     assert torch.equal(with_separator(batch).word_mask_BT.sum(1), outputs.word_mask_BT.sum(1) + 1)
+
+
+@torch.no_grad()
+def test_a_whole_word_gets_the_attention_of_its_pieces() -> None:
+    """`[CLS] small pleural eff ##usion [SEP]` with attention = position: weights 1, 2, 3 + 4; the release has 2, 3, 4 + 5."""
+    continues = torch.tensor([[False, False, False, False, True, False, False, False]])
+    owner = torch.tensor([[-1, 0, 0, 0, 0, -1, -1, -1]])
+    summed, owner_of_word = whole_words(torch.arange(8.0).view(1, 8, 1), continues, owner)
+    assert owner_of_word.tolist() == [[-1, 0, 0, 0, -1, -1, -1, -1]]
+    assert summed[0, :5, 0].tolist() == [0, 1, 2, 3 + 4, 5]
+    config = small_config(
+        method__name="mgca", objective__num_prototypes=6, objective__whole_words=True, objective__word_weights="attention",
+        objective__separator=True,
+    )  # fmt: skip
+    model, batch = small_model(config).double().eval(), random_batch(config, slice(0, 17))
+    pieces = small_model(
+        config.model_copy(update={"objective": config.objective.model_copy(update={"whole_words": False})})
+    )
+    _, attention_BT = pieces.double().eval()._read_reports(batch)
+    outputs = model(batch)
+    assert batch.continues_BT is not None
+    for study in range(17):
+        length = int(batch.token_mask_BT[study].sum())
+        starts = [place for place in range(1, length) if not batch.continues_BT[study, place]]
+        sums = torch.stack([attention_BT[study, a:b].sum() for a, b in pairwise(starts)])
+        clipped = sums.clamp(torch.quantile(sums, 0.1), torch.quantile(sums, 0.9))
+        found = outputs.word_weight_BT[study]
+        torch.testing.assert_close(found[1 : len(starts)], clipped / clipped.sum(), rtol=0, atol=1e-10)
+        assert not found[len(starts) :].any()
+        assert int(outputs.word_mask_BT[study].sum()) == len(starts)  # with [SEP]
 
 
 @torch.no_grad()
