@@ -8,7 +8,7 @@ import torch
 
 from cmcgns.clustering.online_clustering import Centroids, LocalPool, OnlineClustering, Pool
 from cmcgns.config import Config, method_settings
-from cmcgns.data.batch import ImageReportBatch, pad_reports
+from cmcgns.data.batch import ImageReportBatch, PaddedReports, pad_reports
 from cmcgns.methods.base import BankCentroids, Losses, load_method
 from cmcgns.train.banks import Banks
 
@@ -90,7 +90,16 @@ def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[sli
         draw_key_B=key_B,
         rank_sentences=rank_sentences,
         view_VB1HW=None if views is None else _views(studies, views[0]),
+        continues_BT=_continues(reports) if getattr(config.objective, "whole_words", False) else None,
     )
+
+
+def _continues(reports: PaddedReports) -> torch.Tensor:
+    """A third of all tokens, but not the first of a sentence."""
+    owner_BT = reports.sentence_of_token_BT
+    inside_BT = torch.zeros_like(owner_BT, dtype=torch.bool)
+    inside_BT[:, 1:] = (owner_BT[:, 1:] >= 0) & (owner_BT[:, 1:] == owner_BT[:, :-1])
+    return inside_BT & (reports.token_BT % 3 == 0)
 
 
 def _views(studies: "Sequence[tuple[np.ndarray, ...]]", number: int) -> torch.Tensor:

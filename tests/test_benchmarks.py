@@ -6,14 +6,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmcgns import methods
 from cmcgns.data.batch import Batcher
 from cmcgns.train.steps import Cursor, StepReader
-from tests.benchmarks import scaling, trainer
+from tests.benchmarks import heads, method_heads, scaling, trainer
 from tests.benchmarks.measure import Line
 from tests.gpu_day import Day, machine, stored
 from tests.jobs import REPOSITORY
@@ -68,6 +73,47 @@ def test_what_the_day_of_a_gpu_had_no_time_for_is_done_by_the_next_one(tmp_path:
     assert ran == [days[0], days[2]]
     with pytest.raises(SystemExit, match="give another --out"):
         stored(tmp_path, "another machine")
+
+
+def test_every_method_has_a_line_beside_its_bare_products_and_priors_assignment_one_of_its_own() -> None:
+    found = [str(line) for line in method_heads.lines(method_heads.SMALL, rounds=1, memory=False)]
+    modules = {module.name: import_module(f"cmcgns.methods.{module.name}") for module in iter_modules(methods.__path__)}
+    known = {name.replace("_", "-") for name, module in modules.items() if hasattr(module, "METHOD")}
+    assert known == set(method_heads.METHODS)
+    assert [line.split(",")[0] for line in found] == [*method_heads.METHODS, "prior's assignment"]
+
+
+def test_recorded_products_are_those_that_were_written_down_by_hand() -> None:
+    recorded = method_heads.gflop(method_heads.products_of(heads.build_step()))
+    by_hand = sum(product.gflop for product in heads.PRODUCTS)
+    assert by_hand < recorded < 1.001 * by_hand  # a mean over sentences is one of 1.2 MFLOP too
+    left, right = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 5, 6)
+    products = method_heads.products_of(lambda: (left @ right).sum().backward())
+    assert sum(products.values()) == 2
+    assert method_heads.gflop(products) == pytest.approx(2 * 2 * 3 * 4 * 5 * 6 / 1e9)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of torch's operators."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", method_heads.METHODS)
+def test_no_method_loops_over_studies(name: str) -> None:
+    """Twice the studies need as many calls of operators; PRIOR's assignment, which scipy solves, is given here."""
+    numbers = []
+    for studies in (4, 8):
+        step = method_heads.build_step(name, replace(method_heads.SMALL, studies=studies))
+        step()
+        with Calls() as calls:
+            step()
+        numbers.append(calls.number)
+    assert numbers[0] == numbers[1] > 50
 
 
 @pytest.mark.gpu

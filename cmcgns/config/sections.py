@@ -256,7 +256,10 @@ class TrainConfig(Section):
     optimizer: Literal["adam", "adamw"] = "adamw"
     """Adam with weight decay in the gradient (published), or AdamW. Norms and biases have no weight decay."""
     learning_rate: float = Field(1e-4, gt=0.0)
-    """Peak learning rate; after the warm-up it decays to 0 along a half cosine in each stage."""
+    """Peak learning rate, at the end of the warm-up; see `schedule`."""
+    schedule: Literal["cosine", "wave"] = "cosine"
+    """`cosine`: after the warm-up the learning rate decays to 0 along a half cosine in each stage. `wave`: it does so in one
+    epoch, rises to its peak in the next, and so on (published for LoVT)."""
     stage2_learning_rate: float | None = Field(None, gt=0.0)
     """Peak learning rate of stage 2, which warms up again; by default `learning_rate`."""
     stage3_learning_rate: float | None = Field(None, gt=0.0)

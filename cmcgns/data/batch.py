@@ -180,6 +180,8 @@ class ImageReportBatch(NamedTuple):
     """Tokens of the longest report in each slice; ``by_length_B`` is cut into that many equal slices. Known on the host."""
     view_VB1HW: Tensor | None = None
     """Random views of each film, like ``image_B1HW``; None unless the method asks for them."""
+    continues_BT: Tensor | None = None
+    """True where a token continues the word of the one before; None unless the method asks for it."""
 
     @property
     def studies(self) -> int:
@@ -213,6 +215,7 @@ def with_one_sentence(batch: ImageReportBatch) -> ImageReportBatch:
         sentence_hash_n=hash_B,
         report_hash_B=hash_B,
         rank_sentences=(batch.studies,) * len(batch.rank_sentences),
+        continues_BT=None if batch.continues_BT is None else batch.continues_BT.gather(1, order_BT),
     )
 
 
@@ -266,9 +269,16 @@ class Batcher:
     """Turns blocks into batches on the device: crop, augment in training, normalise, pad, and views if a method has them."""
 
     def __init__(
-        self, config: Config, pad_id: int, device: torch.device, views: "tuple[int, ViewSettings] | None" = None
+        self,
+        config: Config,
+        pad_id: int,
+        device: torch.device,
+        views: "tuple[int, ViewSettings] | None" = None,
+        continues_V: np.ndarray | None = None,
     ) -> None:
+        """``views`` and ``continues_V`` as the method's ``views`` and ``continuations``."""
         self.config, self.pad_id, self.device, self.views = config, pad_id, device, views
+        self.continues_V = None if continues_V is None else torch.from_numpy(continues_V)
         self.most_slices = CPU_SLICES if device.type == "cpu" else GPU_SLICES
 
     def __call__(self, block: "Block", rank_sentences: tuple[int, ...], training: bool) -> ImageReportBatch:
@@ -288,10 +298,14 @@ class Batcher:
             from cmcgns.data.views import random_views  # draws as this file does
 
             view_VB1HW = random_views(stored_B1RR, data.image_size, key_B, *self.views)
+        continues_BT = None
+        if self.continues_V is not None:
+            continues_BT = self._to_device(self.continues_V[reports.token_BT])
         return ImageReportBatch(
             image_B1HW=normalise(film_B1HW),
             **text,
             view_VB1HW=view_VB1HW,
+            continues_BT=continues_BT,
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
             draw_key_B=key_B,

@@ -64,6 +64,15 @@ class ReportTokenizer:
         """Number of entries, including special tokens."""
         return int(self.pieces.get_vocab_size())
 
+    @property
+    def continues_V(self) -> np.ndarray:
+        """True for the entries that continue a word, such as `##ing`; bool (V,)."""
+        continues_V = np.zeros(self.vocabulary_size, bool)
+        prefix = getattr(self.pieces.model, "continuing_subword_prefix", None)
+        if prefix:
+            continues_V[[index for entry, index in self.pieces.get_vocab().items() if entry.startswith(prefix)]] = True
+        return continues_V
+
     def encode(self, sentences: Sequence[str]) -> EncodedReport:
         """``sentences`` in order up to the first that does not fit completely; ``BadRow`` if none fits."""
         tokens, owners, kept = [self.cls_id], [-1], 0

@@ -72,7 +72,9 @@ class Embedder:
         precision: str = "fp32",
     ) -> None:
         self.model, self.device, self.precision = model.to(device).eval(), device, precision
-        self.method, self.batcher = load_method(config), Batcher(config, tokenizer.pad_id, device)
+        self.method = load_method(config)
+        words = self.method.continuations(tokenizer)
+        self.batcher = Batcher(config, tokenizer.pad_id, device, continues_V=words)
 
     @torch.inference_mode()
     def outputs(self, block: Block) -> tuple[ImageReportBatch, Any]:

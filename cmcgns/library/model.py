@@ -304,7 +304,8 @@ class Model:
             sentence_hashes=[np.array(parsed.sentence_hashes[: encoded.sentences]) for parsed, encoded in texts],
             report_hashes=np.array([parsed.report_hash for parsed, _ in texts]),
         )
-        batcher = Batcher(self.config, self._tokenizer.pad_id, self.device, views)
+        words = self.method.continuations(self._tokenizer)
+        batcher = Batcher(self.config, self._tokenizer.pad_id, self.device, views, words)
         return batcher(block, (int(block.sentence_counts.sum()),), training=False)
 
     def _squares(self, films: Sequence[FilmLike]) -> Iterator[NDArray[np.uint8]]:

@@ -20,6 +20,10 @@ from cmcgns.models.device import AUTOCAST
 from cmcgns.models.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cmcgns.data.tokenizer import ReportTokenizer
     from cmcgns.data.views import ViewSettings  # settings need pydantic, the GPU benchmark has none
 
 
@@ -88,6 +92,10 @@ class Method(ABC, Generic[SettingsT]):
     def views(self) -> "tuple[int, ViewSettings] | None":
         """Number and strengths of the random views of each film, ``batch.view_VB1HW``; None for a method without views."""
         return None
+
+    def continuations(self, tokenizer: "ReportTokenizer") -> "NDArray[np.bool_] | None":
+        """Vocabulary entries that continue a word, for ``batch.continues_BT``; None without a setting ``whole_words``."""
+        return tokenizer.continues_V if getattr(self.settings, "whole_words", False) else None
 
     @property
     def banks(self) -> tuple[Bank, ...]:

@@ -27,7 +27,7 @@ from cmcgns.methods.loss_weights import LossWeight, weight_at
 from cmcgns.models.attention import unit
 from cmcgns.models.backbones import ImageEncoder
 from cmcgns.models.dual_encoder import DualEncoder, build_encoders
-from cmcgns.models.text import PooledTextEncoder, TextEncoder, sentence_means
+from cmcgns.models.text import PooledTextEncoder, TextEncoder, sentence_means, whole_words
 
 CHUNK_WEIGHTS = 2**25
 """Attention weights (films x texts x words x regions) of one chunk; the backward pass computes chunks again."""
@@ -42,6 +42,8 @@ class Settings(MethodSettings):
     """Factor of the scores in both losses (published as temp3), never learned."""
     words: Literal["sum", "mean"] = "sum"
     """A text's score is the logarithm of a sum over its words (published; long texts score higher on all films), or of a mean."""
+    whole_words: bool = False
+    """Sum the pieces of a word to one word (published), or count each piece of the vocabulary as a word."""
     local_features: Literal["raw", "unit"] = "raw"
     """Words and regions as projected (published), or of length 1, with which attention stays flat."""
     regions: Literal["last", "before_last"] = "last"
@@ -113,14 +115,18 @@ class GloriaModel(DualEncoder):
         owner_BT, mask_BT = read.sentence_of_token_BT, read.token_mask_BT
         hidden_BTC = encoder.token_states(read.token_BT, mask_BT, read.by_length_B, read.slice_tokens)
         sentences_BSD, report_BD = encoder.embed(hidden_BTC, mask_BT, owner_BT, read.sentence_mask_BS)
+        word_BTC = hidden_BTC
+        if own.whole_words:
+            assert read.continues_BT is not None
+            word_BTC, owner_BT = whole_words(hidden_BTC, read.continues_BT, owner_BT)
         first_T = torch.arange(mask_BT.shape[1], device=mask_BT.device) == 0
         return GloriaOutputs(
             image_BD=unit(self.image_projection(pooled_BC)),
             report_BD=report_BD,
             sentences_BSD=sentences_BSD,
             regions_BRD=self.region_projection(features_BRC),
-            words_BTD=encoder.projection(hidden_BTC),
-            word_mask_BT=mask_BT & ((owner_BT >= 0) | first_T),
+            words_BTD=encoder.projection(word_BTC),
+            word_mask_BT=(owner_BT >= 0) | first_T,
             sentence_of_word_BT=owner_BT,
             text_hash_B=read.report_hash_B,
         )
@@ -225,21 +231,26 @@ def text_scores(regions_BRD: Tensor, words_GTD: Tensor, mask_GT: Tensor, own: Se
 
 
 def _text_scores(regions_BRD: Tensor, gram_BRR: Tensor, words_cTD: Tensor, mask_cT: Tensor, own: Settings) -> Tensor:
-    """``text_scores`` without chunks.
-
-    What a word attends to is never built: with weights a, its product with the word is the sum of a times the products of regions
-    and word, and its squared length a' (v v') a.
-    """
+    """``text_scores`` without chunks."""
     product_BcTR = torch.einsum("ctd,brd->bctr", words_cTD, regions_BRD)
     weight_BcTR = region_weights(product_BcTR, mask_cT, own.region_scale)
-    dot_BcT = (weight_BcTR * product_BcTR).sum(-1)
-    square_BcT = ((weight_BcTR.flatten(1, 2) @ gram_BRR).view_as(weight_BcTR) * weight_BcTR).sum(-1)
-    length_BcT = words_cTD.norm(dim=-1) * square_BcT.clamp(min=1e-24).sqrt()
-    cosine_BcT = dot_BcT / length_BcT.clamp(min=1e-8)
+    cosine_BcT = word_cosines(product_BcTR, weight_BcTR, gram_BRR, words_cTD)
     score_Bc = (own.word_scale * cosine_BcT).masked_fill(~mask_cT, -torch.inf).logsumexp(-1)
     if own.words == "mean":
         score_Bc = score_Bc - mask_cT.sum(-1).to(score_Bc.dtype).log()
     return own.loss_scale * score_Bc
+
+
+def word_cosines(product_BcTR: Tensor, weight_BcTR: Tensor, gram_BRR: Tensor, words_cTD: Tensor) -> Tensor:
+    """Cosine of each word with what it attends to on each film, (B, c, T).
+
+    What it attends to is never built: with weights a, its product with the word is the sum of a times the products of regions
+    and word, and its squared length a' (v v') a.
+    """
+    dot_BcT = (weight_BcTR * product_BcTR).sum(-1)
+    square_BcT = ((weight_BcTR.flatten(1, 2) @ gram_BRR).view_as(weight_BcTR) * weight_BcTR).sum(-1)
+    length_BcT = words_cTD.norm(dim=-1) * square_BcT.clamp(min=1e-24).sqrt()
+    return dot_BcT / length_BcT.clamp(min=1e-8)
 
 
 def region_weights(product_TR: Tensor, mask_T: Tensor, scale: float) -> Tensor:

@@ -31,7 +31,7 @@ from cmcgns.methods.within_study import equal_weights, within_study_losses
 from cmcgns.models.attention import projection, unit
 from cmcgns.models.backbones import ImageEncoder
 from cmcgns.models.dual_encoder import DualEncoder, build_encoders
-from cmcgns.models.text import PooledTextEncoder, TextEncoder, in_slices, sentence_means
+from cmcgns.models.text import PooledTextEncoder, TextEncoder, in_slices, sentence_means, whole_words
 
 logger = logging.getLogger(__name__)
 BANK = "studies"
@@ -62,6 +62,8 @@ class Settings(MethodSettings):
     """The same for patches; `attention` needs an image encoder with a [CLS] token (published for ViT)."""
     attended_patches: Literal["unit", "raw"] = "unit"
     """What a patch attends to in the words has length 1 (published for ResNet), or is left as it is (published for ViT)."""
+    whole_words: bool = False
+    """Sum the pieces of a word, and their attention, to one word (published), or count each piece of the vocabulary as a word."""
     separator: bool = False
     """Count [SEP] as a word of the report (published)."""
     regions: Literal["last", "before_last"] = "last"
@@ -153,6 +155,15 @@ class MgcaModel(DualEncoder):
         hidden_BTC, attention_BT = self._read_reports(batch)
         owner_BT, mask_BT = batch.sentence_of_token_BT, batch.token_mask_BT
         sentences_BSD, report_BD = self.text_encoder.embed(hidden_BTC, mask_BT, owner_BT, batch.sentence_mask_BS)
+        word_BTC = hidden_BTC
+        if self.settings.whole_words:
+            assert batch.continues_BT is not None
+            tokens = batch.continues_BT, owner_BT
+            word_BTC, owner_BT = whole_words(hidden_BTC, *tokens)
+            if attention_BT is not None:
+                attention_BT = whole_words(attention_BT.unsqueeze(-1), *tokens)[0].squeeze(-1)
+            starts_BT = mask_BT & ~batch.continues_BT
+            mask_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < starts_BT.sum(1, keepdim=True)
         word_mask_BT = owner_BT >= 0
         if attention_BT is None:
             weight_BT = equal_weights(word_mask_BT, hidden_BTC.dtype)
@@ -166,7 +177,7 @@ class MgcaModel(DualEncoder):
             report_BD=report_BD,
             sentences_BSD=sentences_BSD,
             patches_BPD=unit(self.patch_projection(features_BPC)),
-            words_BTD=unit(self.text_encoder.projection(hidden_BTC)),
+            words_BTD=unit(self.text_encoder.projection(word_BTC)),
             word_mask_BT=word_mask_BT,
             word_weight_BT=weight_BT,
             patch_weight_BP=patch_weight_BP,

@@ -148,6 +148,16 @@ def in_slices(
     return torch.zeros_like(sorted_rows).index_copy(0, by_length_B, sorted_rows)
 
 
+def whole_words(states_BTC: Tensor, continues_BT: Tensor, owner_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the pieces of each word (B, T, C), and the sentence of each word (B, T): word after word, then other values
+    and -1. A special token is a word of its own."""
+    word_BT = (~continues_BT).cumsum(1) - 1
+    place_T1 = torch.arange(word_BT.shape[1], device=word_BT.device).unsqueeze(1)
+    member_BWT = (word_BT.unsqueeze(1) == place_T1).to(states_BTC.dtype)
+    owner_BW = torch.full_like(owner_BT, -1).scatter_reduce(1, word_BT, owner_BT, "amax")
+    return member_BWT @ states_BTC, owner_BW
+
+
 def sentence_means(token_BTD: Tensor, sentence_of_token_BT: Tensor, size_S: int) -> Tensor:
     """Mean of each sentence's tokens, (B, S, D); zero for sentences without tokens."""
     sentence_S1 = torch.arange(size_S, device=token_BTD.device).unsqueeze(1)

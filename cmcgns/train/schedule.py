@@ -18,6 +18,8 @@ class Schedule:
     stage2: int
     warmup: int
     stage3: int = 0
+    wave: int = 0
+    """Steps in which the learning rate falls to 0, and in which it rises again; 0 if it only falls, over the stage."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -48,11 +50,11 @@ class Schedule:
         return self._within(step)[0] > self.warmup
 
     def learning_rate(self, step: int, peak: float, start: float) -> float:
-        """Linear warm-up from ``start`` to ``peak``, then a half cosine to 0, over the stage of ``step``."""
+        """Linear warm-up from ``start`` to ``peak``, then a half cosine to 0 over the stage of ``step``, or a wave."""
         done, length = self._within(step)
         if done <= self.warmup:
             return start + (peak - start) * (done - 1) / max(self.warmup, 1)
-        share = (done - 1 - self.warmup) / max(length - self.warmup, 1)
+        share = (done - 1 - self.warmup) / (self.wave or max(length - self.warmup, 1))
         return peak * 0.5 * (1 + math.cos(math.pi * share))
 
     def _within(self, step: int) -> tuple[int, int]:
@@ -91,4 +93,4 @@ def build_schedule(config: TrainConfig, studies: int) -> Schedule:
             f"a warm-up of {steps['warmup']} steps does not fit into a stage of {shortest} steps; lower train.warmup_steps or "
             "train.warmup_epochs"
         )
-    return Schedule(**steps)
+    return Schedule(**steps, wave=per_epoch if config.schedule == "wave" else 0)

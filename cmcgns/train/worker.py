@@ -236,7 +236,7 @@ def build_parts(assignment: Assignment, source: BlockSource, device: torch.devic
         method=method,
         build_model=model,
         blocks=source,
-        batcher=Batcher(config, stream.tokenizer.pad_id, device, method.views),
+        batcher=Batcher(config, stream.tokenizer.pad_id, device, method.views, method.continuations(stream.tokenizer)),
         banks=Banks(method.banks, [clustering(bank) for bank in method.banks], method.statistics),
         schedule=assignment.schedule,
         device=device,

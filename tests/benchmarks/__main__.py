@@ -2,12 +2,22 @@
 
 import sys
 
-from tests.benchmarks import clustering, decoding, evaluating, heads, preparing, saving, streaming, trainer
+from tests.benchmarks import (
+    clustering,
+    decoding,
+    evaluating,
+    heads,
+    method_heads,
+    preparing,
+    saving,
+    streaming,
+    trainer,
+)
 from tests.benchmarks.measure import where
 
 if __name__ == "__main__":
     print(where())
-    table = [*heads.lines(), *trainer.lines(), *saving.lines(), *clustering.lines()]
+    table = [*heads.lines(), *method_heads.lines(), *trainer.lines(), *saving.lines(), *clustering.lines()]
     table += [*decoding.lines(), *preparing.lines(), *streaming.lines(), *evaluating.lines()]
     print(*table, sep="\n")
     sys.exit(any(line.good is False for line in table))

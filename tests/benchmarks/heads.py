@@ -4,9 +4,6 @@ No encoders and no decoder: their place is taken by ready features. B studies, P
 K centroids.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
@@ -22,7 +19,7 @@ from cmcgns.methods.cm_cgns.method import CmCgns
 from cmcgns.methods.cm_cgns.model import CmCgnsModel
 from cmcgns.methods.cm_cgns.settings import Settings
 from cmcgns.models.attention import AttentionPool, unit
-from tests.benchmarks.measure import Line, interleaved, ratio_of_medians, where
+from tests.benchmarks.measure import Line, interleaved, peak_in_child, ratio_of_medians, where
 
 B, P, S, D, K = 64, 49, 6, 768, 128
 ROUNDS = 15
@@ -179,18 +176,6 @@ def _shapes(product: Product) -> tuple[tuple[int, int], ...]:
     return (rows, inner), (inner, columns), (rows, columns)
 
 
-def peak_in_child(build: str) -> float:
-    """Peak MiB of weights, features, activations and gradients of the step that the function ``build`` of this module returns, in
-    a process that has done nothing else."""
-    code = (
-        f"import json; from tests.benchmarks.heads import {build}; from tests.benchmarks.measure import peak_mib; "
-        "import torch; torch.ones(64, 64) @ torch.ones(64, 64); "
-        f"print(json.dumps(peak_mib(lambda: [step() for step in [{build}()] for _ in range(3)])))"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return float(json.loads(output.splitlines()[-1]))
-
-
 def lines() -> list[Line]:
     """The lines of the table."""
     sizes = f"B {B} P {P} S {S} D {D} K {K}"
@@ -204,7 +189,8 @@ def _beside(
     what: str, build: Callable[[], Callable[[], None]], products: tuple[Product, ...], most_mib: int
 ) -> list[Line]:
     seconds = interleaved({"ours": build(), "products": build_products(products)}, ROUNDS)
-    ratio, mib = ratio_of_medians(seconds, "ours", "products"), peak_in_child(build.__name__)
+    ratio = ratio_of_medians(seconds, "ours", "products")
+    mib = peak_in_child("tests.benchmarks.heads", f"{build.__name__}()")
     return [
         Line(what, f"{median(seconds['ours']):.3f} s"),
         Line("  the bare matrix products", f"{median(seconds['products']):.3f} s"),

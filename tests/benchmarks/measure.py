@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,17 @@ def peak_mib(run: Callable[[], object]) -> float:
     """How far the memory of this process rises above where it stands while ``run`` runs, MiB (Linux)."""
     before = _status("VmRSS")
     return highest_mib(run) - before / 1024
+
+
+def peak_in_child(module: str, build: str) -> float:
+    """Peak MiB of weights, features, activations and gradients of the function that ``build``, code in the names of ``module``,
+    returns, in a process that has done nothing else."""
+    code = (
+        f"import torch; from tests.benchmarks.measure import peak_mib; from {module} import *; "
+        f"torch.ones(64, 64) @ torch.ones(64, 64); print(peak_mib(lambda: [step() for step in [{build}] for _ in range(3)]))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return float(output.splitlines()[-1])
 
 
 def highest_mib(run: Callable[[], object]) -> float:

@@ -7,10 +7,15 @@ import sys
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import torch
 
+from cmcgns.data.batch import Batcher
+from cmcgns.data.record import Block
 from cmcgns.data.tokenizer import SPECIAL_TOKENS, CountedWords, PieceTrainer, merged, train_tokenizer
 from cmcgns.errors import UserError
+from cmcgns.methods.base import load_method
 from cmcgns.train.setup import ReportSample, make_tokenizer
 from tests.small import small_config
 
@@ -48,6 +53,30 @@ def test_without_subwords_the_vocabulary_is_letters_and_words() -> None:
     assert not any(each.startswith("##") for each in pieces_of(plain))
     assert set(plain) < set(with_pieces)
     assert with_pieces[: len(plain)] == plain  # with room enough words keep their place
+
+
+def test_the_pieces_that_continue_a_word_are_known_and_reach_the_batch() -> None:
+    tokenizer = train_tokenizer(reports(), 10_000, 64, 8, 20, subwords=True)
+    encoded = tokenizer.encode(["the cardiomegaly is seen", "effusation is seen"])
+    spelled = [tokenizer.pieces.id_to_token(token) for token in encoded.tokens_T]
+    expected = [each.startswith("##") for each in spelled]
+    assert sum(expected) >= 2
+    assert tokenizer.continues_V[encoded.tokens_T].tolist() == expected
+    config = small_config()
+    block = Block(
+        positions=np.arange(1), draw_keys=np.zeros(1, np.int64), images_BRR=np.zeros((1, 40, 40), np.uint8),
+        tokens=[encoded.tokens_T], sentence_of_token=[encoded.sentence_of_token_T],
+        sentence_hashes=[np.arange(2)], report_hashes=np.zeros(1, np.int64),
+    )  # fmt: skip
+    for name, whole_words in (("gloria", True), ("mgca", True), ("gloria", False), ("cm-cgns", None)):
+        more = {} if whole_words is None else {"method__name": name, "objective__whole_words": whole_words}
+        words = load_method(small_config(**more)).continuations(tokenizer)
+        batch = Batcher(config, tokenizer.pad_id, torch.device("cpu"), continues_V=words)(block, (2,), training=False)
+        if whole_words:
+            assert batch.continues_BT is not None
+            assert batch.continues_BT[0, : len(expected)].tolist() == expected
+        else:
+            assert batch.continues_BT is None
 
 
 def test_rare_words_are_read_in_pieces_that_many_patients_have() -> None:

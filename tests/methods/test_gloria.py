@@ -12,7 +12,7 @@ from cmcgns.errors import UserError
 from cmcgns.methods import gloria
 from cmcgns.methods.base import load_method
 from cmcgns.methods.contrastive import contrastive_loss, directed_losses
-from cmcgns.methods.gloria import Settings, local_losses, region_weights, text_scores
+from cmcgns.methods.gloria import Settings, local_losses, region_weights, text_scores, word_cosines
 from tests.golden import golden
 from tests.small import losses_of, random_batch, small_config, small_model
 
@@ -55,6 +55,9 @@ def test_scores_and_attention_are_the_published_ones(variant: str) -> None:
     torch.testing.assert_close(weight_BBTR, numbers[f"{variant}.attention_BBTP"], **GOLDEN)
     attended_BBTD = torch.einsum("bctr,brd->bctd", weight_BBTR, regions_BRD)
     torch.testing.assert_close(attended_BBTD, numbers[f"{variant}.attended_BBTD"], **GOLDEN)
+    gram_BRR = regions_BRD @ regions_BRD.mT
+    cosine_BBT = word_cosines(product_BBTR, weight_BBTR, gram_BRR, words_BTD) * mask_BT
+    torch.testing.assert_close(cosine_BBT, numbers[f"{variant}.cosine_BBT"], **GOLDEN)
 
 
 def test_the_global_loss_is_twice_ours_at_scale_10_and_the_published_one() -> None:
@@ -148,6 +151,33 @@ def test_words_are_cls_and_the_tokens_of_sentences_and_layers_are_summed() -> No
         torch.testing.assert_close(outputs.report_BD[study], F.normalize(expected_TD.mean(0), dim=0), **GOLDEN)
         assert outputs.word_mask_BT[study].sum() == length - 1  # without [SEP]
         assert not outputs.word_mask_BT[study, length - 1 :].any()
+
+
+@pytest.mark.parametrize("name", ["gloria", "mgca"])
+@torch.no_grad()
+def test_the_pieces_of_a_word_are_summed_to_one_word(name: str) -> None:
+    config = small_config(method__name=name, objective__whole_words=True)
+    model, batch = small_model(config).double().eval(), random_batch(config, slice(0, 17))
+    outputs, encoder = model(batch), model.text_encoder
+    assert batch.continues_BT is not None
+    assert batch.continues_BT.sum() > 30
+    for study in range(17):
+        length = int(batch.token_mask_BT[study].sum())
+        hidden_TC = encoder.backbone(input_ids=batch.token_BT[study : study + 1, :length]).last_hidden_state[0]
+        sums, sentences = list[Tensor](), list[int]()
+        for place in range(length):
+            if batch.continues_BT[study, place]:
+                sums[-1] = sums[-1] + hidden_TC[place]
+            else:
+                sums.append(hidden_TC[place])
+                sentences.append(int(batch.sentence_of_token_BT[study, place]))
+        expected_tD = encoder.projection(torch.stack(sums))
+        if name == "mgca":
+            expected_tD = F.normalize(expected_tD, dim=1)
+        torch.testing.assert_close(outputs.words_BTD[study, : len(sums)], expected_tD, **GOLDEN)
+        assert outputs.sentence_of_word_BT[study].tolist()[: len(sums)] == sentences
+        real = [place for place, owner in enumerate(sentences) if owner >= 0 or (name == "gloria" and place == 0)]
+        assert outputs.word_mask_BT[study].nonzero()[:, 0].tolist() == real  # [SEP] and padding are no words
 
 
 @torch.no_grad()

@@ -62,12 +62,41 @@ def test_margin_loss_is_the_published_one_over_masked_pairs_only(numbers: dict[s
     total = margin_penalty(cosine_nN, cosine_nN.diagonal(), mask_nN, PUBLISHED).sum()
     torch.testing.assert_close(total, numbers["out.bml_loss_masked_sum"], **EXACT)
     torch.testing.assert_close(total / mask_nN.sum(), numbers["out.bml_loss_masked_mean"], **EXACT)
+    # the release counts every pair, with a constant margin_alpha where there is no false negative
+    published = (total + PUBLISHED.margin_alpha * (~mask_nN).double().sum()) / mask_nN.numel()
+    torch.testing.assert_close(published, numbers["out.bml_loss_published"], **EXACT)
 
 
 def test_sentence_loss_adds_the_hard_negatives_as_logits_and_the_margin(numbers: dict[str, Tensor]) -> None:
     found = sentence_alignment_loss(*features(numbers), (14,), numbers["in.centroids"], PUBLISHED)
     expected = numbers["out.sentence_loss_additive"] + 1e-4 * numbers["out.bml_loss_masked_mean"]
     torch.testing.assert_close(found.loss, expected, **EXACT)
+
+
+def multiplied_loss(numbers: dict[str, Tensor], centroids_KD: Tensor) -> Tensor:
+    """The released sentence loss: logits of hard negatives times 3 for the sentence's own one, times 0 for all others."""
+    z1_nD, z2_nD, _ = features(numbers)
+    centroids_KD = F.normalize(centroids_KD, dim=1)
+    own = nearest_two(z1_nD @ centroids_KD.T)
+    hard_nN = PUBLISHED.hard_negative_logit * torch.eye(14) * (z1_nD @ centroids_KD[own.second].T)
+    return F.cross_entropy(torch.cat([z1_nD @ z2_nD.T, hard_nN], dim=1), torch.arange(14))
+
+
+def test_the_release_multiplies_hard_negatives_where_ours_are_added(numbers: dict[str, Tensor]) -> None:
+    """13 of 14 columns of each row are then a constant logit of 0: 3.349 instead of 3.915."""
+    found = multiplied_loss(numbers, numbers["in.centroids"])
+    torch.testing.assert_close(found, numbers["out.sentence_loss_multiplicative_published"], **EXACT)
+    assert numbers["out.sentence_loss_additive"] - found > 0.5
+
+
+def test_the_whole_released_loss_moves_centroids_first_then_multiplies_and_counts_all_pairs(
+    numbers: dict[str, Tensor],
+) -> None:
+    found = multiplied_loss(numbers, numbers["out.centroids_after_step_published"])
+    published = found + PUBLISHED.margin_weight * numbers["out.bml_loss_published"]
+    torch.testing.assert_close(published, numbers["out.local_report_loss_published"], **EXACT)
+    ours = sentence_alignment_loss(*features(numbers), (14,), numbers["in.centroids"], PUBLISHED).loss
+    assert ours - published > 0.5
 
 
 def test_a_momentum_step_moves_centroids_towards_their_members_means(numbers: dict[str, Tensor]) -> None:
@@ -84,6 +113,10 @@ def test_a_momentum_step_moves_centroids_towards_their_members_means(numbers: di
     torch.testing.assert_close(moved_KD, numbers["out.centroids_after_step_mean"], **EXACT)
     ours_KD = momentum_step(start_KD, sums_KD, counts_K, 0.001)
     torch.testing.assert_close(ours_KD, F.normalize(moved_KD, dim=1), **EXACT)
+    # the release takes sums for means: a centroid moves as many times as far as it has members
+    published_KD = torch.where(taken_K.unsqueeze(1), unnormalised_momentum_step(start_KD, sums_KD, 0.001), start_KD)
+    torch.testing.assert_close(published_KD, numbers["out.centroids_after_step_published"], **EXACT)
+    assert (published_KD - moved_KD).norm(dim=1).max() > 3e-3
 
 
 def test_observing_and_moving_is_that_momentum_step(numbers: dict[str, Tensor]) -> None:

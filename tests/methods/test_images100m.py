@@ -156,6 +156,9 @@ def test_two_ranks_have_the_codes_and_the_gradient_of_one_batch() -> None:
     np.testing.assert_allclose(joined["views"] / 2, whole["views"], rtol=0, atol=1e-12)
     mean = (ranks[0]["prototypes"] + ranks[1]["prototypes"]) / 2
     np.testing.assert_allclose(mean, whole["prototypes"], rtol=0, atol=1e-12)
+    theirs_KD, rows_KD = numbers["two_ranks.grad_prototypes_mean_KD"], unit_rows(numbers["in.prototypes_KD"])
+    tangent_KD = theirs_KD - (theirs_KD * rows_KD).sum(1, keepdim=True) * rows_KD
+    np.testing.assert_allclose(mean, tangent_KD, rtol=0, atol=1e-9)
     for rank in ranks:
         np.testing.assert_allclose(rank["queue"], whole["queue"], rtol=0, atol=1e-6)
     # each rank for itself is another method

@@ -1,5 +1,6 @@
 """MGCA against the published functions, a loop over studies and words, and its rules about padding, attention and prototypes."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from cmcgns.methods.contrastive import contrastive_loss, directed_losses
 from cmcgns.methods.mgca import MgcaOutputs, Settings, attended, clipped_weights, token_alignment_loss
 from cmcgns.methods.within_study import equal_weights, within_study_losses
 from cmcgns.models.attention import unit
+from cmcgns.models.retrieval import recall
+from cmcgns.models.text import whole_words
 from cmcgns.train.engine import build_engine
 from tests.golden import golden
 from tests.ranks import run_on_ranks
@@ -59,14 +62,15 @@ def raw_parts() -> list[Tensor]:
 OWN = {"resnet": Settings(), "vit": Settings(attended_patches="raw")}
 
 
-def test_the_global_loss_is_twice_ours_and_the_published_one() -> None:
+@pytest.mark.parametrize("kind", ["resnet", "vit", "resnet_as_published"])
+def test_the_global_loss_is_twice_ours_and_the_published_one(kind: str) -> None:
     raw = [NUMBERS[f"in.{name}"].clone().requires_grad_() for name in ("image_BD", "report_BD")]
     units, scale = [unit(rows) for rows in raw], torch.full((1,), 1 / 0.07, dtype=torch.float64)
     films, reports = directed_losses(units[0], units[1], None, scale)
-    torch.testing.assert_close(films + reports, NUMBERS["resnet.loss_ita"], **EXACT)
+    torch.testing.assert_close(films + reports, NUMBERS[f"{kind}.loss_ita"], **EXACT)
     torch.testing.assert_close(films + reports, 2 * contrastive_loss(*units, torch.arange(6), scale), **EXACT)
     for found, name in zip(torch.autograd.grad(films + reports, raw), ("image_BD", "report_BD"), strict=True):
-        torch.testing.assert_close(found, NUMBERS[f"resnet.grad_ita.{name}"], **EXACT)
+        torch.testing.assert_close(found, NUMBERS[f"{kind}.grad_ita.{name}"], **EXACT)
 
 
 @pytest.mark.parametrize("kind", OWN)
@@ -86,9 +90,11 @@ def test_words_and_patches_give_the_published_numbers_if_padding_is_a_negative(k
         for number, found in enumerate(pair, start=1):
             torch.testing.assert_close(found, NUMBERS[f"{kind}.loss_{name}_{number}"], **EXACT)
     total = torch.stack([*words, *patches]).sum() / 2
-    torch.testing.assert_close(total, NUMBERS[f"{kind}.loss_cta"], **EXACT)
-    for found, name in zip(torch.autograd.grad(total, raw), ("patches_BPD", "words_BTD"), strict=True):
-        torch.testing.assert_close(found, NUMBERS[f"{kind}.grad_cta.{name}"], **EXACT)
+    gradients = torch.autograd.grad(total, raw)
+    for name in (kind, "resnet_as_published") if kind == "resnet" else (kind,):
+        torch.testing.assert_close(total, NUMBERS[f"{name}.loss_cta"], **EXACT)
+        for found, part in zip(gradients, ("patches_BPD", "words_BTD"), strict=True):
+            torch.testing.assert_close(found, NUMBERS[f"{name}.grad_cta.{part}"], **EXACT)
 
 
 @pytest.mark.parametrize("weights", ["ours", "ours_uniform"])
@@ -98,6 +104,10 @@ def test_without_padding_as_negatives_the_loss_is_smaller(weights: str) -> None:
     found, _ = token_alignment_loss(outputs, Settings())
     torch.testing.assert_close(found, NUMBERS[f"{weights}.loss_cta"], **EXACT)
     assert found < NUMBERS["resnet.loss_cta"] - 0.2
+    seen_BTD = unit(attended(outputs.words_BTD, outputs.patches_BPD, 10.0))
+    words = within_study_losses(outputs.words_BTD, seen_BTD, weight_BT, 10.0, REAL_BT)
+    for number, each in enumerate(words, start=1):
+        torch.testing.assert_close(each, NUMBERS[f"{weights}.loss_words_{number}"], **EXACT)
 
 
 def slow_token_loss(patches: Tensor, words: list[Tensor], weights: list[Tensor]) -> Tensor:
@@ -144,26 +154,38 @@ def scores_of(raw: list[Tensor], prototypes_KD: Tensor) -> list[Tensor]:
     return [unit(each) @ prototypes_KD.T for each in raw]
 
 
-def test_codes_and_the_loss_of_prototypes_are_the_published_ones() -> None:
+@pytest.mark.parametrize("kind", ["resnet", "vit", "resnet_as_published"])
+def test_codes_and_the_loss_of_prototypes_are_the_published_ones(kind: str) -> None:
+    """The release rounds its codes to float32; `resnet` and `vit` are without that."""
     raw = [NUMBERS[f"in.{name}"].clone().requires_grad_() for name in ("image_BD", "report_BD")]
     module = Prototypes(12, 16).double()
     module.weight.data = unit(NUMBERS["in.prototypes_KD"])
     score_2BK = torch.stack([unit(each) for each in raw]) @ module().T
     codes = codes_of_all_ranks(score_2BK, None, 0.05, 3)
+    if kind == "resnet_as_published":
+        codes = codes.float().double()
     for code_BK, name, score_BK in zip(codes, ("image", "report"), score_2BK, strict=True):
-        torch.testing.assert_close((score_BK / 0.05).exp().T, NUMBERS[f"resnet.kernel_{name}_KB"], rtol=1e-12, atol=0)
-        torch.testing.assert_close(code_BK, NUMBERS[f"resnet.codes_{name}_BK"], **EXACT)
+        torch.testing.assert_close((score_BK / 0.05).exp().T, NUMBERS[f"{kind}.kernel_{name}_KB"], rtol=1e-12, atol=0)
+        torch.testing.assert_close(code_BK, NUMBERS[f"{kind}.codes_{name}_BK"].double(), **EXACT)
     loss = swapped_loss(score_2BK, codes, 0.2)
-    torch.testing.assert_close(loss, NUMBERS["resnet.loss_cpa"], **EXACT)
-    # the release rounds its codes to float32
-    torch.testing.assert_close(loss, NUMBERS["resnet_as_published.loss_cpa"], rtol=0, atol=1e-8)
+    torch.testing.assert_close(loss, NUMBERS[f"{kind}.loss_cpa"], **EXACT)
     *found, prototypes_KD = torch.autograd.grad(loss, [*raw, module.weight])
     for each, name in zip(found, ("image_BD", "report_BD"), strict=True):
-        torch.testing.assert_close(each, NUMBERS[f"resnet.grad_cpa.{name}"], **EXACT)
+        torch.testing.assert_close(each, NUMBERS[f"{kind}.grad_cpa.{name}"], **EXACT)
     # ours is the part along the sphere: rows have length 1 inside the module, not before it
-    published_KD, rows_KD = NUMBERS["resnet.grad_cpa.prototypes_KD"], module.weight.detach()
+    published_KD, rows_KD = NUMBERS[f"{kind}.grad_cpa.prototypes_KD"], module.weight.detach()
     tangent_KD = published_KD - (published_KD * rows_KD).sum(1, keepdim=True) * rows_KD
     torch.testing.assert_close(prototypes_KD, tangent_KD, **EXACT)
+    assert (loss - NUMBERS["resnet.loss_cpa"]).abs() < 1e-8
+
+
+@torch.no_grad()
+def test_recall_in_the_batch_is_the_published_accuracy() -> None:
+    scores = recall(unit(NUMBERS["in.image_BD"]), unit(NUMBERS["in.report_BD"]), torch.arange(6))
+    for kind in ("resnet", "vit", "resnet_as_published"):
+        for depth in (1, 5):
+            found = 50 * (scores[f"i2t_recall_at_{depth}"] + scores[f"t2i_recall_at_{depth}"])
+            assert found == pytest.approx(float(NUMBERS[f"{kind}.acc{depth}"]), rel=1e-12)
 
 
 def test_codes_of_halves_alone_are_others_and_more_rounds_balance_better() -> None:
@@ -189,21 +211,44 @@ def test_two_ranks_have_the_codes_of_one_whole_batch() -> None:
     torch.testing.assert_close(torch.cat(run_on_ranks(2, own_codes)), NUMBERS["sinkhorn.whole_BK"], **EXACT)
 
 
-def test_weights_1_1_1_give_the_published_total_and_films_and_reports_are_interchangeable() -> None:
-    config = small_config(method__name="mgca", objective__num_prototypes=12, objective__attended_patches="raw")
-    outputs = outputs_of("vit", raw_parts(), torch.ones_like(REAL_BT), word_weights())
-    prototypes_KD = unit(NUMBERS["in.prototypes_KD"])
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.7, 0.5)])
+def test_weights_give_the_published_totals_if_padding_is_a_negative(kind: str, weights: tuple[float, ...]) -> None:
+    """Words beyond a report's end are words here, as in the release, but what patches attend to has none of them."""
+    names = ("global_weight", "token_weight", "prototype_weight")
+    config = small_config(
+        method__name="mgca", objective__num_prototypes=12, objective__attended_patches=OWN[kind].attended_patches,
+        **{f"objective__{name}": weight for name, weight in zip(names, weights, strict=True)},
+    )  # fmt: skip
+    outputs = outputs_of(kind, raw_parts(), REAL_BT, word_weights())
+    outputs = outputs._replace(prototypes_KD=unit(NUMBERS["in.prototypes_KD"]))
     batch = random_batch(config, slice(0, 6))._replace(report_hash_B=torch.arange(6))
-    losses = []
+    losses = losses_of(config, outputs, batch, None)
+    # the only difference: the release's word losses have padding in their denominators
+    words_BTD = outputs.words_BTD
+    seen_BTD = unit(attended(words_BTD, outputs.patches_BPD, 10.0))
+    both = [within_study_losses(words_BTD, seen_BTD, word_weights(), 10.0, mask) for mask in (None, REAL_BT)]
+    padding = (torch.stack(both[0]) - torch.stack(both[1])).sum() / 2
+    name = "loss_total_111" if weights == (1.0, 1.0, 1.0) else "loss_total_1_07_05"
+    torch.testing.assert_close(losses.total + weights[1] * padding, NUMBERS[f"{kind}.{name}"], **EXACT)
+    assert padding > 0.2
+    if kind == "resnet":  # with codes rounded to float32
+        as_published = NUMBERS[f"resnet_as_published.{name}"]
+        rounding = weights[2] * (NUMBERS["resnet_as_published.loss_cpa"] - NUMBERS["resnet.loss_cpa"])
+        torch.testing.assert_close(losses.total + weights[1] * padding + rounding, as_published, **EXACT)
+
+
+def test_films_and_reports_are_interchangeable_for_the_loss_of_prototypes() -> None:
+    config = small_config(method__name="mgca", objective__num_prototypes=12)
+    outputs = outputs_of("resnet", raw_parts(), REAL_BT, word_weights())
+    batch, losses = random_batch(config, slice(0, 6)), []
     both = outputs.image_BD, outputs.report_BD
     for image_BD, report_BD in (both, both[::-1]):
-        swapped = outputs._replace(image_BD=image_BD, report_BD=report_BD, prototypes_KD=prototypes_KD)
-        losses.append(losses_of(config, swapped, batch, None).weighted)
-    torch.testing.assert_close(losses[0]["loss_prototypes"], losses[1]["loss_prototypes"], **EXACT)
-    published = NUMBERS["vit.loss_total_111"] - NUMBERS["vit.loss_cta"]
-    torch.testing.assert_close(losses[0]["loss_prototypes"] + losses[0]["loss_global"], published, **EXACT)
-    weighted = 0.7 * NUMBERS["vit.loss_cta"] + NUMBERS["vit.loss_ita"] + 0.5 * NUMBERS["vit.loss_cpa"]
-    torch.testing.assert_close(weighted, NUMBERS["vit.loss_total_1_07_05"], **EXACT)
+        swapped = outputs._replace(
+            image_BD=image_BD, report_BD=report_BD, prototypes_KD=unit(NUMBERS["in.prototypes_KD"])
+        )
+        losses.append(losses_of(config, swapped, batch, None).weighted["loss_prototypes"])
+    torch.testing.assert_close(*losses, **EXACT)
 
 
 def model_and_batch(**more: Any) -> tuple[Any, Any, ImageReportBatch]:
@@ -236,6 +281,36 @@ def test_words_and_patches_get_their_own_attention() -> None:
         assert int(outputs.word_mask_BT[study].sum()) == length - 2  # neither [CLS] nor [SEP]
     _, with_separator, _ = model_and_batch(objective__separator=True)
     assert torch.equal(with_separator(batch).word_mask_BT.sum(1), outputs.word_mask_BT.sum(1) + 1)
+
+
+@torch.no_grad()
+def test_a_whole_word_gets_the_attention_of_its_pieces() -> None:
+    """`[CLS] small pleural eff ##usion [SEP]` with attention = position: weights 1, 2, 3 + 4; the release has 2, 3, 4 + 5."""
+    continues = torch.tensor([[False, False, False, False, True, False, False, False]])
+    owner = torch.tensor([[-1, 0, 0, 0, 0, -1, -1, -1]])
+    summed, owner_of_word = whole_words(torch.arange(8.0).view(1, 8, 1), continues, owner)
+    assert owner_of_word.tolist() == [[-1, 0, 0, 0, -1, -1, -1, -1]]
+    assert summed[0, :5, 0].tolist() == [0, 1, 2, 3 + 4, 5]
+    config = small_config(
+        method__name="mgca", objective__num_prototypes=6, objective__whole_words=True, objective__word_weights="attention",
+        objective__separator=True,
+    )  # fmt: skip
+    model, batch = small_model(config).double().eval(), random_batch(config, slice(0, 17))
+    pieces = small_model(
+        config.model_copy(update={"objective": config.objective.model_copy(update={"whole_words": False})})
+    )
+    _, attention_BT = pieces.double().eval()._read_reports(batch)
+    outputs = model(batch)
+    assert batch.continues_BT is not None
+    for study in range(17):
+        length = int(batch.token_mask_BT[study].sum())
+        starts = [place for place in range(1, length) if not batch.continues_BT[study, place]]
+        sums = torch.stack([attention_BT[study, a:b].sum() for a, b in pairwise(starts)])
+        clipped = sums.clamp(torch.quantile(sums, 0.1), torch.quantile(sums, 0.9))
+        found = outputs.word_weight_BT[study]
+        torch.testing.assert_close(found[1 : len(starts)], clipped / clipped.sum(), rtol=0, atol=1e-10)
+        assert not found[len(starts) :].any()
+        assert int(outputs.word_mask_BT[study].sum()) == len(starts)  # with [SEP]
 
 
 @torch.no_grad()

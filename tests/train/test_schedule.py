@@ -7,6 +7,7 @@ import pytest
 from cmcgns.config import TrainConfig
 from cmcgns.errors import UserError
 from cmcgns.train.schedule import Schedule, build_schedule
+from tests.golden import golden
 
 
 def train_config(**values: object) -> TrainConfig:
@@ -22,6 +23,18 @@ def test_each_stage_warms_up_to_the_peak_and_falls_by_a_half_cosine_towards_zero
         falling = [0.5 * (1 + math.cos(math.pi * i / (len(stage) - 4))) for i in range(len(stage) - 4)]
         assert stage[4:] == pytest.approx(falling)
         assert 0 < stage[-1] < 0.1  # 0 would be a step that does nothing
+
+
+def test_the_wave_is_the_published_rate_of_lovt() -> None:
+    """Its scheduler is never restarted: the rate falls in one epoch and rises in the next."""
+    schedule = build_schedule(
+        train_config(stage1_steps=41, stage2_steps=0, warmup_steps=0, schedule="wave"), studies=85
+    )
+    published = golden("lovt")["schedule.learning_rate_10_steps_an_epoch"].tolist()
+    rates = [schedule.learning_rate(step, 1e-4, 0.0) for step in range(1, 42)]
+    assert rates == pytest.approx(published, rel=0, abs=1e-15)
+    assert rates[10] == 0.0
+    assert rates[20] == 1e-4
 
 
 def test_without_a_warm_up_a_stage_begins_at_the_peak() -> None:

@@ -125,13 +125,22 @@ class SymmetricAttention(nn.Module):
 
     def forward(self, patches_BPD: Tensor, sentences_BSD: Tensor, mask_BS: Tensor, row_n: Tensor) -> Read:
         """What patches read and sentences see; padded sentences are not read and see nothing."""
-        product_BPS = self.key(patches_BPD) @ self.key(sentences_BSD).mT / math.sqrt(patches_BPD.shape[-1])
-        share_BPS = product_BPS.masked_fill(~mask_BS.unsqueeze(1), -torch.inf).softmax(-1)
+        product_BPS = self.scores(patches_BPD, sentences_BSD)
+        share_BPS = shares(product_BPS, mask_BS)
         weight_BSP = product_BPS.mT.softmax(-1) * mask_BS.unsqueeze(-1)
         read_BPD = self.output(share_BPS @ self.value(sentences_BSD))
         seen_nD = self.output((weight_BSP @ self.value(patches_BPD)).flatten(0, 1).index_select(0, row_n))
         read_BPD = self.patch_norm(read_BPD.flatten(0, 1)).view_as(read_BPD)
         return Read(read_BPD, scattered(self.sentence_norm(seen_nD), row_n, mask_BS.shape), weight_BSP)
+
+    def scores(self, patches_BPD: Tensor, sentences_BSD: Tensor) -> Tensor:
+        """How well each patch fits each sentence, (B, P, S)."""
+        return self.key(patches_BPD) @ self.key(sentences_BSD).mT / math.sqrt(patches_BPD.shape[-1])
+
+
+def shares(product_BPS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Attention of each patch over the real sentences of its study, (B, P, S)."""
+    return product_BPS.masked_fill(~mask_BS.unsqueeze(1), -torch.inf).softmax(-1)
 
 
 class LovtImageEncoder(ImageEncoder):
