@@ -11,9 +11,9 @@ from cmcgns.data.batch import Batcher, ImageReportBatch
 from cmcgns.data.record import Block
 from cmcgns.errors import TrainingStoppedError
 from cmcgns.train.checkpoint import Progress
+from cmcgns.train.finite import FiniteCheck
 from cmcgns.train.shards import copied
 from cmcgns.train.steps import Cursor, StepData
-from cmcgns.train.trainer import FiniteCheck
 from tests.ranks import run_on_ranks
 from tests.small import losses_of, random_batch, small_config
 from tests.train.test_skipped_steps import ENGINES, engine_of
