@@ -19,7 +19,7 @@ CLUSTERING = ("BankActor", "BankCoordinator")
 ENDED = {"TrainController": "the controller", "RunCoordinator": "the coordinator", "driver": "the driver"}
 """Processes with which the run ends, and who is named; it is resumed."""
 HEAD = {"gcs_server": "Ray's head"}
-"""The same for Ray's own."""
+"""Ray's own process with which the run ends; it is resumed too."""
 MOMENT_S = 300
 
 

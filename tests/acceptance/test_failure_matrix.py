@@ -1,6 +1,5 @@
 """Each process of a run killed (kill -9) at each moment: in stage 1, in a re-clustering, as a checkpoint is uploaded, at the
-stage change; a node lost with its worker at each of them, and another one added; a worker that freezes; Ray's head
-lost.
+stage change; a node lost with its worker at each of them, and another one added; a worker that freezes; a lost head.
 
 The run goes on, or fails with one message and a result and is resumed; in the end every step is there once, with the losses of
 the undisturbed run. A seed draws the steps and which of several processes is killed.
