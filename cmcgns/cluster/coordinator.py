@@ -267,6 +267,14 @@ def read_account(coordinator: Any, known_bad: dict[str, str]) -> dict[str, Any]:
         return {"outcome": None, "row": {}, "marks": {}} | lost
 
 
+def has_failed(coordinator: Any) -> bool:
+    """True after a failure that a restart does not fix, the loss of the coordinator among them."""
+    try:
+        return ray.get(coordinator.failure.remote()) is not None
+    except ray.exceptions.ActorDiedError:
+        return True
+
+
 class CoordinatorHandler(logging.Handler):
     """Sends log lines to the coordinator, for the driver's terminal."""
 

@@ -22,7 +22,7 @@ from ray.util import get_current_placement_group
 
 from cmcgns import distributed, storage
 from cmcgns.bad_rows import write_bad_rows
-from cmcgns.cluster.coordinator import log_to_coordinator
+from cmcgns.cluster.coordinator import has_failed, log_to_coordinator
 from cmcgns.cluster.heartbeat import EXPORT, Heartbeat, mark
 from cmcgns.clustering.bank_pool import RayPool
 from cmcgns.clustering.online_clustering import Centroids, OnlineClustering
@@ -153,7 +153,7 @@ class PrefetchedBlocks:
 def work(assignment: Assignment) -> None:
     """The train loop of one rank. Errors that a restart can fix are raised; others are reported to the coordinator."""
     log_to_coordinator(assignment.coordinator)
-    if ray.get(assignment.coordinator.failure.remote()) is not None:
+    if has_failed(assignment.coordinator):
         return  # started again after a failure that a restart does not fix
     try:
         with Heartbeat(assignment.coordinator, distributed.rank(), assignment.config.train.hang_timeout_s):
@@ -165,6 +165,7 @@ def work(assignment: Assignment) -> None:
             raise  # so that the other ranks, which may be waiting in Ray Train, end too
         if isinstance(error, TrainingStoppedError):
             ray.get(assignment.coordinator.fail.remote(str(error)))
+        # raises where the coordinator is lost: the other ranks, which may wait in Ray Train, end too, and all return above
         if ray.get(assignment.coordinator.failure.remote()) is None:
             raise
         dist.destroy_process_group()  # otherwise other ranks would wait for this one

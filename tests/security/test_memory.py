@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cmcgns.cluster.coordinator import LOST, RunCoordinator, read_account, start_coordinator
+from cmcgns.cluster.coordinator import LOST, RunCoordinator, has_failed, read_account, start_coordinator
 
 pytestmark = pytest.mark.ray
 
@@ -31,7 +31,9 @@ def test_the_coordinator_is_the_last_to_be_killed_and_its_loss_is_told(
     pid, beside = ray.get([coordinator.pid.remote(), other.pid.remote()])
     assert oom_score(pid) == 0 < oom_score(beside)
     assert read_account(coordinator, {})["failure"] is None
+    assert not has_failed(coordinator)
     os.kill(pid, signal.SIGKILL)
     account = read_account(coordinator, {"film 3": "is empty"})
     assert (account["failure"], account["bad_rows"]) == (LOST.format("coordinator"), {"film 3": "is empty"})
     assert "memory" in LOST
+    assert has_failed(coordinator)  # otherwise Ray Train would start the workers again and again
