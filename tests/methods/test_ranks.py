@@ -43,13 +43,13 @@ CONFIGS = {
     },
     "gloria published": {
         "method__name": "gloria", "objective__regions": "before_last", "objective__word_layers": 2,
-        "objective__same_text": "negatives", "objective__caption": "sentence", "model__image_encoder": "resnet-tiny",
-        "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
+        "objective__same_text": "negatives", "objective__caption": "sentence", "objective__whole_words": True,
+        "model__image_encoder": "resnet-tiny", "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
     },
     "mgca published": {
         "method__name": "mgca", "objective__word_weights": "attention", "objective__separator": True,
         "objective__regions": "before_last", "objective__heads": "mlp", "objective__text_layers": 1,
-        "objective__same_text": "negatives", "model__image_encoder": "resnet-tiny",
+        "objective__same_text": "negatives", "objective__whole_words": True, "model__image_encoder": "resnet-tiny",
         "model__fixed_batch_statistics": True, "data__image_size": 64, "data__resize": 72,
     },
     "mgca vit": {
