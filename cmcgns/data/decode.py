@@ -14,11 +14,13 @@ from PIL import Image, ImageOps
 
 from cmcgns.data.image import MAX_PIXELS, DecodedImage, Target, stretch
 from cmcgns.data.picture_files import (
+    NEXT_IMAGE,
     TIFF_MAGIC,
     decode_deep,
     is_deep,
     is_tiff_of_other_kind,
     is_white_zero,
+    tiff_tags,
     without_side_chunks,
 )
 from cmcgns.data.repairs import note
@@ -174,6 +176,8 @@ def _rescued(data: bytes, target: Target | None) -> DecodedImage | None:
             note("PNG with broken side chunks")
             return film
     if is_tiff_of_other_kind(data):
+        if tiff_tags(data).get(NEXT_IMAGE, 0):
+            raise BadRow("film file has several images, not one film")
         with suppress(BadRow):
             grey_HW = decode_deep(data)
             note("TIFF of a kind that Pillow does not know")

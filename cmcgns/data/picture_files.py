@@ -22,6 +22,8 @@ HIGH_BYTE_FIRST = b"MM\0+"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 BITS, PHOTOMETRIC, SAMPLES, WIDTH, HEIGHT = 258, 262, 277, 256, 257
 """Tags of TIFF."""
+NEXT_IMAGE = -1
+"""Beside the tags: where the directory of the next image begins; 0 after the last one."""
 WHITE_IS_ZERO = 0
 LUMINANCE_BGR = np.array([0.114, 0.587, 0.299], dtype=np.float32)  # ITU-R BT.601
 STRIP = 256
@@ -50,7 +52,7 @@ def without_side_chunks(data: bytes) -> bytes | None:
 
 
 def tiff_tags(data: bytes) -> dict[int, int]:
-    """The first value of each tag with whole numbers in the first directory; empty if it is no TIFF or BigTIFF."""
+    """The first value of each tag with whole numbers in the first directory, and ``NEXT_IMAGE``; empty if it is no TIFF."""
     tags: dict[int, int] = {}
     order, is_big = TIFF_MAGIC.get(data[:4], ("", False))
     # BigTIFF: offsets, counts and the place of a value in its entry have 8 bytes
@@ -73,6 +75,9 @@ def tiff_tags(data: bytes) -> dict[int, int]:
         found = inside if length(value) * number <= length(offset) else at(offset, inside)[0]
         if found + length(value) <= len(data):
             (tags[tag],) = at(value, found)
+    end = first + step * entries
+    if end + length(offset) <= len(data):
+        (tags[NEXT_IMAGE],) = at(offset, end)
     return tags
 
 

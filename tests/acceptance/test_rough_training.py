@@ -1,11 +1,14 @@
 """A training run out of a bucket behind a proxy that misbehaves.
 
 Shown: 10 % errors and 2 % cut connections change no loss; films deleted in mid-epoch become bad rows and the run goes on;
-a credential that expires ends it with one message, and the resumed run goes on from the last checkpoint.
+a credential that expires ends it with one message, and the resumed run goes on from the last checkpoint. Storage that is away
+for 45 s, films and run folder alike, changes no loss; if it stays away, the run fails by name and can be resumed.
 """
 
 import json
 import os
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from tests.s3 import S3Server
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
 STUDIES, STEPS, DELETED = 600, 60, 12
+AWAY_S = 45
+"""Less than the 60 s for which a request is retried."""
 SETTINGS = (
     "--data.format=pairs-csv", f"--train.stage1_steps={STEPS}", "--train.stage2_steps=0", "--train.warmup_steps=0",
     "--train.log_every=1", "--train.checkpoint_every=10", "--data.validation_studies=16", "--data.max_bad_fraction=0.1",
@@ -40,25 +45,36 @@ def proxy(server: S3Server) -> Iterator[FaultyProxy]:
         yield running
 
 
-def start(storage: Path, endpoint: str) -> Job:
+@pytest.fixture(scope="module")
+def smooth(server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run without faults."""
+    storage = tmp_path_factory.mktemp("smooth")
+    job = start(storage, server.endpoint)
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    return losses(storage)
+
+
+def start(storage: Path, endpoint: str, *more: str, patience_s: int = 20) -> Job:
     """A run named ``run``, from its beginning."""
-    return Job(storage, "--data.uri=s3://roughtrain", "--run.name=run", *SETTINGS, env=environment(endpoint))
+    return Job(
+        storage, "--data.uri=s3://roughtrain", "--run.name=run", *SETTINGS, *more, env=environment(endpoint, patience_s)
+    )
 
 
-def environment(endpoint: str) -> dict[str, str]:
+def environment(endpoint: str, patience_s: int = 20) -> dict[str, str]:
     """What the job needs to know to find the server by way of ``endpoint``."""
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    return keys | {"AWS_ENDPOINT_URL": endpoint, "CMCGNS_STORAGE_PATIENCE_S": "20"}
+    return keys | {"AWS_ENDPOINT_URL": endpoint, "CMCGNS_STORAGE_PATIENCE_S": str(patience_s)}
 
 
 def losses(storage: Path) -> list[float]:
     return [row["loss"] for row in rows(storage / "run")]
 
 
-def test_errors_and_cuts_change_no_loss(server: S3Server, proxy: FaultyProxy, tmp_path: Path) -> None:
-    smooth = start(tmp_path / "smooth", server.endpoint)
-    said = smooth.wait()
-    assert smooth.process.returncode == 0, said[-3000:]
+def test_errors_and_cuts_change_no_loss(
+    server: S3Server, proxy: FaultyProxy, smooth: list[float], tmp_path: Path
+) -> None:
     proxy.faults = Faults(errors=0.10, cuts=0.02)
     rough = start(tmp_path / "rough", proxy.endpoint)
     said = rough.wait()
@@ -66,7 +82,50 @@ def test_errors_and_cuts_change_no_loss(server: S3Server, proxy: FaultyProxy, tm
     print(f"\n{dict(proxy.counts)}")
     assert proxy.counts["error"] > 20
     assert result(tmp_path / "rough" / "run")["bad_rows"] == 0
-    assert losses(tmp_path / "rough") == pytest.approx(losses(tmp_path / "smooth"), rel=1e-5)
+    assert losses(tmp_path / "rough") == pytest.approx(smooth, rel=1e-5)
+
+
+def step(job: Job) -> int:
+    """The last step that was printed."""
+    return max(map(int, re.findall(rf"^step (\d+)/{STEPS} ", job.text(), re.MULTILINE)), default=0)
+
+
+def test_storage_that_is_away_for_a_while_changes_no_loss(
+    server: S3Server, proxy: FaultyProxy, smooth: list[float], tmp_path: Path
+) -> None:
+    runs = server.make_bucket("away")
+    job = start(tmp_path, proxy.endpoint, f"--run.storage={runs}", patience_s=60)
+    job.wait_for(lambda: step(job) >= 18)  # the films ahead last until after the next checkpoint
+    proxy.faults = Faults(errors=1.0)
+    time.sleep(AWAY_S)
+    proxy.faults = Faults()
+    said = job.wait()
+    assert job.process.returncode == 0, said[-3000:]
+    print(f"\n{dict(proxy.counts)}")
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "result.json"):
+        server.client().download_file("away", f"run/{name}", str(tmp_path / "run" / name))
+    assert result(tmp_path / "run")["bad_rows"] == 0
+    assert losses(tmp_path) == pytest.approx(smooth, rel=1e-5)
+
+
+def test_storage_that_stays_away_ends_it_by_name_and_it_goes_on(
+    server: S3Server, proxy: FaultyProxy, smooth: list[float], tmp_path: Path
+) -> None:
+    job = start(tmp_path, proxy.endpoint)
+    job.wait_for(lambda: step(job) >= 18)
+    proxy.faults = Faults(errors=1.0)
+    said = job.wait()
+    assert job.process.returncode == 1, said[-3000:]
+    failure = result(tmp_path / "run")["failure"]
+    assert "s3://roughtrain" in failure
+    assert said.count(failure) == 1
+    assert "Traceback" not in said
+    proxy.faults = Faults()
+    again = Job(tmp_path, "--run.resume=run", config=None, env=environment(proxy.endpoint))
+    said = again.wait()
+    assert again.process.returncode == 0, said[-3000:]
+    assert losses(tmp_path) == pytest.approx(smooth, rel=1e-5)
 
 
 def test_an_expired_credential_ends_it_with_one_message_and_it_goes_on(

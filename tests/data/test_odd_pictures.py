@@ -161,6 +161,15 @@ def test_a_bigtiff_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
             decode_image(huge, "film.tif")
 
 
+def test_a_bigtiff_of_two_films_is_refused() -> None:
+    one = tiff(FILM, 1, ">", big=True)
+    (entries,) = struct.unpack_from(">Q", one, 16)
+    next_image = 16 + 8 + 20 * entries
+    two = one[:next_image] + struct.pack(">Q", len(one)) + one[next_image + 8 :] + one[16 : next_image + 8]
+    with pytest.raises(BadRow, match="several images, not one film"):
+        decode_image(two, "film.tif")
+
+
 def test_a_turned_picture_of_16_bits_is_put_upright() -> None:
     colour, exif = np.dstack([FILM] * 3), Image.Exif()
     exif[0x0112] = 6
