@@ -28,6 +28,8 @@ class DisturbedRun:
 
     def __init__(self, storage: Path, *settings: str, head: RayHead | None = None, config: Path = TINY) -> None:
         self.storage, self.folder, self.head = storage, storage / "run", head
+        self.coordinator: psutil.Process | None = None
+        """Of the clustering pool."""
         self.seen = 0
         """So many bytes of the job's output were there at the last fault."""
         self._start("--run.name=run", *settings, config=config)
@@ -62,6 +64,17 @@ class DisturbedRun:
                 if kind in " ".join(process.cmdline()):
                     found.append(process)
         return found
+
+    def is_clustering(self) -> bool:
+        """Whether a re-clustering runs; it may take 0.1 s, as long as a look at all processes."""
+        if self.coordinator is None:
+            self.coordinator = next(iter(self.processes("BankCoordinator")), None)
+        title: list[str] = []
+        with suppress(psutil.Error):
+            title = self.coordinator.cmdline() if self.coordinator else []
+        if not title:  # it was replaced, or is not there yet
+            self.coordinator = None
+        return "BankCoordinator.refit" in " ".join(title)
 
     def wait_for(self, moment: str, come: Callable[[], bool]) -> None:
         """Wait until ``come`` holds; fails with ``moment`` if the run ends before. It looks 200 times a second."""

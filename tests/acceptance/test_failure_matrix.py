@@ -44,7 +44,7 @@ def has_come(moment: str, run: DisturbedRun, draw: random.Random) -> Callable[[]
         step = draw.randint(6, 9)
         return lambda: run.step() >= step
     if moment == "re-clustering":
-        return lambda: run.step() > 0 and bool(run.processes("BankCoordinator.refit"))
+        return lambda: run.step() > 0 and run.is_clustering()
     if moment == "upload":
         there, name = set(run.folder.glob("checkpoint_*")), f"checkpoint_{draw.choice((16, 20)):08d}_*"
         return lambda: bool(set(run.folder.glob(name)) - there)
