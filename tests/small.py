@@ -91,6 +91,7 @@ def random_batch(config: Config, rows: slice, seed: int = 0, ranks: Sequence[sli
         rank_sentences=rank_sentences,
         view_VB1HW=None if views is None else _views(studies, views[0]),
         continues_BT=_continues(reports) if getattr(config.objective, "whole_words", False) else None,
+        label_BL=_labels(rows, config.objective.learned_labels()),
     )
 
 
@@ -106,6 +107,14 @@ def _views(studies: "Sequence[tuple[np.ndarray, ...]]", number: int) -> torch.Te
     """Films with different noise for each view."""
     films = [np.stack([np.roll(study[0], view, axis=0) for study in studies]) for view in range(number)]
     return torch.from_numpy(np.stack(films)).unsqueeze(2)
+
+
+def _labels(rows: slice, names: tuple[str, ...]) -> torch.Tensor | None:
+    """1, 0, -1 or NaN by study; the second study has no label."""
+    if not names:
+        return None
+    place_BL = 3 * np.arange(rows.start, rows.stop)[:, None] + 5 * np.arange(len(names))
+    return torch.from_numpy(np.array([1.0, 0.0, np.nan, 1.0, -1.0], np.float32)[place_BL % 5 * (place_BL > 0)])
 
 
 def _sentences(index: int, seed: int) -> int:

@@ -51,6 +51,10 @@ class MethodSettings(Section):
         """The setting because of which the method learns from reports; None if it learns from films alone."""
         return "method.name"
 
+    def learned_labels(self) -> tuple[str, ...]:
+        """Names of the corpus's labels that the method learns from."""
+        return ()
+
     def sweep_space(self, sentences: int) -> dict[str, Any]:
         """Default search space of a sweep, in the form of `sweep.space`, for a corpus with ``sentences`` training sentences."""
         return {"objective.temperature": {"log_uniform": [0.02, 0.5]}} if hasattr(self, "temperature") else {}

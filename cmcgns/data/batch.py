@@ -182,6 +182,8 @@ class ImageReportBatch(NamedTuple):
     """Random views of each film, like ``image_B1HW``; None unless the method asks for them."""
     continues_BT: Tensor | None = None
     """True where a token continues the word of the one before; None unless the method asks for it."""
+    label_BL: Tensor | None = None
+    """1, 0, -1 uncertain, NaN without an entry (float32), of the labels that the method learns from; None if there are none."""
 
     @property
     def studies(self) -> int:
@@ -306,6 +308,7 @@ class Batcher:
             **text,
             view_VB1HW=view_VB1HW,
             continues_BT=continues_BT,
+            label_BL=None if block.labels_BL is None else self._to_device(torch.from_numpy(block.labels_BL.copy())),
             sentence_hash_n=self._to_device(torch.from_numpy(np.concatenate(list(block.sentence_hashes)))),
             report_hash_B=self._to_device(torch.from_numpy(block.report_hashes.copy())),
             draw_key_B=key_B,

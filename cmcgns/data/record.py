@@ -172,6 +172,15 @@ def index_of_prepared(films: "pd.DataFrame", labels: pa.ChunkedArray) -> pa.Tabl
 # --- stream row: one per study and epoch; only in memory ---
 
 
+NO_LABELS = np.zeros(0, np.float32)
+
+
+def labels_of(study: dict[str, Any], names: Sequence[str]) -> NDArray[np.float32]:
+    """The labels ``names`` of an index row, NaN where it has none."""
+    given = dict(study["labels"] or ())
+    return np.array([given.get(name, np.nan) for name in names], np.float32)
+
+
 class StreamStudy(NamedTuple):
     """A study ready for training: its film as a grey square, its report as tokens."""
 
@@ -181,11 +190,18 @@ class StreamStudy(NamedTuple):
     sentence_of_token_T: NDArray[np.int16]
     sentence_hashes: list[int]
     report_hash: int
+    labels_L: NDArray[np.float32]
+    """1, 0, -1 uncertain, NaN without an entry; of the labels that a method asks for."""
     sentences: list[str]
 
     @classmethod
     def of(
-        cls, draw_key: int, image_RR: NDArray[np.uint8], report: "ParsedReport", encoded: "EncodedReport"
+        cls,
+        draw_key: int,
+        image_RR: NDArray[np.uint8],
+        report: "ParsedReport",
+        encoded: "EncodedReport",
+        labels_L: NDArray[np.float32] = NO_LABELS,
     ) -> "StreamStudy":
         """The study with those sentences of ``report`` that were ``encoded``."""
         return cls(
@@ -195,13 +211,16 @@ class StreamStudy(NamedTuple):
             encoded.sentence_of_token_T,
             report.sentence_hashes[: encoded.sentences],
             report.report_hash,
+            labels_L,
             report.sentences[: encoded.sentences],
         )
 
     @classmethod
-    def without_report(cls, draw_key: int, image_RR: NDArray[np.uint8]) -> "StreamStudy":
+    def without_report(
+        cls, draw_key: int, image_RR: NDArray[np.uint8], labels_L: NDArray[np.float32] = NO_LABELS
+    ) -> "StreamStudy":
         """The study with one token in place of a report."""
-        return cls(draw_key, image_RR, np.zeros(1, np.int32), np.zeros(1, np.int16), [0], 0, [""])
+        return cls(draw_key, image_RR, np.zeros(1, np.int32), np.zeros(1, np.int16), [0], 0, labels_L, [""])
 
 
 @lru_cache(maxsize=8)
@@ -216,6 +235,7 @@ def stream_schema(resize: int, with_text: bool = False) -> pa.Schema:
             "sentence_of_token": pa.list_(pa.int16()),
             "sentence_hashes": pa.list_(pa.int64()),
             "report_hash": pa.int64(),
+            "labels": pa.list_(pa.float32()),
         }
         | ({"sentences": pa.list_(pa.string())} if with_text else {})
     )
@@ -265,6 +285,8 @@ class Block:
     sentence_of_token: Sequence[np.ndarray]
     sentence_hashes: Sequence[np.ndarray]
     report_hashes: np.ndarray
+    labels_BL: NDArray[np.float32] | None = None
+    """1, 0, -1 uncertain, NaN without an entry; None if no label is asked for."""
     dealt_W5: NDArray[np.int64] | None = None
     """``FACTS`` of the blocks that were dealt to the ranks together with this one; None: a single rank gets all blocks."""
 
@@ -293,7 +315,7 @@ class Block:
         parts: dict[str, Any] = {
             name: part[index] if isinstance(part, np.ndarray) else [part[i] for i in index]
             for name, part in vars(self).items()
-            if name != "dealt_W5"
+            if name != "dealt_W5" and part is not None
         }
         return Block(**parts)
 
@@ -311,6 +333,7 @@ def to_block(table: pa.Table, resize: int) -> Block:
         sentence_of_token=_ragged(table["sentence_of_token"]),
         sentence_hashes=_ragged(table["sentence_hashes"]),
         report_hashes=table["report_hash"].to_numpy(),
+        labels_BL=_rectangle(table["labels"]),
         dealt_W5=_ragged(table[DEALT])[0].reshape(-1, len(FACTS)) if DEALT in table.column_names else None,
     )
 
@@ -320,6 +343,12 @@ def _ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
     lists = column.chunk(0)
     offsets = lists.offsets.to_numpy()
     return np.split(lists.values.to_numpy()[offsets[0] : offsets[-1]], (offsets - offsets[0])[1:-1])
+
+
+def _rectangle(column: pa.ChunkedArray) -> NDArray[np.float32] | None:
+    """Rows of a list column of equal lengths; None if they are empty."""
+    rows = _ragged(column)
+    return np.stack(rows) if len(rows[0]) else None
 
 
 def blank_block(size: int, resize: int) -> Block:

@@ -25,7 +25,7 @@ from cmcgns.data.blocks import deal
 from cmcgns.data.image import resize_image
 from cmcgns.data.order import draw_key, drawn_image
 from cmcgns.data.readers import Reader, Source
-from cmcgns.data.record import StreamStudy, stream_table
+from cmcgns.data.record import StreamStudy, labels_of, stream_table
 from cmcgns.data.studies import Studies
 from cmcgns.data.tokenizer import ReportTokenizer
 from cmcgns.errors import BadRow, UserError
@@ -75,6 +75,8 @@ class Stream:
     """Read-ahead limit: decoded studies that may wait in the object store."""
     with_text: bool = False
     """Rows contain the text of the sentences too."""
+    labels: tuple[str, ...] = ()
+    """Labels that rows contain."""
 
     @property
     def at_once(self) -> int:
@@ -270,13 +272,14 @@ def read_piece(stream: Stream, epoch: int, positions: range) -> Iterator[pa.Tabl
 def read_study(study: dict[str, Any], shown: int, reader: Reader, stream: Stream, epoch: int) -> StreamStudy | BadRow:
     """A study with the film that this epoch shows, or the reason why it cannot be used."""
     config, film = stream.config, study["films"][shown]
-    key = draw_key(config.seed, epoch, film["image_id"])
+    key, labels_L = draw_key(config.seed, epoch, film["image_id"]), labels_of(study, stream.labels)
     try:
         if not config.reports:
-            return StreamStudy.without_report(key, resize_image(reader.read_image(film["path"]).grey_HW, config.resize))
+            square_RR = resize_image(reader.read_image(film["path"]).grey_HW, config.resize)
+            return StreamStudy.without_report(key, square_RR, labels_L)
         report = reader.read_sentences(study, film["path"])
         encoded = stream.tokenizer.encode(report.sentences)
         square_RR = resize_image(reader.read_image(film["path"]).grey_HW, config.resize)
     except BadRow as reason:
         return reason
-    return StreamStudy.of(key, square_RR, report, encoded)
+    return StreamStudy.of(key, square_RR, report, encoded, labels_L)

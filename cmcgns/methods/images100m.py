@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmcgns import distributed
 from cmcgns.config import Bank, MethodSettings, ModelConfig
@@ -70,8 +71,11 @@ class Settings(MethodSettings):
     instance_weight: LossWeight = 1.0
     """Weight of InfoNCE between the first two views of all ranks' films; a number or a ramp. With 0 (published) batches of
     tens of films learn nothing (docs/methods.md)."""
-    supervision: Literal["none", "reports"] = "none"
-    """`reports`: InfoNCE between the first view of a film and its report in addition."""
+    supervision: Literal["none", "reports", "labels"] = "none"
+    """`reports`: InfoNCE between the first view of a film and its report in addition. `labels`: a classifier of the first view,
+    trained on `classes` by cross-entropy; uncertain and missing labels are left out."""
+    classes: tuple[str, ...] = ()
+    """Labels of the corpus for `supervision: labels`: `[Cardiomegaly, Edema]`."""
     supervision_weight: LossWeight = 1.0
     """Weight of that; a number or a ramp."""
     supervision_temperature: float = Field(0.1, ge=0.01, le=1.0)
@@ -88,7 +92,18 @@ class Settings(MethodSettings):
     def needs_reports(self) -> str | None:
         return "objective.supervision" if self.supervision == "reports" else None
 
+    def learned_labels(self) -> tuple[str, ...]:
+        return self.classes
+
     def complaints(self) -> Iterable[str]:
+        if (self.supervision == "labels") != bool(self.classes):
+            yield (
+                f"objective.supervision {self.supervision} with objective.classes {list(self.classes)}: supervision by labels "
+                "needs the names of the labels, and only that uses them; give both, as in "
+                "objective.classes=[Cardiomegaly, Edema], or none"
+            )
+        if len(set(self.classes)) < len(self.classes):
+            yield f"objective.classes {list(self.classes)} names a label twice; name each once"
         if self.codes == "kmeans" and self.queue:
             yield f"objective.queue {self.queue} does not apply to objective.codes kmeans, whose bank is the queue; set it to 0"
 
@@ -115,6 +130,8 @@ class Images100MOutputs(NamedTuple):
     """Unit rows; None if k-means makes them."""
     queue_AQE: Tensor | None
     """Rows of earlier microbatches of all ranks, newest first; None without a queue."""
+    logit_BL: Tensor | None
+    """The classifier's logits of the first view; None without one."""
     scale: Tensor
     """Inverse temperature of InfoNCE, shape (1,)."""
 
@@ -135,6 +152,8 @@ class Images100MModel(DualEncoder):
         learned = settings.codes == "sinkhorn"
         self.prototypes = Prototypes(settings.prototypes, settings.embed) if learned else None
         self.queue_AQE: Tensor
+        labels = len(settings.classes)
+        self.classifier = linear(image_encoder.dim, labels) if labels else None
         if settings.queue:
             self.register_buffer("queue_AQE", torch.zeros(CODED, settings.queue, settings.embed))
 
@@ -154,7 +173,10 @@ class Images100MModel(DualEncoder):
             sentences_BSD, report_BD = self.embed_reports(batch)
         prototypes_KE = None if self.prototypes is None else self.prototypes()
         queue_AQE = self._queue(views_VBE)
-        return Images100MOutputs(image_BD, report_BD, sentences_BSD, views_VBE, prototypes_KE, queue_AQE, self.scale)
+        logit_BL = None if self.classifier is None or pooled_BC is None else self.classifier(pooled_BC)
+        return Images100MOutputs(
+            image_BD, report_BD, sentences_BSD, views_VBE, prototypes_KE, queue_AQE, logit_BL, self.scale
+        )
 
     @torch.no_grad()
     def _queue(self, views_VBE: Tensor | None) -> Tensor | None:
@@ -216,6 +238,10 @@ class Images100M(Method[Settings]):
                 wide.image_BD, wide.report_BD, batch.report_hash_B, wide.scale, wire_dtype=self.wire_dtype
             )
             weighted["loss_supervised"] = weight_at(own.supervision_weight, step) * terms["loss_supervised"]
+        if own.supervision == "labels":
+            assert batch.label_BL is not None
+            terms["loss_supervised"] = label_loss(wide.logit_BL, batch.label_BL)
+            weighted["loss_supervised"] = weight_at(own.supervision_weight, step) * terms["loss_supervised"]
         total = torch.stack(list(weighted.values())).sum()
         rows = {name: views_VBE[0].detach() for name in centroids}
         return Losses(total, column(total, *terms.values()), column(*statistics(views_VBE, codes_ABK)), rows, weighted)
@@ -251,6 +277,18 @@ class Images100M(Method[Settings]):
 
 
 METHOD = Images100M
+
+
+def label_loss(logit_BL: Tensor, label_BL: Tensor) -> Tensor:
+    """Cross-entropy over the labels of all ranks that are 1 or 0; 0 if there are none. Collective.
+
+    Its mean over ranks, as of the gradients, is the mean over these labels, however they are spread.
+    """
+    known_BL = (label_BL == 0) | (label_BL == 1)  # neither uncertain nor missing
+    target_BL = torch.where(known_BL, label_BL, 0).to(logit_BL.dtype)
+    entropy_BL = F.binary_cross_entropy_with_logits(logit_BL, target_BL, reduction="none")
+    known = distributed.all_reduce(known_BL.sum().to(logit_BL.dtype))
+    return (entropy_BL * known_BL).sum() * distributed.world_size() / known.clamp(min=1)
 
 
 @cache

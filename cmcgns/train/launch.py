@@ -66,7 +66,8 @@ def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: C
         # on a shared cluster a fixed limit: total minus reserved CPUs can be negative after a node is lost
         cpu = {"most_cpus": cpus.data} if cpus.shared_cluster else {"taken_cpus": cpus.all - cpus.data}
         limits = cpu | {"studies_ahead": studies_ahead(config, corpus, cpus.data)}
-        return stream_split(studies, run.tokenizer, config.data, coordinator, **limits)
+        labels = config.objective.learned_labels()
+        return stream_split(studies, run.tokenizer, config.data, coordinator, **limits, labels=labels)
 
     train, valid = stream(corpus.train), stream(corpus.valid)
     return Assignment(

@@ -175,6 +175,25 @@ def check_sizes(config: Config, corpus: Corpus, sentences: int) -> None:
         )
 
 
+LABELLED = 65_536
+"""Studies whose labels are looked at."""
+
+
+def check_labels(config: Config, corpus: Corpus) -> None:
+    """Raise ``UserError`` if the first training studies lack a label that the method learns from."""
+    wanted = config.objective.learned_labels()
+    if not wanted:
+        return
+    studies = itertools.chain.from_iterable(portion.studies for portion in corpus.train.samples(LABELLED))
+    found = set(itertools.chain.from_iterable(dict(study["labels"] or ()) for study in studies))
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(
+            f"objective.classes: no training study of data.uri {config.data.uri} has the label {' or '.join(missing)}; its "
+            f"labels are: {', '.join(sorted(found)) or 'none'}"
+        )
+
+
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 FREE_TO_CHANGE = {
     "data": {"uri", "films", "window_size", "cpus_per_task", "studies_ahead", "max_bad_fraction"},
@@ -325,6 +344,7 @@ def setup_pretraining(config: Config, prepared: PreparedCorpus | None = None) ->
 def prepare_corpus(config: Config, resumed: RunFolder | None = None) -> PreparedCorpus:
     """The corpus of ``config`` and its vocabulary; the vocabulary is read from ``resumed`` if given."""
     corpus = open_corpus(config)
+    check_labels(config, corpus)
     sample = sample_reports(corpus, config.model.vocabulary_reports if config.data.reports else 0)
     # before the vocabulary, which takes a while to train: raises if the corpus is too small
     build_schedule(config.train, len(corpus.train))

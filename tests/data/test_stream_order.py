@@ -14,7 +14,7 @@ from cmcgns.config import Config
 from cmcgns.data import readers
 from cmcgns.data.blocks import blocks, deal
 from cmcgns.data.readers import open_source
-from cmcgns.data.record import FACTS, StreamStudy, stream_table
+from cmcgns.data.record import FACTS, NO_LABELS, StreamStudy, stream_table
 from cmcgns.data.stream import Stream, stream_split
 from cmcgns.phantom import PhantomCorpus, write_pairs_csv
 from cmcgns.train.setup import make_tokenizer, open_corpus, sample_reports
@@ -29,7 +29,7 @@ def numbered(rows: int) -> pa.Table:
     studies = [
         StreamStudy(
             (number + 1) * 3**35, np.full((2, 2), number, np.uint8), np.arange(3, dtype=np.int32), np.zeros(3, np.int16),
-            [1] * (1 + number % 3), 2, [],
+            [1] * (1 + number % 3), 2, NO_LABELS, [],
         )
         for number in range(rows)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cmcgns import distributed
 from cmcgns.methods.base import load_method
 from cmcgns.methods.codes import codes_of_all_ranks, own_rows, sinkhorn, swapped_loss
-from cmcgns.methods.images100m import CODED, Images100MOutputs, statistics
+from cmcgns.methods.images100m import CODED, Images100MOutputs, label_loss, statistics
 from cmcgns.train.checkpoint import heads
 from tests.golden import EXACT, golden
 from tests.ranks import run_on_ranks
@@ -270,6 +270,26 @@ def test_without_reports_no_text_is_read_in_training() -> None:
     assert model(batch).report_BD is not None
 
 
+def test_missing_and_uncertain_labels_cost_nothing() -> None:
+    logit_BL = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    label_BL = torch.tensor([[1.0, -1.0], [0.0, 1.0], [math.nan, math.nan]])
+    known = [(0, 0, 1.0), (1, 0, 0.0), (1, 1, 1.0)]
+    slow = -sum(F.logsigmoid((2 * label - 1) * logit_BL[row, column]) for row, column, label in known) / 3
+    found = label_loss(logit_BL, label_BL)
+    torch.testing.assert_close(found, slow, rtol=1e-12, atol=0)
+    found.backward()
+    gradient_BL = logit_BL.grad
+    assert gradient_BL is not None
+    assert gradient_BL[label_BL >= 0].all()
+    assert not gradient_BL[~(label_BL >= 0)].any()
+    logit_BL.grad = None
+    nothing = label_loss(logit_BL, torch.full((3, 2), math.nan))
+    nothing.backward()
+    assert nothing == 0
+    assert logit_BL.grad is not None
+    assert not logit_BL.grad.any()
+
+
 def test_the_export_has_no_queue() -> None:
     _, model, _ = forward(objective__queue=16)
     weights = {name: value.float() for name, value in model.state_dict().items()}
@@ -334,6 +354,18 @@ def test_more_prototypes_than_films_are_named(caplog: pytest.LogCaptureFixture) 
         (
             {"method__name": "images100m", "objective__codes": "kmeans", "objective__queue": 32},
             "objective.queue 32 does not apply to objective.codes kmeans",
+        ),
+        (
+            {"method__name": "images100m", "objective__supervision": "labels"},
+            "supervision by labels needs the names of the labels",
+        ),
+        (
+            {"method__name": "images100m", "objective__classes": ("Edema",)},
+            "objective.supervision none with objective.classes",
+        ),
+        (
+            {"method__name": "images100m", "objective__supervision": "labels", "objective__classes": ("a", "b", "a")},
+            "names a label twice",
         ),
     ],
 )

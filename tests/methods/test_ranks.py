@@ -76,6 +76,10 @@ CONFIGS = {
         "method__name": "images100m", "objective__codes": "kmeans", "objective__prototypes": 6, "objective__embed": 32,
         "objective__projector_norm": "none",
     },
+    "images100m with labels": {
+        "method__name": "images100m", "objective__freeze_steps": 0, "objective__supervision": "labels",
+        "objective__projector_norm": "none", "objective__classes": ("Edema", "Fracture", "Mass"),
+    },
     "images100m with reports": {
         "method__name": "images100m", "objective__freeze_steps": 0, "objective__supervision": "reports",
         "objective__projector_norm": "none",
@@ -92,7 +96,7 @@ CONFIGS = {
     },
     "published": {"objective__false_negatives": "margin", "objective__reconstruct": "all", "objective__margin_weight": 0.5},
 }  # fmt: skip
-QUICK = [*OTHERS, "vit", "films", "published", "xdc hybrid", "images100m with reports"]
+QUICK = [*OTHERS, "vit", "films", "published", "xdc hybrid", "images100m with reports", "images100m with labels"]
 """Each method, and variants with collectives of their own; ``tests/acceptance/test_ranks.py`` has all."""
 FLOAT32 = ("mgca vit",)
 """transformers computes the attention that it returns of a ViT with a softmax in float32."""

@@ -35,8 +35,9 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"images/{number:03}.png"
         (folder / "images").mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (80, 90), np.uint8)).save(folder / name)
-        lines.append(f"{name},p{number // 2},{'val' if number >= FILMS - 8 else 'train'},No Finding")
-    csv_file(folder / "labels.csv", "image,patient,split,labels", *lines)
+        seen = ("1", "0", "-1", "")[number % 4]
+        lines.append(f"{name},p{number // 2},{'val' if number >= FILMS - 8 else 'train'},No Finding,{seen}")
+    csv_file(folder / "labels.csv", "image,patient,split,labels,Edema", *lines)
     return folder
 
 
@@ -90,12 +91,18 @@ def test_films_without_reports_pretrain_an_encoder(local_ray: None, films: Path,
     refused = run_here(tmp_path, "pretrain", *ALONE[:2], uri, "--data.reports=false")
     assert refused.returncode == 2
     assert "data.reports false: method.name cm-cgns learns from reports" in refused.stderr + refused.stdout
-    done = run_here(tmp_path, "pretrain", *ALONE, uri, "--data.reports=false", "--run.name=alone")
+    by_labels = ("--data.reports=false", "--objective.supervision=labels")
+    refused = run_here(tmp_path, "pretrain", *ALONE, uri, *by_labels, "--objective.classes=[Edema, Oedema]")
+    assert refused.returncode == 2
+    said = " ".join((refused.stderr + refused.stdout).split())
+    assert f"no training study of data.uri {prepared} has the label Oedema; its labels are: Edema" in said
+    done = run_here(tmp_path, "pretrain", *ALONE, uri, *by_labels, "--objective.classes=[Edema]", "--run.name=alone")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run = tmp_path / "runs" / "alone"
     assert result(run)["status"] == "finished"
     assert result(run)["bad_rows"] == 0
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < row["loss_supervised"] < 5 for row in rows(run))
     [validation] = rows(run, "val")
     assert validation["studies"] == 6
     assert not [name for name in validation if "recall" in name]
