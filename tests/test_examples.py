@@ -29,6 +29,25 @@ SHORT = (
 )  # fmt: skip
 
 
+FAILS_ONCE = """
+from pathlib import Path
+
+undisturbed = METHOD.losses
+
+
+def losses(self, outputs, batch, centroids, stage, step):
+    mark = Path(__file__).with_name("failed")
+    if step == 2 and not mark.exists():
+        mark.touch()
+        raise RuntimeError("an error that passes")
+    return undisturbed(self, outputs, batch, centroids, stage, step)
+
+
+METHOD.losses = losses
+"""
+"""Added to a method: its second step fails once, and the run goes on."""
+
+
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_a_docs_page_shows_each_example_as_it_is(example: Path) -> None:
     shown = [
@@ -56,6 +75,8 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
     write_folders(tmp_path / "corpus", 60)
     plugins = tmp_path / "plugins"
     shutil.copytree(EXAMPLES, plugins)
+    with (plugins / "hardest_negative.py").open("a") as file:
+        file.write(FAILS_ONCE)
     trained = Job(
         tmp_path, f"--data.uri={tmp_path / 'corpus'}", *SHORT,
         f"--data.format={plugins / 'folders_reader.py'}", f"--model.image_encoder={plugins / 'patchify.py'}",
@@ -66,6 +87,7 @@ def test_a_method_a_backbone_and_a_reader_in_files_train_and_a_task_in_a_file_ev
     assert trained.process.returncode == 0, said[-3000:]
     run = tmp_path / "own"
     assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    assert said.count("the workers are started again: rank 0 failed: RuntimeError: an error that passes") == 1
     assert not any("centroids_version" in row for row in rows(run))
     assert yaml.safe_load((run / "config.yaml").read_text())["method"]["name"] == str(plugins / "hardest_negative.py")
     assert "layers.0.weight" in load_file(run / "export" / "image_encoder" / "model.safetensors")

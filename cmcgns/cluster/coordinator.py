@@ -75,6 +75,7 @@ class RunEnd:
         self.resize_requested = False
         self.failure: str | None = None
         self.hang: str | None = None
+        self.error: str | None = None
         self.outcome: dict[str, Any] | None = None
 
     def fail(self, reason: str) -> None:
@@ -186,6 +187,15 @@ class RunCoordinator:
         """Record that ranks hang and are killed; until others are started it is the reason if the run fails."""
         self.end.hang = message
         self.ranks.last.clear()
+
+    def report_error(self, rank: int, error: str) -> None:
+        """Record why ``rank`` failed. The first one counts: the other ranks fail because they miss it."""
+        self.end.error = self.end.error or f"rank {rank} failed: {error}"
+
+    def take_error(self) -> str | None:
+        """Why the ranks before failed, once."""
+        error, self.end.error = self.end.error, None
+        return error
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Record rank 0's outcome of a run that finished or was stopped."""

@@ -32,7 +32,7 @@ from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
-from cmcgns.errors import TrainingStoppedError
+from cmcgns.errors import TrainingStoppedError, named
 from cmcgns.library.runs import EXPORT_SETTINGS, portable_settings
 from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder
@@ -155,6 +155,8 @@ def work(assignment: Assignment) -> None:
     log_to_coordinator(assignment.coordinator)
     if has_failed(assignment.coordinator):
         return  # started again after a failure that a restart does not fix
+    if distributed.rank() == 0 and (before := ray.get(assignment.coordinator.take_error.remote())):
+        logger.warning("the workers are started again: %s", before)
     try:
         with Heartbeat(assignment.coordinator, distributed.rank(), assignment.config.train.hang_timeout_s):
             _train(assignment)
@@ -167,6 +169,7 @@ def work(assignment: Assignment) -> None:
             ray.get(assignment.coordinator.fail.remote(str(error)))
         # raises where the coordinator is lost: the other ranks, which may wait in Ray Train, end too, and all return above
         if ray.get(assignment.coordinator.failure.remote()) is None:
+            ray.get(assignment.coordinator.report_error.remote(distributed.rank(), named(error)))
             raise
         dist.destroy_process_group()  # otherwise other ranks would wait for this one
 
