@@ -5,6 +5,7 @@ import sys
 from tests.benchmarks import (
     clustering,
     decoding,
+    deterministic,
     evaluating,
     heads,
     method_heads,
@@ -17,7 +18,7 @@ from tests.benchmarks.measure import where
 
 if __name__ == "__main__":
     print(where())
-    table = [*heads.lines(), *method_heads.lines(), *trainer.lines(), *saving.lines(), *clustering.lines()]
-    table += [*decoding.lines(), *preparing.lines(), *streaming.lines(), *evaluating.lines()]
+    table = [*heads.lines(), *method_heads.lines(), *trainer.lines(), *saving.lines(), *deterministic.lines()]
+    table += [*clustering.lines(), *decoding.lines(), *preparing.lines(), *streaming.lines(), *evaluating.lines()]
     print(*table, sep="\n")
     sys.exit(any(line.good is False for line in table))
