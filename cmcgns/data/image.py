@@ -87,10 +87,14 @@ def resize_image(grey_HW: NDArray[np.uint8], resize: int) -> NDArray[np.uint8]:
     height, width = grey_HW.shape
     scale = resize / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-    filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    scaled = grey_HW
+    if scale != 1:  # a prepared film has the size
+        filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        scaled = np.asarray(cv2.resize(grey_HW, (new_width, new_height), interpolation=filter_))
+    if new_height == new_width:
+        return scaled
     square = np.zeros((resize, resize), dtype=np.uint8)
     top, left = (resize - new_height) // 2, (resize - new_width) // 2
-    scaled = cv2.resize(grey_HW, (new_width, new_height), interpolation=filter_)
     square[top : top + new_height, left : left + new_width] = scaled
     return square
 

@@ -175,9 +175,8 @@ def parse_report(text: str) -> ParsedReport:
 
 def as_parsed(sentences: Sequence[str]) -> ParsedReport:
     """The result of ``parse_report``, rebuilt from its ``sentences``."""
-    words = [sentence.split(" ") for sentence in sentences]
-    everything = [word for sentence in words for word in sentence]
-    return ParsedReport(list(sentences), [text_hash(sentence) for sentence in words], text_hash(everything))
+    # words are joined by one space, in a sentence as in a report
+    return ParsedReport(list(sentences), [_hash(sentence) for sentence in sentences], _hash(" ".join(sentences)))
 
 
 def report_text(text: str) -> str:
@@ -378,5 +377,9 @@ def normalised_words(sentence: str) -> list[str]:
 
 def text_hash(words: Sequence[str]) -> int:
     """Signed 64-bit BLAKE2b of the words joined by one space."""
-    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
+    return _hash(" ".join(words))
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -118,6 +119,16 @@ def test_every_real_film_is_read(realdata: Path) -> None:
         with Image.open(path) as picture:
             assert grey.shape == (picture.height, picture.width)
         assert np.ptp(grey) > 50
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 201), (100, 256), (512, 512), (300, 211), (64, 64)])
+def test_a_film_of_the_size_is_only_padded_and_others_are_resized_first(shape: tuple[int, int]) -> None:
+    film_HW, side = np.random.default_rng(0).integers(0, 256, shape, np.uint8), max(shape)
+    size = (round(shape[1] * 256 / side), round(shape[0] * 256 / side))
+    scaled = cv2.resize(film_HW, size, interpolation=cv2.INTER_AREA if side > 256 else cv2.INTER_LINEAR)
+    before = [(256 - length) // 2 for length in scaled.shape]
+    padding = [(start, 256 - start - length) for start, length in zip(before, scaled.shape, strict=True)]
+    assert np.array_equal(resize_image(film_HW, 256), np.pad(scaled, padding))
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (800, 600), (600, 800), (1000, 10), (100, 80), (3, 1)])
