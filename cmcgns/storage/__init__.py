@@ -85,7 +85,7 @@ def filesystem(uri: str, attempts: int = ARROW_ATTEMPTS) -> tuple[arrow_fs.FileS
 def lasting_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
     """``filesystem`` for those who keep it and write: expired credentials are renewed, and storage may be away for a minute."""
     files, path = filesystem(uri, LASTING_ATTEMPTS)
-    if is_s3(uri) and s3.are_temporary():
+    if is_s3(uri):  # made anew in each process: Arrow's own forgets the number of attempts when it is pickled
         files = arrow_fs.PyFileSystem(Renewed(partial(s3.arrow_filesystem, s3.split(uri)[0], LASTING_ATTEMPTS)))
     return files, path
 

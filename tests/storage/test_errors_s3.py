@@ -1,6 +1,7 @@
 """Faulty object storage: transient errors are retried, permanent ones raise once, with the reason."""
 
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -224,8 +225,19 @@ def test_what_is_read_and_written_while_storage_is_away_for_a_while_is_whole_aft
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append(storage.read_bytes(f"{bucket}/films/large.bin")))
     reader.start()
+    # as Ray Train's controller gets it
+    kept, path = pickle.loads(pickle.dumps(storage.lasting_filesystem(f"{bucket}/{kind}")))
+
+    def write() -> None:
+        with kept.open_output_stream(f"{path}/snapshot") as file:
+            file.write(b"of the controller")
+
+    writer = threading.Thread(target=write)
+    writer.start()
     storage.upload_folder(tmp_path, f"{bucket}/{kind}")
     reader.join()
+    writer.join()
+    files["snapshot"] = b"of the controller"
     assert back.finished.is_set()
     assert {name: storage.read_bytes(f"{bucket}/{kind}/{name}") for name in files} == files
     assert sorted(storage.list_files(f"{bucket}/{kind}")) == sorted(files)
