@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
 from cmcgns.cluster.coordinator import LOST, WORKER_STARTED
+from cmcgns.cluster.group_cleaner import with_an_end
 from cmcgns.cluster.heartbeat import HangWatch
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
@@ -83,6 +84,13 @@ def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: C
     )
 
 
+class Trainer(TorchTrainer):
+    """A ``TorchTrainer`` whose lost controller leaves no process behind."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return with_an_end(super()._create_default_callbacks())
+
+
 def fit(
     config: Config,
     folder: RunFolder,
@@ -107,7 +115,7 @@ def fit(
 
         work(assignment)
 
-    trainer = TorchTrainer(
+    trainer = Trainer(
         loop,
         scaling_config=ScalingConfig(
             num_workers=workers,
