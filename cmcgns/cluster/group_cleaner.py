@@ -1,12 +1,12 @@
-"""Ray Train's watch over a controller, which ends with it.
+"""Ray Train's watch over a controller, on a machine with several clusters.
 
-For each controller Ray (2.60) starts a detached actor that removes its placement group if it is killed. Its thread and its method
-`stop` both want to end the actor, and get in each other's way: in half an hour of faults on a busy machine six of them stayed,
-some 100 MB each. This uses Ray's private API, apart from ``ray_private`` since processes that read films must not import Ray
-Train. Torch is not imported here: the actor does without.
+For each controller Ray (2.60) starts a detached actor that removes its placement group if it is killed, and ends then. It asks
+for the controller's state without saying in which cluster: where two of them run on the head's machine, that is an error that
+ends its watch, and both the actor, some 100 MB, and the placement group stay. This uses Ray's private API, apart from
+``ray_private`` since processes that read films must not import Ray Train. Torch is not imported here: the actor does without.
 """
 
-import logging
+import os
 from typing import Any
 
 import ray
@@ -14,37 +14,23 @@ from ray.train.v2._internal.callbacks import placement_group_callback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller.placement_group_cleaner import PlacementGroupCleaner
 
-logger = logging.getLogger(__name__)
+
+class OwnClusterCleaner(PlacementGroupCleaner):
+    """The actor: it asks the cluster that it belongs to."""
+
+    def start_monitoring(self) -> bool:
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        return bool(super().start_monitoring())
 
 
-class EndingCleaner(PlacementGroupCleaner):
-    """The actor: it watches until the controller is gone or its work is no longer needed, and its process ends then."""
-
-    def _monitor_loop(self) -> None:
-        while not self._stop_event.is_set():
-            try:
-                super()._monitor_loop()
-            except Exception:
-                logger.exception("the watch over a controller failed, and goes on")
-
-    def _exit(self) -> None:
-        if not self._stop_event.is_set():  # the thread's work is done; an actor can only exit in a method
-            ray.get_runtime_context().current_actor.stop.remote()
-
-    def stop(self) -> None:
-        """End the actor."""
-        self._stop_event.set()
-        ray.actor.exit_actor()
-
-
-class EndingCleanerCallback(PlacementGroupCleanerCallback):
-    """Starts ``EndingCleaner`` in the controller's process."""
+class OwnClusterCallback(PlacementGroupCleanerCallback):
+    """Starts ``OwnClusterCleaner`` from the controller's process."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        placement_group_callback.PlacementGroupCleaner = EndingCleaner
+        placement_group_callback.PlacementGroupCleaner = OwnClusterCleaner
         super().after_controller_start(train_run_context)
 
 
-def with_an_end(callbacks: list[Any]) -> list[Any]:
-    """Ray Train's ``callbacks`` with an ``EndingCleaner`` in place of its own."""
-    return [EndingCleanerCallback() if type(each) is PlacementGroupCleanerCallback else each for each in callbacks]
+def in_own_cluster(callbacks: list[Any]) -> list[Any]:
+    """Ray Train's ``callbacks`` with an ``OwnClusterCleaner`` in place of its own."""
+    return [OwnClusterCallback() if type(each) is PlacementGroupCleanerCallback else each for each in callbacks]

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cmcgns import storage
 from cmcgns.cluster.coordinator import LOST, WORKER_STARTED
-from cmcgns.cluster.group_cleaner import with_an_end
+from cmcgns.cluster.group_cleaner import in_own_cluster
 from cmcgns.cluster.heartbeat import HangWatch
 from cmcgns.clustering.bank import PoolHandles
 from cmcgns.config import Config
@@ -85,10 +85,10 @@ def assign(run: Pretraining, pool: PoolHandles | None, coordinator: Any, cpus: C
 
 
 class Trainer(TorchTrainer):
-    """A ``TorchTrainer`` whose lost controller leaves no process behind."""
+    """A ``TorchTrainer`` whose lost controller leaves nothing behind."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return with_an_end(super()._create_default_callbacks())
+        return in_own_cluster(super()._create_default_callbacks())
 
 
 def fit(

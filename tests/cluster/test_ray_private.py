@@ -14,9 +14,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from cmcgns.cluster import ray_private, session
-from cmcgns.cluster.group_cleaner import EndingCleaner
 from cmcgns.errors import UserError
-from tests.ray_head import RayHead
 
 pytestmark = pytest.mark.ray
 SEEN: list[float] = []
@@ -45,44 +43,6 @@ def test_importing_the_file_loads_neither_ray_data_nor_torch() -> None:
     """Clustering actors import it: both would cost each of them seconds and memory; ray.data makes pyarrow unpickle columns."""
     code = "import sys, cmcgns.clustering.bank, cmcgns.cluster.session; assert not {'ray.data', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-class Controller:
-    """Stands for Ray Train's: an actor that is killed."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-
-class FailingCleaner(EndingCleaner):
-    """Meets an error that Ray does not expect, once."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.fails = True
-
-    def _cleanup_placement_group(self, placement_group: Any) -> None:
-        if self.fails:
-            self.fails = False
-            raise OSError("an error that passes")
-        super()._cleanup_placement_group(placement_group)
-
-
-def test_the_actor_that_watches_a_controller_ends_with_it(ray_head: RayHead, local_ray: None) -> None:
-    controller = ray.remote(Controller).options(num_cpus=0).remote()
-    ray.get(controller.pid.remote())
-    cleaner = ray.remote(num_cpus=0)(FailingCleaner).options(lifetime="detached")
-    watched, stopped = (cleaner.remote(controller._actor_id.hex(), 0.1, 5, 2.0) for _ in range(2))
-    pids = ray.get([actor.__ray_call__.remote(lambda self: os.getpid()) for actor in (watched, stopped)])
-    ray.get([actor.start_monitoring.remote() for actor in (watched, stopped)])
-    with pytest.raises(ray.exceptions.RayActorError, match="exit_actor"):  # as at the end of a run
-        ray.get(stopped.stop.remote())
-    assert psutil.pid_exists(pids[0])
-    ray.kill(controller)
-    end = time.monotonic() + 60
-    while any(map(psutil.pid_exists, pids)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not any(map(psutil.pid_exists, pids))
 
 
 def test_a_ray_that_does_not_start_in_time_is_one_message(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
