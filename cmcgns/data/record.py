@@ -177,6 +177,8 @@ NO_LABELS = np.zeros(0, np.float32)
 
 def labels_of(study: dict[str, Any], names: Sequence[str]) -> NDArray[np.float32]:
     """The labels ``names`` of an index row, NaN where it has none."""
+    if not names:
+        return NO_LABELS
     given = dict(study["labels"] or ())
     return np.array([given.get(name, np.nan) for name in names], np.float32)
 
