@@ -18,7 +18,7 @@ from tests.small import losses_of, random_batch, small_model
 
 COMPARING = [name for name in QUICK if name not in ("xdc", "images100m")]
 """Methods that compare features of all ranks."""
-WITH_CODES = ("mgca", "images100m with reports")
+WITH_CODES = ("mgca", "images100m with reports", "images100m with labels")
 """Methods that also gather scores, once and in float32: codes are exponentials of them."""
 GATHER, SUM = "_allgather_base_", "_reduce_scatter_base_"
 
