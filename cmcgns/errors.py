@@ -35,11 +35,6 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
-def named(error: BaseException) -> str:
-    """Class and last line of the error."""
-    return f"{type(error).__name__}: {last_line(error)}"
-
-
 def cause(error: BaseException) -> str:
     """Message of an error that Ray may have wrapped: that of the ``UserError`` inside, else its last line."""
     inner: BaseException | None = error

@@ -1,9 +1,9 @@
 """Ray Train's watch over a controller, on a machine with several clusters.
 
 For each controller Ray (2.60) starts a detached actor that removes its placement group if it is killed, and ends then. It asks
-for the controller's state without saying in which cluster: where two of them run on the head's machine, that is an error that
-ends its watch, and both the actor, some 100 MB, and the placement group stay. This uses Ray's private API, apart from
-``ray_private`` since processes that read films must not import Ray Train. Torch is not imported here: the actor does without.
+for the controller's state without saying in which cluster: if two of them run on the head's machine, an error ends its watch,
+and its process stays for good. This uses Ray's private API, apart from ``ray_private`` since processes that read films must not
+import Ray Train. Torch is not imported here: the actor does without.
 """
 
 import os

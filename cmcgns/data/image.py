@@ -83,12 +83,13 @@ def _difference(lines: NDArray[np.uint8], lag: int) -> float:
 
 
 def resize_image(grey_HW: NDArray[np.uint8], resize: int) -> NDArray[np.uint8]:
-    """uint8 (resize, resize): the longer side becomes ``resize``, the other is padded with 0 on both sides."""
+    """uint8 (resize, resize): the longer side becomes ``resize``, the other is padded with 0 on both sides. May be ``grey_HW``
+    itself."""
     height, width = grey_HW.shape
     scale = resize / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     scaled = grey_HW
-    if scale != 1:  # a prepared film has the size
+    if scale != 1:  # prepared films usually have this size
         filter_ = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
         scaled = np.asarray(cv2.resize(grey_HW, (new_width, new_height), interpolation=filter_))
     if new_height == new_width:

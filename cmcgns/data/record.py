@@ -349,8 +349,10 @@ def _ragged(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 def _rectangle(column: pa.ChunkedArray) -> NDArray[np.float32] | None:
     """Rows of a list column of equal lengths; None if they are empty."""
-    rows = _ragged(column)
-    return np.stack(rows) if len(rows[0]) else None
+    lists = column.chunk(0)
+    offsets = lists.offsets.to_numpy()
+    values = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+    return values.reshape(len(lists), -1) if len(values) else None
 
 
 def blank_block(size: int, resize: int) -> Block:

@@ -32,7 +32,7 @@ from cmcgns.data.blocks import blocks
 from cmcgns.data.order import VALIDATION_EPOCH
 from cmcgns.data.record import Block
 from cmcgns.data.stream import Stream
-from cmcgns.errors import TrainingStoppedError, named
+from cmcgns.errors import TrainingStoppedError, last_line
 from cmcgns.library.runs import EXPORT_SETTINGS, portable_settings
 from cmcgns.methods.base import load_method
 from cmcgns.models.dual_encoder import DualEncoder
@@ -167,9 +167,10 @@ def work(assignment: Assignment) -> None:
             raise  # so that the other ranks, which may be waiting in Ray Train, end too
         if isinstance(error, TrainingStoppedError):
             ray.get(assignment.coordinator.fail.remote(str(error)))
-        # raises where the coordinator is lost: the other ranks, which may wait in Ray Train, end too, and all return above
+        # raises if the coordinator is lost: Ray Train then ends all ranks and starts them again, and they return above
         if ray.get(assignment.coordinator.failure.remote()) is None:
-            ray.get(assignment.coordinator.report_error.remote(distributed.rank(), named(error)))
+            reason = f"{type(error).__name__}: {last_line(error)}"
+            ray.get(assignment.coordinator.report_error.remote(distributed.rank(), reason))
             raise
         dist.destroy_process_group()  # otherwise other ranks would wait for this one
 
