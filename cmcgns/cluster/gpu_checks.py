@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmcgns import storage
 from cmcgns.cluster.check_results import CheckResult, Requirements
 from cmcgns.errors import UserError, first_line
 from cmcgns.faiss_install import check_faiss, is_installed, load_faiss
@@ -176,12 +176,12 @@ def reduce_here(backend: str, ranks: int, mebibytes: int, timeout_s: float) -> f
     Raises:
         UserError: a process failed, or all of them together took longer than ``timeout_s``.
     """
-    with tempfile.TemporaryDirectory(prefix="cmcgns-doctor-") as name, ExitStack() as opened:
-        folder, end = Path(name), time.monotonic() + timeout_s
+    with storage.scratch_folder() as folder, ExitStack() as opened:
+        end = time.monotonic() + timeout_s
         # processes of their own: a Ray worker cannot spawn any, and one that hangs can be ended. NCCL may log much to stdout
         started = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, backend, name, str(rank), str(ranks), str(mebibytes), str(timeout_s)],
+                [sys.executable, "-m", __name__, backend, str(folder), str(rank), str(ranks), str(mebibytes), str(timeout_s)],
                 stdout=opened.enter_context((folder / f"log_{rank}").open("w")), stderr=subprocess.STDOUT,
             )
             for rank in range(ranks)

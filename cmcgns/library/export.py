@@ -1,7 +1,6 @@
 """The export of a finished run as a folder to give away: encoders, heads, settings, and a model card written from the run."""
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ def export_run(
         raise UserError(f"export: {out} has files already; give a new folder")
     run = open_run("export", run_uri)
     card = model_card(run, read_result(run), read_scores(run, evaluation_uri), onnx, transformers)
-    with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
-        local = Path(scratch)
+    with storage.scratch_folder() as local:
         storage.download_folder(run.export, local)
         (local / EXPORT_SETTINGS).write_text(portable_settings(run.config))
         (local / CARD).write_text(card)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,8 +105,7 @@ class PretrainedRun:
 
     def load_model(self) -> DualEncoder:
         """The whole model on the CPU, in evaluation mode."""
-        with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
-            local = Path(scratch)
+        with storage.scratch_folder() as local:
             storage.download_folder(self.export, local)
             encoders = {"text_encoder": str(local / "text_encoder")}
             own_backbone = is_plugin(self.config.model.image_encoder)
@@ -261,9 +259,9 @@ def check_export(uri: str) -> None:
 def _vocabulary(uri: str, config: Config) -> ReportTokenizer | None:
     if not storage.exists(storage.join(uri, "tokenizer.json")):
         return None
-    with tempfile.TemporaryDirectory(prefix="cmcgns-tokenizer-") as scratch:
-        storage.download_folder(uri, Path(scratch))
-        return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
+    with storage.scratch_folder() as scratch:
+        storage.download_folder(uri, scratch)
+        return load_tokenizer(str(scratch), str(scratch), config.data.max_tokens, config.data.max_sentences)
 
 
 def without_export(uri: str) -> str:

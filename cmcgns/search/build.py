@@ -6,12 +6,10 @@ F films of the corpus, N of one shard, D embedding.
 import hashlib
 import json
 import shlex
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -323,8 +321,8 @@ def clear(uri: str, shards: int) -> None:
 def measured(uri: str, shards: list[Shard], least: float) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Shares of lists to look into, and recall by kind of query, of the films and the reports of ``shards``."""
     share, found = dict[str, float](), dict[str, dict[str, float]]()
-    with tempfile.TemporaryDirectory(prefix="cmcgns-index-") as scratch:
-        folder = verified_files(uri, shards, [FILMS, REPORTS], Path(scratch))
+    with storage.scratch_folder() as scratch:
+        folder = verified_files(uri, shards, [FILMS, REPORTS], scratch)
         read = lambda name: nearest.Shards(
             [nearest.read(folder / (file := shard_file(number, name)), file) for number in range(len(shards))]
         )

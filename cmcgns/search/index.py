@@ -5,11 +5,11 @@ Q queries, k neighbours, D embedding, R side of a padded square.
 
 import io
 import os
-import tempfile
+import weakref
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,9 +129,10 @@ class Index:
     def __init__(self, uri: str, manifest: Manifest, model: Model) -> None:
         self.uri, self.manifest, self.model = uri, manifest, model
         self._footers = dict[str, tuple[Any, NDArray[np.int64]]]()
-        self._scratch = tempfile.TemporaryDirectory(prefix="cmcgns-index-")
-        shards = manifest.shards
-        self._folder = verified_files(uri, shards, [FILMS, REPORTS, ROWS], Path(self._scratch.name))
+        shards, stack = manifest.shards, ExitStack()
+        weakref.finalize(self, stack.close)
+        scratch = stack.enter_context(storage.scratch_folder())
+        self._folder = verified_files(uri, shards, [FILMS, REPORTS, ROWS], scratch)
         for number, shard in enumerate(shards):
             name = shard_file(number, PICTURES)
             if PICTURES in shard.hashes and not storage.exists(storage.join(uri, name)):

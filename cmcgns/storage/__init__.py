@@ -44,7 +44,7 @@ ARROW_ATTEMPTS = 4
 """Attempts per request that Arrow makes itself when others use its file system."""
 LASTING_ATTEMPTS = 10
 """The same for those who write, who cannot repeat it: 1 to 2 minutes where nobody listens, 4 where nobody answers."""
-SCRATCH, LOCK = "cmcgns-write-", "lock"
+SCRATCH, LOCK = "cmcgns-scratch-", "lock"
 LOCK_GRACE_S = 60
 """A folder younger than this may not be locked yet."""
 COPY_BYTES = 8 * 2**20
@@ -185,7 +185,10 @@ def scratch_file(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder with a file for a lock; folders left by killed processes are deleted first."""
+    """An empty temporary folder, deleted at the end; those left by killed processes are deleted first.
+
+    It lies in one with a lock: other containers may share the folder for temporary files, so a process id would not do.
+    """
     for old in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         with suppress(OSError):  # another process was faster
             if time.time() - old.lstat().st_mtime > LOCK_GRACE_S and _abandoned(old):
@@ -193,7 +196,9 @@ def scratch_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as name, (Path(name) / LOCK).open("w") as lock:
         with suppress(OSError):  # a file system without locks: then _abandoned fails too, and the folder stays
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends
-        yield Path(name)
+        folder = Path(name) / "files"
+        folder.mkdir()
+        yield folder
 
 
 def _abandoned(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import tempfile
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -208,9 +207,9 @@ def write_result(
     storage.write_bytes(folder.file("sweep.png"), picture)
     page = report_page(folder, base, metric, space, ledger, result, picture)
     storage.write_bytes(folder.file("report.html"), page.encode())
-    with tempfile.TemporaryDirectory(prefix="cmcgns-hparams-") as scratch:
-        write_hparams(Path(scratch), ledger, metric)
-        storage.upload_folder(Path(scratch), folder.file("tensorboard"))
+    with storage.scratch_folder() as scratch:
+        write_hparams(scratch, ledger, metric)
+        storage.upload_folder(scratch, folder.file("tensorboard"))
 
 
 def report_page(

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 import time
 from typing import Any
 
@@ -138,7 +137,7 @@ def run_trials(
     ray.get(task.monitor.clear.remote())
     seed = task.base.train.seed
     searcher = LedgerSearch(ledger, waiting, search, settings.trials, settings.metric, seed, task.monitor.leave.remote)
-    with tempfile.TemporaryDirectory(prefix="cmcgns-tune-") as scratch:
+    with storage.scratch_folder() as scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(SweepTrial, task=task), {"CPU": TRIAL_CPUS}),
             tune_config=tune.TuneConfig(
@@ -146,7 +145,7 @@ def run_trials(
             ),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=MAX_TUNE_RETRIES),
             ),

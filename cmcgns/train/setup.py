@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -234,16 +233,16 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
 
 def write_tokenizer(folder: RunFolder, tokenizer: ReportTokenizer) -> None:
     """Store the vocabulary; a resumed run must use the same."""
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save(Path(scratch))
-        storage.upload_folder(Path(scratch), folder.file("tokenizer"))
+    with storage.scratch_folder() as scratch:
+        tokenizer.save(scratch)
+        storage.upload_folder(scratch, folder.file("tokenizer"))
 
 
 def read_tokenizer(folder: RunFolder, config: Config) -> ReportTokenizer:
     """The vocabulary that the run started with."""
-    with tempfile.TemporaryDirectory() as scratch:
-        storage.download_folder(folder.file("tokenizer"), Path(scratch))
-        return load_tokenizer(scratch, scratch, config.data.max_tokens, config.data.max_sentences)
+    with storage.scratch_folder() as scratch:
+        storage.download_folder(folder.file("tokenizer"), scratch)
+        return load_tokenizer(str(scratch), str(scratch), config.data.max_tokens, config.data.max_sentences)
 
 
 def write_start(folder: RunFolder, config: Config, corpus: Corpus, tokenizer: ReportTokenizer) -> None:

@@ -184,7 +184,7 @@ def _train(assignment: Assignment) -> None:
     checkpoint = ray.train.get_checkpoint()
     with ExitStack() as stack:
         uri = None if checkpoint is None else check_checkpoint(assignment, checkpoint.path)
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cmcgns-run-")))
+        scratch = stack.enter_context(storage.scratch_folder())
         step = 0 if uri is None else load_progress(uri).step
         log = RunLog(assignment.folder, scratch, step, config) if distributed.rank() == 0 else None
         source = RayBlocks(assignment.train, assignment.valid, config.train.microbatch_size)
@@ -313,8 +313,7 @@ def conclude(assignment: Assignment, trainer: Trainer, finished: bool) -> dict[s
     weights = trainer.engine.weights(keep=distributed.rank() == 0) if finished else {}
     if weights:
         outcome["export"] = storage.join(assignment.folder, "export")
-        with tempfile.TemporaryDirectory(prefix="cmcgns-export-") as scratch:
-            local = Path(scratch)
+        with storage.scratch_folder() as local:
             with torch.device("meta"):  # it takes over the weights: no second copy of them
                 model = trainer.method.build_model(assignment.train.tokenizer.vocabulary_size)
             preprocess = {

@@ -1,8 +1,9 @@
 """Local folders: files are written completely or not at all, and unreadable files raise."""
 
 import errno
-import fcntl
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,22 +25,43 @@ def test_a_conditional_write_keeps_an_existing_file(tmp_path: Path) -> None:
     assert storage.list_files(str(tmp_path)) == ["folder/once"]
 
 
-def test_leftovers_of_killed_writers_are_deleted_and_those_of_running_writers_kept(
+HOLDER = """
+import time
+from cmcgns import storage
+with storage.scratch_folder() as folder:
+    (folder / "shard").write_bytes(b"films")
+    print(folder.parent.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_scratch_folders_of_killed_processes_are_deleted_and_those_of_running_ones_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    dead, alive, new = (tmp_path / f"{storage.SCRATCH}{name}" for name in ("dead", "alive", "new"))
-    for folder in (dead, alive, new):
-        folder.mkdir()
-        (folder / "shard").write_bytes(b"films")
-        (folder / storage.LOCK).touch()
-    for folder in (dead, alive):
-        os.utime(folder, (0, 0))
-    with (alive / storage.LOCK).open("r") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with storage.scratch_file("s3://bucket/shard") as path:
-            assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name, path.parent.name}
-    assert {folder.name for folder in tmp_path.iterdir()} == {alive.name, new.name}
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER], env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    try:
+        killed, alive, young = (holder.stdout.readline().decode().strip() for holder in holders)
+        for number in (0, 2):
+            holders[number].kill()
+            holders[number].wait()
+        for name in (killed, alive):
+            os.utime(tmp_path / name, (0, 0))
+        assert {folder.name for folder in tmp_path.iterdir()} == {killed, alive, young}
+        with storage.scratch_folder() as folder:
+            assert not list(folder.iterdir())
+            assert {folder.name for folder in tmp_path.iterdir()} == {alive, young, folder.parent.name}
+        assert {folder.name for folder in tmp_path.iterdir()} == {alive, young}
+        assert (tmp_path / alive / "files" / "shard").read_bytes() == b"films"
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read a folder")

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from cmcgns import storage
 from cmcgns.data.manifest import SPLITS
 from cmcgns.data.order import study_key
 from cmcgns.data.record import PREPARED_SCHEMA
@@ -175,8 +176,8 @@ def facts_on_disk(rows: int) -> Iterator[Facts]:
             f"--check of {rows:,} films needs {needed / 2**30:.1f} GiB in {tempfile.gettempdir()}, and {free / 2**30:.1f} GiB "
             "are free; set TMPDIR to a folder with more"
         )
-    with tempfile.TemporaryDirectory(prefix="cmcgns-check-") as folder:
-        facts = Facts(Path(folder))
+    with storage.scratch_folder() as folder:
+        facts = Facts(folder)
         try:
             yield facts
         finally:
